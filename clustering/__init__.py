@@ -1,0 +1,1 @@
+"""Features to pseudo-labels. Knows nothing of audio, video or training."""

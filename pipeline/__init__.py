@@ -1,0 +1,1 @@
+"""Raw clips to a feature store. Knows nothing of models."""

@@ -1,0 +1,43 @@
+"""One embedded Ray cluster per test session, private to it."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+_RAY_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "OMP_NUM_THREADS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "1",
+}
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """An embedded Ray cluster of 4 logical CPUs, shut down after the last test."""
+    import ray
+
+    os.environ.update(_RAY_ENV)
+    # A short private folder: socket paths are limited to 107 bytes, and a shared one could make
+    # this session join somebody else's cluster.
+    with tempfile.TemporaryDirectory(prefix="dray", dir="/tmp", ignore_cleanup_errors=True) as tmp:
+        os.makedirs(f"{tmp}/ray", exist_ok=True)
+        os.environ["RAY_TMPDIR"] = tmp
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=300 * 2**20,
+            log_to_driver=False,
+            configure_logging=False,
+            _temp_dir=tmp,
+        )
+        yield
+        ray.shutdown()

@@ -1,0 +1,312 @@
+"""What a training run is: encoder, data order, losses, rounds of clustering, schedule, scale.
+
+Pure pydantic models: imports neither torch nor Ray, so that `--help` answers at once.
+Invariant: no default of training stands anywhere else.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Stream = Literal["audio", "video", "fusion"]
+STREAMS: tuple[Stream, Stream, Stream] = ("audio", "video", "fusion")
+
+Preset = Literal["tiny", "small", "base", "large"]
+_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"stem": "conv", "dim": 128, "depth": 1, "joint_depth": 1, "n_heads": 4},
+    "small": {"stem": "conv", "dim": 256, "depth": 3, "joint_depth": 1, "n_heads": 4},
+    "base": {"stem": "patch", "dim": 768, "depth": 11, "joint_depth": 1, "n_heads": 12},
+    "large": {"stem": "patch", "dim": 1024, "depth": 23, "joint_depth": 1, "n_heads": 16},
+}
+
+
+class Frozen(BaseModel):
+    """Immutable config: an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class EncoderConfig(Frozen):
+    """Shape of the encoder (DESIGN section 4). Fields left out are taken from `preset`."""
+
+    preset: Preset = "tiny"
+    """Named size; every other field may override it."""
+    stem: Literal["conv", "patch"] = "conv"
+    """`patch`: CAV-MAE's 16x16 patches, to start from weights; `conv`: trains from nothing."""
+    dim: int = Field(128, ge=8)
+    """Token width D."""
+    depth: int = Field(1, ge=0)
+    """Transformer blocks of each single-modality branch (CAV-MAE: 11)."""
+    joint_depth: int = Field(1, ge=1)
+    """Blocks shared by the audio, video and fusion passes."""
+    n_heads: int = Field(4, ge=1)
+    """Attention heads; divides `dim`."""
+    mlp_ratio: float = Field(4.0, gt=0)
+    """Hidden width of a block's MLP over D."""
+    projection: int = Field(256, ge=8)
+    """Width P of the class heads' output."""
+    decoder_dim: int = Field(512, ge=8)
+    """Token width of the reconstruction decoder, built only when `loss.reconstruction` > 0."""
+    decoder_depth: int = Field(8, ge=1)
+    """Blocks of the reconstruction decoder."""
+    decoder_heads: int = Field(16, ge=1)
+    """Attention heads of the reconstruction decoder."""
+    init: str | None = None
+    """URI of weights to start from: CAV-MAE, MAE ViT, or a diccae encoder; any fsspec scheme."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {**_PRESETS.get(values.get("preset", "tiny"), {}), **values}
+        return values
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "EncoderConfig":
+        if self.dim % self.n_heads:
+            raise ValueError(f"n_heads = {self.n_heads} does not divide dim = {self.dim}")
+        return self
+
+
+class DataConfig(Frozen):
+    """What is read of a feature store, and in which order."""
+
+    version: int | None = None
+    """Version of the clips table to train on; None pins the newest at the start."""
+    frames_per_clip: int = Field(1, ge=1)
+    """Frames a training step sees of each clip (CAV-MAE: 1, drawn at random)."""
+    lanes: int = Field(8, ge=1)
+    """Fixed number of data lanes; the world size divides it, so the order of data never depends
+    on how many workers there are."""
+    shuffle_window: int = Field(2048, ge=64)
+    """Clips of a lane that are permuted together."""
+    fbank_mean: float = -5.081
+    """Subtracted from the fbank (CAV-MAE's VGGSound statistics)."""
+    fbank_std: float = Field(4.4849, gt=0)
+    """Divides the fbank."""
+    validation_frac: float = Field(0.0, ge=0, lt=1)
+    """Share of the train split kept for validation, split by YouTube id."""
+
+
+class AugmentConfig(Frozen):
+    """Random views of a clip; strengths of 0 turn a step off."""
+
+    crop_scale_min: float = Field(1.0, gt=0, le=1)
+    """Smallest area of a random resized crop."""
+    flip: float = Field(0.0, ge=0, le=1)
+    """Chance of a horizontal flip."""
+    brightness: float = Field(0.0, ge=0)
+    """Largest relative change of brightness."""
+    contrast: float = Field(0.0, ge=0)
+    """Largest relative change of contrast."""
+    shift_frac: float = Field(0.0, ge=0, le=1)
+    """Largest circular shift of the fbank in time, as a share of its length."""
+    gain: float = Field(0.0, ge=0)
+    """Largest change of the log-mel level, natural log units."""
+    fbank_noise: float = Field(0.0, ge=0)
+    """Largest standard deviation of noise added to the normalised fbank."""
+    freq_mask: int = Field(0, ge=0)
+    """Largest number of masked mel bins (SpecAugment)."""
+    time_mask: int = Field(0, ge=0)
+    """Largest number of masked fbank frames (SpecAugment)."""
+
+
+class LossConfig(Frozen):
+    """Weights and temperatures of the pretraining loss (DESIGN section 5)."""
+
+    instance: float = Field(1.0, ge=0)
+    """Weight of L_inst, InfoNCE between a clip's audio and video."""
+    instance_on: Literal["z", "h", "both"] = "both"
+    """Embeddings L_inst compares: the trunk's z, the class heads' h, or both."""
+    instance_direction: Literal["both", "v2a"] = "both"
+    """`v2a` is CAV-MAE's one direction."""
+    negatives: Literal["global", "local"] = "global"
+    """`local` keeps CAV-MAE's per-worker negatives."""
+    temperature: float = Field(0.05, gt=0)
+    """tau of L_inst and L_intra."""
+    intra: float = Field(0.0, ge=0)
+    """Weight of L_intra, InfoNCE between two views of the same modality."""
+    intra_epochs: int | None = None
+    """Epochs with L_intra; None keeps it to the end."""
+    class_alignment: float = Field(0.5, ge=0)
+    """lambda_cls, weight of L_cls."""
+    confusion: float = Field(0.5, ge=0)
+    """lambda_conf, weight of L_conf at mean confusion degree."""
+    class_temperature: float = Field(0.1, gt=0)
+    """tau_c of L_cls, L_conf and the confusion matrix."""
+    reconstruction: float = Field(0.0, ge=0)
+    """Weight of L_rec, CAV-MAE's masked reconstruction; 0 builds no decoder."""
+    mask_ratio: float = Field(0.75, ge=0, lt=1)
+    """Share of tokens masked when `reconstruction` > 0."""
+
+
+class ConfusionConfig(Frozen):
+    """How the confusion matrix is estimated and turned into weights (DESIGN section 5)."""
+
+    gamma: float = Field(1.0, ge=0)
+    """Exponent on the relative confusion degree; 0 turns the weighting off (plain cross-entropy)."""
+    w_max: float = Field(10.0, ge=1)
+    """Largest weight of a confused pair."""
+    ramp_epochs: float = Field(2.0, ge=0)
+    """Epochs after the first labels over which gamma grows to its value."""
+    ema_per_epoch: float = Field(0.5, ge=0, lt=1)
+    """What is left of the old estimate after one epoch."""
+    update: Literal["dynamic", "static"] = "dynamic"
+    """`static` keeps the estimate made when a round is published."""
+    share_by_degree: bool = True
+    """Scale L_conf's weight by the mean confusion degree."""
+
+
+class RoundsConfig(Frozen):
+    """When pseudo-labels are made and how they reach training (DESIGN sections 5 and 6)."""
+
+    labels: Literal["clusters", "random", "true", "none"] = "clusters"
+    """`random` and `true` are the controls every claim needs; `none` never labels."""
+    warmup_epochs: int = Field(2, ge=0)
+    """No round before this many epochs."""
+    every_epochs: int = Field(1, ge=1)
+    """Epochs between rounds."""
+    margin_nats: float = Field(0.25, ge=0)
+    """The first round waits until InfoNCE < ln B - margin."""
+    features: Literal["pass", "train"] = "train"
+    """`pass`: an evaluation pass before each round; `train`: what training just computed."""
+    lead_steps: int = Field(20, ge=0)
+    """Steps between the start of a round and the step at which its labels apply."""
+    cold_every: int = Field(0, ge=0)
+    """Every this many rounds the clustering starts anew; 0 never."""
+    timeout_s: float = Field(1800.0, gt=0)
+    """Longest wait for a round before the run stops with an error."""
+
+
+class OptimConfig(Frozen):
+    """AdamW and its schedule."""
+
+    lr: float = Field(2e-4, gt=0)
+    """Peak learning rate at the global batch size."""
+    head_lr_scale: float = Field(1.0, gt=0)
+    """Factor on the learning rate of heads (CAV-MAE fine-tuning: 10)."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decoupled weight decay; norms and biases are exempt."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's beta."""
+    warmup_epochs: float = Field(1.0, ge=0)
+    """Epochs of linear warm-up."""
+    schedule: Literal["cosine", "steps", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    decay_epochs: tuple[int, ...] = (10, 15, 20)
+    """Epochs at which `steps` multiplies the rate by `decay_rate`."""
+    decay_rate: float = Field(0.5, gt=0, le=1)
+    """Factor of one step of `steps`."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Largest gradient norm; None does not clip."""
+
+
+class PretrainConfig(Frozen):
+    """Length and numerics of pretraining."""
+
+    epochs: int = Field(25, ge=1)
+    """Passes over the train split."""
+    batch_size: int = Field(256, ge=2)
+    """Global batch B, the same whatever the number of workers."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Largest batch in one forward pass of a worker; a larger share runs as cached-gradient
+    chunks with the same result."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast type of the trunk; logits and softmax stay fp32."""
+    compile: bool = False
+    """torch.compile of the blocks."""
+    checkpoint_every: int = Field(200, ge=1)
+    """Steps between checkpoints; one more at the end of each epoch."""
+    log_every: int = Field(10, ge=1)
+    """Steps between logged metrics."""
+
+
+class FinetuneConfig(Frozen):
+    """Supervised fine-tuning (DESIGN section 7)."""
+
+    mode: Literal["multimodal", "audio", "video"] = "multimodal"
+    """Streams that are trained; multimodal models are tested in all modes."""
+    epochs: int = Field(10, ge=1)
+    """Passes over the train split."""
+    batch_size: int = Field(48, ge=2)
+    """Global batch."""
+    auxiliary: float = Field(0.3, ge=0)
+    """Weight of the cross-entropy of the audio and video streams (0: CAV-MAE's recipe)."""
+    confusion: float = Field(1.0, ge=0)
+    """gamma of the confusion-aware cross-entropy over true classes; 0: plain cross-entropy."""
+    confusion_after_epochs: int = Field(1, ge=0)
+    """Epochs before the confusion weights apply."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Mass spread over the other classes."""
+    mixup: float = Field(0.0, ge=0, le=1)
+    """Chance that a clip is mixed with another, lambda ~ Beta(10, 10)."""
+    balanced: bool = False
+    """Draw clips inversely to the size of their class."""
+    average_from_epoch: int | None = None
+    """Average the weights of this and later epochs (CAV-MAE: 3)."""
+    optim: OptimConfig = OptimConfig(lr=1e-4, head_lr_scale=10.0, weight_decay=5e-7)
+    """Optimiser of fine-tuning."""
+
+
+class EvaluateConfig(Frozen):
+    """What evaluation measures."""
+
+    probe_epochs: int = Field(100, ge=1)
+    """Iterations of the linear probe."""
+    knn_k: int = Field(20, ge=1)
+    """Neighbours of the kNN probe."""
+    retrieval_per_class: int = Field(5, ge=1)
+    """Test clips per class in the retrieval protocol."""
+    frames: int | None = None
+    """Frames averaged at test time; None uses every stored frame."""
+
+
+class ScaleConfig(Frozen):
+    """What training asks of the Ray cluster."""
+
+    num_workers: int = Field(1, ge=1)
+    """Training workers (the most, when elastic)."""
+    min_workers: int | None = None
+    """Elastic training goes on with this many."""
+    use_gpu: bool = False
+    """One GPU per worker."""
+    cpus_per_worker: float = Field(1.0, gt=0)
+    """CPUs a worker reserves."""
+    threads_per_worker: int | None = Field(None, ge=1)
+    """Torch threads of a CPU worker; None: its CPUs, at least 1."""
+    reader_tasks: int = Field(1, ge=1)
+    """Ray Data tasks that read and decode for one worker."""
+    reader_cpus: float = Field(0.5, gt=0)
+    """CPUs one of these tasks reserves."""
+    max_failures: int = Field(3, ge=-1)
+    """Worker failures a run survives; -1: any number."""
+
+
+class TrackingConfig(Frozen):
+    """Where the run is written down."""
+
+    uri: str | None = None
+    """MLflow tracking URI; None: sqlite:///<out>/mlflow.db."""
+    experiment: str = "diccae"
+    """MLflow experiment."""
+    register_as: str | None = None
+    """Registered model name of the finished encoder; None registers nothing."""
+
+
+class TrainingConfig(Frozen):
+    """All of the above: one file describes one run."""
+
+    seed: int = 0
+    """Seeds weights, data order, augmentation and clustering."""
+    encoder: EncoderConfig = EncoderConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    loss: LossConfig = LossConfig()
+    confusion: ConfusionConfig = ConfusionConfig()
+    rounds: RoundsConfig = RoundsConfig()
+    optim: OptimConfig = OptimConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    scale: ScaleConfig = ScaleConfig()
+    tracking: TrackingConfig = TrackingConfig()

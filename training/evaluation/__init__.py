@@ -1,0 +1,1 @@
+"""What an encoder is worth: probes, retrieval, confusions. Pure arrays."""
