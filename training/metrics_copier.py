@@ -1,0 +1,196 @@
+"""Copies the lines of a `metrics.jsonl` to an MLflow run, in a thread, however often MLflow fails.
+
+Knows nothing of training or of how a run was made. The file is the buffer: nothing is held in
+memory, and what MLflow lacks is found by asking it.
+Invariant: a (metric, step) is one point in MLflow, and no failure of MLflow reaches the caller.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+log = logging.getLogger(__name__)
+
+_MAX_METRICS = 1000  # MLflow's limit on one log_batch
+_COALESCE_S = 1.0
+_BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_FINAL_ERRORS = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE"}
+
+
+class RunHandle(NamedTuple):
+    """All a process needs to write to a run; plain strings, so that it travels anywhere.
+
+    `run_id` is empty if MLflow did not answer when the run was to be created: `finish` then
+    creates it from what `create_run` left in `out`.
+    """
+
+    uri: str
+    run_id: str
+    out: str = ""
+
+
+def one_line(error: Exception) -> str:
+    """The type and first line of an error, for a warning."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+
+
+def mlflow_client(uri: str) -> Any:
+    """An MlflowClient; the import takes 2 to 5 s, so it waits until somebody logs."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    # The client's own default is 7 retries, minutes of silence; this module retries by itself.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    from mlflow import MlflowClient
+
+    for noisy in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut off by a kill is left out."""
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+def legal_name(key: str) -> str:
+    """A metric name with the characters MLflow refuses replaced."""
+    return re.sub(r"[^\w\-. :/]", "_", key)
+
+
+class MetricsCopier:
+    """Copies lines of a metrics file to an MLflow run, from wherever MLflow stands."""
+
+    def __init__(self, handle: RunHandle, path: Path, resume_step: int = 0) -> None:
+        self._handle, self._path, self._resume_step = handle, path, resume_step
+        self._offset = 0
+        self._known: dict[str, set[int]] | None = None
+        self._warned = self._gave_up = False
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._deadline = math.inf
+        self._thread = threading.Thread(target=self._run, name="mlflow-copier", daemon=True)
+
+    def start(self) -> None:
+        """Copy in the background from now on."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Say that a line was written."""
+        self._wake.set()
+
+    def stop(self, timeout_s: float) -> bool:
+        """End the thread once all lines are sent or the time is over."""
+        self._deadline = time.monotonic() + timeout_s
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(timeout_s + 1.0)
+        return self._complete()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Copy in this thread until all lines are sent or the time is over."""
+        self._deadline = time.monotonic() + timeout_s
+        self._closing.set()
+        self._run()
+        return self._complete()
+
+    def _complete(self) -> bool:
+        missing = self._path.stat().st_size - self._offset
+        if missing:
+            log.warning(
+                "MLflow at %s lacks the last %d bytes of %s; the file is complete",
+                self._handle.uri, missing, self._path,
+            )  # fmt: skip
+        return missing == 0
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._gave_up:
+            self._wake.clear()
+            try:
+                self._copy()
+                if self._warned:
+                    log.warning("MLflow at %s answers again; nothing was lost", self._handle.uri)
+                failures, self._warned = 0, False
+            except Exception as error:
+                self._report(error)
+                failures += 1
+            if self._closing.is_set() and (failures == 0 or time.monotonic() > self._deadline):
+                return
+            self._pause(failures)
+
+    def _pause(self, failures: int) -> None:
+        if failures:
+            wait_s = _BACKOFF_S[min(failures, len(_BACKOFF_S)) - 1]
+            if self._closing.is_set():
+                time.sleep(max(0.0, min(wait_s, 1.0, self._deadline - time.monotonic())))
+            else:
+                self._closing.wait(wait_s)
+        else:
+            self._wake.wait()
+            self._closing.wait(_COALESCE_S)
+
+    def _report(self, error: Exception) -> None:
+        final = getattr(error, "error_code", None) in _FINAL_ERRORS
+        self._gave_up = final
+        if final or not self._warned:
+            self._warned = True
+            then = "metrics go to" if final else "training goes on, points are kept in"
+            log.warning(
+                "MLflow at %s: %s; %s %s", self._handle.uri, one_line(error), then, self._path
+            )
+
+    def _copy(self) -> None:
+        client = mlflow_client(self._handle.uri)
+        if self._known is None:
+            self._known = self._attach(client)
+        for batch, end in self._batches():
+            if batch:
+                client.log_batch(self._handle.run_id, metrics=batch)
+            self._offset = end
+
+    def _attach(self, client: Any) -> dict[str, set[int]]:
+        """The steps MLflow already holds of each metric; marks the run as going on."""
+        run_id = self._handle.run_id
+        if self._resume_step:
+            client.set_tag(run_id, "resumed_from_step", str(self._resume_step))
+            client.update_run(run_id, status="RUNNING")
+        names = client.get_run(run_id).data.metrics
+        return {key: {m.step for m in client.get_metric_history(run_id, key)} for key in names}
+
+    def _batches(self) -> Iterator[tuple[list[Any], int]]:
+        """Whole lines not yet sent, as at most 1000 points, with the offset behind them."""
+        batch: list[Any] = []
+        end = self._offset
+        with open(self._path, "rb") as file:
+            file.seek(end)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                points = self._missing(json.loads(line))
+                if batch and len(batch) + len(points) > _MAX_METRICS:
+                    yield batch, end
+                    batch = []
+                batch += points
+                end += len(line)
+        yield batch, end
+
+    def _missing(self, line: dict[str, Any]) -> list[Any]:
+        from mlflow.entities import Metric
+
+        known = self._known or {}
+        step, time_ms = int(line["step"]), int(line["time"] * 1000)
+        return [
+            Metric(legal_name(key), math.nan if value is None else value, time_ms, step)
+            for key, value in line.items()
+            if key not in ("step", "time") and step not in known.get(legal_name(key), ())
+        ]
