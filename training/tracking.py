@@ -210,7 +210,7 @@ def register_encoder(
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     source = f"{client.get_run(handle.run_id).info.artifact_uri}/encoder"
-    version: str = client.create_model_version(name, source, run_id=handle.run_id).version
+    version = str(client.create_model_version(name, source, run_id=handle.run_id).version)
     client.set_registered_model_alias(name, alias, version)
     return version
 
