@@ -1,1 +1,1 @@
-"""The way to a cluster: submit, image, KubeRay, MLflow server. Imports none of the other packages."""
+"""The way to a cluster: submit, image, KubeRay, MLflow server. Imports no other package of ours."""

@@ -1,0 +1,236 @@
+"""A job handed to a real head node, with token authentication as Ray has it on by default."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deploy.errors import AccessRefused, ClusterUnreachable, DeployError
+from deploy.submit import INTERRUPTED, connect, follow, stop, submit
+
+TOKEN = "4f9c" * 16
+MAIN = """
+import os, sys, time
+print("args", sys.argv[1:], os.environ.get("COLOUR"), os.path.exists("left-out.bin"), flush=True)
+if sys.argv[1] == "fail":
+    sys.exit(3)
+if sys.argv[1] == "sleep":
+    time.sleep(300)
+"""
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports of the kernel's choice, above the range Ray gives its workers (10002-19999)."""
+    sockets = [socket.socket() for _ in range(count)]
+    for held in sockets:
+        held.bind(("127.0.0.1", 0))
+    ports = [held.getsockname()[1] for held in sockets]
+    for held in sockets:
+        held.close()
+    return ports
+
+
+def _start_head(folder: Path, address: str, ports: list[int]) -> "subprocess.Popen[bytes]":
+    gcs, dashboard, client, agent = ports
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    command += ["--num-cpus=2", "--object-store-memory=80000000", "--disable-usage-stats"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--port={gcs}"]
+    command += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    command += [f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}/ray"]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_TMPDIR": str(folder)}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"  # a job's `python` is the head's
+    (folder / "ray").mkdir()
+    with open(folder / "log", "wb") as log:
+        head = subprocess.Popen(
+            command, env=env, stdout=log, stderr=log, start_new_session=True, cwd=folder
+        )
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            connect(address)
+            return head
+        except ClusterUnreachable:
+            text = (folder / "log").read_text()
+            assert head.poll() is None, f"the head ended: {text}"
+            assert time.monotonic() < deadline, f"no head after 90 s: {text}"
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
+    """The address of a head node with its own ports, folder and token."""
+    ports = _free_ports(4)
+    address = f"http://127.0.0.1:{ports[1]}"
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    with tempfile.TemporaryDirectory(prefix="dh", dir="/tmp", ignore_cleanup_errors=True) as tmp:
+        process = _start_head(Path(tmp), address, ports)
+        yield address
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.wait(20)  # --block: the head's parts are gone, and so it goes
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _no_other_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token of whoever runs the tests must not decide them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text(TOKEN + "\n")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    folder = tmp_path / "project"
+    (folder / "diccae").mkdir(parents=True)
+    (folder / "diccae" / "__init__.py").write_text("")
+    (folder / "diccae" / "__main__.py").write_text(MAIN)
+    (folder / ".gitignore").write_text("*.bin\n")
+    (folder / "left-out.bin").write_bytes(bytes(1000))
+    return folder
+
+
+class Screen:
+    """What the user would see."""
+
+    def __init__(self) -> None:
+        self.said, self.log = "", ""
+
+    def say(self, line: str) -> None:
+        self.said += line + "\n"
+
+    def write(self, text: str) -> None:
+        self.log += text
+
+
+@pytest.mark.usefixtures("token")
+def test_job_runs_the_packed_code_and_its_own_exit_code_comes_back(
+    head: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")  # Ray's client would prefer it
+    before = sorted(path for path in project.rglob("*"))
+    failing = Screen()
+    args = {"working_dir": project, "say": failing.say, "write": failing.write}
+    assert submit(head, ["fail"], wait=False, **args) == 0
+    assert failing.log == ""
+
+    screen = Screen()
+    code = submit(
+        head,
+        ["pretrain", "--name", "two words"],
+        working_dir=project,
+        env={"COLOUR": "blue"},
+        say=screen.say,
+        write=screen.write,
+    )
+    assert code == 0, screen.log
+    assert "args ['pretrain', '--name', 'two words'] blue False" in screen.log
+    assert "left out left-out.bin" in screen.said
+    assert "3 files" in screen.said
+    assert sorted(path for path in project.rglob("*")) == before
+
+    job_id = failing.said.split("--follow ")[1].split()[0]
+    assert follow(head, job_id, say=failing.say, write=failing.write) == 3
+    assert "exit code 3" in failing.said
+    assert "args ['fail']" in failing.log
+
+
+@pytest.mark.usefixtures("token")
+def test_ctrl_c_detaches_and_the_job_can_be_followed_and_stopped(head: str, project: Path) -> None:
+    screen = Screen()
+
+    def interrupt(text: str) -> None:
+        screen.write(text)
+        if "args ['sleep']" in screen.log:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    code = submit(head, ["sleep"], working_dir=project, say=screen.say, write=interrupt)
+    assert code == INTERRUPTED
+    job_id = screen.said.split("--follow ")[1].split()[0]
+    assert f"--stop {job_id}" in screen.said
+    assert stop(head, job_id, say=screen.say) == 0
+    again = Screen()
+    assert follow(head, job_id, say=again.say, write=again.write) == INTERRUPTED
+    assert "args ['sleep']" in again.log
+    with pytest.raises(DeployError, match="knows no job nowhere"):
+        follow(head, "nowhere", say=again.say, write=again.write)
+
+
+def test_no_token_and_a_wrong_token_are_refused_with_the_way_out(
+    head: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(AccessRefused, match="RAY_AUTH_TOKEN_PATH") as missing:
+        submit(head, ["pretrain"], working_dir=project, say=print, write=print)
+    assert "there is none here" in str(missing.value)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    with pytest.raises(AccessRefused, match="refuses the token of RAY_AUTH_TOKEN"):
+        connect(head)
+
+
+def test_the_default_token_file_of_ray_is_found(head: str, tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(TOKEN)
+    assert connect(head).headers["Authorization"].endswith(TOKEN)
+
+
+class _OldRay(BaseHTTPRequestHandler):
+    """A cluster of another Ray version that takes no job."""
+
+    def do_GET(self) -> None:
+        found = self.path == "/api/version"
+        self.send_response(200 if found else 500)
+        self.end_headers()
+        self.wfile.write(json.dumps({"ray_version": "2.9.0"}).encode() if found else b"broken")
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.fixture
+def old_ray() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), _OldRay)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_another_ray_version_is_named_and_an_open_cluster_gets_no_token(
+    old_ray: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    assert connect(old_ray).headers == {}
+    screen = Screen()
+    with pytest.raises(DeployError, match="did not take the job"):
+        submit(old_ray, ["x"], working_dir=project, say=screen.say, write=screen.write)
+    assert "the cluster runs Ray 2.9.0" in screen.said
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("ray://head:10001", "http://head:8265"), ("http://127.0.0.1:9", "no answer")],
+)
+def test_an_address_that_cannot_work_says_what_would(address: str, message: str) -> None:
+    with pytest.raises(DeployError, match=message):
+        connect(address, timeout_s=5)
