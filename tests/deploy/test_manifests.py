@@ -1,0 +1,354 @@
+"""The rendered manifests against KubeRay's own schema and rules, and what must never be in them."""
+
+import gzip
+import importlib.metadata
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from deploy.__main__ import main
+from deploy.config import ClusterConfig, GroupConfig
+from deploy.render import render, write_manifests
+
+ROOT = Path(__file__).parents[2]
+GUARDED_PORTS = {6379, 8265, 10001, 5000}
+
+
+def _strict(schema: dict[str, Any]) -> dict[str, Any]:
+    """A CRD's schema as Kubernetes applies it, but refusing unknown fields, not dropping them."""
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"]}
+    strict = {key: value for key, value in schema.items() if not key.startswith("x-kubernetes-")}
+    if "properties" in schema:
+        strict["properties"] = {k: _strict(inner) for k, inner in schema["properties"].items()}
+        strict["additionalProperties"] = False
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), dict):
+            strict[key] = _strict(schema[key])
+    return strict
+
+
+METADATA = {
+    "type": "object",
+    "required": ["name", "namespace"],
+    "additionalProperties": False,
+    "properties": {
+        "name": {"type": "string"},
+        "namespace": {"type": "string"},
+        "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+    },
+}
+
+
+def _kind(api: str, kind: str, spec: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "required": ["apiVersion", "kind", "metadata", "spec"],
+        "additionalProperties": False,
+        "properties": {
+            "apiVersion": {"const": api},
+            "kind": {"const": kind},
+            "metadata": METADATA,
+            "spec": spec,
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def schemas() -> dict[str, jsonschema.Draft202012Validator]:
+    """Strict validators by kind: RayJob from its CRD, the others from the types it embeds."""
+    data = Path(__file__).parent / "data" / "rayjob-v1.schema.json.gz"
+    crd = _strict(json.loads(gzip.decompress(data.read_bytes())))
+    cluster = crd["properties"]["spec"]["properties"]["rayClusterSpec"]["properties"]
+    head = cluster["headGroupSpec"]["properties"]
+    rules = cluster["networkPolicy"]["properties"]["head"]["properties"]
+    labels = {"type": "object", "additionalProperties": {"type": "string"}}
+    selector = {"type": "object", "properties": {"matchLabels": labels}}
+    selector |= {"required": ["matchLabels"], "additionalProperties": False}
+    deployment = {
+        "replicas": {"type": "integer"},
+        "selector": selector,
+        "template": head["template"],
+    }
+    policy = {
+        "podSelector": selector,
+        "policyTypes": {"type": "array", "items": {"enum": ["Ingress", "Egress"]}},
+        "ingress": rules["ingressRules"],
+    }
+    by_kind = {
+        "RayJob": _kind("ray.io/v1", "RayJob", crd["properties"]["spec"]),
+        "Service": _kind("v1", "Service", head["headService"]["properties"]["spec"]),
+        "Deployment": _kind("apps/v1", "Deployment", _object(deployment)),
+        "NetworkPolicy": _kind("networking.k8s.io/v1", "NetworkPolicy", _object(policy)),
+    }
+    return {kind: jsonschema.Draft202012Validator(schema) for kind, schema in by_kind.items()}
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _documents(config: ClusterConfig) -> list[dict[str, Any]]:
+    texts = [text for name, text in render(config).items() if name != "ray-cluster.yaml"]
+    return [document for text in texts for document in yaml.safe_load_all(text)]
+
+
+def _rayjob(config: ClusterConfig) -> dict[str, Any]:
+    return yaml.safe_load(render(config)["rayjob.yaml"])
+
+
+def _errors(schemas: dict[str, Any], document: dict[str, Any]) -> list[str]:
+    return [error.json_path for error in schemas[document["kind"]].iter_errors(document)]
+
+
+def _rule_errors(job: dict[str, Any]) -> Iterator[str]:
+    """The rules of KubeRay's validation.go that its schema cannot say, for the fields used here."""
+    spec = job["spec"]
+    cluster = spec["rayClusterSpec"]
+    if len(job["metadata"]["name"]) > 47:
+        yield "name longer than 47"
+    if spec.get("ttlSecondsAfterFinished") and not spec.get("shutdownAfterJobFinishes"):
+        yield "ttl without shutdown"
+    if not isinstance(yaml.safe_load(spec.get("runtimeEnvYAML", "{}")), dict):
+        yield "runtimeEnvYAML is no mapping"
+    if spec["submissionMode"] == "SidecarMode" and "submitterPodTemplate" in spec:
+        yield "a submitter template in SidecarMode"
+    if any(spec.get(key, 1) <= 0 for key in ("activeDeadlineSeconds", "preRunningDeadlineSeconds")):
+        yield "a deadline of 0"
+    version = tuple(int(part) for part in cluster["rayVersion"].split("."))
+    if cluster["authOptions"]["mode"] == "token" and version < (2, 52):
+        yield "token authentication needs Ray 2.52"
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        if not pod.get("containers"):
+            yield "a group without a container"
+        if "labels" in group["rayStartParams"]:
+            yield "labels in rayStartParams"
+        if {"num-cpus", "num-gpus", "memory"} & set(
+            group["rayStartParams"]
+        ) and "resources" in group:
+            yield "resources in two places"
+        if pod.get("restartPolicy", "Never") != "Never":
+            yield "restartPolicy with autoscaler v2"
+        if group.get("minReplicas", 0) > group.get("maxReplicas", 1):
+            yield "minReplicas over maxReplicas"
+
+
+UNUSUAL = ClusterConfig(
+    name="vgg-2",
+    namespace="team-av",
+    command=("pretrain", "--config", "my 'own' \"config\".yaml", "--store", "s3://b/$store"),
+    cpu_image="registry.example/team/diccae@sha256:" + "0" * 64,
+    env={"AWS_ENDPOINT_URL": "https://s3.example:9000", "QUOTED": 'a "b": {c} # d'},
+    decode=GroupConfig(node_selector={"cloud.example/spot": "true"}, max_nodes=2, cpus=2),
+)
+
+
+@pytest.mark.parametrize("config", [ClusterConfig(), UNUSUAL], ids=["defaults", "unusual"])
+def test_manifests_satisfy_the_schema_and_the_rules_of_kuberay(
+    schemas: dict[str, Any], config: ClusterConfig
+) -> None:
+    documents = _documents(config)
+    kinds = ["RayJob", "NetworkPolicy", "Deployment", "Service", "NetworkPolicy"]
+    assert [document["kind"] for document in documents] == kinds
+    for document in documents:
+        assert _errors(schemas, document) == []
+        assert document["metadata"]["namespace"] == config.namespace
+    assert list(_rule_errors(documents[0])) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("spec.submisionMode", "HTTPMode"),
+        ("spec.rayClusterSpec.authOptions.mode", "tokn"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.minReplicas", "1"),
+        ("spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.volumeMount", []),
+        ("spec.backoffLimit", "three"),
+    ],
+)
+def test_the_schema_check_finds_planted_faults(
+    schemas: dict[str, Any], path: str, value: object
+) -> None:
+    job = _rayjob(ClusterConfig())
+    *parents, last = path.split(".")
+    place: Any = job
+    for key in parents:
+        place = place[int(key) if key.isdigit() else key]
+    place[last] = value
+    assert _errors(schemas, job)
+
+
+def test_the_rule_check_finds_planted_faults() -> None:
+    job = _rayjob(ClusterConfig())
+    cluster = job["spec"]["rayClusterSpec"]
+    cluster["rayVersion"] = "2.51.0"
+    cluster["workerGroupSpecs"][0]["rayStartParams"]["labels"] = "a=b"
+    cluster["workerGroupSpecs"][1]["template"]["spec"]["restartPolicy"] = "Always"
+    job["spec"]["shutdownAfterJobFinishes"] = False
+    assert len(list(_rule_errors(job))) == 4
+
+
+def test_words_of_the_command_and_env_arrive_as_given() -> None:
+    job = _rayjob(UNUSUAL)
+    assert shlex.split(job["spec"]["entrypoint"]) == ["python", "-m", "diccae", *UNUSUAL.command]
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert {entry["name"]: entry["value"] for entry in head["env"]} == UNUSUAL.env
+
+
+def test_head_takes_no_work_and_shared_memory_holds_the_object_store() -> None:
+    cluster = _rayjob(ClusterConfig())["spec"]["rayClusterSpec"]
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        (shm,) = [v for v in group["template"]["spec"]["volumes"] if v["name"] == "shm"]
+        assert shm["emptyDir"]["medium"] == "Memory"
+        size = int(shm["emptyDir"]["sizeLimit"].removesuffix("Mi")) * 2**20
+        assert size >= int(group["rayStartParams"]["object-store-memory"])
+    roles = [group["labels"] for group in cluster["workerGroupSpecs"]]
+    assert roles == [{"diccae.io/role": "decode"}, {"diccae.io/role": "train"}]
+    gpu = cluster["workerGroupSpecs"][1]["template"]["spec"]["containers"][0]["resources"]
+    assert gpu["limits"]["nvidia.com/gpu"] == "8"
+
+
+def _walk(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    yield path, value
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _walk(inner, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _walk(inner, f"{path}[{index}]")
+
+
+def test_nothing_listens_for_the_world_and_the_token_is_required() -> None:
+    documents = _documents(ClusterConfig())
+    for document in documents:
+        assert document["kind"] not in {"Ingress", "Gateway", "HTTPRoute"}
+        for path, value in _walk(document):
+            assert value not in ("LoadBalancer", "NodePort"), path
+            assert not path.endswith((".enableIngress", ".hostPort", ".nodePort", ".externalIPs"))
+            assert not (path.endswith((".hostNetwork", ".privileged")) and value), path
+    cluster = documents[0]["spec"]["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token", "secretName": "diccae-ray-token"}
+    assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
+
+
+def test_every_ray_pod_is_behind_the_network_policy() -> None:
+    job, policy = _documents(ClusterConfig())[:2]
+    spec = job["spec"]
+    groups = [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]
+    templates = [spec["submitterPodTemplate"], *[group["template"] for group in groups]]
+    (selected,) = policy["spec"]["podSelector"]["matchLabels"].items()
+    assert all(selected in template["metadata"]["labels"].items() for template in templates)
+    for rule in policy["spec"]["ingress"]:
+        assert rule["from"]
+        assert all("ipBlock" not in peer for peer in rule["from"])
+
+
+def test_no_secret_is_written_and_none_can_be() -> None:
+    for text in render(ClusterConfig()).values():
+        assert not re.search(r"kind: Secret|stringData|BEGIN [A-Z ]*PRIVATE", text)
+        assert not re.search(
+            r"(?i)(password|secret_access_key|auth_token)\s*[:=]\s*[\"']?\w{8,}", text
+        )
+    with pytest.raises(ValidationError, match="diccae-storage"):
+        ClusterConfig(env={"AWS_SECRET_ACCESS_KEY": "hunter2hunter2"})
+    for name in ("x\n  privileged: true", "A", "a" * 60):
+        with pytest.raises(ValidationError):
+            ClusterConfig(name=name)
+
+
+def test_ray_up_file_satisfies_rays_own_schema_and_stays_on_loopback() -> None:
+    import ray.autoscaler
+
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    cluster = yaml.safe_load(render(ClusterConfig())["ray-cluster.yaml"])
+    jsonschema.validate(cluster, schema)
+    assert set(cluster["available_node_types"]) == {"head", "decode-cpu", "train-gpu"}
+    (start,) = [line for line in cluster["head_start_ray_commands"] if "--head" in line]
+    assert "--dashboard-host=127.0.0.1" in start
+    assert all(
+        "RAY_AUTH_MODE=token" in line
+        for line in cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]
+        if "ray start" in line
+    )
+    cluster["available_node_types"]["head"]["resourses"] = {}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(cluster, schema)
+
+
+def test_compose_publishes_only_on_loopback_and_takes_its_secrets_from_outside() -> None:
+    compose = yaml.safe_load((ROOT / "deploy/mlflow/compose.yaml").read_text())
+    services = compose["services"]
+    assert {"postgres", "s3", "mlflow"} <= set(services)
+    for service in services.values():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+        for key, value in service.get("environment", {}).items():
+            if re.search("PASSWORD|SECRET", key):
+                assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", value), key
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    assert f"AS {services['mlflow']['build']['target']}\n" in dockerfile
+
+
+def test_image_is_built_of_what_is_here_pinned_and_not_run_as_root() -> None:
+    lines = (ROOT / "deploy/Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    stages: dict[str, list[str]] = {}
+    for line in lines:
+        if line.startswith("FROM "):
+            stages[line.split(" AS ")[1]] = []
+        elif stages:
+            stages[list(stages)[-1]].append(line)
+    assert list(stages) == ["build", "cpu", "gpu", "mlflow"]
+    assert "USER 1000" in stages["cpu"]
+    assert "USER 1000" in stages["mlflow"]
+    allowed = (ROOT / "deploy/Dockerfile.dockerignore").read_text()
+    for line in (line for stage in stages.values() for line in stage):
+        if line.startswith("COPY") and "--from" not in line:
+            for source in line.split()[1:-1]:
+                assert (ROOT / source).exists(), line
+                assert f"!{source}\n" in allowed, line
+        if "pip install" in line:
+            assert "constraints.txt" in line
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {name.rstrip("*") for name in packages["packages"]["find"]["include"]}
+    assert {line.split()[1] for line in stages["build"] if len(line.split()) == 3} >= folders
+
+
+def test_the_images_ray_is_the_one_installed_here() -> None:
+    assert ClusterConfig().ray_version == importlib.metadata.version("ray")
+
+
+def test_command_line_writes_the_manifests_or_names_the_wrong_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "cluster.yaml"
+    config.write_text("namespace: team-av\ntrain: {gpus: 4, max_nodes: 2}\n")
+    args = ["--config", str(config), "--out", str(tmp_path / "out"), "--", "ingest", "--plan"]
+    assert main(args) == 0
+    job = yaml.safe_load((tmp_path / "out" / "rayjob.yaml").read_text())
+    assert job["spec"]["entrypoint"] == "python -m diccae ingest --plan"
+    assert job["metadata"]["namespace"] == "team-av"
+    config.write_text("namspace: x\n")
+    assert main(["--config", str(config), "--out", str(tmp_path / "other")]) == 2
+    assert "namspace" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_rendering_twice_writes_the_same_files(tmp_path: Path) -> None:
+    first = {path.name: path.read_text() for path in write_manifests(UNUSUAL, tmp_path)}
+    second = {path.name: path.read_text() for path in write_manifests(UNUSUAL, tmp_path)}
+    assert first == second == render(UNUSUAL)
