@@ -1,0 +1,127 @@
+"""How vectors are clustered, and how the clustering is spread over actors.
+
+Pure pydantic models: imports neither numpy nor Ray, so that `--help` answers at once.
+Invariant: only the fields of `ClusteringConfig.result_fields` can change a label; the others change
+where and how fast the work is done.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Frozen(BaseModel):
+    """Immutable config: an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class GuardConfig(Frozen):
+    """When a finished round is withheld instead of published (collapse guard)."""
+
+    min_effective_frac: float = Field(0.25, ge=0, le=1)
+    """Smallest exp(entropy of the cluster sizes) as a share of K."""
+    max_mean_cosine: float = Field(0.95, ge=-1, le=1)
+    """Largest mean cosine over all pairs of rows; 1 turns the check off."""
+    max_churn: float = Field(0.98, ge=0, le=1)
+    """Largest 1 - NMI with the round before; 1 turns the check off."""
+    min_coverage: float = Field(0.5, ge=0, le=1)
+    """Smallest share of the expected rows that is in the bank."""
+
+
+class ClusteringConfig(Frozen):
+    """One clustering (k-means, full Lloyd), its targets for training and its scale."""
+
+    k: int = Field(32, ge=1)
+    """Number of clusters K."""
+    iterations: int = Field(20, ge=1)
+    """Most Lloyd iterations from a cold start."""
+    warm_iterations: int = Field(10, ge=1)
+    """Most Lloyd iterations from the labels of the round before."""
+    tol: float = Field(1e-4, ge=0)
+    """Stop when the inertia falls by less than this share; 0 stops only at a fixed point."""
+    spherical: bool = True
+    """Rows and centroids of unit length (cosine); false is Euclidean k-means."""
+    init: Literal["random", "kmeans++"] = "random"
+    """Cold start: K rows of smallest hash, or greedy k-means++ on a sample."""
+    init_sample: int = Field(16, ge=1)
+    """Rows per centroid in the sample of `kmeans++`."""
+    empty: Literal["split", "keep"] = "split"
+    """An empty cluster takes half of a large one, or keeps its centroid."""
+    balance: Literal["none", "sinkhorn"] = "none"
+    """`sinkhorn` pulls cluster sizes together; softly, with few iterations."""
+    balance_epsilon: float = Field(0.02, gt=0)
+    """Temperature of the balancing, in cosine units."""
+    balance_iterations: int = Field(3, ge=1)
+    """Sinkhorn iterations; 3 cost no quality, 30 do on unequal classes."""
+    max_points_per_centroid: int | None = Field(None, ge=1)
+    """Fit on about K times this many rows (smallest hash), then label all; None fits on all."""
+    heads: int = Field(1, ge=1)
+    """Independent clusterings of the same rows with other seeds."""
+    targets: Literal["mean", "concat", "own", "swapped"] = "mean"
+    """What is clustered and whom it teaches: the mean or the concatenation of the streams teaches
+    all; `own` clusters each stream for itself; `swapped` clusters each stream for the others."""
+    streams: tuple[str, ...] = Field(("audio", "video"), min_length=1)
+    """Slices of a bank row that are clustered."""
+    guard: GuardConfig = GuardConfig()
+    """Collapse guard."""
+    vshards: int = Field(64, ge=1, le=4096)
+    """Virtual shards of the bank: fixed, so that results do not depend on the number of actors."""
+    block_rows: int = Field(1024, ge=16)
+    """Rows of one matrix product."""
+    n_actors: int = Field(2, ge=1)
+    """Compute actors."""
+    n_banks: int | None = Field(None, ge=1)
+    """Bank actors; None: one for every two compute actors."""
+    cpus_per_actor: float = Field(0.5, gt=0)
+    """CPUs a compute actor reserves; it computes on one thread."""
+    cpus_per_bank: float = Field(0.1, ge=0)
+    """CPUs a bank actor, and the coordinator, reserve."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """`cuda`: compute actors assign rows with faiss on a GPU."""
+    gpus_per_actor: float = Field(0.0, ge=0)
+    """GPUs a compute actor reserves."""
+    reducer: Literal["auto", "driver", "tree"] = "auto"
+    """Who adds the partial sums: the coordinator, or the actors in a tree (auto: above 16)."""
+    fan_in: int = Field(8, ge=2)
+    """Partial sums one step of the tree adds."""
+    coalesce_rows: int = Field(2048, ge=1)
+    """Rows a training worker collects before it sends them."""
+    coalesce_s: float = Field(1.0, gt=0)
+    """Longest time a row waits to be sent."""
+    buffer_rows: int = Field(65536, ge=1)
+    """Rows a training worker holds while the bank is slow; then the oldest are dropped."""
+    keep_vectors: int = Field(2, ge=1)
+    """Rounds whose frozen vectors stay on storage; labels always stay."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ClusteringConfig":
+        if self.balance == "sinkhorn" and not self.spherical:
+            raise ValueError("balance = sinkhorn needs spherical = true: its scores are cosines")
+        if len(set(self.streams)) != len(self.streams):
+            raise ValueError(f"streams = {self.streams} names one twice")
+        if self.targets == "swapped" and len(self.streams) < 2:
+            raise ValueError(f"targets = swapped needs two streams, found {self.streams}")
+        if self.n_actors > self.vshards:
+            raise ValueError(
+                f"n_actors = {self.n_actors} > vshards = {self.vshards}: some would have no rows"
+            )
+        if self.device == "cuda" and self.gpus_per_actor == 0:
+            raise ValueError("device = cuda needs gpus_per_actor > 0")
+        return self
+
+    @property
+    def bank_actors(self) -> int:
+        """Number of bank actors."""
+        return self.n_banks if self.n_banks is not None else (self.n_actors + 1) // 2
+
+    def result_fields(self) -> dict[str, object]:
+        """The fields that can change a label, an id or a prototype."""
+        return self.model_dump(
+            mode="json",
+            include={
+                *("k", "iterations", "warm_iterations", "tol", "spherical", "init", "init_sample"),
+                *("empty", "balance", "balance_epsilon", "balance_iterations", "heads", "targets"),
+                *("max_points_per_centroid", "streams", "guard", "vshards", "block_rows", "device"),
+            },
+        )

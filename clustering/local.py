@@ -1,0 +1,127 @@
+"""Rounds in one process: the same bits as the actor pool, without Ray.
+
+For tests and for training in one process. Invariant: everything a round depends on goes through the
+same bank, snapshot, passes and maker as in clustering.pool.
+"""
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from clustering import storage
+from clustering.bank import Bank, BankRows, check_push
+from clustering.config import ClusteringConfig
+from clustering.errors import ClusteringError, RoundTimeout
+from clustering.making import RoundMaker, identity
+from clustering.passes import LocalPasses
+from clustering.publish import begin, forget_vectors, is_complete, load_round, round_uri
+from clustering.rounds import BankStats, PublishedRound, RoundRequest
+from clustering.shares import Share
+from clustering.snapshot import Snapshot, read_rows, write_part
+
+
+class LocalRounds:
+    """Implements `Rounds`; rounds are written under `uri`."""
+
+    def __init__(
+        self, config: ClusteringConfig, streams: Mapping[str, int], uri: str, seed: int = 0
+    ) -> None:
+        """Args: streams: name and width P of each slice of a bank row, in their order."""
+        self._config = config
+        self._streams = dict(streams)
+        self._width = sum(streams.values())
+        self._uri = uri
+        self._seed = seed
+        self._bank = Bank(self._width)
+        self._lock = threading.Lock()
+        self._maker = RoundMaker(config, streams, uri, seed)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="clustering")
+        self._running: dict[int, Future[PublishedRound]] = {}
+
+    def push(self, keys_B: np.ndarray, features_BW: np.ndarray, step: int) -> None:
+        """See `Rounds.push`; nothing is ever dropped."""
+        keys, rows = check_push(keys_B, features_BW, self._streams)
+        with self._lock:
+            self._bank.push(keys, np.full(len(keys), step, dtype=np.int64), rows)
+
+    def flush(self, timeout_s: float) -> None:
+        """See `Rounds.flush`; pushed rows are there at once."""
+
+    def start(self, request: RoundRequest) -> None:
+        """See `Rounds.start`; the bank is frozen before this returns."""
+        begin(self._uri, request, identity(self._config, self._streams, self._seed))
+        done = is_complete(self._uri, request.round)
+        snapshot = None if done else self._freeze(request)
+        self._running[request.round] = self._worker.submit(self._make, request, snapshot)
+
+    def wait(self, round: int, timeout_s: float) -> PublishedRound:
+        """See `Rounds.wait`."""
+        if round not in self._running:
+            return load_round(self._uri, round)
+        try:
+            return self._running[round].result(timeout_s)
+        except TimeoutError:
+            raise RoundTimeout(
+                f"round {round} is not ready after {timeout_s:g} s. Raise rounds.timeout_s, or "
+                "make rounds cheaper: fewer iterations, clustering.max_points_per_centroid."
+            ) from None
+
+    def save(self, uri: str) -> None:
+        """See `Rounds.save`."""
+        with self._lock:
+            rows = self._bank.everything()
+        write_part(
+            storage.join(uri, "bank-0000.parquet"), rows, self._streams, self._config.vshards
+        )
+
+    def restore(self, uri: str) -> None:
+        """See `Rounds.restore`."""
+        rows = saved_rows(uri, self._width)
+        with self._lock:
+            self._bank.replace(rows)
+
+    def stats(self) -> BankStats:
+        """See `Rounds.stats`."""
+        with self._lock:
+            rows, step_sum, oldest, newest = self._bank.ages()
+            n_bytes = self._bank.n_bytes
+        age_mean = newest - step_sum / rows if rows else 0.0
+        return BankStats(rows, 0, age_mean, newest - oldest, n_bytes)
+
+    def close(self) -> None:
+        """Stop after the round in progress."""
+        self._worker.shutdown(wait=True)
+
+    def _freeze(self, request: RoundRequest) -> Snapshot:
+        folder = storage.join(round_uri(self._uri, request.round), "vectors")
+        stored = Snapshot.load(folder)
+        if stored is not None:
+            return stored
+        with self._lock:
+            rows = self._bank.freeze(request.step)
+        part_uri = storage.join(folder, "part-0000.parquet")
+        part = write_part(part_uri, rows, self._streams, self._config.vshards)
+        snapshot = Snapshot(folder, (part,), self._width)
+        snapshot.write_manifest()
+        return snapshot
+
+    def _make(self, request: RoundRequest, snapshot: Snapshot | None) -> PublishedRound:
+        if snapshot is None:
+            return load_round(self._uri, request.round)
+        share = Share(snapshot.source(), self._config.block_rows, self._config.device)
+        published = self._maker.make(LocalPasses(share), snapshot, request)
+        forget_vectors(self._uri, request.round, self._config.keep_vectors)
+        return published
+
+
+def saved_rows(uri: str, width: int) -> BankRows:
+    """All rows that `Rounds.save` wrote under `uri`. Raises: ClusteringError if there are none."""
+    files = [name for name in storage.names(uri) if name.startswith("bank-")]
+    if not files:
+        raise ClusteringError(
+            f"{uri}: no saved bank (bank-*.parquet). Restore from a checkpoint that was saved."
+        )
+    groups = [group for name in files for group in read_rows(storage.join(uri, name), width)]
+    return BankRows.concat([BankRows.empty(width), *groups])

@@ -1,0 +1,71 @@
+"""Where centroids come from when no row says so: k-means++ and the filling of empty clusters.
+
+Pure numpy on small arrays. Invariant: results depend on the arrays and the seed alone.
+"""
+
+import numpy as np
+
+from clustering.assign import one_blas_thread
+
+_SPLIT = 1.0 / 1024
+
+
+def split_empty(means_KD: np.ndarray, counts_K: np.ndarray, entropy: tuple[int, int]) -> bool:
+    """Give each empty cluster a copy of a large one, both moved apart by 1/1024, in place.
+
+    The donor is drawn with p ~ n - 1, as faiss does, and counts as halved afterwards. Without a
+    donor of two rows the cluster stays empty.
+    Returns: whether any cluster was filled.
+    """
+    empty = np.flatnonzero(counts_K == 0)
+    if not len(empty):
+        return False
+    seed, iteration = entropy
+    rng = np.random.default_rng([seed & 0xFFFFFFFFFFFFFFFF, iteration + 1])
+    counts = counts_K.astype(np.float64)
+    sign = np.where(np.arange(means_KD.shape[1]) % 2 == 0, _SPLIT, -_SPLIT)
+    split = False
+    for cluster in empty:
+        weights = np.maximum(counts - 1, 0)
+        if not weights.any():
+            break
+        cumulative = np.cumsum(weights)
+        draw = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], "right"))
+        donor = min(draw, int(np.flatnonzero(weights)[-1]))
+        means_KD[cluster] = means_KD[donor] * (1 + sign)
+        means_KD[donor] *= 1 - sign
+        counts[cluster] = counts[donor] // 2
+        counts[donor] -= counts[cluster]
+        split = True
+    return split
+
+
+def kmeans_plus_plus(x_ND: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """Greedy k-means++: k rows, each the best of 2 + log k draws by squared distance.
+
+    Args: x_ND float32 sample in a fixed order. Returns float32 [K, D].
+    Source: Arthur and Vassilvitskii 2007.
+    """
+    rng = np.random.default_rng([seed & 0xFFFFFFFFFFFFFFFF, 0])
+    lengths = np.einsum("nd,nd->n", x_ND, x_ND, dtype=np.float64)
+    chosen = [int(rng.integers(len(x_ND)))]
+    trials = 2 + int(np.log(k))
+    with one_blas_thread():
+        nearest = _squared_to(x_ND, lengths, chosen)[0]
+        for _ in range(1, k):
+            cumulative = np.cumsum(nearest)
+            if cumulative[-1] > 0:
+                draws = np.searchsorted(cumulative, rng.random(trials) * cumulative[-1], "right")
+                candidates = np.minimum(draws, len(x_ND) - 1).tolist()
+            else:
+                candidates = rng.integers(len(x_ND), size=trials).tolist()
+            closer = np.minimum(nearest, _squared_to(x_ND, lengths, candidates))
+            best = int(closer.sum(axis=1).argmin())
+            chosen.append(candidates[best])
+            nearest = closer[best]
+    return x_ND[chosen]
+
+
+def _squared_to(x_ND: np.ndarray, lengths: np.ndarray, rows: list[int]) -> np.ndarray:
+    products = (x_ND[rows] @ x_ND.T).astype(np.float64)
+    return np.maximum(lengths[rows][:, None] - 2 * products + lengths, 0.0)

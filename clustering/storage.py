@@ -1,0 +1,90 @@
+"""Small atomic files at any URI: local path, s3://, gs://, ...
+
+Knows nothing of what the files hold. Invariant: a file that can be seen is whole; object stores
+write in one put, local files are renamed into place.
+"""
+
+import io
+import json
+import os
+import uuid
+from typing import Any
+
+import fsspec
+import numpy as np
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with path parts appended."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def _open(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    return fsspec.core.url_to_fs(uri)
+
+
+def write_bytes(uri: str, payload: bytes | memoryview) -> None:
+    """Write a whole file, replacing an older one."""
+    filesystem, path = _open(uri)
+    if "file" in filesystem.protocol:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        staged = f"{path}.{uuid.uuid4().hex}.tmp"
+        with open(staged, "wb") as handle:
+            handle.write(payload)
+        os.replace(staged, path)
+    else:
+        filesystem.pipe_file(path, bytes(payload))
+
+
+def read_bytes(uri: str) -> bytes:
+    """The file's bytes. Raises FileNotFoundError."""
+    filesystem, path = _open(uri)
+    return filesystem.cat_file(path)
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file or folder at `uri`."""
+    filesystem, path = _open(uri)
+    filesystem.invalidate_cache()
+    return filesystem.exists(path)
+
+
+def names(uri: str) -> list[str]:
+    """Sorted names of what lies in a folder; empty if there is none. Staged files are left out."""
+    filesystem, path = _open(uri)
+    filesystem.invalidate_cache()
+    if not filesystem.exists(path):
+        return []
+    found = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(path, detail=False))
+    return sorted(name for name in found if not name.endswith(".tmp"))
+
+
+def remove(uri: str) -> None:
+    """Remove a file or folder if it is there."""
+    filesystem, path = _open(uri)
+    filesystem.invalidate_cache()
+    if filesystem.exists(path):
+        filesystem.rm(path, recursive=True)
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Write a JSON file."""
+    write_bytes(uri, json.dumps(value, indent=1, sort_keys=True).encode())
+
+
+def read_json(uri: str) -> Any:
+    """Read a JSON file. Raises FileNotFoundError."""
+    return json.loads(read_bytes(uri))
+
+
+def write_arrays(uri: str, arrays: dict[str, np.ndarray]) -> None:
+    """Write named arrays as an uncompressed .npz file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    write_bytes(uri, buffer.getbuffer())
+
+
+def read_arrays(uri: str) -> dict[str, np.ndarray]:
+    """Read a .npz file. Raises FileNotFoundError."""
+    with np.load(io.BytesIO(read_bytes(uri)), allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
