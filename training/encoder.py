@@ -168,6 +168,10 @@ class Encoder(nn.Module):
         encoding = self(fbank_BTM, frames_BFCHW, STREAMS, masks, reconstruct=True)
         return encoding, encoding.reconstruction["audio"], encoding.reconstruction["video"]
 
+    def token_counts(self, n_frames: int = 1) -> tuple[int, int]:
+        """Tokens of a clip's audio and of its frames: the widths of a `MaskNoise`."""
+        return self.patch_embed_a.n_tokens, n_frames * self.patch_embed_v.n_tokens
+
     def audio_tokens(self, fbank_BTM: Tensor | None, masking: Masking | None = None) -> Tensor:
         """Through the audio branch: [B, T, M] -> [B, L, D]."""
         expected = (self.shape.fbank_frames, self.shape.n_mels)
@@ -261,6 +265,9 @@ def _embed(stem: Stem, x: Tensor, place_1LD: Tensor, masking: Masking | None) ->
     else:
         features = stem(x.flatten(0, 1)).unflatten(0, x.shape[:2]).flatten(1, 2)
     if masking is not None:
+        found = masking.keep.shape[1] + masking.hidden.shape[1]
+        if found != features.shape[1]:
+            raise ValueError(f"masks: noise for {found} tokens, there are {features.shape[1]}")
         features = take_tokens(features, masking.keep)
         place_1LD = take_tokens(place_1LD, masking.keep)
     return (stem(features) if isinstance(stem, PatchStem) else features) + place_1LD
