@@ -1,0 +1,104 @@
+"""What a feature is (FeatureSpec and its hash) and how an ingest runs (IngestConfig).
+
+Pure pydantic models: imports nothing heavy, so that `--help` answers at once.
+Invariant: every field of FeatureSpec changes the stored features or which clips are accepted, and
+no field of IngestConfig does; so equal `spec_hash` means equal features.
+"""
+
+import hashlib
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FRAME_LENGTH_MS = 25.0
+FRAME_SHIFT_MS = 10.0
+
+
+class Frozen(BaseModel):
+    """Immutable config: an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class FeatureSpec(Frozen):
+    """What the features of a clip are. Another spec makes every clip be decoded again."""
+
+    n_frames: int = Field(10, ge=1, le=1000)
+    """Frames per clip, at the middles of equal parts of its presentable duration."""
+    frame_size: int = Field(224, ge=16, le=2048)
+    """Side of the stored square frames, in pixels."""
+    resize: Literal["crop", "squash"] = "crop"
+    """`crop`: short side to frame_size, then the centre square; `squash`: ignore the aspect."""
+    jpeg_quality: int = Field(95, ge=1, le=100)
+    """JPEG quality of the stored frames (4:2:0)."""
+    sample_rate_hz: int = Field(16000, ge=4000, le=96000)
+    """Sample rate of the waveform the fbank is made from."""
+    n_mels: int = Field(128, ge=8, le=512)
+    """Mel bins of the Kaldi fbank."""
+    fbank_frames: int = Field(1024, ge=8)
+    """Rows of the stored fbank (10 ms each): longer is cut, shorter is padded with zeros."""
+    duration_s: float = Field(10.0, gt=0, le=600)
+    """At most this much of a clip is used."""
+    audio_channel: Literal["mean", "first"] = "mean"
+    """Mean of the channels, or the first one as CAV-MAE takes it."""
+    decoder: Literal["auto", "decord", "pyav"] = "auto"
+    """`auto`: decord for small frames on a clean timeline, else PyAV. A forced `decord` fails
+    clips whose timeline is not clean."""
+    min_audio_s: float = Field(0.5, ge=0.025)
+    """Clips with less sound than this fail with `audio_short`."""
+    min_video_s: float = Field(0.0, ge=0)
+    """Clips with less picture than this fail with `video_short`."""
+    max_clip_s: float = Field(600.0, gt=0)
+    """A file that lasts longer and has no time window fails with `too_long`."""
+    version: int = Field(1, ge=1)
+    """Raised when the code that computes features changes what it computes."""
+
+    def spec_hash(self) -> str:
+        """16 hex digits that are equal exactly for equal specs."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:16]
+
+    def canonical_json(self) -> str:
+        """The spec as JSON, fields in order of declaration, no spaces."""
+        return self.model_dump_json()
+
+
+class IngestConfig(Frozen):
+    """How an ingest runs; changes nothing of what is stored."""
+
+    shard_clips: int = Field(256, ge=1, le=4096)
+    """Most clips in one shard, the unit of retry."""
+    workers: int | None = Field(None, ge=1)
+    """Decode actors; None: one per CPU of the cluster."""
+    cpus_per_worker: float = Field(0.9, gt=0)
+    """CPUs an actor reserves; below 1 so that Ray Data's own tasks always find room."""
+    timeout_s: float = Field(60.0, gt=0)
+    """Longest time one clip may take in the decode child."""
+    child_clips: int = Field(500, ge=1)
+    """The decode child is replaced after this many clips."""
+    child_memory_mb: int = Field(1024, ge=128)
+    """A decode child above this resident size is replaced; its clip fails when it is still busy."""
+    prefetch: int = Field(4, ge=0, le=64)
+    """Remote clips an actor downloads ahead of the decoder."""
+    commit_shards: int = Field(8, ge=1)
+    """Finished shards that are committed together."""
+    commit_seconds: float = Field(60.0, gt=0)
+    """Finished shards wait no longer than this for their commit."""
+    stall_timeout_s: float = Field(900.0, gt=0)
+    """The run stops with an error when no shard was finished for this long."""
+    fingerprint: Literal["stat", "sha256"] = "stat"
+    """`stat`: size and mtime (etag on object stores); `sha256`: content, read only when the stat
+    changed, so that a mere touch costs a hash instead of a decode."""
+    retry_failed: bool = False
+    """Decode clips again that failed before."""
+    retry_reasons: tuple[str, ...] = ()
+    """Like retry_failed, for these reason codes only."""
+    max_failed_frac: float = Field(0.10, ge=0, le=1)
+    """Above this share of failed decodes the run ends with exit code 3 (after committing)."""
+    allow_mass_delete: bool = False
+    """Let a run remove more than max_removed_frac of the store."""
+    max_removed_frac: float = Field(0.20, ge=0, le=1)
+    """Above this share of vanished clips the source is taken for unmounted."""
+    lease_stale_s: float = Field(60.0, gt=1)
+    """A writer that was silent for this long is taken for dead."""
+    probe: bool = False
+    """`--plan` also reads the containers of the clips to do and counts unclean timelines."""

@@ -1,0 +1,41 @@
+"""The errors the pipeline raises on purpose.
+
+Knows nothing of how they are shown. Invariant: each message says what, where, found, expected and
+what to do; `exit_code` is what the `diccae` command returns.
+"""
+
+from typing import ClassVar
+
+
+class PipelineError(Exception):
+    """An ingest, or an operation on a store, that cannot go on for a reason the user can act upon."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class SourceError(PipelineError):
+    """The list of clips or the folder of videos is not what it should be."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class StoreError(PipelineError):
+    """A feature store that is missing, damaged, or was written by something else."""
+
+
+class MassRemoval(PipelineError):
+    """So many clips vanished from the source that it looks unmounted."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class TooManyFailures(PipelineError):
+    """More clips failed than the run allows; the good ones are committed."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class StoreLocked(PipelineError):
+    """Another process is writing to the store."""
+
+    exit_code: ClassVar[int] = 4

@@ -1,0 +1,124 @@
+"""Clips as local files, with the fingerprint of the bytes that are really read.
+
+Knows nothing of decoding. Invariant: the fingerprint a clip is stored with is that of the bytes it
+was decoded from, also when its file is replaced meanwhile.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from pipeline.config import IngestConfig
+from pipeline.reasons import Reason, Rejected
+from pipeline.sources import File, local_file, remote_file
+
+_MOST_DOWNLOADS = 3
+
+
+@dataclass
+class Fetched:
+    """A clip and where its bytes lie now."""
+
+    clip: dict[str, Any]
+    """Row of a plan's todo; its fingerprint follows the file."""
+    path: str
+    rejected: Rejected | None = None
+    is_temporary: bool = False
+    hashes_content: bool = False
+
+    def changed(self) -> bool:
+        """Whether the file was replaced since its fingerprint was taken, which is then renewed.
+
+        Raises: Rejected if it vanished.
+        """
+        if self.is_temporary:
+            return False
+        try:
+            now = local_file(self.path, os.stat(self.path))
+        except FileNotFoundError:
+            raise Rejected(Reason.MISSING, "the file vanished while it was read") from None
+        if (now.size, now.mtime_ns) == (self.clip["size"], self.clip["mtime_ns"]):
+            return False
+        _describe(self.clip, now)
+        if self.hashes_content:
+            hash_content(self.clip, self.path)
+        return True
+
+    def release(self) -> None:
+        """Delete a temporary file."""
+        if self.is_temporary:
+            Path(self.path).unlink(missing_ok=True)
+
+
+def fetch_all(clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[Fetched]:
+    """Clips in order; remote ones are downloaded ahead, `config.prefetch` at a time."""
+    with ThreadPoolExecutor(max(1, config.prefetch)) as pool:
+        ahead: deque[Future[Fetched]] = deque()
+        try:
+            for clip in clips:
+                if not _is_remote(clip["uri"]):
+                    ahead.append(Future())
+                    ahead[-1].set_result(_local(clip, config))
+                else:
+                    ahead.append(pool.submit(_download, clip, config))
+                if len(ahead) > config.prefetch:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.result().release()
+
+
+def hash_content(clip: dict[str, Any], path: str) -> None:
+    """Make the SHA-256 of the file the clip's fingerprint."""
+    with open(path, "rb") as file:
+        clip["fp"] = hashlib.file_digest(file, "sha256").hexdigest()
+    clip["fp_kind"] = "sha256"
+
+
+def _is_remote(uri: str) -> bool:
+    return "://" in uri and not uri.startswith("file://")
+
+
+def _local(clip: dict[str, Any], config: IngestConfig) -> Fetched:
+    path = clip["uri"].removeprefix("file://")
+    hashes = config.fingerprint == "sha256"
+    try:
+        if hashes:
+            hash_content(clip, path)
+    except OSError as error:
+        rejected = Rejected(Reason.OPEN_FAILED, error.strerror or str(error))
+        return Fetched(clip, path, rejected)
+    return Fetched(clip, path, hashes_content=hashes)
+
+
+def _download(clip: dict[str, Any], config: IngestConfig) -> Fetched:
+    fs, remote = fsspec.core.url_to_fs(clip["uri"], use_listings_cache=False)
+    handle, path = tempfile.mkstemp(suffix=os.path.splitext(remote)[1])
+    os.close(handle)
+    fetched = Fetched(clip, path, is_temporary=True)
+    try:
+        for _ in range(_MOST_DOWNLOADS):
+            fs.get_file(remote, path)
+            now = remote_file(clip["uri"], fs.info(remote))
+            if now.fp == clip["fp"]:
+                break
+            _describe(clip, now)
+        else:
+            fetched.rejected = Rejected(Reason.OPEN_FAILED, "the object keeps changing")
+    except FileNotFoundError:
+        fetched.rejected = Rejected(Reason.MISSING, "the object vanished before it was read")
+    return fetched
+
+
+def _describe(clip: dict[str, Any], file: File) -> None:
+    clip.update(fp=file.fp, fp_kind=file.fp_kind, size=file.size, mtime_ns=file.mtime_ns)

@@ -1,0 +1,151 @@
+"""Sources x store -> work. A pure function over two tables.
+
+Knows nothing of files, Ray or decoding. Invariant: every clip of either table is counted exactly
+once, and a second plan over a store that followed the first one is empty.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config import IngestConfig
+from pipeline.errors import MassRemoval
+from pipeline.reasons import PASSING, Reason
+
+STATE_COLUMNS = [
+    "clip_id", "uri", "start_s", "end_s", "label", "split", "status", "reason", "attempts",
+    "fp_kind", "fp", "size", "mtime_ns", "spec_hash",
+]  # fmt: skip
+"""Columns of the clips table a plan needs."""
+
+_PASSING_ATTEMPTS = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an ingest would do, and why."""
+
+    todo: pa.Table
+    """Clips to decode: SOURCE_SCHEMA, `why` (new, changed, spec_changed, retried), `attempts` so
+    far, `known_fp` (the stored fingerprint)."""
+    missing: pa.Table
+    """Listed clips whose file is not there, where the store does not say so yet (SOURCE_SCHEMA)."""
+    restated: pa.Table
+    """Clips whose label, split or place changed, but not their content (SOURCE_SCHEMA)."""
+    removed_ids: list[str]
+    """Clips of the store that are not listed any more."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """new, changed, spec_changed, removed, unchanged, retried: each clip in exactly one."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to decode and nothing to write down."""
+        return not (len(self.todo) or len(self.missing) or len(self.restated) or self.removed_ids)
+
+
+def make_plan(sources: pa.Table, states: pa.Table, spec_hash: str, config: IngestConfig) -> Plan:
+    """Compare what there is with what the store knows.
+
+    Args: sources: SOURCE_SCHEMA, unique clip_id; states: STATE_COLUMNS, unique clip_id.
+    Raises: MassRemoval if more of the store vanished than the config allows.
+    """
+    at = pc.index_in(sources["clip_id"], value_set=states["clip_id"].combine_chunks())
+    position = at.combine_chunks().fill_null(-1).to_numpy()
+    is_known = position >= 0
+    before = states.take(np.maximum(position, 0)) if len(states) else None
+
+    has_file = pc.is_valid(sources["fp"]).to_numpy()
+    if before is None:
+        was_missing = same_file = same_spec = same_words = same_place = ~has_file & False
+        was_failed = retry = same_file
+        attempts = np.zeros(len(sources), np.int32)
+    else:
+        reason = before["reason"].fill_null("")
+        was_missing = is_known & _true(pc.equal(reason, Reason.MISSING))
+        was_failed = is_known & _true(pc.equal(before["status"], "failed"))
+        same_file = is_known & _same_file(sources, before)
+        same_spec = _true(pc.equal(before["spec_hash"], spec_hash))
+        same_words = _same(sources, before, "label") & _same(sources, before, "split")
+        same_place = _same(sources, before, "uri")
+        attempts = before["attempts"].fill_null(0).to_numpy()
+        retry = was_failed & _to_retry(reason, attempts, config)
+
+    # Exactly one of these holds for each source clip.
+    new = ~is_known | (was_missing & has_file)
+    gone = is_known & ~was_missing & ~has_file
+    rest = is_known & ~new & ~gone
+    changed = rest & ~was_missing & ~same_file
+    spec_changed = rest & ~was_missing & same_file & ~same_spec
+    retried = rest & ~was_missing & same_file & same_spec & retry
+    kept = rest & ~changed & ~spec_changed & ~retried
+    reworded = kept & ~same_words
+    moved = kept & same_words & ~same_place
+
+    unlisted = np.ones(len(states), bool)
+    unlisted[position[is_known]] = False
+    n_removed = int(gone.sum() + unlisted.sum())
+    _refuse_mass_removal(n_removed, states, config)
+
+    why = np.select(
+        [new & has_file, changed, spec_changed, retried],
+        ["new", "changed", "spec_changed", "retried"],
+        "",
+    )
+    todo = np.flatnonzero(why != "")
+    known_fp = before["fp"].take(todo) if before is not None else pa.nulls(len(todo), pa.string())
+    return Plan(
+        todo=sources.take(todo)
+        .append_column("why", pa.array(why[todo].tolist(), pa.string()))
+        .append_column("attempts", pa.array(np.where(retried, attempts, 0)[todo], pa.int32()))
+        .append_column("known_fp", known_fp),
+        missing=sources.filter(pa.array(gone | (new & ~has_file))),
+        restated=sources.filter(pa.array(reworded | moved)),
+        removed_ids=states["clip_id"].filter(pa.array(unlisted)).to_pylist(),
+        counts={
+            "new": int(new.sum()),
+            "changed": int(changed.sum() + reworded.sum()),
+            "spec_changed": int(spec_changed.sum()),
+            "removed": n_removed,
+            "unchanged": int(kept.sum() - reworded.sum()),
+            "retried": int(retried.sum()),
+        },
+    )
+
+
+def _true(mask: pa.ChunkedArray) -> np.ndarray:
+    return mask.fill_null(False).to_numpy()
+
+
+def _same(left: pa.Table, right: pa.Table, name: str) -> np.ndarray:
+    """Equal, two nulls being equal."""
+    both_null = pc.and_(pc.is_null(left[name]), pc.is_null(right[name]))
+    return _true(pc.equal(left[name], right[name])) | _true(both_null)
+
+
+def _same_file(sources: pa.Table, before: pa.Table) -> np.ndarray:
+    # A content hash is compared by whoever can read the file; here the stat speaks for it.
+    hashed = _true(pc.equal(before["fp_kind"], "sha256"))
+    same = (_same(sources, before, "fp") | hashed) & _same(sources, before, "size")
+    same &= _same(sources, before, "mtime_ns")
+    return same & _same(sources, before, "start_s") & _same(sources, before, "end_s")
+
+
+def _to_retry(reason: pa.ChunkedArray, attempts: np.ndarray, config: IngestConfig) -> np.ndarray:
+    passing = _true(pc.is_in(reason, value_set=pa.array([r.value for r in PASSING])))
+    wanted = _true(pc.is_in(reason, value_set=pa.array(config.retry_reasons, pa.string())))
+    return config.retry_failed | wanted | (passing & (attempts < _PASSING_ATTEMPTS))
+
+
+def _refuse_mass_removal(n_removed: int, states: pa.Table, config: IngestConfig) -> None:
+    n_present = len(states) - int(
+        pc.sum(pc.equal(states["reason"].fill_null(""), Reason.MISSING)).as_py() or 0
+    )
+    if config.allow_mass_delete or n_removed <= config.max_removed_frac * n_present:
+        return
+    raise MassRemoval(
+        f"{n_removed} of the {n_present} clips in the store are not in the source any more, more "
+        f"than {config.max_removed_frac:.0%}. Is the folder mounted and the list complete? Use "
+        "--allow-mass-delete if they are meant to go. Nothing was changed."
+    )

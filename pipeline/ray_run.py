@@ -1,0 +1,167 @@
+"""A plan's clips through decode actors of Ray Data, shard by shard.
+
+Knows nothing of the clips table. Invariant: each clip comes back exactly once, whatever happened to
+actors and workers meanwhile, or an error is raised.
+"""
+
+import contextlib
+import hashlib
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+from pipeline.config import FeatureSpec, IngestConfig
+from pipeline.errors import PipelineError
+from pipeline.worker import ShardDecoder, table_from_bytes, table_to_bytes
+
+_FEWEST_CLIPS = 16
+_SHARDS_PER_WORKER = 4
+_MOST_WAVES = 3
+
+
+def run_shards(
+    store_uri: str,
+    todo: pa.Table,
+    spec: FeatureSpec,
+    config: IngestConfig,
+    run_id: str,
+    **decoder: Any,
+) -> Iterator[pa.Table]:
+    """Decode `todo` (Plan.todo). Yields rows of the clips table, a shard's at a time.
+
+    Raises: PipelineError if storage fails, if nothing is finished for stall_timeout_s, or if clips
+    do not come back.
+    """
+    _quiet()
+    n_workers = config.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    left = todo
+    for wave in range(_MOST_WAVES):
+        if not len(left):
+            return
+        returned: list[pa.Array] = []
+        shards = list(cut_shards(left, config.shard_clips, n_workers))
+        arguments = {
+            "store_uri": store_uri,
+            "spec": spec.model_dump_json(),
+            "config": config.model_dump_json(),
+            "run_id": f"{run_id}-{wave}" if wave else run_id,
+            **decoder,
+        }
+        results = _results(shards, min(n_workers, len(shards)), arguments, config)
+        for states in _watched(results, config.stall_timeout_s):
+            # A task that ran twice may hand out a clip again.
+            known = (
+                pa.chunked_array(returned, pa.string()) if returned else pa.array([], pa.string())
+            )
+            fresh = states.filter(pc.invert(pc.is_in(states["clip_id"], value_set=known)))
+            returned += fresh["clip_id"].chunks
+            yield fresh
+        done = pa.chunked_array(returned, pa.string())
+        left = left.filter(pc.invert(pc.is_in(left["clip_id"], value_set=done)))
+    if len(left):
+        raise PipelineError(
+            f"{len(left)} clips (such as {left['clip_id'][0]}) did not come back from the cluster "
+            f"in {_MOST_WAVES} tries. All others are committed; look at the Ray logs, run it again."
+        )
+
+
+def cut_shards(clips: pa.Table, shard_clips: int, n_workers: int) -> Iterator[pa.Table]:
+    """Clips in the order of a hash of their id, so that each shard is a mix of classes.
+
+    Shards are smaller when there are few clips, so that no worker waits long for the last one.
+    """
+    keys = [
+        hashlib.blake2b(clip_id.encode(), digest_size=8).digest()
+        for clip_id in clips["clip_id"].to_pylist()
+    ]
+    clips = clips.take(np.argsort(np.array(keys, "S8"), kind="stable")).combine_chunks()
+    fair = -(-len(clips) // (_SHARDS_PER_WORKER * n_workers))
+    n = min(shard_clips, max(_FEWEST_CLIPS, fair))
+    for start in range(0, len(clips), n):
+        yield clips.slice(start, n)
+
+
+def _results(
+    shards: list[pa.Table], n_actors: int, arguments: dict[str, Any], config: IngestConfig
+) -> Iterator[pa.Table]:
+    rows = [{"index": i, "clips": table_to_bytes(shard)} for i, shard in enumerate(shards)]
+    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        ShardDecoder,
+        fn_constructor_kwargs=arguments,
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=n_actors),
+        num_cpus=config.cpus_per_worker,
+        # torch and MKL read these when they are loaded.
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE"}},
+    )
+    for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for error, states in zip(
+            block["error"].to_pylist(), block["states"].to_pylist(), strict=True
+        ):
+            if error:
+                raise PipelineError(
+                    f"a shard could not be written or its clips not be read: {error}. All shards "
+                    "finished before are committed; mend the storage and run the same command again."
+                )
+            yield table_from_bytes(states)
+
+
+def _watched(results: Iterator[pa.Table], stall_timeout_s: float) -> Iterator[pa.Table]:
+    """The same results, by a thread, so that signals and a stalled cluster are noticed."""
+    arrived: queue.Queue[pa.Table | BaseException | None] = queue.Queue(maxsize=64)
+    stop = threading.Event()
+
+    def pump() -> None:
+        try:
+            for result in results:
+                arrived.put(result)
+                if stop.is_set():
+                    return
+            arrived.put(None)
+        except BaseException as error:
+            arrived.put(error)
+
+    threading.Thread(target=pump, name="ingest-results", daemon=True).start()
+    waited_s = 0.0
+    try:
+        while True:
+            try:
+                result = arrived.get(timeout=0.5)
+            except queue.Empty:
+                waited_s += 0.5
+                if waited_s > stall_timeout_s:
+                    raise PipelineError(
+                        f"no shard was finished for {stall_timeout_s:.0f} s. Finished ones are "
+                        'committed. See "ray status": are there free CPUs for the decode actors?'
+                    ) from None
+                continue
+            waited_s = 0.0
+            if result is None:
+                return
+            if isinstance(result, BaseException):
+                raise PipelineError(f"the Ray job failed: {result}") from result
+            yield result
+    finally:
+        stop.set()
+
+
+def _quiet() -> None:
+    """Ray Data's own bars and log lines would interleave with the progress line."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    with contextlib.suppress(AttributeError):
+        context.print_on_execution_start = False
+    # Each result is handed out at once instead of with the rest of its task.
+    context.target_max_block_size = 1
+    context.target_min_block_size = 1
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

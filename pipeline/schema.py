@@ -1,0 +1,69 @@
+"""Columns of the clips table and of the feature shards.
+
+Knows nothing of how they are filled. Invariant: a column keeps its meaning and type for as long as
+FORMAT stays; no numpy tensor, unsigned or float16 column, so that any Parquet or Delta reader copes.
+"""
+
+import pyarrow as pa
+
+FORMAT = 1
+
+SOURCE_SCHEMA = pa.schema(
+    [
+        pa.field("clip_id", pa.string()),
+        pa.field("uri", pa.string()),
+        pa.field("start_s", pa.float64()),
+        pa.field("end_s", pa.float64()),
+        pa.field("label", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("fp_kind", pa.string()),
+        pa.field("fp", pa.string()),
+        pa.field("size", pa.int64()),
+        pa.field("mtime_ns", pa.int64()),
+    ]
+)
+"""A source clip. `fp` is null where there is no file; start_s and end_s where the file is the clip."""
+
+CLIPS_SCHEMA = pa.schema(
+    [
+        *SOURCE_SCHEMA,
+        pa.field("status", pa.string()),
+        pa.field("reason", pa.string()),
+        pa.field("detail", pa.string()),
+        pa.field("attempts", pa.int32()),
+        pa.field("spec_hash", pa.string()),
+        pa.field("row_key", pa.string()),
+        pa.field("shard", pa.string()),
+        pa.field("row", pa.int32()),
+        pa.field("run_id", pa.string()),
+        pa.field("decoded_at", pa.timestamp("us", tz="UTC")),
+        pa.field("seq", pa.int64()),
+    ]
+)
+"""The clips table. The row of a clip with the highest `seq` is its state; `status` is ok, failed or
+removed (a tombstone)."""
+
+SHARD_SCHEMA = pa.schema(
+    [
+        pa.field("clip_id", pa.string()),
+        pa.field("row_key", pa.string()),
+        pa.field("label", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("frames", pa.list_(pa.field("element", pa.binary()))),
+        pa.field("frame_ts_ms", pa.list_(pa.field("element", pa.int32()))),
+        pa.field("fbank", pa.binary()),
+        pa.field("fbank_frames", pa.int32()),
+        pa.field("audio_s", pa.float32()),
+        pa.field("video_s", pa.float32()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("fps", pa.float32()),
+        pa.field("codec", pa.string()),
+        pa.field("decoder", pa.string()),
+        pa.field("flags", pa.int32()),
+    ]
+)
+"""A feature shard; the spec stands as JSON in the file metadata under SPEC_KEY."""
+
+SPEC_KEY = b"diccae.feature_spec"
+ROW_GROUP_ROWS = 64

@@ -1,0 +1,102 @@
+"""Local paths and object stores behind one interface.
+
+Knows nothing of features or clips. Invariant: what `publish` and `write_bytes` put at a path
+appears there whole or not at all.
+"""
+
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+
+class Location:
+    """A folder at a URI: a local path, file://, s3://, gs:// or anything else fsspec opens.
+
+    Object stores take credentials and the endpoint (AWS_ENDPOINT_URL) from the environment.
+    """
+
+    def __init__(self, uri: str) -> None:
+        # Listings are never cached: another process may write to the same place.
+        self.fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        self.path = path.rstrip("/")
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.uri = self.path if self.is_local else uri.rstrip("/")
+
+    def join(self, *parts: str) -> str:
+        """Path below this folder, in the form `fs` takes."""
+        return "/".join((self.path, *parts))
+
+    def ls(self, folder: str = "") -> list[dict[str, Any]]:
+        """Files (not folders) directly in `folder`: fsspec info dicts; none if it is not there."""
+        try:
+            entries = self.fs.ls(self.join(folder) if folder else self.path, detail=True)
+        except FileNotFoundError:
+            return []
+        return [entry for entry in entries if entry["type"] == "file"]
+
+    def read_bytes(self, name: str) -> bytes:
+        """Content of a file.
+
+        Raises: FileNotFoundError.
+        """
+        return self.fs.cat_file(self.join(name))
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Create or replace a file."""
+        if self.is_local:
+            scratch = self.join(f"{name}.{uuid.uuid4().hex}.tmp")
+            os.makedirs(os.path.dirname(scratch), exist_ok=True)
+            with open(scratch, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, self.join(name))
+        else:
+            self.fs.pipe_file(self.join(name), data)
+
+    def create_bytes(self, name: str, data: bytes) -> bool:
+        """Create a file unless it exists. Returns whether this call created it (atomic)."""
+        if self.is_local:
+            scratch = Path(self.join(f"{name}.{uuid.uuid4().hex}.tmp"))
+            scratch.parent.mkdir(parents=True, exist_ok=True)
+            scratch.write_bytes(data)
+            try:
+                os.link(scratch, self.join(name))
+            except FileExistsError:
+                return False
+            finally:
+                scratch.unlink()
+            return True
+        try:
+            self.fs.pipe_file(self.join(name), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def remove(self, name: str) -> None:
+        """Delete a file; nothing happens if it is not there."""
+        try:
+            self.fs.rm_file(self.join(name))
+        except FileNotFoundError:
+            return
+
+    def publish(self, local_file: str, name: str) -> None:
+        """Move a finished local file to `name`."""
+        if self.is_local:
+            with open(local_file, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(local_file, self.join(name))
+        else:
+            self.fs.put_file(local_file, self.join(name))
+            os.unlink(local_file)
+
+
+def delta_options() -> dict[str, str]:
+    """Storage options of the Delta library, which reads credentials from the environment itself."""
+    if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+        return {"AWS_ALLOW_HTTP": "true"}
+    return {}

@@ -1,0 +1,160 @@
+"""What a container says of a clip, without decoding: packets, presentation times, cleanliness.
+
+Knows nothing of pixels or samples. Invariant: time 0 of a clip is the start time of its
+container, the first presentable picture or sound, as ffmpeg has it; times are seconds from there.
+
+A clip cut with `ffmpeg -ss ... -c copy` starts with packets that an edit list discards (negative
+pts, DISCARD flag). decord and OpenCV count them as frames and are seconds off; hence `is_clean`.
+"""
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+
+from pipeline.reasons import Reason, Rejected
+
+_SEEK_BACK_S = 1.0
+# Streams are interleaved: packets of one may follow this much later than those of the other. It
+# also lets a clip that is a little longer than the window be read whole.
+_INTERLEAVE_S = 1.5
+
+
+@dataclass
+class Track:
+    """Packets of one stream in decoding order, those of the window and what they depend on."""
+
+    stream: Any
+    packets: list[Any] = field(default_factory=list)
+    pts: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    n_discarded: int = 0
+    n_without_pts: int = 0
+
+    def add(self, packet: Any) -> None:
+        """Take a packet in; its times count only if it is presented."""
+        self.packets.append(packet)
+        if packet.is_discard:
+            self.n_discarded += 1
+            return
+        if packet.pts is None:
+            self.n_without_pts += 1
+        pts = packet.pts if packet.pts is not None else packet.dts
+        if pts is not None:
+            self.pts.append(pts)
+            self.ends.append(pts + (packet.duration or 0))
+
+    @property
+    def time_base(self) -> Fraction:
+        """Seconds per tick of this stream."""
+        return self.stream.time_base
+
+    def start_s(self) -> float:
+        """Container time of the first presentable packet."""
+        return float(min(self.pts) * self.time_base)
+
+    def end_s(self) -> float:
+        """Container time at which the last presentable packet ends."""
+        return float(max(self.ends) * self.time_base)
+
+    def declared_end_s(self) -> float | None:
+        """Container time at which the header says that the stream ends, if it says so."""
+        stream = self.stream
+        if stream.duration is not None:
+            return float(((stream.start_time or 0) + stream.duration) * self.time_base)
+        clock = stream.metadata.get("DURATION")
+        if clock is None:
+            return None
+        hours, minutes, seconds = clock.split(":")
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+
+
+@dataclass
+class Timeline:
+    """A clip's two tracks over a window of time."""
+
+    video: Track
+    audio: Track
+    origin_s: float
+    """Container time of the clip's time 0."""
+    start_s: float
+    """Start of the window, from time 0."""
+    end_s: float
+    """End of the window, from time 0."""
+    is_whole: bool
+    """The tracks hold every packet of the file."""
+
+    @property
+    def window_origin_s(self) -> float:
+        """Container time at which the window starts."""
+        return self.origin_s + self.start_s
+
+    def unclean_because(self) -> str:
+        """Why a decoder that counts frames could err here; empty if it could not."""
+        video = self.video
+        n_declared = video.stream.frames if self.is_whole else 0
+        if video.n_discarded:
+            return f"{video.n_discarded} packets are discarded by an edit list"
+        if video.n_without_pts:
+            return f"{video.n_without_pts} packets have no presentation time"
+        if min(video.pts) < 0:
+            return "presentation times are negative"
+        if n_declared and n_declared != len(video.pts):
+            return f"the header says {n_declared} frames, there are {len(video.pts)} packets"
+        steps = np.diff(np.sort(video.pts))
+        if len(steps) and (
+            steps.min() <= 0 or abs(steps - np.median(steps)).max() > _jitter(steps)
+        ):
+            return "the frame rate varies"
+        return ""
+
+
+def _jitter(steps: np.ndarray) -> float:
+    """Ticks a step of a constant frame rate may be off: 1 %, or the rounding of a coarse clock."""
+    return max(1.0, 0.01 * float(np.median(steps)))
+
+
+def read_timeline(container: Any, start_s: float, duration_s: float) -> Timeline:
+    """Demux the packets that show and sound in [start_s, start_s + duration_s) of the clip.
+
+    Raises: Rejected (no_video, no_audio); av.FFmpegError from a damaged container.
+    """
+    video = Track(_first_real_video(container))
+    if not container.streams.audio:
+        raise Rejected(Reason.NO_AUDIO, "the file has no audio stream")
+    audio = Track(container.streams.audio[0])
+    origin_s = (container.start_time or 0) / av.time_base
+    if start_s > 0:
+        target_s = origin_s + max(0.0, start_s - _SEEK_BACK_S)
+        container.seek(int(target_s * av.time_base), backward=True)
+    reached_end = _collect(container, video, audio, origin_s + start_s + duration_s)
+    for track, reason in ((video, Reason.NO_VIDEO), (audio, Reason.NO_AUDIO)):
+        if not track.pts:
+            raise Rejected(reason, f"the {track.stream.type} stream has no packets in the window")
+    is_whole = reached_end and start_s == 0
+    return Timeline(video, audio, origin_s, start_s, start_s + duration_s, is_whole)
+
+
+def _first_real_video(container: Any) -> Any:
+    for stream in container.streams.video:
+        # Cover art is a video stream of one picture.
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            return stream
+    raise Rejected(Reason.NO_VIDEO, "the file has no video stream")
+
+
+def _collect(container: Any, video: Track, audio: Track, end_s: float) -> bool:
+    """Fill the tracks up to container time end_s or later. Returns whether the file ended there."""
+    tracks = {video.stream.index: video, audio.stream.index: audio}
+    for packet in container.demux(video.stream, audio.stream):
+        if packet.size == 0:
+            continue
+        track = tracks[packet.stream.index]
+        track.add(packet)
+        # Nothing decoded later is presented before its own dts.
+        clock = packet.dts if packet.dts is not None else packet.pts
+        if clock is not None and float(clock * track.time_base) - end_s > _INTERLEAVE_S:
+            return False
+    return True

@@ -1,0 +1,180 @@
+"""One shard's worth of clips to a shard file: the Ray actor of an ingest.
+
+Knows nothing of plans or commits. Invariant: every clip it was given comes back as one clips row,
+ok or failed with its reason; only storage that fails ends the shard.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import FeatureSpec, IngestConfig
+from pipeline.extract import Clip
+from pipeline.features import fbank_function, fbank_payload
+from pipeline.fetch import Fetched, fetch_all
+from pipeline.reasons import Reason, Rejected
+from pipeline.sandbox import Sandbox
+from pipeline.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
+from pipeline.shards import ShardWriter
+from pipeline.storage import Location
+
+EXTRACTOR = "pipeline.extract:extract"
+"""What the decode child runs."""
+
+_MOST_RELOADS = 3
+
+
+class ShardDecoder:
+    """Decodes shards one after another; lives in a Ray actor or in a plain process."""
+
+    def __init__(
+        self, store_uri: str, spec: str, config: str, run_id: str, extractor: str = EXTRACTOR
+    ) -> None:
+        """Args: spec, config: as JSON; run_id: goes into names and rows."""
+        self._location = Location(store_uri)
+        self._spec = FeatureSpec.model_validate_json(spec)
+        self._config = IngestConfig.model_validate_json(config)
+        self._run_id = run_id
+        self._fbank = fbank_function(self._spec)
+        self._sandbox = Sandbox(
+            extractor,
+            timeout_s=self._config.timeout_s,
+            max_calls=self._config.child_clips,
+            max_memory_mb=self._config.child_memory_mb,
+        )
+
+    def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
+        """Ray Data's entry: tasks (index, clips as IPC) to results (states as IPC, error)."""
+        for index, clips in zip(task["index"].to_pylist(), task["clips"].to_pylist(), strict=True):
+            states, error = b"", ""
+            try:
+                states = table_to_bytes(self.decode(index, table_from_bytes(clips)))
+            except OSError as failure:
+                error = f"{type(failure).__name__}: {failure}"
+            yield pa.table({"index": [index], "states": [states], "error": [error]})
+
+    def decode(self, index: int, clips: pa.Table) -> pa.Table:
+        """Decode clips into one shard. Returns their rows of the clips table.
+
+        Raises: OSError if the store cannot be written.
+        """
+        # Unique even when a task runs again after its worker died.
+        attempt = f"{time.time_ns():x}"
+        name = f"features/part-{self._run_id}-{index:06d}-{attempt}.parquet"
+        shard = _Shard(ShardWriter(self._location, name, self._spec), self._run_id, self._spec)
+        try:
+            before: tuple[Fetched, Clip | Rejected] | None = None
+            for fetched in fetch_all(clips.to_pylist(), self._config):
+                if fetched.rejected is None:
+                    self._submit(fetched)
+                # The child decodes this clip while the one before is finished here.
+                if before is not None:
+                    shard.add(*before, self._fbank)
+                before = (fetched, fetched.rejected or self._result(fetched))
+                fetched.release()
+            if before is not None:
+                shard.add(*before, self._fbank)
+            shard.close()
+        finally:
+            shard.writer.discard()
+        return pa.Table.from_pylist(shard.states, CLIPS_SCHEMA)
+
+    def _submit(self, fetched: Fetched) -> None:
+        clip = fetched.clip
+        self._sandbox.submit(fetched.path, clip["start_s"], clip["end_s"], self._spec)
+
+    def _result(self, fetched: Fetched) -> Clip | Rejected:
+        """The outcome for a file that stayed the same while it was read."""
+        for _ in range(_MOST_RELOADS):
+            try:
+                outcome = self._sandbox.result()
+            except Rejected as rejected:
+                outcome = rejected
+            try:
+                if not fetched.changed():
+                    return outcome
+            except Rejected as rejected:
+                return rejected
+            self._submit(fetched)
+        return Rejected(Reason.OPEN_FAILED, "the file was changed each time it was read")
+
+
+class _Shard:
+    """Rows of one shard and the clips rows that will point at them."""
+
+    def __init__(self, writer: ShardWriter, run_id: str, spec: FeatureSpec) -> None:
+        self.writer = writer
+        self.states: list[dict[str, Any]] = []
+        self._run_id = run_id
+        self._spec = spec
+        self._spec_hash = spec.spec_hash()
+
+    def add(self, fetched: Fetched, outcome: Clip | Rejected, fbank: Any) -> None:
+        """Take in a clip."""
+        clip = fetched.clip
+        state: dict[str, Any] = {
+            **{name: clip[name] for name in SOURCE_SCHEMA.names},
+            "attempts": clip["attempts"] + 1,
+            "spec_hash": self._spec_hash,
+            "run_id": self._run_id,
+            "decoded_at": datetime.now(UTC),
+        }
+        if isinstance(outcome, Rejected):
+            state |= {"status": "failed", "reason": outcome.reason.value, "detail": outcome.detail}
+        else:
+            key = row_key(clip, self._spec_hash)
+            row = self.writer.add(_features(clip, key, outcome, fbank, self._spec))
+            state |= {"status": "ok", "row_key": key, "shard": self.writer.name, "row": row}
+        self.states.append(state)
+
+    def close(self) -> None:
+        """Publish the shard, unless every clip failed."""
+        if self.writer.n_rows:
+            self.writer.publish()
+
+
+def _features(
+    clip: dict[str, Any], key: str, decoded: Clip, fbank: Any, spec: FeatureSpec
+) -> dict[str, Any]:
+    payload, n_valid = fbank_payload(fbank(decoded.waveform), spec)
+    return {
+        "clip_id": clip["clip_id"],
+        "row_key": key,
+        "label": clip["label"],
+        "split": clip["split"],
+        "frames": decoded.frames,
+        "frame_ts_ms": decoded.frame_ts_ms,
+        "fbank": payload,
+        "fbank_frames": n_valid,
+        "audio_s": decoded.audio_s,
+        "video_s": decoded.video_s,
+        "width": decoded.width,
+        "height": decoded.height,
+        "fps": decoded.fps,
+        "codec": decoded.codec,
+        "decoder": decoded.decoder,
+        "flags": decoded.flags,
+    }
+
+
+def row_key(clip: dict[str, Any], spec_hash: str) -> str:
+    """Identity of a feature row: the clip, its content and window, and the spec."""
+    parts = (clip["clip_id"], clip["fp"], clip["start_s"], clip["end_s"], spec_hash)
+    return hashlib.blake2b(repr(parts).encode(), digest_size=12).hexdigest()
+
+
+def table_to_bytes(table: pa.Table) -> bytes:
+    """A table as an Arrow IPC stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def table_from_bytes(data: bytes) -> pa.Table:
+    """The inverse of table_to_bytes."""
+    return pa.ipc.open_stream(data).read_all()
