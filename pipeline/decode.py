@@ -75,20 +75,19 @@ def decode_frames(path: str, timeline: Timeline, spec: FeatureSpec) -> Frames:
         if frames is None and spec.decoder == "decord":
             raise Rejected(Reason.VIDEO_DECODE, "decord met errors or counts other frames")
     if frames is not None:
-        images_NHW3, times_s, rotation, decoder = frames, shown.expected_s, 0, "decord"
+        images_NHW3, times_s, rotation = frames, shown.expected_s.tolist(), 0
     else:
         images_NHW3, times_s, rotation = _decode_with_pyav(timeline, shown, spec)
-        decoder = "pyav"
     flags = (FLAG_UNCLEAN if because else 0) | (FLAG_ROTATED if rotation else 0)
     return Frames(
         images_NHW3,
-        [float(t) for t in times_s],
+        times_s,
         shown.seconds,
         stream.width,
         stream.height,
         float(stream.average_rate or 0),
         stream.codec_context.codec.canonical_name,
-        decoder,
+        "pyav" if frames is None else "decord",
         flags,
     )
 
@@ -165,7 +164,7 @@ def _decode_with_pyav(
     times_s: list[float] = []
     before: tuple[float, Any] | None = None
     first_s, rotation = 0.0, 0
-    for time_s, frame in chain(_frames_in_order(timeline), [(np.inf, None)]):
+    for time_s, frame in chain(frames_in_order(timeline), [(np.inf, None)]):
         if before is None:
             if frame is None:
                 raise Rejected(Reason.VIDEO_DECODE, "no frame of the window could be decoded")
@@ -183,7 +182,7 @@ def _decode_with_pyav(
     return images, times_s, rotation
 
 
-def _frames_in_order(timeline: Timeline) -> Iterator[tuple[float, Any]]:
+def frames_in_order(timeline: Timeline) -> Iterator[tuple[float, Any]]:
     """Presentable frames with their time within the window, in order of presentation.
 
     Raises: Rejected if the decoder fails after the first frame (before it, packets may lean on

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import TooManyFailures
+from pipeline.lease import Lease
 from pipeline.plan import STATE_COLUMNS, Plan, make_plan
 from pipeline.reasons import Reason
 from pipeline.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
@@ -96,22 +97,28 @@ def ingest(
     plan = plan_ingest(clips, videos, store, spec, config)
     target = FeatureStore.create(store, spec or FeatureSpec())
     spec = spec or target.snapshot().spec
-    run = _Run(target, spec, config, started, len(plan.todo), on_progress)
-    if not plan.is_empty:
+    if plan.is_empty:
+        seconds = round(time.monotonic() - started, 3)
+        return IngestSummary(
+            **plan.counts, ok=0, failed=0, seconds=seconds, version=target.version()
+        )
+    with Lease(target.location, config.lease_stale_s, f"an ingest of {clips}") as lease:
+        # Another run may have finished between the plan and the lease.
+        plan = plan_ingest(clips, videos, store, spec, config)
+        run = _Run(target, spec, config, lease, len(plan.todo), on_progress)
         target.write_spec(spec)
         run.settle(plan)
-    if len(plan.todo):
-        start_ray()
-        run.decode(plan.todo)
-    summary = IngestSummary(
+        if len(plan.todo):
+            start_ray()
+            run.decode(plan.todo)
+    run.refuse_too_many_failures()
+    return IngestSummary(
         **plan.counts,
         ok=run.n_ok,
         failed=run.by_reason.total(),
         seconds=round(time.monotonic() - started, 3),
         version=target.version(),
     )
-    run.refuse_too_many_failures()
-    return summary
 
 
 @dataclass
@@ -121,7 +128,7 @@ class _Run:
     store: FeatureStore
     spec: FeatureSpec
     config: IngestConfig
-    started: float
+    lease: Lease
     n_todo: int
     on_progress: Callable[[Progress], None]
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
@@ -147,6 +154,7 @@ class _Run:
             removed = states.filter(gone).select(SOURCE_SCHEMA.names)
             tables.append(self._rows(removed, "removed", None, None))
         if tables:
+            self.lease.check()
             self.store.append(pa.concat_tables(tables), {"run_id": self.run_id})
 
     def _rows(
@@ -196,6 +204,7 @@ class _Run:
     def _commit(self) -> None:
         if self._waiting:
             rows = pa.concat_tables(self._waiting)
+            self.lease.check()
             self.store.append(rows, {"run_id": self.run_id})
             self.n_committed += len(rows)
             self._waiting = []

@@ -4,11 +4,11 @@ Knows nothing of the clips table. Invariant: each clip comes back exactly once, 
 actors and workers meanwhile, or an error is raised.
 """
 
-import contextlib
 import hashlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -110,8 +110,8 @@ def _results(
         ):
             if error:
                 raise PipelineError(
-                    f"a shard could not be written or its clips not be read: {error}. All shards "
-                    "finished before are committed; mend the storage and run the same command again."
+                    f"a shard could not be written or its clips not be read: {error}. Shards "
+                    "finished before are committed. Mend the storage, then run the same again."
                 )
             yield table_from_bytes(states)
 
@@ -132,35 +132,46 @@ def _watched(results: Iterator[pa.Table], stall_timeout_s: float) -> Iterator[pa
             arrived.put(error)
 
     threading.Thread(target=pump, name="ingest-results", daemon=True).start()
-    waited_s = 0.0
     try:
-        while True:
-            try:
-                result = arrived.get(timeout=0.5)
-            except queue.Empty:
-                waited_s += 0.5
-                if waited_s > stall_timeout_s:
-                    raise PipelineError(
-                        f"no shard was finished for {stall_timeout_s:.0f} s. Finished ones are "
-                        'committed. See "ray status": are there free CPUs for the decode actors?'
-                    ) from None
-                continue
-            waited_s = 0.0
-            if result is None:
-                return
-            if isinstance(result, BaseException):
-                raise PipelineError(f"the Ray job failed: {result}") from result
-            yield result
+        yield from _until_end(arrived, stall_timeout_s)
+    except KeyboardInterrupt:
+        while not arrived.empty():
+            result = arrived.get_nowait()
+            if isinstance(result, pa.Table):
+                yield result
+        raise
     finally:
         stop.set()
+
+
+def _until_end(arrived: "queue.Queue[Any]", stall_timeout_s: float) -> Iterator[pa.Table]:
+    deadline = time.monotonic() + stall_timeout_s
+    while True:
+        try:
+            # Short waits: a signal interrupts between them.
+            result = arrived.get(timeout=0.5)
+        except queue.Empty:
+            if time.monotonic() > deadline:
+                raise PipelineError(
+                    f"no shard was finished for {stall_timeout_s:.0f} s. Finished ones are "
+                    'committed. See "ray status": are there free CPUs for the decode actors?'
+                ) from None
+            continue
+        deadline = time.monotonic() + stall_timeout_s
+        if result is None:
+            return
+        if isinstance(result, PipelineError):
+            raise result
+        if isinstance(result, BaseException):
+            raise PipelineError(f"the Ray job failed: {result}") from result
+        yield result
 
 
 def _quiet() -> None:
     """Ray Data's own bars and log lines would interleave with the progress line."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    with contextlib.suppress(AttributeError):
-        context.print_on_execution_start = False
+    context.print_on_execution_start = False
     # Each result is handed out at once instead of with the rest of its task.
     context.target_max_block_size = 1
     context.target_min_block_size = 1

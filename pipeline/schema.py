@@ -1,7 +1,7 @@
 """Columns of the clips table and of the feature shards.
 
-Knows nothing of how they are filled. Invariant: a column keeps its meaning and type for as long as
-FORMAT stays; no numpy tensor, unsigned or float16 column, so that any Parquet or Delta reader copes.
+Knows nothing of how they are filled. Invariant: a column keeps its meaning and type for as long
+as FORMAT stays; no numpy tensor, unsigned or float16 column: any Parquet or Delta reader copes.
 """
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ SOURCE_SCHEMA = pa.schema(
         pa.field("mtime_ns", pa.int64()),
     ]
 )
-"""A source clip. `fp` is null where there is no file; start_s and end_s where the file is the clip."""
+"""A source clip. `fp` is null where there is no file; start_s, end_s where the file is the clip."""
 
 CLIPS_SCHEMA = pa.schema(
     [
@@ -41,7 +41,7 @@ CLIPS_SCHEMA = pa.schema(
     ]
 )
 """The clips table. The row of a clip with the highest `seq` is its state; `status` is ok, failed or
-removed (a tombstone)."""
+removed (a tombstone). A clip is at most once in a commit, and all rows of one have one seq."""
 
 SHARD_SCHEMA = pa.schema(
     [

@@ -19,7 +19,25 @@ from pipeline.errors import SourceError
 from pipeline.schema import SOURCE_SCHEMA
 from pipeline.storage import Location
 
-_VIDEO_SUFFIXES = frozenset(["3gp", "avi", "flv", "m2ts", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "mts", "ogv", "ts", "webm", "wmv"])
+_VIDEO_SUFFIXES = frozenset(
+    [
+        "3gp",
+        "avi",
+        "flv",
+        "m2ts",
+        "m4v",
+        "mkv",
+        "mov",
+        "mp4",
+        "mpeg",
+        "mpg",
+        "mts",
+        "ogv",
+        "ts",
+        "webm",
+        "wmv",
+    ]
+)
 _SAFE_ID = re.compile(r"[A-Za-z0-9_-]+")
 _MANIFEST_COLUMNS = ("uri", "start_s", "end_s", "label", "split", "clip_id")
 _MOST_PROBLEMS = 20
@@ -217,6 +235,8 @@ def _manifest_entry(line: int, row: dict[str, Any]) -> Entry:
         clip_id = PurePosixPath(uri).stem
         if start_s is not None:
             clip_id += f"_{start_s:06.0f}" if start_s == int(start_s) else f"_{start_s:010.3f}"
+    if not re.fullmatch(r"[^/\\\0]+", clip_id) or clip_id in (".", ".."):
+        raise ValueError(f"{clip_id!r} is not a clip_id: it holds a path")
     return Entry(line, clip_id, label, split, "", start_s, end_s, uri)
 
 
@@ -260,7 +280,7 @@ def _walk(location: Location, videos: str) -> Iterator[tuple[str, File]]:
         yield from _walk_local(location.path)
         return
     for path, info in location.fs.find(location.path, detail=True).items():
-        stem, _, suffix = path.rsplit("/", 1)[-1].rpartition(".")
+        stem, suffix = os.path.splitext(path.rsplit("/", 1)[-1])
         if suffix.lower() in _VIDEO_SUFFIXES:
             yield stem, remote_file(location.fs.unstrip_protocol(path), info)
 
@@ -271,7 +291,7 @@ def _walk_local(folder: str) -> Iterator[tuple[str, File]]:
             if entry.is_dir():
                 yield from _walk_local(entry.path)
                 continue
-            stem, _, suffix = entry.name.rpartition(".")
+            stem, suffix = os.path.splitext(entry.name)
             if suffix.lower() in _VIDEO_SUFFIXES:
                 yield stem, local_file(entry.path, entry.stat())
 
@@ -284,8 +304,7 @@ def local_file(path: str, stat: os.stat_result) -> File:
 def remote_file(uri: str, info: dict[str, Any]) -> File:
     """An object, fingerprinted by its etag, or by size and time where there is none."""
     size = int(info.get("size") or 0)
-    modified = info.get("LastModified") or info.get("mtime") or info.get("updated")
-    stamp = modified.isoformat() if hasattr(modified, "isoformat") else str(modified or "")
+    stamp = str(info.get("LastModified") or info.get("mtime") or info.get("updated") or "")
     etag = str(info.get("ETag") or info.get("etag") or "").strip('"')
     return File(uri, size, 0, "etag" if etag else "stat", f"{size}-{etag or stamp}")
 

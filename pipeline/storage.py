@@ -6,6 +6,7 @@ appears there whole or not at all.
 
 import os
 import uuid
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ class Location:
         except FileNotFoundError:
             return []
         return [entry for entry in entries if entry["type"] == "file"]
+
+    def modified(self, entry: dict[str, Any]) -> float:
+        """Time of modification (Unix, s) of an entry of `ls`."""
+        if "mtime" in entry and not isinstance(entry["mtime"], datetime):
+            return float(entry["mtime"])
+        return self.fs.modified(entry["name"]).timestamp()
 
     def read_bytes(self, name: str) -> bytes:
         """Content of a file.

@@ -10,6 +10,7 @@ there nor the commits before; the row with the highest `seq` is a clip's state.
 
 import hashlib
 import json
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
@@ -147,7 +148,11 @@ class FeatureStore:
             store._table_uri,
             CLIPS_SCHEMA,
             mode="ignore",
-            configuration={"delta.checkpointInterval": str(_CHECKPOINT_EVERY)},
+            configuration={
+                "delta.checkpointInterval": str(_CHECKPOINT_EVERY),
+                # Old versions are pinned by training runs; only `store vacuum` may drop them.
+                "delta.enableExpiredLogCleanup": "false",
+            },
             storage_options=store._options,
         )
         about = {"format": FORMAT, "spec_hash": spec.spec_hash()}
@@ -197,6 +202,49 @@ class FeatureStore:
             ),
         )
         return self._table.version()
+
+    def rewrite_log(self, rows: pa.Table) -> int:
+        """Commit `rows` in place of the whole log (older versions keep theirs)."""
+        table = self._load()
+        write_deltalake(table, rows.cast(CLIPS_SCHEMA), mode="overwrite")
+        self._table = None
+        return table.version()
+
+    def drop_log_files(self, retention_hours: float, kept_versions: list[int]) -> None:
+        """Delete files of the clips table that no version of `kept_versions` needs."""
+        self._load().vacuum(
+            retention_hours=int(retention_hours),
+            dry_run=False,
+            enforce_retention_duration=False,
+            keep_versions=kept_versions,
+        )
+
+    def versions_since(self, moment_ms: int) -> list[int]:
+        """Versions committed at or after a time (Unix, ms), and the one that was newest then."""
+        history = sorted((e["version"], e["timestamp"]) for e in self._load().history())
+        younger = [version for version, stamp in history if stamp >= moment_ms]
+        older = [version for version, stamp in history if stamp < moment_ms]
+        return older[-1:] + younger
+
+    def pin(self, version: int, name: str) -> None:
+        """Keep a version readable until `unpin(name)`, whatever vacuum does."""
+        about = {"version": version, "pinned_at": datetime.now(UTC).isoformat()}
+        self.location.write_bytes(f"pins/{name}.json", json.dumps(about).encode())
+
+    def unpin(self, name: str) -> None:
+        """Let go of a pin; nothing happens if there is none."""
+        self.location.remove(f"pins/{name}.json")
+
+    def pins(self) -> dict[str, int]:
+        """Pinned versions by name."""
+        names = [entry["name"].rsplit("/", 1)[-1] for entry in self.location.ls("pins")]
+        return {
+            name.removesuffix(".json"): json.loads(self.location.read_bytes(f"pins/{name}"))[
+                "version"
+            ]
+            for name in names
+            if name.endswith(".json")
+        }
 
     def version(self) -> int:
         """The newest version."""

@@ -74,11 +74,13 @@ def write_video(
 ) -> None:
     """Encode RGB uint8 frames and a mono float waveform as H.264 and AAC."""
     with av.open(path, "w") as container:
-        video = container.add_stream("libx264", rate=fps, options={"preset": "veryfast"})
+        video = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast"})
         video.height, video.width = frames_FHW3.shape[1:3]
         video.pix_fmt = "yuv420p"
         video.codec_context.thread_count = 1
-        audio = container.add_stream("aac", rate=rate_hz, layout="mono")
+        audio = container.add_stream(
+            "aac", rate=rate_hz, layout="mono", options={"aac_coder": "fast"}
+        )
         for image in frames_FHW3:
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             container.mux(video.encode(frame))
@@ -107,7 +109,11 @@ def picture(look: str, size: int, rng: np.random.Generator) -> np.ndarray:
     for i in range(n_frames):
         t = i / (n_frames - 1)
         mask_HW = _shape(look, x_HW - centre[0], y_HW - centre[1], t, phase, speed, scale)
-        image = back + 255 * shade_HW[..., None] + rng.normal(0, noise, (size, size, 1))
+        image = (
+            back
+            + 255 * shade_HW[..., None]
+            + noise * rng.standard_normal((size, size, 1), np.float32)
+        )
         image = np.where(mask_HW[..., None], fore + rng.normal(0, noise), image)
         frames[i] = np.clip(image, 0, 255)
     return frames
@@ -160,7 +166,8 @@ def sound(voice: str, rng: np.random.Generator) -> np.ndarray:
         wave_S = np.sin(2 * np.pi * np.cumsum(frequency_S) / _RATE_HZ)
     elif voice == "hum":
         base_hz = pitch_hz / 4
-        wave_S = sum(np.sin(2 * np.pi * k * base_hz * t_S) / k for k in (1, 2, 3, 4)) / 2
+        overtones_4S = [np.sin(2 * np.pi * k * base_hz * t_S) / k for k in (1, 2, 3, 4)]
+        wave_S = np.sum(overtones_4S, axis=0) / 2
     else:
         wave_S = rng.normal(0, 0.4, len(t_S))
         wave_S = np.diff(wave_S, prepend=0.0) * (1 + 0.5 * np.sin(2 * np.pi * 3 * t_S))
