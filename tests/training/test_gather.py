@@ -1,0 +1,100 @@
+"""W ranks have the loss and the gradient of one process on the whole batch."""
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import training.losses
+from training.config import STREAMS, ConfusionConfig, EncoderConfig
+from training.confusion import ConfusionState
+from training.encoder import Encoder, InputShape
+from training.gather import gather_with_grad, world
+from training.losses import class_alignment, confusion_loss, info_nce, intra_modal, labelled_rows
+
+_CLIPS, _CLASSES = 8, 4
+_CONFIG = EncoderConfig(preset="tiny", dim=16, projection=8, n_heads=2)
+# rank 0 of 4 holds no labelled clip, the others 1, 2 and 1
+_LABELS = torch.tensor([-100, -100, 3, -100, 1, 0, -100, 2])
+
+
+def _step(rank: int, n_ranks: int) -> dict[str, torch.Tensor]:
+    """One step of every loss on this rank's share: mean loss and DDP's gradients."""
+    torch.manual_seed(0)
+    encoder = Encoder(_CONFIG, InputShape(32, 16, 32)).double()
+    fbank = torch.randn(_CLIPS, 32, 16).double()
+    frames = torch.randn(_CLIPS, 1, 3, 32, 32).double()
+    prototypes = {s: torch.randn(_CLASSES, 8).double() for s in STREAMS}
+    state = ConfusionState(torch.softmax(torch.randn(_CLASSES, _CLASSES), 1), ConfusionConfig())
+    state.update(0.0, since_labels_epochs=9)
+    share = slice(rank * _CLIPS // n_ranks, (rank + 1) * _CLIPS // n_ranks)
+    labels = _LABELS[share]
+    model = DistributedDataParallel(encoder) if n_ranks > 1 else encoder
+    z, h, _ = model(fbank[share], frames[share])
+    rows = labelled_rows(labels)
+    conf = confusion_loss(h, prototypes, labels, 0.1, state.weights_KK.double(), STREAMS, rows)
+    loss = (
+        info_nce(z["audio"], z["video"], 0.05).loss
+        + intra_modal({"audio": h["audio"]}, {"audio": h["fusion"]}, 0.1)
+        + class_alignment(h, prototypes, labels, 0.1, STREAMS, rows)
+        + conf.loss
+    )
+    loss.backward()
+    state.accumulate(conf.posteriors_BK, labels)
+    state.update(1.0, since_labels_epochs=9)
+    total = loss.detach().clone()
+    if n_ranks > 1:
+        torch.distributed.all_reduce(total)
+    gradients = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.requires_grad])
+    return {"loss": total / n_ranks, "gradients": gradients, "confusion": state.confusion_KK}
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    return _step(0, 1)
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+def test_ranks_have_loss_gradient_and_confusion_of_one_process(run_ranks, one_process, n_ranks):
+    results = run_ranks(n_ranks, _step)
+    for result in results:
+        for name, expected in one_process.items():
+            assert _error(result[name], expected) < 1e-10, name
+    for result in results[1:]:
+        assert torch.equal(result["confusion"], results[0]["confusion"])
+
+
+def _without_gradient(x: torch.Tensor) -> torch.Tensor:
+    rank, n_ranks = world()
+    parts = [torch.empty_like(x) for _ in range(n_ranks)]
+    torch.distributed.all_gather(parts, x.detach().contiguous())
+    return torch.cat([x if r == rank else part for r, part in enumerate(parts)])
+
+
+def test_a_gather_without_gradient_would_be_noticed(run_ranks, one_process, monkeypatch):
+    monkeypatch.setattr(training.losses, "gather_with_grad", _without_gradient)
+    result = run_ranks(2, _step)[0]
+    assert _error(result["loss"], one_process["loss"]) < 1e-10
+    assert _error(result["gradients"], one_process["gradients"]) > 1e-2
+
+
+def test_counting_labels_per_rank_would_be_noticed(run_ranks, one_process, monkeypatch):
+    monkeypatch.setattr(training.losses, "mean_over_ranks", lambda x: x.detach(), raising=True)
+    result = run_ranks(2, _step)[0]
+    assert _error(result["loss"], one_process["loss"]) > 1e-3
+
+
+def test_rows_come_in_rank_order(run_ranks):
+    def gather(rank: int, n_ranks: int) -> torch.Tensor:
+        return gather_with_grad(torch.full((2, 3), float(rank)))
+
+    for gathered in run_ranks(3, gather):
+        assert gathered[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_one_process_needs_no_group():
+    x = torch.randn(3, 2)
+    assert gather_with_grad(x) is x
