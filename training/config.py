@@ -109,6 +109,9 @@ class AugmentConfig(Frozen):
     """Largest number of masked mel bins (SpecAugment)."""
     time_mask: int = Field(0, ge=0)
     """Largest number of masked fbank frames (SpecAugment)."""
+    mask_with: Literal["mean", "zero"] = "mean"
+    """What masked cells become: `fbank_mean`, or 0 before normalising as in CAV-MAE. Quiet data
+    have a mean far below 0, where a zero is a loud stripe that hides the sound."""
 
 
 class LossConfig(Frozen):
@@ -131,7 +134,7 @@ class LossConfig(Frozen):
     class_alignment: float = Field(0.5, ge=0)
     """lambda_cls, weight of L_cls."""
     confusion: float = Field(0.5, ge=0)
-    """lambda_conf, weight of L_conf at mean confusion degree."""
+    """lambda_conf, weight of L_conf; times the mean confusion degree with `share_by_degree`."""
     class_temperature: float = Field(0.1, gt=0)
     """tau_c of L_cls, L_conf and the confusion matrix."""
     reconstruction: float = Field(0.0, ge=0)
@@ -153,8 +156,10 @@ class ConfusionConfig(Frozen):
     """What is left of the old estimate after one epoch."""
     update: Literal["dynamic", "static"] = "dynamic"
     """`static` keeps the estimate made when a round is published."""
+    update_steps: int = Field(10, ge=1)
+    """Steps between updates of the estimate, one all-reduce each."""
     share_by_degree: bool = True
-    """Scale L_conf's weight by the mean confusion degree."""
+    """Multiply lambda_conf by the mean confusion degree, in [0, 1]: the share follows it."""
 
 
 class RoundsConfig(Frozen):
@@ -242,8 +247,10 @@ class FinetuneConfig(Frozen):
     """Chance that a clip is mixed with another, lambda ~ Beta(10, 10)."""
     balanced: bool = False
     """Draw clips inversely to the size of their class."""
-    average_from_epoch: int | None = None
+    average_from_epoch: int | None = Field(None, ge=1)
     """Average the weights of this and later epochs (CAV-MAE: 3)."""
+    augment: AugmentConfig = AugmentConfig()
+    """Random views during fine-tuning."""
     optim: OptimConfig = OptimConfig(lr=1e-4, head_lr_scale=10.0, weight_decay=5e-7)
     """Optimiser of fine-tuning."""
 

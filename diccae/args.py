@@ -1,0 +1,84 @@
+"""Command lines to typed arguments: `--config FILE` first, then `--section.key value` on top.
+
+Knows nothing of what a command does with them. Invariant: a value that a config file would refuse
+is refused on the command line too, with exit code 2.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from pydantic import ValidationError, create_model
+
+from diccae.config import RunConfig, explain, load_config
+from diccae.errors import UsageError
+
+Args = TypeVar("Args")
+
+
+def parse(
+    command: str,
+    arguments: type[Args],
+    argv: Sequence[str],
+    sections: Sequence[str] | None = None,
+    run: RunConfig | None = None,
+) -> Args:
+    """Parse `argv` into the dataclass `arguments`.
+
+    A field named `run` holds the config: the file named by `--config` (or `run`), with
+    `--section.key value` of the command line on top.
+    Args: sections: the only parts of the config this command has options for; None: all.
+    Raises: UsageError for a value out of range; SystemExit(2) for a malformed command line.
+    """
+    has_run = any(field.name == "run" for field in dataclasses.fields(arguments))  # type: ignore[arg-type]
+    try:
+        if not has_run:
+            return _cli(arguments, command, argv)
+        base = run if run is not None else load_config(_config_path(argv))
+        names = list(sections) if sections is not None else list(RunConfig.model_fields)
+        part = _part_of(base, names)
+        shown = dataclasses.dataclass(frozen=True)(
+            type(
+                arguments.__name__,
+                (arguments,),
+                {
+                    "__annotations__": {"run": Annotated[type(part), tyro.conf.arg(name="")]},
+                    "__doc__": arguments.__doc__,
+                    "run": dataclasses.field(default_factory=lambda: part),
+                },
+            )
+        )
+        parsed: Any = _cli(shown, command, argv)
+        chosen = {name: getattr(parsed.run, name) for name in names}
+        whole = RunConfig.model_validate(base.model_copy(update=chosen).model_dump())
+        values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(arguments)}  # type: ignore[arg-type]
+        return arguments(**{**values, "run": whole})
+    except ValidationError as error:
+        raise UsageError(explain(error, RunConfig)) from None
+
+
+def _cli(arguments: type[Args], command: str, argv: Sequence[str]) -> Args:
+    return tyro.cli(
+        arguments,
+        args=list(argv),
+        prog=f"diccae {command}",
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def _part_of(base: RunConfig, names: Sequence[str]) -> Any:
+    """The named fields of the config as a model of their own, holding the values of `base`."""
+    fields: dict[str, Any] = {
+        name: (RunConfig.model_fields[name].annotation, getattr(base, name)) for name in names
+    }
+    return create_model("Config", **fields).model_construct(**{n: getattr(base, n) for n in names})
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    for i, arg in enumerate(argv):
+        if arg == "--config" and i + 1 < len(argv):
+            return argv[i + 1]
+        if arg.startswith("--config="):
+            return arg.removeprefix("--config=")
+    return None

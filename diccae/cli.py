@@ -1,0 +1,91 @@
+"""The `diccae` command: finds the subcommand, runs it, turns errors into one line and an exit code.
+
+Knows nothing of what the subcommands do; imports nothing heavy, so that `--help` answers at once.
+Invariant: every path out of here is one of the exit codes below.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+OK, ERROR, USAGE, TOO_MANY_FAILURES, LOCKED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+COMMANDS = {
+    "demo": "generate clips, ingest, pretrain, fine-tune, evaluate, report: all of it, once",
+    "synth": "write labelled clips in confusable pairs",
+    "ingest": "raw clips -> feature store, only what is new or changed",
+    "store": "status, failures, verify, compact, vacuum, export of a feature store",
+    "pretrain": "feature store -> encoder, with clustering rounds beside it",
+    "finetune": "encoder -> classifier",
+    "evaluate": "top-1, probes, retrieval, confusions -> results.json",
+    "embed": "feature store + encoder -> Parquet of vectors",
+    "cluster": "exact distributed k-means over any Parquet of vectors",
+    "ablate": "is each module needed? paired runs, one table",
+    "report": "run folder -> one HTML page",
+    "submit": "run any of these as a job on a Ray cluster",
+    "doctor": "check this machine, the cluster, the store and MLflow",
+}
+
+_EXIT_CODES = """exit codes: 0 ok, 1 error, 2 usage, 3 too many failed clips, 4 store locked,
+            130 interrupted (what was done is kept; run it again to go on)"""
+
+
+def usage() -> str:
+    """The help text of `diccae`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {help_}" for name, help_ in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: diccae COMMAND [options]      (diccae COMMAND --help for its options)",
+            "",
+            *lines,
+            "",
+            _EXIT_CODES,
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns: its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return OK if args else USAGE
+    name = args[0]
+    if name in ("--version", "version"):
+        from importlib.metadata import version
+
+        print(version("diccae"))
+        return OK
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        print(f"diccae: no command {name!r}.{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return USAGE
+    return _run(name, args[1:])
+
+
+def _run(name: str, argv: list[str]) -> int:
+    command = importlib.import_module(f"diccae.commands.{name}")
+    try:
+        code = command.main(argv)
+    except KeyboardInterrupt:
+        print(f"diccae {name}: interrupted; run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ERROR
+    except Exception as error:
+        exit_code = getattr(error, "exit_code", None)
+        if exit_code is None or os.environ.get("DICCAE_TRACEBACK"):
+            raise
+        print(f"diccae {name}: {error}", file=sys.stderr)
+        return int(exit_code)
+    return int(code or OK)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

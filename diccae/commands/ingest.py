@@ -1,0 +1,114 @@
+"""`diccae ingest`: raw clips to a feature store, only what is new or changed."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from diccae.args import parse
+from diccae.config import RunConfig
+from diccae.resources import start_ray
+from diccae.screen import ProgressLine, clock, say
+from pipeline.config import FeatureSpec
+
+
+@dataclass(frozen=True)
+class IngestArgs:
+    """Decode clips into Parquet feature shards; a second run does only what changed."""
+
+    clips: str
+    """VGGSound CSV (id, start, label, split), or a manifest with a header: uri, start_s, ..."""
+    store: str
+    """URI of the feature store: folder, s3://, gs://, ..."""
+    videos: str | None = None
+    """Folder or URI of the clips, or of the published tar.gz parts."""
+    config: str | None = None
+    """YAML config; its `features` section is used, else the store's own spec."""
+    plan: bool = False
+    """Only say what would be done and why; starts nothing."""
+    probe: bool = False
+    """With --plan: read the containers and count unclean timelines."""
+    retry_failed: bool = False
+    """Decode clips again that failed before."""
+    allow_mass_delete: bool = False
+    """Remove clips from the store even if a large share vanished from the source."""
+    json: bool = False
+    """End with one JSON line on stdout."""
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = parse("ingest", IngestArgs, argv, sections=("features", "ingest"))
+    config = args.run.ingest.model_copy(
+        update={
+            "retry_failed": args.retry_failed or args.run.ingest.retry_failed,
+            "allow_mass_delete": args.allow_mass_delete or args.run.ingest.allow_mass_delete,
+            "probe": args.probe or args.run.ingest.probe,
+        }
+    )
+    spec = _spec(args, argv)
+    if args.plan:
+        return _plan(args, spec, config)
+    from pipeline.ingest import Progress, ingest
+
+    line = ProgressLine()
+
+    def show(progress: Progress) -> None:
+        reasons = ", ".join(f"{r} {n}" for r, n in sorted(progress.by_reason.items()))
+        line.show(
+            f"ingest {progress.done:,}/{progress.total:,}  ok {progress.ok:,}  failed "
+            f"{progress.failed:,}{f' ({reasons})' if reasons else ''}  "
+            f"{progress.clips_per_s:.1f} clips/s  left {clock(progress.eta_s)}  "
+            f"committed {progress.committed:,}",
+            now=progress.done == progress.total,
+        )
+
+    try:
+        summary = ingest(
+            args.clips,
+            args.videos,
+            args.store,
+            spec,
+            config,
+            start_ray=start_ray,
+            on_progress=show,
+        )
+    finally:
+        line.close()
+    report = summary.to_json()
+    if args.json:
+        print(json.dumps(report))
+    else:
+        print("  ".join(f"{name} {value:,}" for name, value in report.items()))
+    if summary.failed:
+        say(f'failed clips: diccae store failures --store "{args.store}"')
+    return 0
+
+
+def _spec(args: IngestArgs, argv: Sequence[str]) -> FeatureSpec | None:
+    """What the user asked for; None leaves it to the store."""
+    overridden = any(arg.startswith("--features.") for arg in argv)
+    if args.config is not None:
+        return args.run.features
+    if not overridden:
+        return None
+    from pipeline.store import FeatureStore
+
+    if not FeatureStore.exists(args.store):
+        return args.run.features
+    own = FeatureStore.open(args.store).snapshot().spec
+    base = RunConfig(features=own)
+    return parse("ingest", IngestArgs, argv, ("features",), base).run.features
+
+
+def _plan(args: IngestArgs, spec: FeatureSpec | None, config: object) -> int:
+    from pipeline.config import IngestConfig
+    from pipeline.ingest import plan_ingest
+
+    assert isinstance(config, IngestConfig)
+    plan = plan_ingest(args.clips, args.videos, args.store, spec, config)
+    if args.json:
+        print(json.dumps(plan.to_json()))
+    else:
+        print(plan.describe())
+    return 0

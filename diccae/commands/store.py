@@ -1,0 +1,80 @@
+"""`diccae store`: look after a feature store."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from diccae.args import parse
+from diccae.screen import say, table
+
+
+@dataclass(frozen=True)
+class StoreArgs:
+    """Status, failures, verify, compact, vacuum or export of a feature store."""
+
+    action: tyro.conf.Positional[
+        Literal["status", "failures", "verify", "compact", "vacuum", "export"]
+    ]
+    """What to do."""
+    store: str
+    """URI of the feature store."""
+    version: int | None = None
+    """status: an older version of the clips table."""
+    sample: int = 64
+    """verify: clips that are read back and compared."""
+    repair: bool = False
+    """verify: mark damaged clips, so that the next ingest decodes them again."""
+    retention_hours: float = 168.0
+    """vacuum: keep unreferenced shards this long."""
+    out: str | None = None
+    """export: target folder or URI."""
+    format: Literal["folder", "webdataset"] = "folder"
+    """export: a plain folder of JPEG and npy files, or WebDataset tars."""
+    json: bool = False
+    """Print one JSON line."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = parse("store", StoreArgs, argv)
+    from pipeline import maintenance
+
+    if args.action == "status":
+        return _show(maintenance.status(args.store, args.version), args.json)
+    if args.action == "failures":
+        return _failures(maintenance.failures(args.store), args.json)
+    if args.action == "verify":
+        result = maintenance.verify(args.store, sample=args.sample, repair=args.repair)
+        _show(result, args.json)
+        return 1 if result["damaged"] and not args.repair else 0
+    if args.action == "compact":
+        return _show(maintenance.compact(args.store), args.json)
+    if args.action == "vacuum":
+        return _show(maintenance.vacuum(args.store, args.retention_hours), args.json)
+    if args.out is None:
+        say("diccae store export: --out DIR is needed")
+        return 2
+    return _show(maintenance.export(args.store, args.out, args.format), args.json)
+
+
+def _show(result: dict, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(result))
+    else:
+        width = max(map(len, result))
+        for name, value in result.items():
+            print(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")
+    return 0
+
+
+def _failures(rows: list[dict], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(rows))
+    elif not rows:
+        print("no failed clips")
+    else:
+        print(table(list(rows[0]), [list(row.values()) for row in rows]))
+    return 0

@@ -1,0 +1,71 @@
+"""`diccae submit`: run any diccae command as a job on a Ray cluster."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diccae.args import parse
+from diccae.errors import UsageError
+from diccae.screen import say
+
+
+@dataclass(frozen=True)
+class SubmitArgs:
+    """Pack the code, submit, stream the log, return the job's own exit code.
+
+    Everything after `--` is the command: diccae submit --address URL -- pretrain --config FILE ...
+    """
+
+    address: str
+    """The cluster's job server, such as http://127.0.0.1:8265."""
+    working_dir: str = "."
+    """Folder whose code the job gets."""
+    env: tuple[str, ...] = ()
+    """Variables of the job, NAME=VALUE."""
+    exclude: tuple[str, ...] = ()
+    """Patterns left out of the package, beside .gitignore."""
+    no_wait: bool = False
+    """Submit and return at once."""
+    follow: str | None = None
+    """Stream the log of a job that was submitted before."""
+    stop: str | None = None
+    """Stop a job."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    options, command = list(argv), []
+    if "--" in options:
+        cut = options.index("--")
+        options, command = options[:cut], options[cut + 1 :]
+    args = parse("submit", SubmitArgs, options)
+    from deploy import submit
+
+    if args.stop is not None:
+        return submit.stop(args.address, args.stop, say=say)
+    if args.follow is not None:
+        return submit.follow(args.address, args.follow, say=say, write=_write)
+    if not command:
+        raise UsageError("nothing to run; end the line with: -- pretrain --config FILE ...")
+    return submit.submit(
+        args.address,
+        command,
+        working_dir=args.working_dir,
+        env=dict(_pair(item) for item in args.env),
+        excludes=args.exclude,
+        wait=not args.no_wait,
+        say=say,
+        write=_write,
+    )
+
+
+def _pair(item: str) -> tuple[str, str]:
+    name, equals, value = item.partition("=")
+    if not equals:
+        raise UsageError(f"--env {item}: expected NAME=VALUE")
+    return name, value
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,29 @@
+"""`diccae synth`: labelled clips in confusable pairs, as real H.264 + AAC files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diccae.args import parse
+
+
+@dataclass(frozen=True)
+class SynthArgs:
+    """Write clips in VGGSound's naming with its CSV, to try everything without a download."""
+
+    out: str
+    """Folder: `videos/` and `<folder name>.csv` are written into it."""
+    train: int = 480
+    """Clips of the train split."""
+    test: int = 160
+    """Clips of the test split."""
+    seed: int = 0
+    """Equal seeds give equal clips."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = parse("synth", SynthArgs, argv)
+    from pipeline.synth import write_clips
+
+    print(write_clips(args.out, args.train, args.test, args.seed))
+    return 0

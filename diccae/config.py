@@ -1,0 +1,101 @@
+"""The root config: one YAML file describes a run from raw clips to report.
+
+Composes the configs of the packages; holds no field of its own but the name.
+Invariant: an unknown key is refused with the nearest known one named; what is saved with a run
+loads to the same config.
+"""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from clustering.config import ClusteringConfig
+from diccae.errors import UsageError
+from pipeline.config import FeatureSpec, IngestConfig
+from training.config import TrainingConfig
+
+
+class RunConfig(TrainingConfig):
+    """Everything a run depends on, from raw clips to report."""
+
+    features: FeatureSpec = FeatureSpec()
+    ingest: IngestConfig = IngestConfig()
+    clustering: ClusteringConfig = ClusteringConfig()
+
+    def digest(self) -> str:
+        """SHA-256 of what decides the result: not how many workers, where or how it is logged."""
+        content = self.model_dump(mode="json", exclude={"scale", "tracking", "ingest"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_config(path: str | Path | None) -> RunConfig:
+    """Read a YAML config; None gives the defaults.
+
+    Raises: UsageError naming the file, the key, what was found and what is allowed.
+    """
+    if path is None:
+        return RunConfig()
+    try:
+        content = yaml.safe_load(Path(path).read_text()) or {}
+    except FileNotFoundError:
+        known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none here"
+        raise UsageError(f"{path}: no such config file. Files in configs/: {known}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: found {type(content).__name__}, expected sections such as data:")
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {explain(error, RunConfig)}") from None
+
+
+def save_config(config: BaseModel, path: Path) -> None:
+    """Write the resolved config, every default included."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def differing_keys(old: BaseModel, new: BaseModel) -> list[str]:
+    """Dotted keys whose values differ, as `key: old -> new`."""
+    return list(_differences(old.model_dump(mode="json"), new.model_dump(mode="json"), ""))
+
+
+def _differences(old: Any, new: Any, prefix: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            line
+            for key in keys
+            for line in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if old == new else [f"{prefix}: {old} -> {new}"]
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """A pydantic error in one line per key, with the nearest name for an unknown one."""
+    return "; ".join(_explain_one(item, model) for item in error.errors())
+
+
+def _explain_one(item: Any, model: type[BaseModel]) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] != "extra_forbidden":
+        return f"{key}: {item['msg']}, found {item['input']!r}"
+    known = _fields_at(model, location[:-1])
+    near = difflib.get_close_matches(location[-1], known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+    return f"unknown key {key}: {hint}"
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

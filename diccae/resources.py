@@ -1,0 +1,119 @@
+"""Who wants what on the cluster: starting or joining Ray, and refusing what cannot fit.
+
+Invariant: a run whose actors, workers and readers do not fit is refused with a table before it
+starts; Ray itself would wait for ever without a word.
+"""
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+from clustering.config import ClusteringConfig
+from diccae.errors import ResourceError
+from training.config import ScaleConfig, TrainingConfig
+
+_SPARE_CPUS = 2
+"""Logical CPUs of an embedded cluster beyond the machine's cores: Ray's own light tasks and actors
+ask for whole ones, and on a small machine would otherwise wait for ever."""
+
+
+def start_ray() -> None:
+    """Join the cluster of this job (RAY_ADDRESS), or start one inside this process."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    _quiet()
+    # Workers of an embedded cluster share the cores: one BLAS thread each unless told otherwise.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", log_to_driver=False, configure_logging=False)
+        return
+    ray.init(
+        address="local",
+        num_cpus=(os.cpu_count() or 1) + _SPARE_CPUS,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        _temp_dir=tempfile.mkdtemp(prefix="diccae-ray-", dir=_short_folder()),
+    )
+
+
+def _short_folder() -> str | None:
+    """Ray's socket paths are limited to 107 bytes; a long TMPDIR would break them."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return folder if len(folder) < 40 else "/tmp"
+
+
+def _quiet() -> None:
+    """Errors of Ray still show; its progress bars and notices would bury ours."""
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class Demand(NamedTuple):
+    """What one part of a run reserves."""
+
+    part: str
+    count: int
+    cpus: float
+    gpus: float
+
+
+def training_demands(
+    config: TrainingConfig, clustering: ClusteringConfig | None
+) -> list[Demand]:
+    """All that is on the cluster at once while training runs."""
+    scale = config.scale
+    workers = scale.min_workers or scale.num_workers
+    demands = [
+        Demand("training workers", workers, scale.cpus_per_worker, float(scale.use_gpu)),
+        Demand("Ray Data readers", workers * scale.reader_tasks, scale.reader_cpus, 0),
+        Demand("Ray's own tasks", 1, 1.0, 0),
+    ]
+    if clustering is not None:
+        banks = clustering.n_banks or max(1, clustering.n_actors // 2)
+        demands += [
+            Demand("clustering actors", clustering.n_actors, clustering.cpus_per_actor, 0),
+            Demand("feature bank and coordinator", banks + 1, clustering.cpus_per_bank, 0),
+        ]
+    return demands
+
+
+def check_fits(demands: list[Demand]) -> None:
+    """Compare with the cluster Ray is connected to.
+
+    Raises: ResourceError with a table of who wants what.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    cpus = sum(d.count * d.cpus for d in demands)
+    gpus = sum(d.count * d.gpus for d in demands)
+    if cpus <= have.get("CPU", 0) + 1e-6 and gpus <= have.get("GPU", 0) + 1e-6:
+        return
+    rows = "\n".join(
+        f"  {d.part:<30} {d.count:>4} x {d.cpus:g} CPU" + (f", {d.gpus:g} GPU" if d.gpus else "")
+        for d in demands
+    )
+    raise ResourceError(
+        f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs, this run "
+        f"needs {cpus:g} and {gpus:g}:\n{rows}\n"
+        "Lower scale.num_workers, scale.cpus_per_worker or clustering.n_actors, or add nodes."
+    )
+
+
+def scale_note(scale: ScaleConfig, say: Callable[[str], None]) -> None:
+    """Say when GPUs lie idle."""
+    import ray
+
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if gpus and not scale.use_gpu:
+        say(f"note: the cluster has {gpus:g} GPUs; --scale.use-gpu would use them")

@@ -1,0 +1,105 @@
+"""Stored features to model input, with or without random views.
+
+Pure tensors and explicit generators: knows nothing of stores, lanes or Ray.
+Invariant: the same generator state gives the same view on every device-count and batch split.
+
+Shapes: B clips, F frames, H x W pixels, T fbank frames, M mel bins.
+"""
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from training.config import AugmentConfig, DataConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalise_frames(frames_BFHWC: Tensor) -> Tensor:
+    """uint8 RGB [B, F, H, W, 3] -> float32 [B, F, 3, H, W] with ImageNet statistics."""
+    x = frames_BFHWC.permute(0, 1, 4, 2, 3).float() / 255.0
+    mean = x.new_tensor(IMAGENET_MEAN).view(3, 1, 1)
+    std = x.new_tensor(IMAGENET_STD).view(3, 1, 1)
+    return (x - mean) / std
+
+
+def normalise_fbank(fbank_BTM: Tensor, data: DataConfig) -> Tensor:
+    """Stored fbank, any float dtype [B, T, M] -> float32, zero mean and unit variance."""
+    return (fbank_BTM.float() - data.fbank_mean) / data.fbank_std
+
+
+def _uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
+    return torch.rand(n, generator=generator) * (high - low) + low
+
+
+def augment_frames(x_BFCHW: Tensor, config: AugmentConfig, generator: Generator) -> Tensor:
+    """Random resized crop, flip, brightness and contrast; one draw per clip, same for its frames.
+
+    Args: x_BFCHW: normalised float32. Random numbers are drawn on the CPU, whatever its device.
+    """
+    n_clips, n_frames = x_BFCHW.shape[:2]
+    draws = {
+        "scale": _uniform(n_clips, config.crop_scale_min, 1.0, generator).sqrt(),
+        "dx": _uniform(n_clips, -1.0, 1.0, generator),
+        "dy": _uniform(n_clips, -1.0, 1.0, generator),
+        "flip": torch.where(_uniform(n_clips, 0.0, 1.0, generator) < config.flip, -1.0, 1.0),
+        "brightness": _uniform(n_clips, -config.brightness, config.brightness, generator),
+        "contrast": 1.0 + _uniform(n_clips, -config.contrast, config.contrast, generator),
+    }
+    draws = {name: value.to(x_BFCHW.device) for name, value in draws.items()}
+    if config.crop_scale_min < 1.0 or config.flip > 0.0:
+        scale = draws["scale"]
+        theta = x_BFCHW.new_zeros(n_clips, 2, 3)
+        theta[:, 0, 0] = scale * draws["flip"]
+        theta[:, 1, 1] = scale
+        theta[:, 0, 2] = draws["dx"] * (1.0 - scale)
+        theta[:, 1, 2] = draws["dy"] * (1.0 - scale)
+        flat = x_BFCHW.flatten(0, 1)
+        grid = F.affine_grid(
+            theta.repeat_interleave(n_frames, 0), list(flat.shape), align_corners=False
+        )
+        x_BFCHW = F.grid_sample(flat, grid, padding_mode="border", align_corners=False).view_as(
+            x_BFCHW
+        )
+    shape = (n_clips, 1, 1, 1, 1)
+    return x_BFCHW * draws["contrast"].view(shape) + draws["brightness"].view(shape)
+
+
+def _random_spans(n: int, length: int, longest: int, generator: Generator) -> Tensor:
+    """Boolean [n, length], True inside one random span of at most `longest`."""
+    width = _uniform(n, 0.0, longest + 1, generator).floor().clamp(max=longest)
+    start = (_uniform(n, 0.0, 1.0, generator) * (length - width + 1).clamp(min=1)).floor()
+    index = torch.arange(length)
+    return (index >= start[:, None]) & (index < (start + width)[:, None])
+
+
+def augment_fbank(
+    fbank_BTM: Tensor, config: AugmentConfig, data: DataConfig, generator: Generator
+) -> Tensor:
+    """Gain, SpecAugment masks, noise and circular shift.
+
+    Args: fbank_BTM: stored values. Returns: normalised float32 [B, T, M].
+    """
+    n_clips, n_frames, n_mels = fbank_BTM.shape
+    device = fbank_BTM.device
+    x_BTM = fbank_BTM.float()
+    freq = _random_spans(n_clips, n_mels, config.freq_mask, generator).to(device)
+    time = _random_spans(n_clips, n_frames, config.time_mask, generator).to(device)
+    gain = _uniform(n_clips, -config.gain, config.gain, generator).to(device)
+    level = _uniform(n_clips, 0.0, config.fbank_noise, generator).to(device)
+    longest = int(config.shift_frac * n_frames)
+    shift = _uniform(n_clips, -longest, longest + 1, generator).floor().long().to(device)
+    if config.gain:
+        x_BTM = x_BTM + gain[:, None, None]
+    if config.freq_mask or config.time_mask:
+        fill = data.fbank_mean if config.mask_with == "mean" else 0.0
+        x_BTM = x_BTM.masked_fill(freq[:, None, :] | time[:, :, None], fill)
+    x_BTM = normalise_fbank(x_BTM, data)
+    if config.fbank_noise:
+        noise = torch.randn(x_BTM.shape, generator=generator).to(device)
+        x_BTM = x_BTM + noise * level[:, None, None]
+    if longest:
+        index = (torch.arange(n_frames, device=device)[None] - shift[:, None]) % n_frames
+        x_BTM = x_BTM.gather(1, index[:, :, None].expand_as(x_BTM))
+    return x_BTM

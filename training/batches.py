@@ -1,0 +1,263 @@
+"""Which clips make up which batch, and how their stored features become arrays.
+
+Pure but for reading the store: knows nothing of Ray, models or augmentation.
+Invariant: the clips of step s of epoch e are a function of (rows, seed, e, s) alone. Lanes fix
+which share of a batch a worker reads, so the order never depends on the number of workers, and a
+run can be taken up at any step.
+
+Shapes: N clips, B global batch, V lanes, b = B / V clips of a lane, F frames, R rounds of views.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.config import FeatureSpec
+from pipeline.features import decode_jpegs, fbank_array
+from pipeline.store import Snapshot, read_rows
+from training.config import DataConfig
+from training.errors import TrainingError
+
+ROW_GROUP = 64
+"""Rows of a Parquet row group: the smallest piece worth reading."""
+
+Batch = dict[str, NDArray]
+
+
+def clip_keys(clip_ids: Sequence[str]) -> NDArray[np.uint64]:
+    """A stable 64-bit key per clip id, what clustering knows a clip by."""
+    digests = b"".join(hashlib.blake2b(c.encode(), digest_size=8).digest() for c in clip_ids)
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+
+
+class RowIndex(NamedTuple):
+    """The live rows of a split at a pinned version, sorted by (shard, row)."""
+
+    store_uri: str
+    spec: FeatureSpec
+    shards: list[str]
+    classes: list[str]
+    clip_ids_N: NDArray[np.object_]
+    keys_N: NDArray[np.uint64]
+    labels_N: NDArray[np.int64]
+    """Position in `classes`; -1 without a label."""
+    shards_N: NDArray[np.int32]
+    """Position in `shards`."""
+    rows_N: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.keys_N)
+
+    def take(self, which: NDArray) -> "RowIndex":
+        """The same index with only the rows `which` (positions or mask)."""
+        return self._replace(
+            **{name: getattr(self, name)[which] for name in self._fields if name.endswith("_N")}
+        )
+
+
+def index_rows(snapshot: Snapshot, split: str, classes: list[str] | None = None) -> RowIndex:
+    """The rows of `split` to train or test on.
+
+    Raises: TrainingError if the split has no clip, naming the splits there are.
+    """
+    table = snapshot.rows(split)
+    if table.num_rows == 0:
+        found = {
+            row["split"]: row["clip_id_count"]
+            for row in snapshot.clips.group_by("split")
+            .aggregate([("clip_id", "count")])
+            .to_pylist()
+        }
+        raise TrainingError(
+            f"{snapshot.uri}: no clip with usable features in split {split!r} at version "
+            f"{snapshot.version}; clips by split: {found}. Ingest a CSV with that split, or look at "
+            f'"diccae store failures --store {snapshot.uri}".'
+        )
+    names = classes if classes is not None else snapshot.classes
+    position = {name: i for i, name in enumerate(names)}
+    shard = table["shard"].combine_chunks().dictionary_encode()
+    clip_ids = table["clip_id"].to_numpy(zero_copy_only=False)
+    keys = clip_keys(clip_ids)
+    if len(np.unique(keys)) != len(keys):
+        raise TrainingError(f"{snapshot.uri}: two clip ids share a 64-bit key; rename one of them")
+    labels = [position.get(label, -1) for label in table["label"].to_pylist()]
+    return RowIndex(
+        snapshot.uri,
+        snapshot.spec,
+        shard.dictionary.to_pylist(),
+        list(names),
+        clip_ids,
+        keys,
+        np.asarray(labels, np.int64),
+        shard.indices.to_numpy(zero_copy_only=False).astype(np.int32),
+        pc.cast(table["row"], "int32").to_numpy(),
+    )
+
+
+def split_validation(index: RowIndex, frac: float) -> tuple[RowIndex, RowIndex]:
+    """Train and validation rows, split by YouTube id so that no video is in both."""
+    videos = np.array([c.rsplit("_", 1)[0] for c in index.clip_ids_N], dtype=object)
+    draw = clip_keys([f"validation:{v}" for v in videos]).astype(np.float64) / 2.0**64
+    held = draw < frac
+    return index.take(~held), index.take(held)
+
+
+class BatchPlan(NamedTuple):
+    """How a split is cut into batches."""
+
+    batch_size: int
+    lanes: int
+    window_steps: int
+    """Steps whose clips are permuted together."""
+
+    @classmethod
+    def of(cls, n_clips: int, batch_size: int, data: DataConfig) -> "BatchPlan":
+        """Raises: TrainingError if the batch does not divide into lanes, or exceeds the clips."""
+        if batch_size % data.lanes:
+            raise TrainingError(
+                f"batch_size = {batch_size} does not divide into data.lanes = {data.lanes}; "
+                "choose a multiple"
+            )
+        if n_clips < batch_size:
+            raise TrainingError(
+                f"batch_size = {batch_size}, but the split has only {n_clips} clips; lower "
+                "batch_size or ingest more clips"
+            )
+        return cls(batch_size, data.lanes, max(1, data.shuffle_window * data.lanes // batch_size))
+
+    def steps(self, n_clips: int) -> int:
+        """Steps of one epoch; the last partial batch is left to another epoch's order."""
+        return n_clips // self.batch_size
+
+
+def epoch_order(
+    index: RowIndex, plan: BatchPlan, seed: int, epoch: int, draws_N: NDArray | None = None
+) -> NDArray[np.int64]:
+    """Positions in `index` of every step of an epoch, [steps, V, b].
+
+    Row groups are shuffled, then clips within a lane's part of a window: reading stays sequential
+    within row groups. Args: draws_N: positions to visit instead of each row once (balanced
+    sampling); these are shuffled freely.
+    """
+    rng = np.random.default_rng([seed, epoch, 0x5EED])
+    if draws_N is None:
+        group_N = np.unique(
+            index.shards_N.astype(np.int64) << 32 | index.rows_N // ROW_GROUP, return_inverse=True
+        )[1]
+        rank_G = rng.permutation(group_N.max() + 1)
+        sequence = np.argsort(rank_G[group_N], kind="stable")
+    else:
+        sequence = rng.permutation(draws_N)
+    steps = plan.steps(len(sequence))
+    b = plan.batch_size // plan.lanes
+    order = np.empty((steps, plan.lanes, b), np.int64)
+    for first in range(0, steps, plan.window_steps):
+        m = min(plan.window_steps, steps - first)
+        start = first * plan.batch_size
+        window = sequence[start : start + m * plan.batch_size].reshape(plan.lanes, m * b)
+        shuffled = rng.permuted(window, axis=1)
+        order[first : first + m] = shuffled.reshape(plan.lanes, m, b).transpose(1, 0, 2)
+    return order
+
+
+def lanes_of(rank: int, world_size: int, lanes: int) -> range:
+    """The lanes a worker reads.
+
+    Raises: TrainingError if the world size does not divide the number of lanes.
+    """
+    if lanes % world_size:
+        raise TrainingError(
+            f"data.lanes = {lanes} cannot be shared by {world_size} workers: choose a number of "
+            "workers that divides it, or another data.lanes"
+        )
+    share = lanes // world_size
+    return range(rank * share, (rank + 1) * share)
+
+
+class Views(NamedTuple):
+    """Which stored frames a batch carries."""
+
+    frames_per_clip: int
+    n_views: int = 1
+    """Independent draws per clip (2 for intra-modal views)."""
+    random: bool = True
+    """False takes the middle frame of each segment, the same every time."""
+
+
+def choose_frames(
+    keys_B: NDArray[np.uint64], n_stored: int, views: Views, seed: int, epoch: int
+) -> NDArray[np.int64]:
+    """Stored frames to decode, [B, views * F]: one from each of F equal segments of the clip."""
+    F = views.frames_per_clip
+    edges = np.linspace(0, n_stored, F + 1)
+    low, width = np.floor(edges[:-1]), np.maximum(np.diff(np.floor(edges)), 1)
+    draws = np.full((len(keys_B), views.n_views, F), 0.5)
+    if views.random:
+        for i, key in enumerate(keys_B):
+            rng = np.random.Generator(np.random.Philox(key=[int(key), seed << 32 | epoch]))
+            draws[i] = rng.random((views.n_views, F))
+    chosen = np.floor(low + draws * width).astype(np.int64)
+    return np.minimum(chosen, n_stored - 1).reshape(len(keys_B), -1)
+
+
+class WindowReader:
+    """Reads the clips of some consecutive steps and yields them step by step, decoded.
+
+    One row group is read once per window; only the frames that are asked for are decoded.
+    """
+
+    def __init__(self, index: RowIndex, seed: int) -> None:
+        self.index, self.seed = index, seed
+
+    def read(self, positions_SVb: NDArray[np.int64], views: Views, epoch: int) -> Iterator[Batch]:
+        """Yields one batch a step: key u64 [n], label i64 [n], position i64 [n],
+        fbank f16 [n, T, M], frames u8 [n, views * F, H, W, 3]; n = lanes * b, lane after lane."""
+        positions = positions_SVb.reshape(len(positions_SVb), -1)
+        wanted, inverse = np.unique(positions, return_inverse=True)
+        inverse = inverse.reshape(positions.shape)
+        encoded = self._fetch(wanted)
+        for step in range(len(positions)):
+            yield self._decode(positions[step], [encoded[i] for i in inverse[step]], views, epoch)
+
+    def _fetch(self, wanted: NDArray[np.int64]) -> list[tuple[list[bytes], bytes]]:
+        """Encoded frames and fbank of each wanted position, in their order."""
+        index = self.index
+        out: list[tuple[list[bytes], bytes]] = [([], b"")] * len(wanted)
+        for shard in np.unique(index.shards_N[wanted]):
+            here = np.flatnonzero(index.shards_N[wanted] == shard)
+            table = read_rows(
+                index.store_uri,
+                index.shards[shard],
+                index.rows_N[wanted[here]],
+                ["frames", "fbank"],
+            )
+            rows = zip(table["frames"].to_pylist(), table["fbank"].to_pylist(), strict=True)
+            for place, row in zip(here, rows, strict=True):
+                out[place] = row
+        return out
+
+    def _decode(
+        self,
+        positions: NDArray[np.int64],
+        encoded: list[tuple[list[bytes], bytes]],
+        views: Views,
+        epoch: int,
+    ) -> Batch:
+        index, spec = self.index, self.index.spec
+        keys = index.keys_N[positions]
+        chosen = choose_frames(keys, spec.n_frames, views, self.seed, epoch)
+        jpegs = [
+            frames[i] for (frames, _), which in zip(encoded, chosen, strict=True) for i in which
+        ]
+        frames = decode_jpegs(jpegs)
+        return {
+            "position": positions,
+            "key": keys,
+            "label": index.labels_N[positions],
+            "fbank": np.stack([fbank_array(payload, spec) for _, payload in encoded]),
+            "frames": frames.reshape(len(positions), -1, *frames.shape[1:]),
+        }

@@ -1,0 +1,95 @@
+"""Means of metrics and times between two logs, and over an epoch.
+
+Knows nothing of what is measured. Invariant: its state is part of a checkpoint, so that the curve
+of a resumed run, and decisions taken on it, equal those of the uninterrupted one.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.gather import mean_over_ranks
+
+
+class Meter:
+    """Collects tensors without waiting for the device; `flush` reads them once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.epoch_sums: dict[str, float] = {}
+        self.epoch_counts: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        self.kept: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        self.since_step = 0
+        self.since = time.monotonic()
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add one step's scalars to the running means."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.double()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def keep(self, name: str, value: float) -> None:
+        """A value that is logged as it last was."""
+        self.kept[name] = value
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the wall time of a block to `time/<name>`."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+    def flush(self, step: int, batch_size: int) -> dict[str, float]:
+        """Means over the steps since the last flush and over ranks; collective."""
+        names = sorted(self.sums)
+        means = {}
+        if names:
+            stacked = torch.stack([self.sums[n] / self.counts[n] for n in names])
+            means = dict(zip(names, mean_over_ranks(stacked).tolist(), strict=True))
+        for name in names:
+            n = self.counts[name]
+            self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + means[name] * n
+            self.epoch_counts[name] = self.epoch_counts.get(name, 0) + n
+        steps = max(1, step - self.since_step)
+        now = time.monotonic()
+        out = means | self.kept
+        out |= {f"time/{name}": s / steps for name, s in self.seconds.items()}
+        out["clips_per_s"] = steps * batch_size / max(1e-9, now - self.since)
+        self.sums, self.counts, self.seconds = {}, {}, {}
+        self.since, self.since_step, self.last = now, step, out
+        return dict(out)
+
+    def epoch_mean(self, name: str) -> float:
+        """Mean over the epoch that has just been flushed; starts the next epoch's means."""
+        mean = self.epoch_sums.get(name, float("inf")) / max(1, self.epoch_counts.get(name, 0))
+        self.epoch_sums, self.epoch_counts = {}, {}
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running sums; times are not part of a result."""
+        return {
+            "sums": {name: value.cpu() for name, value in self.sums.items()},
+            "counts": dict(self.counts),
+            "epoch_sums": dict(self.epoch_sums),
+            "epoch_counts": dict(self.epoch_counts),
+            "since_step": self.since_step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over running sums."""
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self.counts = dict(state["counts"])
+        self.epoch_sums = dict(state["epoch_sums"])
+        self.epoch_counts = dict(state["epoch_counts"])
+        self.since_step = state["since_step"]
+        self.since = time.monotonic()

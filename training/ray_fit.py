@@ -1,0 +1,129 @@
+"""A training loop on Ray Train: workers, devices, checkpoints that survive any of them.
+
+The edge to Ray Train v2: knows nothing of what is trained. Invariant: `ray.train.report` is called
+at checkpoints only, by all workers at the same step; what a checkpoint holds loads with
+weights_only=True.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.config import ScaleConfig
+from training.errors import TrainingError
+from training.trainer import World
+
+_STATE = "state.pt"
+_CONTROLLER_POLL_S = "0.2"
+
+
+def fit(
+    loop: Callable[[dict[str, Any]], Any],
+    settings: dict[str, Any],
+    out: Path,
+    name: str,
+    scale: ScaleConfig,
+) -> Any:
+    """Run `loop(settings)` on the workers; goes on from the newest checkpoint under `out`/`name`.
+
+    Returns: what rank 0 returned.
+    Raises: the loop's own TrainingError; TrainingError for a worker that failed too often.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    # A checkpoint counts once the controller has polled it; its default of 2 s would cost a small
+    # run more than training.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _CONTROLLER_POLL_S)
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    workers: int | tuple[int, int] = scale.num_workers
+    if scale.min_workers is not None:
+        workers = (scale.min_workers, scale.num_workers)
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=settings,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=scale.use_gpu,
+            resources_per_worker={"CPU": scale.cpus_per_worker}
+            | ({"GPU": 1} if scale.use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(out.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    except ray.train.TrainingFailedError as error:
+        raise _own_error(error) from error
+
+
+def _own_error(error: BaseException) -> TrainingError:
+    """The TrainingError a worker raised, or one that says what Ray said."""
+    failures = getattr(error, "worker_failures", {}) or {}
+    for failure in failures.values():
+        cause = getattr(failure, "cause", None) or failure
+        if isinstance(cause, TrainingError):
+            return cause
+    last = str(error).strip().splitlines()
+    return TrainingError(f"training workers failed: {last[-1] if last else type(error).__name__}")
+
+
+def this_world(scale: ScaleConfig) -> World:
+    """This worker; sets its number of threads."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(scale.threads_per_worker or max(1, int(scale.cpus_per_worker)))
+    return World(context.get_world_rank(), context.get_world_size(), device)
+
+
+def last_state() -> dict[str, Any] | None:
+    """The newest checkpoint of this run, or None."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        state: dict[str, Any] = torch.load(
+            Path(folder) / _STATE, map_location="cpu", weights_only=True
+        )
+    return state
+
+
+def report_state(state: dict[str, Any], rank: int) -> None:
+    """Checkpoint: written by rank 0, reported by all."""
+    import ray.train
+
+    metrics = {"step": state["step"]}
+    if rank != 0:
+        ray.train.report(metrics)
+        return
+    folder = tempfile.mkdtemp(prefix="diccae-checkpoint-")
+    try:
+        torch.save(state, Path(folder) / _STATE)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def newest_step(out: Path, name: str) -> int | None:
+    """Step of the newest checkpoint on storage, without starting Ray; None if there is none."""
+    steps = []
+    for folder in (out / name).glob("checkpoint_*"):
+        if (folder / _STATE).exists():
+            state = torch.load(folder / _STATE, map_location="cpu", weights_only=True, mmap=True)
+            steps.append(int(state["step"]))
+    return max(steps, default=None)

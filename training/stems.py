@@ -1,0 +1,65 @@
+"""Convolutional stems: fbank or frame to a short sequence of tokens, trainable from nothing on a CPU.
+
+Know nothing of positions, modalities or losses. Invariant: no statistics over the batch (GroupNorm
+only), so a clip's tokens never depend on its neighbours or on the number of workers.
+
+Plain 16x16 patches do not leave the InfoNCE plateau ln B without pretrained weights; these do.
+
+Shapes: B clips, T fbank frames, M mel bins, L tokens, D width.
+"""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_AUDIO_CHANNELS = (32, 64, 128)
+_VIDEO_CHANNELS = (16, 32, 64, 128)
+
+
+def _conv(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+    convolution = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+    return [convolution, nn.GroupNorm(8, c_out), nn.ReLU(inplace=True)]
+
+
+class AudioConvStem(nn.Module):
+    """fbank to tokens, one per 16 fbank frames with all mel bins in it."""
+
+    def __init__(self, dim: int, n_mels: int, fbank_frames: int) -> None:
+        super().__init__()
+        # stride 4 at once: at stride 2 the first layer alone was half of a CPU step
+        layers = _conv(1, _AUDIO_CHANNELS[0], kernel=5, stride=4)
+        for a, b in itertools.pairwise(_AUDIO_CHANNELS):
+            layers += _conv(a, b, stride=2)
+        self.blocks = nn.Sequential(*layers)
+        self.n_tokens = math.ceil(fbank_frames / 16)
+        self.proj = nn.Linear(_AUDIO_CHANNELS[-1] * math.ceil(n_mels / 16), dim)
+
+    def forward(self, fbank_BTM: Tensor) -> Tensor:
+        """fbank_BTM [B, T, M] float, normalised -> [B, L, D]."""
+        x_BCtm = self.blocks(fbank_BTM.unsqueeze(1))
+        return self.proj(x_BCtm.transpose(1, 2).flatten(2))
+
+
+class VideoConvStem(nn.Module):
+    """Frame to tokens, one per 32x32 pixels; sees the half-size picture and its local contrast."""
+
+    def __init__(self, dim: int, frame_size: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for a, b in itertools.pairwise((6, *_VIDEO_CHANNELS[:-1])):
+            layers += [*_conv(a, b), nn.MaxPool2d(2)]
+        layers += _conv(*_VIDEO_CHANNELS[-2:], stride=2)
+        self.blocks = nn.Sequential(*layers)
+        self.n_tokens = math.ceil(frame_size // 16 / 2) ** 2
+        self.proj = nn.Linear(_VIDEO_CHANNELS[-1], dim)
+
+    def forward(self, frames_BCHW: Tensor) -> Tensor:
+        """frames_BCHW [B, 3, H, W] float, normalised -> [B, L, D]."""
+        half = F.avg_pool2d(frames_BCHW, 2)
+        around = F.avg_pool2d(half, 8, ceil_mode=True)
+        around = F.interpolate(around, size=half.shape[-2:], mode="bilinear")
+        x_BChw = self.blocks(torch.cat([half, half - around], dim=1))
+        return self.proj(x_BChw.flatten(2).transpose(1, 2))
