@@ -1,0 +1,98 @@
+"""What frozen features are worth: a linear classifier and nearest neighbours.
+
+Pure functions on arrays: knows nothing of encoders, streams or splits. Invariant: deterministic,
+no seed and no schedule; test labels are never seen.
+
+Shapes: N training and M test clips, D feature width, C classes.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+Features = NDArray[np.floating]
+
+
+def linear_probe(
+    train_ND: Features,
+    labels_N: NDArray[np.integer],
+    test_MD: Features,
+    n_classes: int,
+    iterations: int = 100,
+    device: str = "cpu",
+) -> NDArray[np.float32]:
+    """Class probabilities [M, C] of multinomial logistic regression on standardised features.
+
+    Minimises mean cross-entropy + |W|^2 / (2 N), which is scikit-learn's C = 1, by L-BFGS.
+
+    Raises: ValueError for features that are not finite or labels out of range.
+    """
+    _check(train_ND, labels_N, test_MD, n_classes)
+    x = torch.as_tensor(train_ND, dtype=torch.float32, device=device)
+    y = torch.as_tensor(labels_N, dtype=torch.int64, device=device)
+    std_D, mean_D = torch.std_mean(x, dim=0, correction=0)
+    scale_D = torch.where(std_D > 1e-6, 1 / std_D.clamp_min(1e-6), 0.0)
+    weight = torch.zeros(n_classes, x.shape[1], device=device, requires_grad=True)
+    bias = torch.zeros(n_classes, device=device, requires_grad=True)
+    x = (x - mean_D) * scale_D
+    optimiser = torch.optim.LBFGS(
+        [weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        optimiser.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), y) + weight.square().sum() / (2 * len(x))
+        loss.backward()
+        return loss
+
+    optimiser.step(objective)
+    test = torch.as_tensor(test_MD, dtype=torch.float32, device=device)
+    with torch.no_grad():
+        scores = F.linear((test - mean_D) * scale_D, weight, bias).softmax(1)
+    return scores.cpu().numpy()
+
+
+def knn_probe(
+    train_ND: Features,
+    labels_N: NDArray[np.integer],
+    test_MD: Features,
+    n_classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    device: str = "cpu",
+    rows: int = 1024,
+) -> NDArray[np.float32]:
+    """Class shares [M, C] of the k nearest training clips by cosine, each weighing e^(cos / tau).
+
+    Args: rows: test clips compared at a time; bounds memory at rows * N.
+    Raises: as `linear_probe`.
+    Source: Wu et al. 2018 (arXiv 1805.01978).
+    """
+    _check(train_ND, labels_N, test_MD, n_classes)
+    train = F.normalize(torch.as_tensor(train_ND, dtype=torch.float32, device=device), dim=1)
+    test = F.normalize(torch.as_tensor(test_MD, dtype=torch.float32, device=device), dim=1)
+    labels = torch.as_tensor(labels_N, dtype=torch.int64, device=device)
+    k = min(k, len(train))
+    scores = []
+    for part in test.split(rows):
+        cosines, nearest = (part @ train.T).topk(k, dim=1)
+        votes = torch.zeros(len(part), n_classes, device=device)
+        votes.scatter_add_(1, labels[nearest], ((cosines - 1) / temperature).exp())
+        scores.append(votes / votes.sum(1, keepdim=True))
+    return torch.cat(scores).cpu().numpy()
+
+
+def _check(
+    train_ND: Features, labels_N: NDArray[np.integer], test_MD: Features, n_classes: int
+) -> None:
+    if train_ND.ndim != 2 or len(train_ND) != len(labels_N) or not len(labels_N):
+        raise ValueError(f"features {train_ND.shape} for labels {labels_N.shape}")
+    if test_MD.ndim != 2 or test_MD.shape[1] != train_ND.shape[1] or not len(test_MD):
+        raise ValueError(f"test features {test_MD.shape} for training features {train_ND.shape}")
+    for name, features in (("training", train_ND), ("test", test_MD)):
+        if not np.isfinite(features).all():
+            raise ValueError(f"{name} features are not finite")
+    if not 0 <= labels_N.min() <= labels_N.max() < n_classes:
+        raise ValueError(f"labels {labels_N.min()}..{labels_N.max()} for {n_classes} classes")

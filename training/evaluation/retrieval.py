@@ -1,0 +1,112 @@
+"""Retrieval between audio and video embeddings of the same clips.
+
+Pure numpy on arrays: knows nothing of encoders or files. Invariants: ties count against, so that
+collapsed embeddings score as bad as they are; the subset depends on clip ids, not on row order.
+
+Shapes: N clips, P embedding width.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Embeddings = NDArray[np.floating]
+_ROWS = 512
+"""Queries compared at a time; bounds memory at a few times _ROWS * N."""
+
+
+def subset_per_class(
+    clip_ids: Sequence[str], labels_N: NDArray[np.integer], per_class: int = 5
+) -> NDArray[np.int64]:
+    """Row numbers of `per_class` clips of each class (all of a smaller class), ascending.
+
+    The order of a hash of the clip id decides: CAV-MAE's protocol of 5 clips per class without its
+    list of clips.
+    """
+    if len(clip_ids) != len(labels_N):
+        raise ValueError(f"{len(clip_ids)} clip ids for {len(labels_N)} labels")
+    digests = [hashlib.blake2b(clip_id.encode(), digest_size=8).digest() for clip_id in clip_ids]
+    rank = {row: i for i, row in enumerate(sorted(range(len(digests)), key=digests.__getitem__))}
+    chosen: list[int] = []
+    for label in np.unique(labels_N):
+        rows = np.flatnonzero(labels_N == label).tolist()
+        chosen += sorted(rows, key=rank.__getitem__)[:per_class]
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def retrieval(
+    audio_NP: Embeddings, video_NP: Embeddings, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """Recall at k in both directions by cosine: keys `a2v_r1`, ..., `v2a_r10`, and median ranks.
+
+    A clip is found at k if its own counterpart is among the k most similar ones.
+
+    Raises: ValueError for other than two finite [N, P] arrays of the same shape.
+    """
+    _check(audio_NP, video_NP)
+    found: dict[str, float] = {}
+    for name, queries, gallery in (("a2v", audio_NP, video_NP), ("v2a", video_NP, audio_NP)):
+        ranks = []
+        for start, cosines in _cosines(queries, gallery):
+            own = cosines[np.arange(len(cosines)), start + np.arange(len(cosines))][:, None]
+            ranks.append((cosines >= own).sum(1) - 1)
+        ranks_N = np.concatenate(ranks)
+        found |= {f"{name}_r{k}": float((ranks_N < k).mean()) for k in ks}
+        found[f"{name}_median_rank"] = float(np.median(ranks_N) + 1)
+    return found
+
+
+def class_retrieval(
+    audio_NP: Embeddings, video_NP: Embeddings, labels_N: NDArray[np.integer]
+) -> dict[str, float]:
+    """Whether clips of the same class come first: `a2v_class_r1`, `a2v_class_map` and v2a likewise.
+
+    The own counterpart of a query is left out of its gallery, so this asks for the class and not
+    for the clip; clips that are alone in their class are not asked.
+
+    Raises: ValueError as `retrieval`, or if no class has two clips.
+    """
+    _check(audio_NP, video_NP)
+    counts = np.unique_counts(labels_N)
+    asked = np.isin(labels_N, counts.values[counts.counts > 1])
+    if not asked.any():
+        raise ValueError("class retrieval needs a class with two clips")
+    found: dict[str, float] = {}
+    for name, queries, gallery in (("a2v", audio_NP, video_NP), ("v2a", video_NP, audio_NP)):
+        first, precision = [], []
+        for start, cosines in _cosines(queries, gallery):
+            rows = start + np.arange(len(cosines))
+            cosines[np.arange(len(cosines)), rows] = -np.inf
+            same = labels_N[rows][:, None] == labels_N[None]
+            same[np.arange(len(cosines)), rows] = False
+            # among equal cosines, clips of other classes come first
+            order = np.lexsort((same, -cosines), axis=1)
+            hits = np.take_along_axis(same, order, 1)[asked[rows]]
+            first.append(hits[:, 0])
+            places = hits.cumsum(1) / np.arange(1, hits.shape[1] + 1)
+            precision.append((places * hits).sum(1) / hits.sum(1))
+        found[f"{name}_class_r1"] = float(np.concatenate(first).mean())
+        found[f"{name}_class_map"] = float(np.concatenate(precision).mean())
+    return found
+
+
+def _cosines(queries_NP: Embeddings, gallery_NP: Embeddings) -> Iterator[tuple[int, Embeddings]]:
+    """(first row, cosines [rows, N]) for some queries at a time.
+
+    Rounded to 1e-6: equal embeddings must tie, whatever order a matrix product sums in.
+    """
+    queries, gallery = (
+        (x := np.asarray(each, np.float32)) / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
+        for each in (queries_NP, gallery_NP)
+    )
+    for start in range(0, len(queries), _ROWS):
+        yield start, (queries[start : start + _ROWS] @ gallery.T).round(6)
+
+
+def _check(audio_NP: Embeddings, video_NP: Embeddings) -> None:
+    if audio_NP.ndim != 2 or audio_NP.shape != video_NP.shape or not len(audio_NP):
+        raise ValueError(f"audio {audio_NP.shape}, video {video_NP.shape}: need the same [N, P]")
+    if not (np.isfinite(audio_NP).all() and np.isfinite(video_NP).all()):
+        raise ValueError("embeddings are not finite")
