@@ -14,6 +14,10 @@ import numpy as np
 from clustering.errors import BadVectors
 from clustering.targets import stream_slices
 
+_FOLD_ROWS = 65536
+_LOCKSTEP = 16
+"""Steps that one rank may be ahead of another: more than synchronous training allows."""
+
 
 class BankRows(NamedTuple):
     """Rows by key."""
@@ -80,6 +84,7 @@ class Bank:
         self._live = BankRows.empty(width)
         self._pending: list[BankRows] = []
         self._n_pending = 0
+        self._fold_above = _FOLD_ROWS
 
     def push(self, keys_B: np.ndarray, steps_B: np.ndarray, rows_BW: np.ndarray) -> None:
         """Take rows over; they are sorted in later."""
@@ -87,23 +92,24 @@ class Bank:
             return
         self._pending.append(BankRows(keys_B, steps_B, rows_BW))
         self._n_pending += len(keys_B)
-        # An epoch between freezes must not pile up many versions of each clip.
-        if self._n_pending > max(65536, 2 * len(self._live.keys)):
-            self._fold(None)
+        if self._n_pending > self._fold_above:
+            self._shrink()
 
-    def freeze(self, step: int | None = None) -> BankRows:
-        """Rows pushed at `step` or before (None: all), sorted by key; later ones stay pending."""
-        self._fold(step)
+    def freeze(self, step: int) -> BankRows:
+        """Rows pushed at `step` or before, sorted by key; later ones stay pending."""
+        self._live, later = self._merged(step)
+        self._pending = [later] if len(later.keys) else []
+        self._n_pending = len(later.keys)
         return self._live
+
+    def everything(self) -> BankRows:
+        """Newest row of every clip, sorted by key; changes nothing that a freeze will see."""
+        return self._merged(None)[0]
 
     def replace(self, rows: BankRows) -> None:
         """Forget everything and hold these rows."""
         self._live, self._pending, self._n_pending = BankRows.empty(self._width), [], 0
         self.push(*rows)
-
-    def everything(self) -> BankRows:
-        """Newest row of every clip, sorted by key."""
-        return self.freeze(None)
 
     @property
     def n_bytes(self) -> int:
@@ -112,32 +118,42 @@ class Bank:
         return (len(self._live.keys) + self._n_pending) * row_bytes
 
     def ages(self) -> tuple[int, int, int, int]:
-        """Clips, sum of steps, oldest and newest step."""
-        rows = self.everything()
-        if not len(rows.keys):
+        """Clips, sum of steps, oldest and newest step; zeros without clips."""
+        steps = self.everything().steps
+        if not len(steps):
             return 0, 0, 0, 0
-        steps = rows.steps
         return len(steps), int(steps.sum()), int(steps.min()), int(steps.max())
 
-    def _fold(self, step: int | None) -> None:
+    def _shrink(self) -> None:
+        """Drop older versions, so that epochs between freezes do not pile up in memory.
+
+        The last steps stay pending: a freeze asked for a moment ago must still find its rows.
+        """
+        newest = max(int(part.steps.max()) for part in self._pending)
+        self.freeze(newest - _LOCKSTEP)
+        self._fold_above = max(_FOLD_ROWS, 2 * (len(self._live.keys) + self._n_pending))
+
+    def _merged(self, step: int | None) -> tuple[BankRows, BankRows]:
+        """Live rows with the pending ones up to `step`, and the pending ones after it."""
         if not self._pending:
-            return
+            return self._live, BankRows.empty(self._width)
         pushed = BankRows.concat(self._pending)
         due = np.ones(len(pushed.keys), bool) if step is None else pushed.steps <= step
-        later = pushed.take(~due) if not due.all() else BankRows.empty(self._width)
-        self._pending = [later] if len(later.keys) else []
-        self._n_pending = len(later.keys)
-        newest = _newest(pushed if due.all() else pushed.take(due))
-        if len(newest.keys):
-            self._live = _update(self._live, newest)
+        if due.all():
+            return _update(self._live, _newest(pushed)), BankRows.empty(self._width)
+        return _update(self._live, _newest(pushed.take(due))), pushed.take(~due)
 
 
 def _newest(rows: BankRows) -> BankRows:
     """One row per key, sorted: the greatest step; of equal steps the greatest content."""
-    order = np.lexsort((_content(rows.rows), rows.steps, rows.keys))
-    keys = rows.keys[order]
-    last = np.append(keys[1:] != keys[:-1], True) if len(keys) else np.empty(0, dtype=bool)
-    return rows.take(order[last])
+    order = np.lexsort((rows.steps, rows.keys))
+    keys, steps = rows.keys[order], rows.steps[order]
+    again = keys[1:] == keys[:-1]
+    if (again & (steps[1:] == steps[:-1])).any():
+        order = np.lexsort((_content(rows.rows), rows.steps, rows.keys))
+    elif not again.any():
+        return rows.take(order)
+    return rows.take(order[np.append(~again, True)])
 
 
 def _content(rows_NW: np.ndarray) -> np.ndarray:
@@ -153,6 +169,8 @@ def _update(live: BankRows, newest: BankRows) -> BankRows:
     """Live rows with the newest ones in; both have sorted, distinct keys."""
     if not len(live.keys):
         return newest
+    if not len(newest.keys):
+        return live
     position = np.minimum(np.searchsorted(live.keys, newest.keys), len(live.keys) - 1)
     known = live.keys[position] == newest.keys
     contested = BankRows.concat([live.take(position[known]), newest.take(known)])

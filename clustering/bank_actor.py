@@ -15,8 +15,7 @@ import numpy as np
 from clustering import storage
 from clustering.bank import Bank, BankRows
 from clustering.hashing import vshard_of
-from clustering.local import saved_rows
-from clustering.snapshot import Part, read_rows, write_part
+from clustering.snapshot import Part, read_rows, saved_rows, write_part
 
 
 class BankActor:

@@ -4,6 +4,7 @@ Knows nothing of how they are shown. Invariant: each message names what was foun
 expected and the next step; `exit_code` is what the `diccae` command returns.
 """
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -15,6 +16,14 @@ class ClusteringError(Exception):
 
 class BadVectors(ClusteringError):
     """Rows that cannot be clustered: NaN, zero, duplicate keys, changing widths, too few."""
+
+    keys: tuple[int, ...] = ()
+    """Keys of the first bad rows, where they are known."""
+
+    def of(self, keys: Iterable[int]) -> "BadVectors":
+        """This error with the keys it is about."""
+        self.keys = tuple(int(key) for key in keys)
+        return self
 
 
 class RoundTimeout(ClusteringError):

@@ -8,7 +8,6 @@ Shapes: N rows, D width, K clusters.
 """
 
 import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,31 +16,13 @@ import numpy as np
 
 from clustering.config import ClusteringConfig
 from clustering.errors import BadVectors, ClusteringError, MissingLabels
-from clustering.exact import grid_exponent
 from clustering.passes import LocalPasses, Passes, Sums, Table
+from clustering.prepare import Prepared, prepare
 from clustering.seeding import kmeans_plus_plus, split_empty
-from clustering.shares import Block, Preparation, Share
+from clustering.shares import Block, Share
 from clustering.targets import View
 
 _MIN_MASS = 2.0**-24
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Rows that are ready to be clustered."""
-
-    fit: Preparation
-    """What Lloyd iterates over: all rows or a sample."""
-    n_rows: int
-    """All rows."""
-    n_fit: int
-    """Rows of the fit."""
-    square_exponent: int
-    """Grid of squared lengths."""
-    total_D: np.ndarray
-    """Sum of the fitted points, float64."""
-    sum_of_squares: float
-    """Sum of their squared lengths."""
 
 
 @dataclass
@@ -54,6 +35,8 @@ class LloydState:
     """Balancing term of the last assignment, float32; None without balancing."""
     inertia: list[float] = field(default_factory=list)
     """One value per iteration, before its update."""
+    n_empty: list[int] = field(default_factory=list)
+    """Clusters without rows, likewise."""
     done: bool = False
     limit: int = 0
     """Most iterations: fewer after a warm start."""
@@ -63,6 +46,7 @@ class LloydState:
         arrays = {
             "centroids": self.centroids_KD,
             "inertia": np.array(self.inertia),
+            "n_empty": np.array(self.n_empty, dtype=np.int64),
             "done": np.array(self.done),
             "limit": np.array(self.limit),
         }
@@ -75,6 +59,7 @@ class LloydState:
             arrays["centroids"],
             arrays.get("offset"),
             arrays["inertia"].tolist(),
+            arrays["n_empty"].tolist(),
             bool(arrays["done"]),
             int(arrays["limit"]),
         )
@@ -179,40 +164,6 @@ def check_distinct(keys: np.ndarray) -> None:
         )
 
 
-def prepare(passes: Passes, view: View, config: ClusteringConfig, seed: int) -> Prepared:
-    """Check the rows and choose grid, origin and sample.
-
-    Euclidean rows are moved to their mean first: it changes no distance, and float32 scores of
-    rows far from the origin would lose the digits that tell centroids apart.
-    Raises: BadVectors if there are fewer rows than clusters, or rows that cannot be clustered.
-    """
-    n_rows, max_abs = passes.moments(view)
-    if n_rows < config.k:
-        raise BadVectors(f"{n_rows} rows for k = {config.k} clusters. Lower k or add rows.")
-    exponent = grid_exponent(max_abs, n_rows)
-    shift = b""
-    if not view.spherical:
-        total_D, _ = passes.totals(
-            Preparation(view, exponent), _square_exponent(max_abs, view.width, n_rows)
-        )
-        shift = (total_D / n_rows).astype(np.float32).tobytes()
-        max_abs *= 2
-        exponent = grid_exponent(max_abs, n_rows)
-    below, n_fit = None, n_rows
-    wanted = config.k * (config.max_points_per_centroid or n_rows)
-    if wanted < n_rows:
-        below, n_fit = passes.nth_hash(seed, wanted), wanted
-    rows = Preparation(view, exponent, shift, below, seed if below is not None else 0)
-    square_exponent = _square_exponent(max_abs, view.width, n_rows)
-    total_D, squares = passes.totals(rows, square_exponent)
-    sum_of_squares = squares * 2.0**square_exponent
-    return Prepared(rows, n_rows, n_fit, square_exponent, total_D, sum_of_squares)
-
-
-def _square_exponent(max_abs: float, width: int, n_rows: int) -> int:
-    return grid_exponent(width * max_abs * max_abs, n_rows)
-
-
 def fit(
     passes: Passes,
     prepared: Prepared,
@@ -247,17 +198,24 @@ def _iterate(
     old = state.centroids_KD
     if config.balance == "sinkhorn":
         state.offset_K = _balance(passes, prepared, config, old)
-    offset_K = _offset(old, state, prepared)
-    sums_KD, counts_K = passes.lloyd_sums(prepared.fit, old, offset_K)
-    inertia = inertia_of(sums_KD, counts_K, old, prepared.sum_of_squares)
-    new, split = _update(
-        (sums_KD, counts_K), old, prepared, config.empty == "split", (seed, len(state.inertia))
-    )
-    previous = state.inertia[-1] if state.inertia else math.inf
-    settled = math.isfinite(previous) and previous - inertia < config.tol * previous
-    state.inertia.append(inertia)
-    state.done = bool(np.array_equal(new, old)) or (settled and not split)
+    sums_KD, counts_K = passes.lloyd_sums(prepared.fit, old, _offset(old, state, prepared))
+    state.inertia.append(inertia_of(sums_KD, counts_K, old, prepared.sum_of_squares))
+    state.n_empty.append(int((counts_K == 0).sum()))
+    settled = _settled(state, config.tol) or len(state.inertia) == state.limit
+    # The last update moves no donor away from its mean.
+    fill = config.empty == "split" and not settled
+    new = _update((sums_KD, counts_K), old, prepared, fill, (seed, len(state.inertia)))
+    state.done = settled or bool(np.array_equal(new, old))
     state.centroids_KD = new
+
+
+def _settled(state: LloydState, tol: float) -> bool:
+    """Whether the inertia stopped falling, and filling empty clusters stopped helping."""
+    if len(state.inertia) < 2:
+        return False
+    before, now = state.inertia[-2:]
+    empty_before, empty_now = state.n_empty[-2:]
+    return before - now < tol * before and not 0 < empty_now < empty_before
 
 
 def inertia_of(
@@ -342,7 +300,7 @@ def _start(
         sums = passes.label_sums(prepared.fit, passes.share_out(warm), k)
         if sums[1].any():
             origin = np.zeros((k, prepared.fit.view.width), dtype=np.float32)
-            centroids, _ = _update(sums, origin, prepared, True, (seed, -1))
+            centroids = _update(sums, origin, prepared, True, (seed, 0))
             return LloydState(centroids, limit=config.warm_iterations)
     if config.init == "kmeans++":
         n = min(prepared.n_fit, k * config.init_sample)
@@ -358,17 +316,17 @@ def _update(
     prepared: Prepared,
     fill_empty: bool,
     entropy: tuple[int, int],
-) -> tuple[np.ndarray, bool]:
-    """New centroids float32 [K, D], and whether an empty cluster was filled."""
+) -> np.ndarray:
+    """New centroids, float32 [K, D]."""
     sums_KD, counts_K = sums
     filled = counts_K > 0
     means = old_KD.astype(np.float64)
     means[filled] = sums_KD[filled] / counts_K[filled, None]
     means = _on_sphere(means, prepared, old_KD)
-    split = fill_empty and split_empty(means, counts_K, entropy)
-    if split:
+    if fill_empty:
+        split_empty(means, counts_K, entropy)
         means = _on_sphere(means, prepared, old_KD)
-    return means.astype(np.float32), split
+    return means.astype(np.float32)
 
 
 def _on_sphere(

@@ -1,9 +1,9 @@
-"""Labels as a table, how good they are, and whether they may be published.
+"""How good labels are, and whether they may be published.
 
 Pure numpy and scipy: knows nothing of how labels were made. Invariant: no measure changes when
 cluster ids are permuted.
 
-Shapes: N rows, B rows asked for, K clusters.
+Shapes: N rows, K clusters.
 """
 
 from collections.abc import Mapping
@@ -13,21 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_matrix
 
 from clustering.config import GuardConfig
-
-UNLABELLED = -100
-"""Label of a row that has none; cross-entropy ignores it by default."""
-
-
-def lookup(
-    keys_N: np.ndarray, labels_N: np.ndarray, keys_B: np.ndarray, default: int = UNLABELLED
-) -> np.ndarray:
-    """Labels int32 [B] of keys in a table of sorted keys; `default` where a key is not in it."""
-    if len(keys_N) == 0:
-        return np.full(len(keys_B), default, dtype=np.int32)
-    keys = np.asarray(keys_B, dtype=np.uint64)
-    position = np.minimum(np.searchsorted(keys_N, keys), len(keys_N) - 1)
-    labels = labels_N[position].astype(np.int32, copy=False)
-    return np.where(keys_N[position] == keys, labels, np.int32(default))
+from clustering.table import lookup
 
 
 def agreement(labels: np.ndarray, truth: np.ndarray) -> dict[str, float]:

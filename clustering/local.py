@@ -13,13 +13,20 @@ import numpy as np
 from clustering import storage
 from clustering.bank import Bank, BankRows, check_push
 from clustering.config import ClusteringConfig
-from clustering.errors import ClusteringError, RoundTimeout
+from clustering.errors import RoundTimeout
 from clustering.making import RoundMaker, identity
 from clustering.passes import LocalPasses
-from clustering.publish import begin, forget_vectors, is_complete, load_round, round_uri
+from clustering.publish import (
+    begin,
+    forget_vectors,
+    is_complete,
+    load_round,
+    unfinished,
+    vectors_uri,
+)
 from clustering.rounds import BankStats, PublishedRound, RoundRequest
 from clustering.shares import Share
-from clustering.snapshot import Snapshot, read_rows, write_part
+from clustering.snapshot import Snapshot, saved_rows, write_part
 
 
 class LocalRounds:
@@ -33,7 +40,7 @@ class LocalRounds:
         self._streams = dict(streams)
         self._width = sum(streams.values())
         self._uri = uri
-        self._seed = seed
+        self._identity = identity(config, streams, seed)
         self._bank = Bank(self._width)
         self._lock = threading.Lock()
         self._maker = RoundMaker(config, streams, uri, seed)
@@ -51,15 +58,15 @@ class LocalRounds:
 
     def start(self, request: RoundRequest) -> None:
         """See `Rounds.start`; the bank is frozen before this returns."""
-        begin(self._uri, request, identity(self._config, self._streams, self._seed))
-        done = is_complete(self._uri, request.round)
-        snapshot = None if done else self._freeze(request)
-        self._running[request.round] = self._worker.submit(self._make, request, snapshot)
+        begin(self._uri, request, self._identity)
+        with self._lock:
+            rows = self._bank.freeze(request.step)
+        self._running[request.round] = self._worker.submit(self._make, request, rows)
 
     def wait(self, round: int, timeout_s: float) -> PublishedRound:
         """See `Rounds.wait`."""
         if round not in self._running:
-            return load_round(self._uri, round)
+            self._resume(round)
         try:
             return self._running[round].result(timeout_s)
         except TimeoutError:
@@ -94,34 +101,35 @@ class LocalRounds:
         """Stop after the round in progress."""
         self._worker.shutdown(wait=True)
 
-    def _freeze(self, request: RoundRequest) -> Snapshot:
-        folder = storage.join(round_uri(self._uri, request.round), "vectors")
-        stored = Snapshot.load(folder)
-        if stored is not None:
-            return stored
-        with self._lock:
-            rows = self._bank.freeze(request.step)
-        part_uri = storage.join(folder, "part-0000.parquet")
-        part = write_part(part_uri, rows, self._streams, self._config.vshards)
-        snapshot = Snapshot(folder, (part,), self._width)
-        snapshot.write_manifest()
-        return snapshot
+    def _resume(self, round: int) -> None:
+        """A round of an earlier process: finished, or frozen and not yet finished."""
+        for request in unfinished(self._uri, self._identity):
+            if request.round == round and self._snapshot(request) is not None:
+                self._running[round] = self._worker.submit(self._make, request, None)
+                return
+        done: Future[PublishedRound] = Future()
+        done.set_result(load_round(self._uri, round))
+        self._running[round] = done
 
-    def _make(self, request: RoundRequest, snapshot: Snapshot | None) -> PublishedRound:
-        if snapshot is None:
+    def _make(self, request: RoundRequest, rows: BankRows | None) -> PublishedRound:
+        if is_complete(self._uri, request.round):
             return load_round(self._uri, request.round)
+        snapshot = self._snapshot(request)
+        if snapshot is None:
+            assert rows is not None
+            snapshot = self._write(request, rows)
         share = Share(snapshot.source(), self._config.block_rows, self._config.device)
         published = self._maker.make(LocalPasses(share), snapshot, request)
         forget_vectors(self._uri, request.round, self._config.keep_vectors)
         return published
 
+    def _snapshot(self, request: RoundRequest) -> Snapshot | None:
+        return Snapshot.load(vectors_uri(self._uri, request.round))
 
-def saved_rows(uri: str, width: int) -> BankRows:
-    """All rows that `Rounds.save` wrote under `uri`. Raises: ClusteringError if there are none."""
-    files = [name for name in storage.names(uri) if name.startswith("bank-")]
-    if not files:
-        raise ClusteringError(
-            f"{uri}: no saved bank (bank-*.parquet). Restore from a checkpoint that was saved."
-        )
-    groups = [group for name in files for group in read_rows(storage.join(uri, name), width)]
-    return BankRows.concat([BankRows.empty(width), *groups])
+    def _write(self, request: RoundRequest, rows: BankRows) -> Snapshot:
+        folder = vectors_uri(self._uri, request.round)
+        part_uri = storage.join(folder, "part-0000.parquet")
+        part = write_part(part_uri, rows, self._streams, self._config.vshards)
+        snapshot = Snapshot(folder, (part,), self._width)
+        snapshot.write_manifest()
+        return snapshot

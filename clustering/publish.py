@@ -18,11 +18,17 @@ import pyarrow.parquet as pq
 from clustering import storage
 from clustering.errors import ClusteringError
 from clustering.rounds import HeadLabels, PublishedRound, RoundRequest
+from clustering.snapshot import column
 
 
 def round_uri(uri: str, round: int) -> str:
     """Folder of a round."""
     return storage.join(uri, f"round-{round:04d}")
+
+
+def vectors_uri(uri: str, round: int) -> str:
+    """Folder of a round's frozen rows."""
+    return storage.join(round_uri(uri, round), "vectors")
 
 
 def rounds_at(uri: str) -> list[int]:
@@ -113,12 +119,12 @@ def forget_vectors(uri: str, round: int, keep: int) -> None:
     """Remove the frozen vectors of rounds up to `round` - `keep`; their labels stay."""
     for number in rounds_at(uri):
         if number <= round - keep:
-            storage.remove(storage.join(round_uri(uri, number), "vectors"))
+            storage.remove(vectors_uri(uri, number))
 
 
 def _write_labels(uri: str, heads: list[HeadLabels]) -> None:
-    columns = {"key": pa.array(heads[0].keys_N)}
-    columns.update({f"label_{head.name}": pa.array(head.labels_N) for head in heads})
+    columns = {"key": column(heads[0].keys_N)}
+    columns.update({f"label_{head.name}": column(head.labels_N) for head in heads})
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink, compression="zstd")
     storage.write_bytes(uri, memoryview(sink.getvalue()))

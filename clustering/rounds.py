@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from clustering.labels import lookup
+from clustering.table import lookup
 
 
 @dataclass(frozen=True)

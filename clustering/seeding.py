@@ -10,21 +10,19 @@ from clustering.assign import one_blas_thread
 _SPLIT = 1.0 / 1024
 
 
-def split_empty(means_KD: np.ndarray, counts_K: np.ndarray, entropy: tuple[int, int]) -> bool:
+def split_empty(means_KD: np.ndarray, counts_K: np.ndarray, entropy: tuple[int, int]) -> None:
     """Give each empty cluster a copy of a large one, both moved apart by 1/1024, in place.
 
     The donor is drawn with p ~ n - 1, as faiss does, and counts as halved afterwards. Without a
-    donor of two rows the cluster stays empty.
-    Returns: whether any cluster was filled.
+    donor of two rows the cluster stays empty. entropy: seed and iteration.
     """
     empty = np.flatnonzero(counts_K == 0)
     if not len(empty):
-        return False
+        return
     seed, iteration = entropy
-    rng = np.random.default_rng([seed & 0xFFFFFFFFFFFFFFFF, iteration + 1])
+    rng = np.random.default_rng([seed & 0xFFFFFFFFFFFFFFFF, 1 + iteration])
     counts = counts_K.astype(np.float64)
     sign = np.where(np.arange(means_KD.shape[1]) % 2 == 0, _SPLIT, -_SPLIT)
-    split = False
     for cluster in empty:
         weights = np.maximum(counts - 1, 0)
         if not weights.any():
@@ -36,8 +34,6 @@ def split_empty(means_KD: np.ndarray, counts_K: np.ndarray, entropy: tuple[int, 
         means_KD[donor] *= 1 - sign
         counts[cluster] = counts[donor] // 2
         counts[donor] -= counts[cluster]
-        split = True
-    return split
 
 
 def kmeans_plus_plus(x_ND: np.ndarray, k: int, seed: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from clustering.assign import assign, assign_cuda, one_blas_thread, scores_by_bl
 from clustering.errors import BadVectors
 from clustering.exact import add_by_label, fixed_point_sum, snap
 from clustering.hashing import hash64
-from clustering.labels import lookup
+from clustering.table import lookup
 from clustering.targets import View, points
 
 POSTERIOR_EXPONENT = -24
@@ -261,19 +261,18 @@ def _check_rows(keys: np.ndarray, rows: np.ndarray, view: View) -> None:
         part = rows[:, start:stop].astype(np.float32, copy=False)
         finite = np.isfinite(part).all(axis=1)
         if not finite.all():
-            raise BadVectors(_bad(keys[~finite], "NaN or infinite values"))
+            raise _bad(keys[~finite], "NaN or infinite values")
         if view.spherical:
             empty = ~part.any(axis=1)
             if empty.any():
-                raise BadVectors(
-                    _bad(keys[empty], "only zeros: a spherical clustering needs a direction")
-                )
+                raise _bad(keys[empty], "only zeros: a spherical clustering needs a direction")
 
 
-def _bad(keys: np.ndarray, what: str) -> str:
+def _bad(keys: np.ndarray, what: str) -> BadVectors:
     shown = ", ".join(str(key) for key in keys[:5])
     more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-    return f"vectors with {what}: keys {shown}{more}. Drop or repair these rows."
+    message = f"vectors with {what}: keys {shown}{more}. Drop or repair these rows."
+    return BadVectors(message).of(keys[:5])
 
 
 def _softmax(scores: np.ndarray, temperature: float) -> np.ndarray:
