@@ -1,0 +1,99 @@
+"""Which classes are taken for which: an order that shows groups, and the worst pairs.
+
+Pure numpy and scipy. Knows nothing of frames or HTML.
+Invariant: a pair is counted once, and its rate is the share of both classes' clips that went to
+the other.
+
+Shapes: C classes.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
+from scipy.spatial.distance import squareform
+
+_MAX_OPTIMAL = 400  # optimal leaf ordering costs C^3
+
+
+def rates(counts_CC: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Each row over its sum; a class without clips is all zero. Float64 [C, C]."""
+    totals = counts_CC.sum(axis=1, keepdims=True)
+    return counts_CC / np.maximum(totals, 1)
+
+
+class Order(NamedTuple):
+    """Classes side by side with those they are confused with."""
+
+    positions: list[int]
+    """Class indices in the order to show."""
+    boundaries: list[int]
+    """Positions at which a new group of more than one class, or the class after one, begins."""
+
+
+def group_classes(counts_CC: NDArray[np.int64], cut: float = 0.97) -> Order:
+    """Order classes by average-linkage clustering of their mutual confusion.
+
+    Args: cut: two groups stay apart if the mean rate between them is below 1 - cut.
+    """
+    n_classes = len(counts_CC)
+    if n_classes < 3:
+        return Order(list(range(n_classes)), [])
+    rate_CC = rates(counts_CC)
+    affinity = (rate_CC + rate_CC.T) / 2
+    distance = 1.0 - affinity
+    np.fill_diagonal(distance, 0.0)
+    tree = linkage(
+        squareform(distance, checks=False), "average", optimal_ordering=n_classes <= _MAX_OPTIMAL
+    )
+    leaves = leaves_list(tree)
+    groups = fcluster(tree, cut, "distance")[leaves]
+    sizes = np.bincount(groups)
+    boundaries = [
+        at
+        for at in range(1, n_classes)
+        if groups[at] != groups[at - 1] and (sizes[groups[at]] > 1 or sizes[groups[at - 1]] > 1)
+    ]
+    return Order([int(leaf) for leaf in leaves], boundaries)
+
+
+class Pair(NamedTuple):
+    """Two classes that are taken for each other."""
+
+    a: int
+    b: int
+    a_as_b: int
+    b_as_a: int
+    n_a: int
+    n_b: int
+
+    @property
+    def rate(self) -> float:
+        """Share of the clips of both classes that went to the other."""
+        return (self.a_as_b + self.b_as_a) / max(self.n_a + self.n_b, 1)
+
+
+def worst_pairs(counts_CC: NDArray[np.int64], most: int = 6) -> list[Pair]:
+    """The pairs with the highest rate, worst first; only pairs with an error at all."""
+    totals = counts_CC.sum(axis=1)
+    mutual = counts_CC + counts_CC.T
+    rate = mutual / np.maximum(totals[:, None] + totals[None, :], 1)
+    rows, columns = np.triu_indices(len(counts_CC), k=1)
+    order = np.argsort(-rate[rows, columns], kind="stable")[:most]
+    return [
+        pair_of(counts_CC, int(rows[i]), int(columns[i]))
+        for i in order
+        if mutual[rows[i], columns[i]] > 0
+    ]
+
+
+def pair_of(counts_CC: NDArray[np.int64], a: int, b: int) -> Pair:
+    """The confusion of classes `a` and `b`."""
+    totals = counts_CC.sum(axis=1)
+    return Pair(a, b, int(counts_CC[a, b]), int(counts_CC[b, a]), int(totals[a]), int(totals[b]))
+
+
+def accuracy(counts_CC: NDArray[np.int64]) -> float:
+    """Share of clips on the diagonal."""
+    return float(np.trace(counts_CC) / max(counts_CC.sum(), 1))

@@ -1,0 +1,122 @@
+"""Training metrics as panels of curves, thinned for the eye.
+
+Pure: lists and numbers. Knows nothing of HTML. Invariant: every metric that was logged has one
+place, and thinning keeps the extremes of each stretch.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        "Loss",
+        (
+            "loss",
+            "loss_instance",
+            "loss_intra",
+            "loss_class_alignment",
+            "loss_confusion",
+            "loss_reconstruction",
+        ),
+    ),
+    ("Clips matched to their own sound", ("accuracy_instance",)),
+    ("Share of clips with a pseudo-label", ("labelled_frac",)),
+    ("Mean off-diagonal confusion", ("confusion/mean_offdiagonal",)),
+    ("Learning rate", ("lr",)),
+    ("Gradient norm", ("grad_norm",)),
+    ("Clips per second", ("clips_per_s",)),
+)
+_NOT_CURVES = {"step", "time", "epoch"}
+_POINTS = 400
+
+
+class Series(NamedTuple):
+    """One curve."""
+
+    name: str
+    points: list[tuple[int, float]]
+    """(step, value), by step."""
+
+
+class Panel(NamedTuple):
+    """Curves that share axes."""
+
+    title: str
+    series: list[Series]
+
+
+def panels(metrics: list[dict[str, Any]]) -> list[Panel]:
+    """All curves of a run: the known panels first, the rest by the prefix of their names.
+
+    The seconds of a step (`time/...`) and the health of rounds (`clustering/...`) have sections of
+    their own and are left out.
+    """
+    series = {
+        name: Series(name, thin(points))
+        for name, points in _points(metrics).items()
+        if not name.startswith(("time/", "clustering/"))
+    }
+    found = []
+    for title, names in _PANELS:
+        known = [series.pop(name) for name in names if name in series]
+        if known:
+            found.append(Panel(title, known))
+    rest: dict[str, list[Series]] = {}
+    for name in sorted(series):
+        prefix, slash, _ = name.rpartition("/")
+        rest.setdefault(prefix if slash else name, []).append(series[name])
+    return found + [Panel(title.replace("_", " "), curves) for title, curves in rest.items()]
+
+
+def _points(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in metrics:
+        for name, value in line.items():
+            if name not in _NOT_CURVES and value is not None and math.isfinite(value):
+                points.setdefault(name, []).append((int(line["step"]), float(value)))
+    return points
+
+
+def thin(points: list[tuple[int, float]], most: int = _POINTS) -> list[tuple[int, float]]:
+    """At most about `most` points: of each stretch its lowest and its highest, in order."""
+    if len(points) <= most:
+        return points
+    stretch = math.ceil(2 * len(points) / most)
+    kept = []
+    for start in range(0, len(points), stretch):
+        piece = points[start : start + stretch]
+        extremes = {min(piece, key=lambda p: p[1]), max(piece, key=lambda p: p[1])}
+        kept += sorted(extremes)
+    return sorted({points[0], *kept, points[-1]})
+
+
+class Share(NamedTuple):
+    """A part of a whole, in seconds."""
+
+    name: str
+    seconds: float
+
+
+_STEP_PARTS = ("data_wait", "forward", "gather", "backward", "push", "stall")
+
+
+def step_seconds(metrics: list[dict[str, Any]]) -> list[Share]:
+    """Mean seconds of a training step by part, over the lines that have them; [] if none do."""
+    lines = [line for line in metrics if "time/forward" in line]
+    names = list(_STEP_PARTS)
+    names += sorted({n[5:] for x in lines for n in x if n.startswith("time/")} - set(names))
+    shares = []
+    for name in names:
+        values = [line[f"time/{name}"] for line in lines if line.get(f"time/{name}") is not None]
+        if values:
+            shares.append(Share(name, sum(values) / len(lines)))
+    return shares
+
+
+def phase_seconds(results: dict[str, Any]) -> list[Share]:
+    """Wall seconds of each phase of the run, as results.json has them."""
+    return [
+        Share(name, float(seconds))
+        for name, seconds in (results.get("seconds") or {}).items()
+        if isinstance(seconds, int | float) and seconds > 0
+    ]

@@ -1,0 +1,207 @@
+// Draws the curves and the heat map of a report from the JSON beside them.
+// Knows nothing of how the numbers came to be. Sizes follow the window; nothing is fetched.
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const root = document.documentElement;
+const tip = document.getElementById("tip");
+const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+const SVG = "http://www.w3.org/2000/svg";
+
+function el(parent, name, attributes, text) {
+  const node = document.createElementNS(SVG, name);
+  for (const key in attributes) node.setAttribute(key, attributes[key]);
+  if (text !== undefined) node.textContent = text;
+  parent.appendChild(node);
+  return node;
+}
+
+function number(value) {
+  const size = Math.abs(value);
+  if (size === 0) return "0";
+  if (size >= 1e5 || size < 1e-3) return value.toExponential(1).replace("e+", "e");
+  return String(+value.toPrecision(size >= 100 ? 4 : 3));
+}
+
+function ticks(low, high, about) {
+  const raw = (high - low) / about;
+  const base = 10 ** Math.floor(Math.log10(raw));
+  const step = base * [1, 2, 5, 10].find((m) => m * base >= raw);
+  const found = [];
+  for (let t = Math.ceil(low / step - 1e-9) * step; t <= high + step * 1e-9; t += step) found.push(+t.toPrecision(12));
+  return found;
+}
+
+function showTip(event, html) {
+  tip.innerHTML = html;
+  tip.style.visibility = "visible";
+  const box = tip.getBoundingClientRect();
+  const left = event.clientX + 16 + box.width > innerWidth ? event.clientX - box.width - 12 : event.clientX + 16;
+  tip.style.left = Math.max(6, left) + "px";
+  tip.style.top = Math.max(6, Math.min(event.clientY + 14, innerHeight - box.height - 6)) + "px";
+}
+const hideTip = () => { tip.style.visibility = "hidden"; };
+const escapeText = (text) => text.replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
+
+function scales(panel, width, height) {
+  const xs = panel.series.flatMap((s) => s.points.map((p) => p[0]));
+  const ys = panel.series.flatMap((s) => s.points.map((p) => p[1]));
+  let [x0, x1, y0, y1] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+  if (x0 === x1) { x0 -= 0.5; x1 += 0.5; }
+  if (y0 >= 0 && y0 < y1 * 0.5) y0 = 0;
+  if (y0 === y1) { const pad = Math.abs(y0) * 0.1 || 0.5; y0 -= pad; y1 += pad; }
+  const marks = ticks(y0, y1, 4), step = marks.length > 1 ? marks[1] - marks[0] : y1 - y0;
+  y1 = Math.ceil(y1 / step - 1e-6) * step;
+  y0 = Math.floor(y0 / step + 1e-6) * step;
+  const left = 46, right = 10, top = 12, bottom = 24;
+  const x = (v) => left + ((v - x0) / (x1 - x0)) * (width - left - right);
+  const y = (v) => height - bottom - ((v - y0) / (y1 - y0)) * (height - top - bottom);
+  return { x0, x1, y0, y1, x, y, left, right, top, bottom };
+}
+
+function drawAxes(svg, panel, s, width, height) {
+  for (const t of ticks(s.y0, s.y1, 4)) {
+    el(svg, "line", { class: "grid", x1: s.left, x2: width - s.right, y1: s.y(t), y2: s.y(t) });
+    el(svg, "text", { class: "axis", x: s.left - 8, y: s.y(t) + 4, "text-anchor": "end" }, number(t));
+  }
+  for (const t of ticks(s.x0, s.x1, panel.whole ? 8 : Math.max(3, width / 95)).filter((t) => !panel.whole || Number.isInteger(t))) {
+    el(svg, "text", { class: "axis", x: s.x(t), y: height - 6, "text-anchor": "middle" }, number(t));
+  }
+  for (const step of panel.whole ? [] : data.rounds) {
+    if (step > s.x0 && step < s.x1) el(svg, "line", { class: "round", x1: s.x(step), x2: s.x(step), y1: s.top, y2: height - s.bottom });
+  }
+}
+
+function drawChart(box, panel) {
+  const width = Math.max(260, box.clientWidth), height = panel.series.length > 3 ? 250 : 190;
+  const svg = box.querySelector("svg");
+  svg.replaceChildren();
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  const s = scales(panel, width, height);
+  drawAxes(svg, panel, s, width, height);
+  for (const line of panel.series) {
+    const d = line.points.map((p, i) => `${i ? "L" : "M"}${s.x(p[0]).toFixed(1)} ${s.y(p[1]).toFixed(1)}`).join("");
+    el(svg, "path", { d, stroke: `var(${line.colour})` });
+    if (line.points.length < 30) {
+      for (const p of line.points) el(svg, "circle", { cx: s.x(p[0]), cy: s.y(p[1]), r: 2.6, fill: `var(${line.colour})` });
+    }
+  }
+  const cross = el(svg, "line", { class: "cross", y1: s.top, y2: height - s.bottom });
+  const nearest = (points, x) => points.reduce((a, b) => (Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a));
+  svg.onpointermove = (event) => {
+    const rect = svg.getBoundingClientRect();
+    const at = s.x0 + (((event.clientX - rect.left) / rect.width) * width - s.left) / (width - s.left - s.right) * (s.x1 - s.x0);
+    const step = nearest(panel.series.map((l) => nearest(l.points, at)), at)[0];
+    cross.setAttribute("x1", s.x(step));
+    cross.setAttribute("x2", s.x(step));
+    cross.style.visibility = "visible";
+    const rows = panel.series.map((l) => `<i style="background:var(${l.colour})"></i>${escapeText(l.name)} <b>${number(nearest(l.points, step)[1])}</b>`);
+    showTip(event, `${panel.whole ? "round" : "step"} ${step}<br>` + rows.join("<br>"));
+  };
+  svg.onpointerleave = () => { cross.style.visibility = "hidden"; hideTip(); };
+}
+
+function heatColour(rate, hit) {
+  return `rgba(${css(hit ? "--heat-hit" : "--heat-miss")}, ${rate > 0 ? 0.08 + 0.92 * Math.sqrt(rate) : 0})`;
+}
+
+function heatLayout(box) {
+  const { classes } = data.confusion;
+  const named = classes.length <= 40;
+  const width = box.clientWidth;
+  const size = Math.max(7, Math.min(12.5, (width * 0.72) / classes.length * 0.72));
+  const gutter = named ? Math.min(width * 0.3, 12 + Math.max(...classes.map((c) => c.length)) * size * 0.56) : 4;
+  const side = width - gutter - 2;
+  return { named, width, size, gutter, side, cell: side / classes.length };
+}
+
+function drawHeat(stream) {
+  const box = document.getElementById("heat"), canvas = box.querySelector("canvas");
+  const { classes, order, boundaries, counts } = data.confusion;
+  const layout = heatLayout(box), { gutter, side, cell } = layout;
+  const matrix = new Map(), totals = new Array(classes.length).fill(0), place = new Array(classes.length);
+  order.forEach((index, position) => { place[index] = position; });
+  for (const [i, j, n] of counts[stream]) { matrix.set(place[i] * classes.length + place[j], n); totals[place[i]] += n; }
+  const height = side + (layout.named ? gutter : 4);
+  const pixels = window.devicePixelRatio || 1;
+  canvas.width = Math.round(layout.width * pixels);
+  canvas.height = Math.round(height * pixels);
+  canvas.style.height = height + "px";
+  const pen = canvas.getContext("2d");
+  pen.scale(pixels, pixels);
+  pen.fillStyle = css("--grid");
+  pen.fillRect(gutter, 0, side, side);
+  for (let r = 0; r < classes.length; r++) {
+    for (let c = 0; c < classes.length; c++) {
+      const n = matrix.get(r * classes.length + c) || 0, gap = cell > 6 ? 1 : 0;
+      pen.fillStyle = css("--card");
+      pen.fillRect(gutter + c * cell, r * cell, cell - gap, cell - gap);
+      if (!n) continue;
+      pen.fillStyle = heatColour(n / totals[r], r === c);
+      pen.fillRect(gutter + c * cell, r * cell, cell - gap, cell - gap);
+      if (cell >= 30) heatNumber(pen, n, gutter + (c + 0.5) * cell, (r + 0.5) * cell, n / totals[r]);
+    }
+  }
+  heatLabels(pen, layout, order.map((index) => classes[index]), boundaries);
+  const name = (position) => escapeText(classes[order[position]]);
+  canvas.onpointermove = (event) => {
+    const rect = canvas.getBoundingClientRect();
+    const c = Math.floor((event.clientX - rect.left - gutter) / cell), r = Math.floor((event.clientY - rect.top) / cell);
+    if (c < 0 || r < 0 || c >= classes.length || r >= classes.length) return hideTip();
+    const n = matrix.get(r * classes.length + c) || 0, share = totals[r] ? ((100 * n) / totals[r]).toFixed(1) : "0";
+    showTip(event, r === c ? `<b>${name(r)}</b><br>right: ${n} of ${totals[r]} (${share} %)` : `<b>${name(r)}</b><br>taken for <b>${name(c)}</b>: ${n} of ${totals[r]} (${share} %)`);
+  };
+  canvas.onpointerleave = hideTip;
+}
+
+function heatNumber(pen, n, x, y, rate) {
+  pen.fillStyle = rate > 0.35 ? css("--card") : css("--ink");
+  pen.font = "12px system-ui, sans-serif";
+  pen.textAlign = "center";
+  pen.textBaseline = "middle";
+  pen.fillText(n, x, y);
+}
+
+function heatLabels(pen, { named, size, gutter, side, cell }, names, boundaries) {
+  pen.strokeStyle = css("--faint");
+  pen.lineWidth = 1;
+  for (const at of boundaries) {
+    const offset = Math.round(at * cell) - 0.5;
+    pen.beginPath();
+    pen.moveTo(gutter + offset, 0); pen.lineTo(gutter + offset, side);
+    pen.moveTo(gutter, offset); pen.lineTo(gutter + side, offset);
+    pen.stroke();
+  }
+  if (!named) return;
+  pen.fillStyle = css("--soft");
+  pen.font = `${size}px system-ui, sans-serif`;
+  pen.textBaseline = "middle";
+  const fit = (text) => { let t = text; while (t.length > 2 && pen.measureText(t).width > gutter - 10) t = t.slice(0, -2) + "…"; return t; };
+  names.forEach((label, i) => {
+    pen.textAlign = "right";
+    pen.fillText(fit(label), gutter - 8, (i + 0.5) * cell);
+    pen.save();
+    pen.translate(gutter + (i + 0.5) * cell, side + 8);
+    pen.rotate(-Math.PI / 2);
+    pen.fillText(fit(label), 0, 0);
+    pen.restore();
+  });
+}
+
+let stream = data.confusion ? Object.keys(data.confusion.counts).slice(-1)[0] : null;
+function drawAll() {
+  document.querySelectorAll("[data-panel]").forEach((box) => drawChart(box, data.panels[+box.dataset.panel]));
+  if (stream) drawHeat(stream);
+}
+document.querySelectorAll("[data-stream]").forEach((button) => {
+  button.onclick = () => {
+    stream = button.dataset.stream;
+    document.querySelectorAll("[data-stream]").forEach((b) => b.setAttribute("aria-pressed", String(b === button)));
+    drawHeat(stream);
+  };
+});
+let lastWidth = 0;
+new ResizeObserver(() => { if (root.clientWidth !== lastWidth) { lastWidth = root.clientWidth; drawAll(); } }).observe(root);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+addEventListener("beforeprint", drawAll);
+drawAll();
+root.dataset.drawn = "true";

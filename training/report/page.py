@@ -1,0 +1,136 @@
+"""One self-contained HTML page of a run folder.
+
+Knows nothing of training: it reads what a run left behind, and frames from the feature store.
+Invariant: the page fetches nothing (its own policy forbids it), and every part that the run lacks
+is named.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+from training.report import galleries, sections
+from training.report.folder import RunFolder, read_run
+from training.report.markup import number, text
+from training.report.pictures import Pictures
+
+log = logging.getLogger(__name__)
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+ style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{title}</title><style>{css}</style></head><body>
+<header class="top"><div><div class="eyebrow">diccae run report</div><h1>{name}</h1>
+<p class="lead">{facts}</p>{tiles}</div></header>
+<nav><div>{links}</div></nav><main>{body}
+<footer>{footer}</footer></main><div id="tip"></div>
+<script id="data" type="application/json">{data}</script><script>{script}</script></body></html>
+"""
+_LINKS = {
+    "results": "Results",
+    "training": "Training",
+    "clusters": "Pseudo-labels",
+    "confusion": "Confusion",
+    "retrieval": "Retrieval",
+    "time": "Time",
+    "pins": "What pins it",
+}
+
+
+def write_report(run_folder: str | Path, store_uri: str | None = None) -> Path:
+    """Write `report.html` into a run folder and return its path.
+
+    Args: store_uri: where the frames are; None: the store the run was trained on, and if that
+        cannot be read now, a page without frames that says so.
+    Raises: TrainingError for no run folder or a broken part of one; StoreError (pipeline) for a
+        `store_uri` that cannot be read.
+    """
+    run = read_run(run_folder)
+    pictures, note = _open_pictures(run, store_uri)
+    page = build_page(run, pictures, note)
+    target = run.path / "report.html"
+    scratch = run.path / ".report.html.tmp"
+    scratch.write_text(page, encoding="utf-8")
+    os.replace(scratch, target)
+    return target
+
+
+def _open_pictures(run: RunFolder, store_uri: str | None) -> tuple[Pictures | None, str]:
+    """The frames of the run's own version, or why there are none."""
+    store = _store(run)
+    uri = store_uri or store.get("uri")
+    version = store.get("version") if uri == store.get("uri") else None
+    if uri is None:
+        return None, "Frames are left out: the run folder names no feature store."
+    try:
+        return Pictures(uri, version), ""
+    except (PipelineError, OSError) as error:
+        if store_uri is not None:
+            raise
+        log.warning("report without frames: %s", error)
+        return None, f"Frames are left out: the feature store {uri} cannot be read now."
+
+
+def _store(run: RunFolder) -> dict[str, Any]:
+    return {**(run.results.get("store") or {}), **(run.run.get("store") or {})}
+
+
+def build_page(run: RunFolder, pictures: Pictures | None, note: str = "") -> str:
+    """The page's text."""
+    choice = galleries.choose(
+        run,
+        pictures.by_key() if pictures and run.rounds else {},
+        pictures.label_of if pictures else {},
+    )
+    uris = pictures.frames(choice.clip_ids()) if pictures else {}
+    sounds = pictures.spectrograms(q.query.clip_id for q in choice.queries) if pictures else {}
+    drawn = sections.curve_panels(run)
+    store = {key: str(value) for key, value in _store(run).items()}
+    body = [
+        f'<p class="absent">{text(note)}</p>' if note else "",
+        sections.results(run),
+        sections.training(run, drawn),
+        galleries.clusters(run, choice, drawn, uris),
+        galleries.confusion(run, choice, uris),
+        galleries.retrieval(run, choice, uris, sounds),
+        sections.time(run),
+        sections.pins(run, store),
+    ]
+    data = {
+        "panels": drawn,
+        "rounds": [r.effective_step for r in run.rounds if r.ok and r.effective_step is not None],
+        "confusion": galleries.confusion_data(run),
+    }
+    here = Path(__file__).parent
+    name = run.run.get("name") or run.path.resolve().name
+    return _PAGE.format(
+        title=f"{text(name)} · diccae",
+        name=text(name),
+        facts=_facts(run, pictures),
+        tiles=sections.tiles(run),
+        links="".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in _LINKS.items()),
+        body="\n".join(body),
+        footer="Written by diccae from the run folder; needs no network.",
+        css=(here / "page.css").read_text(),
+        # A class name must not end the script; JSON reads the escape as the same character.
+        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        script=(here / "page.js").read_text(),
+    )
+
+
+def _facts(run: RunFolder, pictures: Pictures | None) -> str:
+    encoder = run.results.get("encoder")
+    store = _store(run)
+    facts = [
+        f"encoder {encoder}" if isinstance(encoder, str) else "",
+        f"store version {store['version']}" if "version" in store else "",
+        f"{number(len(pictures.label_of))} clips" if pictures else "",
+        f"{number(len(run.confusion.classes))} classes" if run.confusion else "",
+        f"started {run.run['started']}" if run.run.get("started") else "",
+    ]
+    return " · ".join(text(fact) for fact in facts if fact)

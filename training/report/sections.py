@@ -1,0 +1,274 @@
+"""The sections of a report that are numbers: results, curves, time, and what pins the run.
+
+Knows nothing of frames or of the feature store. Invariant: a number shown stands in the run folder.
+"""
+
+import json
+import math
+from typing import Any
+
+from training.config import STREAMS
+from training.report.curves import Panel, Series, Share, panels, phase_seconds, step_seconds
+from training.report.folder import Round, RunFolder
+from training.report.markup import (
+    absent,
+    definitions,
+    duration,
+    number,
+    percent,
+    section,
+    table,
+    text,
+)
+
+_MEASURES = (
+    ("top1", "top-1"),
+    ("top5", "top-5"),
+    ("map", "mAP"),
+    ("probe", "linear probe"),
+    ("knn", "kNN probe"),
+)
+_COLOURS = ("--s1", "--s2", "--s3", "--s4", "--s5", "--s6", "--s7", "--s0")
+_ROUND_PANELS = (
+    ("Agreement with the true labels", ("nmi", "purity", "hungarian_accuracy")),
+    ("Churn from round to round", ("churn",)),
+    ("Effective clusters", ("effective_clusters",)),
+    ("Share of clips with a label", ("coverage",)),
+)
+
+
+def tiles(run: RunFolder) -> str:
+    """The few numbers that a reader wants first."""
+    top1 = run.results.get("top1") or {}
+    shown = [
+        (f"{s} top-1", percent(top1[s]), s == "fusion") for s in reversed(STREAMS) if s in top1
+    ]
+    if not shown:
+        probe = run.results.get("probe") or {}
+        shown = [(f"{s} probe", percent(probe[s]), s == "fusion") for s in STREAMS if s in probe]
+    for key, name in (("n_test", "test clips"), ("n_train", "training clips")):
+        if key in run.results:
+            shown.append((name, number(run.results[key]), False))
+    nmi = (run.results.get("pseudo_labels") or {}).get("nmi")
+    if isinstance(nmi, int | float):
+        shown.append(("pseudo-label NMI", f"{nmi:.3f}", False))
+    inner = "".join(
+        f'<div class="tile{" main" * main}"><b>{value}</b><span>{text(name)}</span></div>'
+        for name, value, main in shown
+    )
+    return f'<div class="tiles">{inner}</div>'
+
+
+def results(run: RunFolder) -> str:
+    """Accuracies by stream, and retrieval."""
+    found = run.results
+    measures = [(key, name) for key, name in _MEASURES if isinstance(found.get(key), dict)]
+    retrieval = found.get("retrieval") or {}
+    if not measures and not retrieval:
+        return absent("results", "Results", "No results: results.json holds no accuracy.")
+    parts = []
+    if measures:
+        parts.append(f'<div class="card">{_accuracy_table(found, measures)}</div>')
+    if retrieval:
+        parts.append(f'<div class="card">{_retrieval_table(retrieval)}</div>')
+    n_test = number(found.get("n_test", "?"))
+    lead = f"On {n_test} test clips that no training step has seen; the best of a column is green."
+    return section("results", "Results", lead, f'<div class="cards">{"".join(parts)}</div>')
+
+
+def _accuracy_table(found: dict[str, Any], measures: list[tuple[str, str]]) -> str:
+    best = {key: max((v for v in found[key].values() if v is not None), default=None)
+            for key, _ in measures}  # fmt: skip
+    rows = []
+    for stream in STREAMS:
+        cells = [
+            f'<th scope="row"><i class="dot" style="background:var(--{stream})"></i>{stream}</th>'
+        ]
+        for key, _ in measures:
+            value = found[key].get(stream)
+            best_class = ' class="best"' if value is not None and value == best[key] else ""
+            cells.append(f"<td{best_class}>{percent(value)}</td>")
+        rows.append(cells)
+    return table(["stream", *(name for _, name in measures)], rows)
+
+
+def _retrieval_table(retrieval: dict[str, Any]) -> str:
+    ranks = sorted(
+        {int(k.rsplit("_r", 1)[1]) for k in retrieval if k.rsplit("_r", 1)[-1].isdigit()}
+    )
+    rows = [
+        [f'<th scope="row">{name}</th>']
+        + [f"<td>{percent(retrieval.get(f'{way}_r{rank}'))}</td>" for rank in ranks]
+        for way, name in (("a2v", "sound → picture"), ("v2a", "picture → sound"))
+    ]
+    return table(["retrieval", *(f"R@{rank}" for rank in ranks)], rows)
+
+
+def curve_panels(run: RunFolder) -> list[dict[str, Any]]:
+    """What the script draws: training curves by step, then the rounds' curves by round."""
+    by_step = [_panel(panel, whole=False) for panel in panels(run.metrics)]
+    by_round = [_panel(panel, whole=True) for panel in _round_panels(run.rounds)]
+    return by_step + by_round
+
+
+def _panel(panel: Panel, whole: bool) -> dict[str, Any]:
+    return {
+        "title": panel.title,
+        "whole": whole,
+        "series": [
+            {"name": s.name, "colour": _colour(s.name, i), "points": [list(p) for p in s.points]}
+            for i, s in enumerate(panel.series)
+        ],
+    }
+
+
+def _colour(name: str, index: int) -> str:
+    last = name.replace("_", "/").rsplit("/", 1)[-1]
+    if last in STREAMS:
+        return f"--{last}"
+    return "--s0" if name == "loss" else _COLOURS[index % len(_COLOURS)]
+
+
+def _round_panels(rounds: list[Round]) -> list[Panel]:
+    found = []
+    for title, names in _ROUND_PANELS:
+        series = [
+            Series(name, [(r.number, r.health[name]) for r in rounds if _has(r, name)])
+            for name in names
+        ]
+        known = [line for line in series if line.points]
+        if known and len(rounds) > 1:
+            found.append(Panel(title, known))
+    return found
+
+
+def _has(done: Round, name: str) -> bool:
+    return math.isfinite(done.health.get(name, math.nan))
+
+
+def charts(drawn: list[dict[str, Any]], whole: bool) -> str:
+    """Places for the charts of one kind, with their legends."""
+    boxes = [_chart(i, panel) for i, panel in enumerate(drawn) if panel["whole"] == whole]
+    return f'<div class="cards">{"".join(boxes)}</div>'
+
+
+def _chart(index: int, panel: dict[str, Any]) -> str:
+    series = panel["series"]
+    legend = "".join(
+        f'<span><i style="background:var({line["colour"]})"></i>{text(line["name"])}</span>'
+        for line in series
+    )
+    wide = " wide" if len(series) > 3 else ""
+    label = f"{panel['title']}: {', '.join(line['name'] for line in series)}"
+    return (
+        f'<div class="card chart{wide}" ><h4>{text(panel["title"])}</h4>'
+        f'<div class="legend">{legend}</div>'
+        f'<div data-panel="{index}"><svg role="img" aria-label="{text(label)}"></svg></div></div>'
+    )
+
+
+def training(run: RunFolder, drawn: list[dict[str, Any]]) -> str:
+    """All training curves."""
+    if not any(not panel["whole"] for panel in drawn):
+        why = "No training curves: metrics.jsonl is not in the run folder."
+        return absent("training", "Training", why)
+    lead = "By step; a dashed line is a step at which new pseudo-labels began to apply."
+    return section("training", "Training", lead, charts(drawn, whole=False))
+
+
+_HEALTH = (
+    "inertia", "iterations", "n_empty", "size_min", "size_max", "effective_clusters", "churn",
+    "coverage", "nmi", "purity", "hungarian_accuracy", "mean_cosine", "age_mean", "seconds",
+)  # fmt: skip
+
+
+def health_table(rounds: list[Round]) -> str:
+    """Every round with its health; a withheld one with its reason."""
+    names = [name for name in _HEALTH if any(name in r.health for r in rounds)]
+    rows = []
+    for done in rounds:
+        step = "–" if done.effective_step is None else number(done.effective_step)
+        state = "published" if done.ok else '<td style="color:var(--wrong)">withheld</td>'
+        values = [number(done.health.get(name, "–")) for name in names]
+        rows.append([str(done.number), state, step, *values])
+        if done.reason:
+            rows.append([f'<td class="text" colspan="{len(names) + 3}">{text(done.reason)}</td>'])
+    head = ["round", "", "from step", *(name.replace("_", " ") for name in names)]
+    return f'<div class="card">{table(head, rows)}</div>'
+
+
+def time(run: RunFolder) -> str:
+    """Where the run's time went: by phase, and within a step."""
+    phases, steps = phase_seconds(run.results), step_seconds(run.metrics)
+    if not phases and not steps:
+        why = "No timings: neither results.json nor metrics.jsonl holds seconds."
+        return absent("time", "Where the time went", why)
+    cards = []
+    if phases:
+        cards.append(_stack("The run", phases, "in all"))
+    if steps:
+        cards.append(_stack("One training step, on average", steps, "a step"))
+    rate = [line["clips_per_s"] for line in run.metrics if line.get("clips_per_s")]
+    lead = "Wall time. Waiting for data or for a round of clustering is time the trainer lost."
+    if rate:
+        lead += f" Median throughput {number(sorted(rate)[len(rate) // 2])} clips/s."
+    body = f'<div class="cards">{"".join(cards)}</div>'
+    return section("time", "Where the time went", lead, body)
+
+
+def _stack(title: str, shares: list[Share], unit: str) -> str:
+    total = sum(share.seconds for share in shares)
+    bars, rows = [], []
+    for index, share in enumerate(shares):
+        colour = f"var({_COLOURS[index % len(_COLOURS)]})"
+        part = share.seconds / total if total else 0.0
+        name = share.name.replace("_", " ")
+        bars.append(
+            f'<i style="width:{100 * part:.2f}%;background:{colour}" title="{text(name)}"></i>'
+        )
+        rows.append([
+            f'<th scope="row"><i class="dot" style="background:{colour}"></i>{text(name)}</th>',
+            duration(share.seconds), percent(part),
+        ])  # fmt: skip
+    return (
+        f'<div class="card"><h4>{text(title)}: {duration(total)} {unit}</h4>'
+        f'<div class="stack">{"".join(bars)}</div>{table(["", "time", "share"], rows)}</div>'
+    )
+
+
+def pins(run: RunFolder, store: dict[str, str]) -> str:
+    """All it takes to make this run again, and to know that a file is of this run."""
+    mlflow = run.run.get("mlflow") or {}
+    items = [
+        ("config hash", run.run.get("config_hash") or run.results.get("config_hash")),
+        ("started", run.run.get("started")),
+        ("run folder", run.path),
+        *((f"store {key}", value) for key, value in store.items()),
+        ("MLflow", mlflow.get("uri")),
+        ("MLflow run", mlflow.get("run_id")),
+    ]
+    known = [(name, f"<code>{text(value)}</code>") for name, value in items if value]
+    versions = [
+        (name, f"<code>{text(value)}</code>")
+        for name, value in sorted((run.run.get("versions") or {}).items())
+    ]
+    cards = [f'<div class="card"><h4>The run</h4>{definitions(known)}</div>']
+    if versions:
+        cards.append(f'<div class="card"><h4>Versions</h4>{definitions(versions)}</div>')
+    body = [f'<div class="cards">{"".join(cards)}</div>']
+    if run.artifacts:
+        rows = [
+            [text(a.name), f"{number(a.size)} bytes", f"<code>{a.sha256}</code>"]
+            for a in run.artifacts
+        ]
+        body.append(
+            f'<h3>Files</h3><div class="card">{table(["file", "size", "SHA-256"], rows)}</div>'
+        )
+    for title, content in (
+        ("The resolved config (config.yaml)", run.config_yaml),
+        ("All results (results.json)", json.dumps(run.results, indent=2) if run.results else ""),
+    ):
+        if content:
+            body.append(f"<details><summary>{title}</summary><pre>{text(content)}</pre></details>")
+    lead = "The same code, config, data version and seed give the same model on the same hardware."
+    return section("pins", "What pins this run", lead, *body)
