@@ -200,10 +200,11 @@ def frames_in_order(timeline: Timeline) -> Iterator[tuple[float, Any]]:
                 raise Rejected(Reason.VIDEO_DECODE, f"after {n_frames} frames: {error}") from error
             continue
         for frame in frames:
-            if frame.time is None:
+            if frame.pts is None:
                 raise Rejected(Reason.VIDEO_DECODE, "a frame has no presentation time")
             n_frames += 1
-            yield frame.time - timeline.window_origin_s, frame
+            # Not frame.time: frames that the end of the stream flushes out have no time base.
+            yield float(frame.pts * timeline.video.time_base) - timeline.window_origin_s, frame
 
 
 def pixel_aspect(stream: Any) -> float:
@@ -234,15 +235,16 @@ def centre_square(image_hw3: np.ndarray, size: int) -> np.ndarray:
 def to_square(
     frame: Any, reformatter: VideoReformatter, aspect: float, spec: FeatureSpec
 ) -> np.ndarray:
-    """One decoded frame as the stored RGB square: aspect and display matrix applied, bicubic.
+    """One decoded frame as the stored RGB square: aspect and display matrix applied.
 
     Raises: Rejected if the decoder flagged the frame as damaged.
     """
     if frame.is_corrupt:
-        raise Rejected(Reason.VIDEO_DECODE, f"the frame of {frame.time:.2f} s is damaged")
+        raise Rejected(Reason.VIDEO_DECODE, f"a frame (pts {frame.pts}) is damaged")
     width, height = scaled_size(frame.width, frame.height, aspect, spec)
+    # Bilinear, as decord scales, so that pictures hardly depend on which of the two made them.
     small = reformatter.reformat(
-        frame, width=width, height=height, format="rgb24", interpolation="BICUBIC", threads=1
+        frame, width=width, height=height, format="rgb24", interpolation="BILINEAR", threads=1
     )
     upright = np.rot90(small.to_ndarray(), round(frame.rotation / 90))
     return centre_square(upright, spec.frame_size)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 
 class PipelineError(Exception):
-    """An ingest, or an operation on a store, that cannot go on for a reason the user can act upon."""
+    """Work on a store that cannot go on, for a reason the user can act upon."""
 
     exit_code: ClassVar[int] = 1
 

@@ -43,7 +43,7 @@ def fbank_array(payload: bytes, spec: FeatureSpec) -> np.ndarray:
 
 
 def fbank_payload(fbank_tM: np.ndarray, spec: FeatureSpec) -> tuple[bytes, int]:
-    """Cut or zero-pad an fbank to T rows. Returns its float16 bytes and the number of valid rows."""
+    """Cut or zero-pad an fbank to T rows. Returns its float16 bytes and how many rows are valid."""
     n_valid = min(len(fbank_tM), spec.fbank_frames)
     padded_TM = np.zeros((spec.fbank_frames, spec.n_mels), np.float16)
     padded_TM[:n_valid] = fbank_tM[:n_valid]

@@ -112,7 +112,7 @@ class Lease:
         return (
             f"{self._location.uri}: locked by {holder.get('purpose', 'another run')} "
             f"(host {holder.get('host', '?')}, process {holder.get('pid', '?')}, heartbeat {ago}). "
-            f"Wait for it, or end it; {self._stale_s:.0f} s after its last heartbeat it counts as dead."
+            f"Wait for it or end it: silent for {self._stale_s:.0f} s, it counts as dead."
         )
 
 

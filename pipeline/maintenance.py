@@ -32,8 +32,10 @@ _TAR_CLIPS = 1000
 
 
 def status(uri: str, version: int | None = None) -> dict[str, Any]:
-    """What is in a store: clips, ok, failed, by_reason, by_split (ok clips), version, shards, bytes.
+    """What is in a store.
 
+    Returns: {"clips", "ok", "failed", "by_reason", "by_split" (ok clips), "version", "shards",
+        "bytes"} of the live shards.
     Raises: StoreError.
     """
     store = FeatureStore.open(uri)
@@ -230,7 +232,8 @@ def _exported(snapshot: Snapshot, split: str) -> Iterator[tuple[str, dict[str, b
 
 def _write_folder(folder: Path, split: str, clips: Iterator[tuple[str, dict[str, bytes]]]) -> int:
     n_clips = 0
-    for n_clips, (clip_id, files) in enumerate(clips, 1):
+    for clip_id, files in clips:
+        n_clips += 1
         place = folder / split / clip_id
         place.mkdir(parents=True)
         for name, content in files.items():

@@ -34,7 +34,6 @@ def run_shards(
     spec: FeatureSpec,
     config: IngestConfig,
     run_id: str,
-    **decoder: Any,
 ) -> Iterator[pa.Table]:
     """Decode `todo` (Plan.todo). Yields rows of the clips table, a shard's at a time.
 
@@ -54,7 +53,6 @@ def run_shards(
             "spec": spec.model_dump_json(),
             "config": config.model_dump_json(),
             "run_id": f"{run_id}-{wave}" if wave else run_id,
-            **decoder,
         }
         results = _results(shards, min(n_workers, len(shards)), arguments, config)
         for states in _watched(results, config.stall_timeout_s):

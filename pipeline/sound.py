@@ -62,19 +62,25 @@ def decode_sound(timeline: Timeline, spec: FeatureSpec) -> Sound:
 
 
 def _refuse_short(timeline: Timeline, seconds: float, end_s: float, spec: FeatureSpec) -> None:
+    """Compare what was decoded with what the header and the packets promise."""
     if seconds < spec.min_audio_s:
         raise Rejected(Reason.AUDIO_SHORT, f"{seconds:.3f} s of sound in the window")
-    window_s = timeline.end_s - timeline.start_s
-    track = timeline.audio
-    origin_s = timeline.window_origin_s
-    declared_s = track.declared_end_s()
-    promised_s = max(track.end_s(), declared_s or 0.0) - origin_s
-    begin_s = max(track.start_s() - origin_s, 0.0)
-    promised_s = min(promised_s, window_s) - begin_s
+    length_s = timeline.end_s - timeline.start_s
+    declared_s = timeline.audio.declared_end_s()
+    if declared_s is not None:
+        declared_s = min(declared_s - timeline.window_origin_s, length_s)
+        if end_s < _SHORT_FRAC * declared_s:
+            raise Rejected(
+                Reason.AUDIO_SHORT,
+                f"the sound ends at {end_s:.2f} s, the header promises {declared_s:.2f} s",
+            )
+    promised_s = timeline.audio.seconds_between(
+        timeline.window_origin_s, timeline.window_origin_s + length_s
+    )
     if seconds < _SHORT_FRAC * promised_s:
         raise Rejected(
             Reason.AUDIO_SHORT,
-            f"{seconds:.2f} s of sound decode (to {end_s:.2f} s), {promised_s:.2f} s are promised",
+            f"{seconds:.2f} s of sound decode, the packets promise {promised_s:.2f} s",
         )
 
 
@@ -88,7 +94,9 @@ def _runs(timeline: Timeline) -> Iterator[tuple[float, list[Any]]]:
     packets = [p for p in timeline.audio.packets if p.pts is None or p.pts * p.time_base < end_s]
     for packet in (*packets, None):
         for frame in context.decode(packet):
-            time_s = next_s if frame.time is None else frame.time - timeline.window_origin_s
+            time_s = next_s
+            if frame.pts is not None:
+                time_s = float(frame.pts * timeline.audio.time_base) - timeline.window_origin_s
             same = run and (frame.sample_rate, frame.layout.name, frame.format.name) == (
                 run[0].sample_rate,
                 run[0].layout.name,

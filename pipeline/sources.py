@@ -20,24 +20,8 @@ from pipeline.schema import SOURCE_SCHEMA
 from pipeline.storage import Location
 
 _VIDEO_SUFFIXES = frozenset(
-    [
-        "3gp",
-        "avi",
-        "flv",
-        "m2ts",
-        "m4v",
-        "mkv",
-        "mov",
-        "mp4",
-        "mpeg",
-        "mpg",
-        "mts",
-        "ogv",
-        "ts",
-        "webm",
-        "wmv",
-    ]
-)
+    {".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"}
+) | {".ogv", ".ts", ".webm", ".wmv"}
 _SAFE_ID = re.compile(r"[A-Za-z0-9_-]+")
 _MANIFEST_COLUMNS = ("uri", "start_s", "end_s", "label", "split", "clip_id")
 _MOST_PROBLEMS = 20

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.reasons import Reason, Rejected
 
-_SEEK_BACK_S = 1.0
+_SEEKS_BACK_S = (1.0, 5.0, 20.0, 1e6)
 # Streams are interleaved: packets of one may follow this much later than those of the other. It
 # also lets a clip that is a little longer than the window be read whole.
 _INTERLEAVE_S = 1.5
@@ -34,7 +34,12 @@ class Track:
     n_without_pts: int = 0
 
     def add(self, packet: Any) -> None:
-        """Take a packet in; its times count only if it is presented."""
+        """Take a packet in; its times count only if it is presented.
+
+        Nothing before the first key frame can be decoded: such packets are left out.
+        """
+        if not self.packets and not packet.is_keyframe:
+            return
         self.packets.append(packet)
         if packet.is_discard:
             self.n_discarded += 1
@@ -58,6 +63,13 @@ class Track:
     def end_s(self) -> float:
         """Container time at which the last presentable packet ends."""
         return float(max(self.ends) * self.time_base)
+
+    def seconds_between(self, begin_s: float, end_s: float) -> float:
+        """How much of this stretch of container time the presentable packets cover."""
+        tick_s = float(self.time_base)
+        pts_s, ends_s = np.asarray(self.pts) * tick_s, np.asarray(self.ends) * tick_s
+        overlaps_s = np.minimum(ends_s, end_s) - np.maximum(pts_s, begin_s)
+        return float(np.maximum(overlaps_s, 0).sum())
 
     def declared_end_s(self) -> float | None:
         """Container time at which the header says that the stream ends, if it says so."""
@@ -103,7 +115,10 @@ class Timeline:
             return "presentation times are negative"
         if n_declared and n_declared != len(video.pts):
             return f"the header says {n_declared} frames, there are {len(video.pts)} packets"
-        steps = np.diff(np.sort(video.pts))
+        # Past the window, packets that are decoded later but shown earlier may be lacking.
+        shown = np.sort(video.pts)
+        shown = shown[shown * float(video.time_base) < self.origin_s + self.end_s]
+        steps = np.diff(shown)
         if len(steps) and (
             steps.min() <= 0 or abs(steps - np.median(steps)).max() > _jitter(steps)
         ):
@@ -126,15 +141,16 @@ def read_timeline(container: Any, start_s: float, duration_s: float) -> Timeline
         raise Rejected(Reason.NO_AUDIO, "the file has no audio stream")
     audio = Track(container.streams.audio[0])
     origin_s = (container.start_time or 0) / av.time_base
-    if start_s > 0:
-        target_s = origin_s + max(0.0, start_s - _SEEK_BACK_S)
-        container.seek(int(target_s * av.time_base), backward=True)
-    reached_end = _collect(container, video, audio, origin_s + start_s + duration_s)
+    end_s = origin_s + start_s + duration_s
+    if start_s == 0:
+        reached_end = _collect(container, video, audio, end_s)
+    else:
+        reached_end = False
+        video, audio = _collect_from(container, video, audio, origin_s, start_s, end_s)
     for track, reason in ((video, Reason.NO_VIDEO), (audio, Reason.NO_AUDIO)):
         if not track.pts:
             raise Rejected(reason, f"the {track.stream.type} stream has no packets in the window")
-    is_whole = reached_end and start_s == 0
-    return Timeline(video, audio, origin_s, start_s, start_s + duration_s, is_whole)
+    return Timeline(video, audio, origin_s, start_s, start_s + duration_s, reached_end)
 
 
 def _first_real_video(container: Any) -> Any:
@@ -143,6 +159,24 @@ def _first_real_video(container: Any) -> Any:
         if not stream.disposition & av.stream.Disposition.attached_pic:
             return stream
     raise Rejected(Reason.NO_VIDEO, "the file has no video stream")
+
+
+def _collect_from(
+    container: Any, video: Track, audio: Track, origin_s: float, start_s: float, end_s: float
+) -> tuple[Track, Track]:
+    """The tracks from a key frame before start_s on.
+
+    Containers without an index seek to any packet: go back further until a key frame is there.
+    """
+    for back_s in _SEEKS_BACK_S:
+        video, audio = Track(video.stream), Track(audio.stream)
+        target_s = origin_s + max(0.0, start_s - back_s)
+        container.seek(int(target_s * av.time_base), backward=True)
+        _collect(container, video, audio, end_s)
+        begins_s = [track.start_s() - origin_s for track in (video, audio) if track.pts]
+        if len(begins_s) == 2 and max(begins_s) <= start_s:
+            break
+    return video, audio
 
 
 def _collect(container: Any, video: Track, audio: Track, end_s: float) -> bool:

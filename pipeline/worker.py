@@ -22,18 +22,13 @@ from pipeline.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
 from pipeline.shards import ShardWriter
 from pipeline.storage import Location
 
-EXTRACTOR = "pipeline.extract:extract"
-"""What the decode child runs."""
-
 _MOST_RELOADS = 3
 
 
 class ShardDecoder:
     """Decodes shards one after another; lives in a Ray actor or in a plain process."""
 
-    def __init__(
-        self, store_uri: str, spec: str, config: str, run_id: str, extractor: str = EXTRACTOR
-    ) -> None:
+    def __init__(self, store_uri: str, spec: str, config: str, run_id: str) -> None:
         """Args: spec, config: as JSON; run_id: goes into names and rows."""
         self._location = Location(store_uri)
         self._spec = FeatureSpec.model_validate_json(spec)
@@ -41,7 +36,7 @@ class ShardDecoder:
         self._run_id = run_id
         self._fbank = fbank_function(self._spec)
         self._sandbox = Sandbox(
-            extractor,
+            self._config.extractor,
             timeout_s=self._config.timeout_s,
             max_calls=self._config.child_clips,
             max_memory_mb=self._config.child_memory_mb,
