@@ -29,7 +29,7 @@ class Order(NamedTuple):
     positions: list[int]
     """Class indices in the order to show."""
     boundaries: list[int]
-    """Positions at which a new group of more than one class, or the class after one, begins."""
+    """Positions at which another group of classes begins, 0 left out."""
 
 
 def group_classes(counts_CC: NDArray[np.int64], cut: float = 0.97) -> Order:
@@ -49,12 +49,7 @@ def group_classes(counts_CC: NDArray[np.int64], cut: float = 0.97) -> Order:
     )
     leaves = leaves_list(tree)
     groups = fcluster(tree, cut, "distance")[leaves]
-    sizes = np.bincount(groups)
-    boundaries = [
-        at
-        for at in range(1, n_classes)
-        if groups[at] != groups[at - 1] and (sizes[groups[at]] > 1 or sizes[groups[at - 1]] > 1)
-    ]
+    boundaries = [at for at in range(1, n_classes) if groups[at] != groups[at - 1]]
     return Order([int(leaf) for leaf in leaves], boundaries)
 
 

@@ -160,8 +160,8 @@ def confusion(run: RunFolder, choice: Choice, uris: dict[str, str]) -> str:
     heat = (
         f'<div class="card"><div class="switch" role="group">{buttons}</div><div id="heat">'
         '<canvas role="img" aria-label="Confusion matrix, rows are true classes"></canvas></div>'
-        '<p class="key">Rows: the true class; columns: what the model says. Green is right, red is '
-        "wrong, stronger is more often. Lines set groups of confused classes apart.</p></div>"
+        '<p class="key">Rows: the true class; columns: what the model says. Green is right, red '
+        "is wrong, stronger is more often. A box holds classes taken for each other.</p></div>"
     )
     body = [heat]
     if choice.pairs:

@@ -16,10 +16,12 @@ function el(parent, name, attributes, text) {
 }
 
 function number(value) {
-  const size = Math.abs(value);
+  const size = Math.abs(value), figures = (v) => String(+v.toPrecision(4));
   if (size === 0) return "0";
-  if (size >= 1e5 || size < 1e-3) return value.toExponential(1).replace("e+", "e");
-  return String(+value.toPrecision(size >= 100 ? 4 : 3));
+  if (size >= 1e9 || size < 1e-3) return (+value.toPrecision(3)).toExponential().replace("e+", "e");
+  if (size >= 1e6) return figures(value / 1e6) + "M";
+  if (size >= 1e4) return figures(value / 1e3) + "k";
+  return figures(value);
 }
 
 function ticks(low, high, about) {
@@ -80,7 +82,7 @@ function drawChart(box, panel) {
   drawAxes(svg, panel, s, width, height);
   for (const line of panel.series) {
     const d = line.points.map((p, i) => `${i ? "L" : "M"}${s.x(p[0]).toFixed(1)} ${s.y(p[1]).toFixed(1)}`).join("");
-    el(svg, "path", { d, stroke: `var(${line.colour})` });
+    el(svg, "path", { d, stroke: `var(${line.colour})`, "stroke-width": line.points.length > 250 ? 1.1 : 1.8 });
     if (line.points.length < 30) {
       for (const p of line.points) el(svg, "circle", { cx: s.x(p[0]), cy: s.y(p[1]), r: 2.6, fill: `var(${line.colour})` });
     }
@@ -101,12 +103,13 @@ function drawChart(box, panel) {
 }
 
 function heatColour(rate, hit) {
-  return `rgba(${css(hit ? "--heat-hit" : "--heat-miss")}, ${rate > 0 ? 0.08 + 0.92 * Math.sqrt(rate) : 0})`;
+  return `rgba(${css(hit ? "--heat-hit" : "--heat-miss")}, ${rate > 0 ? 0.12 + 0.88 * Math.sqrt(rate) : 0})`;
 }
 
 function heatLayout(box) {
   const { classes } = data.confusion;
   const named = classes.length <= 40;
+  box.style.maxWidth = named ? "760px" : "none";
   const width = box.clientWidth;
   const size = Math.max(7, Math.min(12.5, (width * 0.72) / classes.length * 0.72));
   const gutter = named ? Math.min(width * 0.3, 12 + Math.max(...classes.map((c) => c.length)) * size * 0.56) : 4;
@@ -162,15 +165,13 @@ function heatNumber(pen, n, x, y, rate) {
 }
 
 function heatLabels(pen, { named, size, gutter, side, cell }, names, boundaries) {
-  pen.strokeStyle = css("--faint");
+  pen.strokeStyle = css("--soft");
   pen.lineWidth = 1;
-  for (const at of boundaries) {
-    const offset = Math.round(at * cell) - 0.5;
-    pen.beginPath();
-    pen.moveTo(gutter + offset, 0); pen.lineTo(gutter + offset, side);
-    pen.moveTo(gutter, offset); pen.lineTo(gutter + side, offset);
-    pen.stroke();
-  }
+  const edges = [0, ...boundaries, names.length];
+  edges.slice(1).forEach((end, i) => {
+    const start = edges[i], span = Math.round((end - start) * cell);
+    if (end - start > 1) pen.strokeRect(gutter + Math.round(start * cell) - 0.5, Math.round(start * cell) - 0.5, span, span);
+  });
   if (!named) return;
   pen.fillStyle = css("--soft");
   pen.font = `${size}px system-ui, sans-serif`;
