@@ -42,10 +42,13 @@ class ClusteringConfig(Frozen):
     """Stop when the inertia falls by less than this share; 0 stops only at a fixed point."""
     spherical: bool = True
     """Rows and centroids of unit length (cosine); false is Euclidean k-means."""
-    init: Literal["random", "kmeans++"] = "random"
-    """Cold start: K rows of smallest hash, or greedy k-means++ on a sample."""
+    init: Literal["random", "kmeans++"] = "kmeans++"
+    """Cold start: K rows of smallest hash (free), or greedy k-means++ on a sample."""
     init_sample: int = Field(16, ge=1)
-    """Rows per centroid in the sample of `kmeans++`."""
+    """Rows per centroid in the sample of `kmeans++`, at least 4096 rows in all."""
+    init_trials: int = Field(8, ge=1)
+    """Starts of `kmeans++` of which the best is taken; fewer when K is above 250, where one start
+    costs seconds."""
     empty: Literal["split", "keep"] = "split"
     """An empty cluster takes half of a large one, or keeps its centroid."""
     balance: Literal["none", "sinkhorn"] = "none"
@@ -121,6 +124,7 @@ class ClusteringConfig(Frozen):
             mode="json",
             include={
                 *("k", "iterations", "warm_iterations", "tol", "spherical", "init", "init_sample"),
+                *("init_trials",),
                 *("empty", "balance", "balance_epsilon", "balance_iterations", "heads", "targets"),
                 *("max_points_per_centroid", "streams", "guard", "vshards", "block_rows", "device"),
             },

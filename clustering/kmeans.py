@@ -18,11 +18,12 @@ from clustering.config import ClusteringConfig
 from clustering.errors import BadVectors, ClusteringError, MissingLabels
 from clustering.passes import LocalPasses, Passes, Sums, Table
 from clustering.prepare import Prepared, prepare
-from clustering.seeding import kmeans_plus_plus, split_empty
+from clustering.seeding import best_start, split_empty
 from clustering.shares import Block, Share
 from clustering.targets import View
 
 _MIN_MASS = 2.0**-24
+_MIN_SAMPLE = 4096
 
 
 @dataclass
@@ -274,7 +275,7 @@ def _mean_cosine(total_D: np.ndarray, sum_of_squares: float, n: int) -> float:
     """Mean cosine of all pairs: |sum x|^2 holds every pair's product once each way."""
     if n < 2 or sum_of_squares == 0:
         return 1.0
-    return (float(total_D @ total_D) - sum_of_squares) / (sum_of_squares * (n - 1))
+    return min(1.0, (float(total_D @ total_D) - sum_of_squares) / (sum_of_squares * (n - 1)))
 
 
 def _start(
@@ -303,9 +304,11 @@ def _start(
             centroids = _update(sums, origin, prepared, True, (seed, 0))
             return LloydState(centroids, limit=config.warm_iterations)
     if config.init == "kmeans++":
-        n = min(prepared.n_fit, k * config.init_sample)
+        n = min(prepared.n_fit, max(_MIN_SAMPLE, k * config.init_sample))
         sample = passes.points_below(prepared.fit, seed, passes.nth_hash(seed, n))
-        return LloydState(kmeans_plus_plus(sample, k, seed), limit=config.iterations)
+        trials = max(1, min(config.init_trials, 1000 // k))
+        start = best_start(sample, k, seed, trials, prepared.fit.view.spherical)
+        return LloydState(start, limit=config.iterations)
     first = passes.points_below(prepared.fit, seed, passes.nth_hash(seed, k))
     return LloydState(first, limit=config.iterations)
 

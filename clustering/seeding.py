@@ -5,9 +5,11 @@ Pure numpy on small arrays. Invariant: results depend on the arrays and the seed
 
 import numpy as np
 
-from clustering.assign import one_blas_thread
+from clustering.assign import assign, one_blas_thread
+from clustering.exact import add_by_label
 
 _SPLIT = 1.0 / 1024
+_TRIAL_ITERATIONS = 8
 
 
 def split_empty(means_KD: np.ndarray, counts_K: np.ndarray, entropy: tuple[int, int]) -> None:
@@ -34,6 +36,43 @@ def split_empty(means_KD: np.ndarray, counts_K: np.ndarray, entropy: tuple[int, 
         means_KD[donor] *= 1 - sign
         counts[cluster] = counts[donor] // 2
         counts[donor] -= counts[cluster]
+
+
+def best_start(x_ND: np.ndarray, k: int, seed: int, trials: int, spherical: bool) -> np.ndarray:
+    """The best of several k-means++ starts, each improved by a few iterations on the sample.
+
+    A single start often leaves two clusters in one class and two classes in one cluster, and Lloyd
+    never repairs it. Args: x_ND float32 on a grid. Returns float32 [K, D].
+    """
+    best, lowest = None, np.inf
+    for trial in range(trials):
+        centroids = kmeans_plus_plus(x_ND, k, seed + trial)
+        if trials == 1:
+            return centroids
+        for _ in range(_TRIAL_ITERATIONS):
+            centroids, inertia = _small_step(x_ND, centroids, spherical)
+        if inertia < lowest:
+            best, lowest = centroids, inertia
+    assert best is not None
+    return best
+
+
+def _small_step(
+    x_ND: np.ndarray, centroids_KD: np.ndarray, spherical: bool
+) -> tuple[np.ndarray, float]:
+    c = centroids_KD.astype(np.float64)
+    offset_K = None if spherical else (-0.5 * (c * c).sum(axis=1)).astype(np.float32)
+    with one_blas_thread():
+        labels = assign(x_ND, centroids_KD, offset_K, 1024)
+    difference = x_ND - c[labels]
+    sums_KD = np.zeros(c.shape)
+    add_by_label(x_ND, labels, sums_KD)
+    filled = np.bincount(labels, minlength=len(c)) > 0
+    c[filled] = sums_KD[filled] / np.bincount(labels, minlength=len(c))[filled, None]
+    if spherical:
+        length = np.sqrt((c * c).sum(axis=1, keepdims=True))
+        c /= np.where(length > 0, length, 1.0)
+    return c.astype(np.float32), float((difference * difference).sum())
 
 
 def kmeans_plus_plus(x_ND: np.ndarray, k: int, seed: int) -> np.ndarray:
