@@ -1,1 +1,1 @@
-"""The front door: the `diccae` command and the root config. Imports the rest; nothing imports it."""
+"""The front door: the `diccae` command and the root config. Nothing imports it."""

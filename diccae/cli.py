@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        print(f"diccae: no command {name!r}.{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        known = ", ".join(COMMANDS)
+        print(f"diccae: no command {name!r}.{hint} Commands: {known}", file=sys.stderr)
         return USAGE
     return _run(name, args[1:])
 

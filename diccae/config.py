@@ -68,10 +68,9 @@ def differing_keys(old: BaseModel, new: BaseModel) -> list[str]:
 def _differences(old: Any, new: Any, prefix: str) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
+        start = f"{prefix}." if prefix else ""
         return [
-            line
-            for key in keys
-            for line in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+            line for key in keys for line in _differences(old.get(key), new.get(key), start + key)
         ]
     return [] if old == new else [f"{prefix}: {old} -> {new}"]
 

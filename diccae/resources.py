@@ -67,9 +67,7 @@ class Demand(NamedTuple):
     gpus: float
 
 
-def training_demands(
-    config: TrainingConfig, clustering: ClusteringConfig | None
-) -> list[Demand]:
+def training_demands(config: TrainingConfig, clustering: ClusteringConfig | None) -> list[Demand]:
     """All that is on the cluster at once while training runs."""
     scale = config.scale
     workers = scale.min_workers or scale.num_workers

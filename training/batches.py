@@ -74,7 +74,7 @@ def index_rows(snapshot: Snapshot, split: str, classes: list[str] | None = None)
         }
         raise TrainingError(
             f"{snapshot.uri}: no clip with usable features in split {split!r} at version "
-            f"{snapshot.version}; clips by split: {found}. Ingest a CSV with that split, or look at "
+            f"{snapshot.version}; clips by split: {found}. Ingest a CSV with that split, or see "
             f'"diccae store failures --store {snapshot.uri}".'
         )
     names = classes if classes is not None else snapshot.classes

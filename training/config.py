@@ -147,7 +147,7 @@ class ConfusionConfig(Frozen):
     """How the confusion matrix is estimated and turned into weights (DESIGN section 5)."""
 
     gamma: float = Field(1.0, ge=0)
-    """Exponent on the relative confusion degree; 0 turns the weighting off (plain cross-entropy)."""
+    """Exponent on the relative confusion degree; 0 turns weighting off (plain cross-entropy)."""
     w_max: float = Field(10.0, ge=1)
     """Largest weight of a confused pair."""
     ramp_epochs: float = Field(2.0, ge=0)
@@ -171,8 +171,8 @@ class RoundsConfig(Frozen):
     """No round before this many epochs."""
     every_epochs: int = Field(1, ge=1)
     """Epochs between rounds."""
-    margin_nats: float = Field(0.25, ge=0)
-    """The first round waits until InfoNCE < ln B - margin."""
+    margin_nats: float = 0.25
+    """The first round waits until InfoNCE < ln B - margin; negative: never waits (tests)."""
     features: Literal["pass", "train"] = "train"
     """`pass`: an evaluation pass before each round; `train`: what training just computed."""
     lead_steps: int = Field(20, ge=0)

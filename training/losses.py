@@ -138,10 +138,10 @@ def confusion_loss(
     """
     rows = labelled_rows(labels_B) if rows is None else rows
     labels_B = labels_B.long()
+    margins_BK = weights_KK[labels_B.clamp_min(0)].log()
     terms, posteriors = [], []
     for stream in teaches:
         logits_BK = class_logits(h[stream], prototypes[stream], temperature)
-        margins_BK = weights_KK.to(logits_BK.dtype).log()[labels_B.clamp_min(0)]
         terms.append(F.cross_entropy(logits_BK + margins_BK, labels_B, reduction="sum"))
         posteriors.append(logits_BK.detach().softmax(1))
     loss = torch.stack(terms).mean() / rows.to(terms[0].dtype)

@@ -36,18 +36,21 @@ class RunHandle(NamedTuple):
     out: str = ""
 
 
-def one_line(error: Exception) -> str:
-    """The type and first line of an error, for a warning."""
+def one_line(error: BaseException) -> str:
+    """The first line of what an error began with: MLflow wraps a refused connection five deep."""
+    while deeper := error.__cause__ or error.__context__:
+        error = deeper
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
 def mlflow_client(uri: str) -> Any:
     """An MlflowClient; the import takes 2 to 5 s, so it waits until somebody logs."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "1")
-    # The client's own default is 7 retries, minutes of silence; this module retries by itself.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    # The client's own default is 7 retries, minutes of silence and a warning each; this module
+    # retries by itself.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     from mlflow import MlflowClient
 
     for noisy in ("alembic", "mlflow.store.db.utils"):
@@ -56,11 +59,20 @@ def mlflow_client(uri: str) -> Any:
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut off by a kill is left out."""
+    """The lines of a metrics.jsonl; what a kill or a full disk cut off is left out."""
     with open(path, "rb") as file:
         for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+            if (parsed := parse_line(line)) is not None:
+                yield parsed
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, or None if it is not whole."""
+    try:
+        parsed = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return parsed if isinstance(parsed, dict) and "step" in parsed and "time" in parsed else None
 
 
 def legal_name(key: str) -> str:
@@ -176,7 +188,7 @@ class MetricsCopier:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                points = self._missing(json.loads(line))
+                points = self._missing(parse_line(line) or {})
                 if batch and len(batch) + len(points) > _MAX_METRICS:
                     yield batch, end
                     batch = []
@@ -187,6 +199,8 @@ class MetricsCopier:
     def _missing(self, line: dict[str, Any]) -> list[Any]:
         from mlflow.entities import Metric
 
+        if not line:
+            return []
         known = self._known or {}
         step, time_ms = int(line["step"]), int(line["time"] * 1000)
         return [

@@ -7,6 +7,7 @@ that died anywhere goes on from its newest checkpoint when the same command is g
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,10 +101,10 @@ def pretrain(
     rounds: Rounds | None = None
     if config.rounds.labels != "none":
         widths = {stream: config.encoder.projection for stream in STREAMS}
-        pool = ClusterPool.create(clustering, widths, str(out / "rounds"), seed=config.seed)
+        pool = ClusterPool(clustering, widths, str(out / "rounds"), seed=config.seed)
         rounds = pool.client()
     settings = {
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", include=set(TrainingConfig.model_fields)),
         "index": [ray.put(data.train)],
         "rounds": rounds,
         "out": str(out),
@@ -191,17 +192,23 @@ def _hooks(
             _save_bank(rounds, Path(state["bank"]), world, config.rounds.timeout_s)
         ray_fit.report_state(state, world.rank)
 
-    def failed(content: dict[str, Any]) -> str:
-        path = out / "failed" / f"step-{content['step']}-rank-{world.rank}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, path)
-        return str(path)
-
     def write(step: int, metrics: dict[str, float]) -> None:
         if tracker is not None:
             tracker.log(step, metrics)
 
-    return Hooks(log=write, save=save, failed=failed)
+    return Hooks(log=write, save=save, failed=failure_writer(out, world.rank))
+
+
+def failure_writer(out: Path, rank: int) -> Callable[[dict[str, Any]], str]:
+    """Keeps what is needed to replay a step whose loss was not finite."""
+
+    def write(content: dict[str, Any]) -> str:
+        path = out / "failed" / f"step-{content['step']}-rank-{rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, path)
+        return str(path)
+
+    return write
 
 
 def _save_bank(rounds: Rounds | None, folder: Path, world: World, timeout_s: float) -> None:

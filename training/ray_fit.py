@@ -6,11 +6,12 @@ weights_only=True.
 """
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +21,7 @@ from training.trainer import World
 
 _STATE = "state.pt"
 _CONTROLLER_POLL_S = "0.2"
+_RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
 
 
 def fit(
@@ -45,8 +47,8 @@ def fit(
     if scale.min_workers is not None:
         workers = (scale.min_workers, scale.num_workers)
     trainer = TorchTrainer(
-        loop,
-        train_loop_config=settings,
+        _caught,
+        train_loop_config={"loop": loop, "settings": settings},
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
             use_gpu=scale.use_gpu,
@@ -61,20 +63,35 @@ def fit(
         ),
     )
     try:
-        return trainer.fit().return_value
+        result = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
-        raise _own_error(error) from error
+        raise _explained(error, out) from error
+    if isinstance(result, _Failure):
+        raise result.error
+    return result
 
 
-def _own_error(error: BaseException) -> TrainingError:
-    """The TrainingError a worker raised, or one that says what Ray said."""
-    failures = getattr(error, "worker_failures", {}) or {}
-    for failure in failures.values():
-        cause = getattr(failure, "cause", None) or failure
-        if isinstance(cause, TrainingError):
-            return cause
-    last = str(error).strip().splitlines()
-    return TrainingError(f"training workers failed: {last[-1] if last else type(error).__name__}")
+class _Failure(NamedTuple):
+    error: TrainingError
+
+
+def _caught(config: dict[str, Any]) -> Any:
+    """A TrainingError is a result: Ray would otherwise repeat what can only fail again."""
+    try:
+        return config["loop"](config["settings"])
+    except TrainingError as error:
+        return _Failure(error)
+
+
+def _explained(error: BaseException, out: Path) -> TrainingError:
+    """The line that says what went wrong in a worker, and where all of it is written."""
+    path = out / "failed" / "traceback.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = str(error)
+    path.write_text(text)
+    lines = [line for line in text.splitlines() if _RAISED.match(line)]
+    said = lines[-1] if lines else type(error).__name__
+    return TrainingError(f"training workers failed: {said} (the whole traceback is in {path})")
 
 
 def this_world(scale: ScaleConfig) -> World:

@@ -34,9 +34,15 @@ class Masking(NamedTuple):
 
 
 def masking_from_noise(noise_BL: Tensor, mask_ratio: float) -> Masking:
-    """Keep the int(L * (1 - mask_ratio)) tokens of smallest noise in each row."""
+    """Keep the L * (1 - mask_ratio) tokens of smallest noise in each row, rounded down, at least 1.
+
+    Raises: ValueError if mask_ratio is not in [0, 1).
+    """
+    if not 0 <= mask_ratio < 1:
+        raise ValueError(f"mask_ratio = {mask_ratio}: need 0 <= mask_ratio < 1")
     order = torch.argsort(noise_BL, dim=1, stable=True)
-    n_keep = int(noise_BL.shape[1] * (1 - mask_ratio))
+    # 1e-6: 10 * (1 - 0.9) is a little less than 1
+    n_keep = max(1, int(noise_BL.shape[1] * (1 - mask_ratio) + 1e-6))
     return Masking(order[:, :n_keep], order[:, n_keep:])
 
 
@@ -108,7 +114,10 @@ def reconstruction_loss(
 
     Args: patches_BLC: all flat patches of the input, channel first; the prediction has channels
         last. normalise: compare with patches of mean 0 and variance 1 (CAV-MAE's norm_pix).
+    Raises: ValueError if nothing is hidden.
     """
+    if not hidden_BN.shape[1]:
+        raise ValueError("nothing is hidden, so nothing can be reconstructed: raise mask_ratio")
     target = take_tokens(patches_BLC, hidden_BN).unflatten(-1, (-1, PATCH * PATCH))
     target = full_precision(target.transpose(-1, -2).flatten(-2))
     if normalise:

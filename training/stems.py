@@ -1,4 +1,4 @@
-"""Convolutional stems: fbank or frame to a short sequence of tokens, trainable from nothing on a CPU.
+"""Convolutional stems: fbank or frame to a few tokens, trainable from nothing on a CPU.
 
 Know nothing of positions, modalities or losses. Invariant: no statistics over the batch (GroupNorm
 only), so a clip's tokens never depend on its neighbours or on the number of workers.

@@ -179,6 +179,19 @@ def log_child_run(
     return run_id
 
 
+@_never_fatal("store results")
+def log_results(handle: RunHandle, metrics: dict[str, float]) -> bool:
+    """Final numbers of an evaluation, as metrics of the run without a curve; True if sent."""
+    from mlflow.entities import Metric
+
+    now_ms = int(time.time() * 1000)
+    mlflow_client(handle.uri).log_batch(
+        handle.run_id,
+        metrics=[Metric(legal_name(key), value, now_ms, 0) for key, value in metrics.items()],
+    )
+    return True
+
+
 @_never_fatal("store artifacts")
 def log_artifacts(handle: RunHandle, paths: Iterable[str | Path]) -> bool:
     """Copy files, and folders under their own name, to the run; True if all arrived."""
@@ -257,7 +270,7 @@ class Tracker:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._last_step_of = _cut(self._path, resume_step)
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        self._disk_failed = False
+        self._torn = False
         self._copier: MetricsCopier | None = None
         if handle.run_id:
             self._copier = MetricsCopier(handle, self._path, resume_step)
@@ -280,12 +293,15 @@ class Tracker:
             self._copier.wake()
 
     def _write(self, line: bytes) -> None:
+        """One unbuffered write, so that a kill leaves no line of two halves; a full disk may."""
         try:
-            self._file.write(line)  # one unbuffered write: a kill leaves no line of two halves
+            whole = self._file.write(b"\n" * self._torn + line) == len(line) + self._torn
+            problem = "" if whole else "the disk is full"
         except OSError as error:
-            if not self._disk_failed:
-                log.warning("%s: %s; training goes on, metrics are lost", self._path, error)
-            self._disk_failed = True
+            whole, problem = False, str(error)
+        if not whole and not self._torn:
+            log.warning("%s: %s; training goes on, metrics are lost", self._path, problem)
+        self._torn = not whole
 
     def close(self, timeout_s: float = 30.0) -> bool:
         """Send what is left; True if MLflow has every line. The file keeps what it lacks."""

@@ -15,7 +15,9 @@ import io
 import json
 import pickle
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import fsspec
 import safetensors.torch
@@ -31,6 +33,10 @@ from training.errors import WeightsError
 
 _OPTIONAL = ("class_heads.", "decoder.", "mlp_head.", "auxiliary_heads.")
 """Parts a file may lack, or have beyond what the model has; anything else is the trunk."""
+
+
+_PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+"""Endings of files that torch.save wrote; anything but these and .safetensors is a folder."""
 
 
 class WeightsReport(NamedTuple):
@@ -101,9 +107,10 @@ def read_weights(uri: str) -> tuple[dict[str, Tensor], ModelCard | None]:
 
     Raises: WeightsError if there is none, it is damaged, or it holds more than tensors.
     """
-    if uri.endswith((".pth", ".pt", ".bin", ".ckpt")):
+    suffix = PurePosixPath(urlsplit(uri).path).suffix  # published links end in .pth?dl=1
+    if suffix in _PICKLED:
         return _read_pickled(uri), None
-    if uri.endswith(".safetensors"):
+    if suffix == ".safetensors":
         return _parse_safetensors(_read(uri), uri), None
     name = "classifier" if _exists(f"{uri.rstrip('/')}/classifier.json") else "encoder"
     return _read_saved(uri, name)

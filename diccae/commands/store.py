@@ -66,7 +66,11 @@ def _show(result: dict, as_json: bool) -> int:
     else:
         width = max(map(len, result))
         for name, value in result.items():
-            print(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")
+            print(
+                f"{name:<{width}}  {value:,}"
+                if isinstance(value, int)
+                else f"{name:<{width}}  {value}"
+            )
     return 0
 
 

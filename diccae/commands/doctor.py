@@ -1,0 +1,37 @@
+"""`diccae doctor`: check this machine, the cluster, the store and MLflow."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diccae.args import parse
+
+
+@dataclass(frozen=True)
+class DoctorArgs:
+    """Each check says what it found and, where it fails, what to do next."""
+
+    store: str | None = None
+    """Feature store to reach."""
+    mlflow_uri: str | None = None
+    """MLflow server to reach."""
+    address: str | None = None
+    """Ray job server to reach."""
+    json: bool = False
+    """Print the checks as one JSON line."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command. Returns: 1 if a check failed."""
+    args = parse("doctor", DoctorArgs, argv)
+    from diccae.doctor import run_doctor
+
+    checks = run_doctor(args.store, args.mlflow_uri, args.address)
+    if args.json:
+        print(json.dumps([check._asdict() for check in checks]))
+    else:
+        for check in checks:
+            print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<16}  {check.detail}")
+            if not check.ok:
+                print(f"{'':24}{check.hint}")
+    return 0 if all(check.ok for check in checks) else 1

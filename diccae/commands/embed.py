@@ -1,0 +1,48 @@
+"""`diccae embed`: feature store and encoder to a Parquet file of vectors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from diccae.args import parse
+from diccae.config import RunConfig
+
+
+@dataclass(frozen=True)
+class EmbedArgs:
+    """Write id, label and the embeddings of every clip; `diccae cluster` reads them."""
+
+    store: str
+    """URI of the feature store."""
+    encoder: str
+    """Folder of an encoder, such as OUT/encoder."""
+    out: str
+    """Parquet file to write: columns id, label, audio, video, fusion, embedding."""
+    split: str = "train"
+    """Split of the store."""
+    space: Literal["z", "h"] = "h"
+    """`h`: class-head embeddings; `z`: the trunk's features."""
+    version: int | None = None
+    """Version of the store; None: the newest."""
+    config: str | None = None
+    """YAML config of the run the encoder comes from (its `data` section)."""
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = parse("embed", EmbedArgs, argv, ("data", "evaluate", "scale"))
+    from diccae.resources import start_ray
+    from pipeline.store import FeatureStore
+    from training.batches import index_rows
+    from training.inference import run_model, write_vectors
+
+    snapshot = FeatureStore.open(args.store).snapshot(args.version)
+    index = index_rows(snapshot, args.split)
+    start_ray()
+    run = args.run
+    outputs = run_model(index, args.encoder, None, run.data, run.scale, run.evaluate.frames)
+    write_vectors(index, outputs, args.space, Path(args.out))
+    print(f"{args.out}: {len(index):,} clips of {args.store} version {snapshot.version}")
+    return 0

@@ -1,0 +1,57 @@
+"""`diccae evaluate`: what a run is worth on the test split."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from diccae.args import parse
+from diccae.config import RunConfig
+from diccae.screen import say, table
+
+
+@dataclass(frozen=True)
+class EvaluateArgs:
+    """Top-1, probes, retrieval and confusions into results.json."""
+
+    out: str
+    """Run folder."""
+    json: bool = False
+    """Print results.json as one line on stdout."""
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    from diccae.runs import RunFolder, log_to_screen
+
+    sections = ("evaluate", "scale")
+    folder = RunFolder(parse("evaluate", EvaluateArgs, argv, sections).out)
+    args = parse("evaluate", EvaluateArgs, argv, sections, folder.config())
+    log_to_screen()
+    from diccae.stages import run_evaluate
+
+    results = run_evaluate(folder, args.run, say)
+    print(json.dumps(results) if args.json else results_table(results))
+    return 0
+
+
+def results_table(results: dict) -> str:
+    """Accuracies of a run in per cent, one row per stream."""
+    rows = []
+    columns = [name for name in ("top1", "top5", "probe", "knn") if name in results]
+    for stream in ("audio", "video", "fusion"):
+        values = [results[name].get(stream) for name in columns]
+        rows.append([stream, *(f"{100 * v:.1f}" if v is not None else "-" for v in values)])
+    lines = [table(["% of test clips", *columns], rows)]
+    found = results.get("retrieval", {})
+    if found:
+        lines.append(
+            f"retrieval R@1  audio->video {100 * found['a2v_r1']:.1f} %  video->audio "
+            f"{100 * found['v2a_r1']:.1f} %  ({int(found['n_clips'])} clips)"
+        )
+    pairs = results.get("confusion", {}).get("worst_pairs", [])[:3]
+    if pairs:
+        worst = "; ".join(f"{a} / {b} {100 * degree:.0f} %" for a, b, degree in pairs)
+        lines.append(f"most confused   {worst}")
+    lines.append(f"test clips      {results['n_test']:,}")
+    return "\n".join(lines)

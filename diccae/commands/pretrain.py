@@ -1,0 +1,78 @@
+"""`diccae pretrain`: feature store to encoder, with clustering rounds beside it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from diccae.args import parse
+from diccae.config import RunConfig
+from diccae.screen import say
+
+SECTIONS = (
+    "seed",
+    "encoder",
+    "data",
+    "augment",
+    "loss",
+    "confusion",
+    "rounds",
+    "clustering",
+    "optim",
+    "pretrain",
+    "scale",
+    "tracking",
+)
+
+
+@dataclass(frozen=True)
+class PretrainArgs:
+    """Pretrain the encoder. The same command on the same --out goes on where it stopped."""
+
+    store: str
+    """URI of the feature store."""
+    out: str
+    """Run folder; on a cluster of several nodes, a folder all of them see."""
+    config: str | None = None
+    """YAML config; see configs/."""
+    init: str | None = None
+    """Weights to start from: CAV-MAE, MAE ViT or diccae, any fsspec URI."""
+    fresh: bool = False
+    """Delete what is in --out and start again."""
+    dry_run: bool = False
+    """Only print parameters, FLOPs, memory, steps and the time they would take."""
+    json: bool = False
+    """Print the results as one JSON line on stdout."""
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = parse("pretrain", PretrainArgs, argv, SECTIONS)
+    config = args.run
+    if args.init is not None:
+        encoder = config.encoder.model_copy(update={"init": args.init})
+        config = config.model_copy(update={"encoder": encoder})
+    if args.dry_run:
+        return _dry_run(config, args.store)
+    from diccae.runs import RunFolder, log_to_screen
+    from diccae.stages import run_pretrain
+
+    log_to_screen()
+    folder = RunFolder(args.out)
+    if folder.open(config, args.fresh):
+        say(f"going on with the run in {args.out}")
+    run_pretrain(folder, config, args.store, say)
+    if args.json:
+        print(json.dumps(folder.results))
+    say(f"encoder in {args.out}/encoder; next: diccae finetune --out {args.out}")
+    return 0
+
+
+def _dry_run(config: RunConfig, store: str) -> int:
+    from training.budget import describe
+    from training.pretrain import check, pin
+
+    data = pin(store, config.data.version, config)
+    check(config, config.clustering, data)
+    print(describe(config, data.snapshot.spec, len(data.train)))
+    return 0

@@ -1,0 +1,26 @@
+"""`diccae report`: a run folder to one HTML page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diccae.args import parse
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """One self-contained page: curves, confusions, clusters, examples, what pins the run."""
+
+    out: str
+    """Run folder."""
+    store: str | None = None
+    """Where the frames are, if the store has moved since."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = parse("report", ReportArgs, argv)
+    from diccae.runs import RunFolder
+    from diccae.stages import run_report
+
+    print(run_report(RunFolder(args.out), args.store))
+    return 0

@@ -1,0 +1,180 @@
+"""A run folder: what pins a run, its stages, and `results.json`.
+
+Knows nothing of how a stage works. Invariant: a folder holds one run; the same command goes on with
+it, another config is refused with the keys that differ.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from diccae.config import RunConfig, differing_keys, load_config, save_config
+from diccae.errors import UsageError
+from diccae.screen import ProgressLine, clock
+from training.errors import ConfigMismatch
+
+_VERSIONS = ("diccae", "torch", "torchaudio", "ray", "faiss-gpu", "mlflow", "pyarrow", "deltalake")
+_NOT_PINNED = ("scale.", "tracking.", "ingest.", "finetune.", "evaluate.")
+"""Sections that may change between the stages of a run."""
+
+
+class RunFolder:
+    """`<out>/` of a run."""
+
+    def __init__(self, out: str | Path) -> None:
+        self.path = Path(out)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """`run.json`, or empty."""
+        return _read(self.path / "run.json")
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """`results.json`, or empty."""
+        return _read(self.path / "results.json")
+
+    def config(self) -> RunConfig:
+        """The resolved config the run was started with.
+
+        Raises: UsageError if this is no run folder.
+        """
+        if not (self.path / "config.yaml").exists():
+            raise UsageError(
+                f"{self.path}: no config.yaml, so no run; start one with diccae pretrain --out"
+            )
+        return load_config(self.path / "config.yaml")
+
+    def open(self, config: RunConfig, fresh: bool) -> bool:
+        """Take the folder for this run. Returns: whether a run is being taken up again.
+
+        Raises: ConfigMismatch naming the keys, if the folder holds a run of another config.
+        """
+        if fresh and self.record:
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / "config.yaml").exists():
+            keys = [
+                line
+                for line in differing_keys(self.config(), config)
+                if not line.startswith(_NOT_PINNED)
+            ]
+            if keys:
+                raise ConfigMismatch(
+                    f"{self.path} holds a run of another config: {'; '.join(keys)}. Use the old "
+                    "config, another --out, or --fresh to start again (this deletes the old run)."
+                )
+        save_config(config, self.path / "config.yaml")
+        return bool(self.record)
+
+    def write_record(self, **fields: Any) -> None:
+        """Merge fields into `run.json`."""
+        record = {
+            "name": self.path.resolve().name,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {name: version(name) for name in _VERSIONS},
+            **self.record,
+            **fields,
+        }
+        _write(self.path / "run.json", record)
+
+    def write_results(self, **fields: Any) -> dict[str, Any]:
+        """Merge fields into `results.json`; times of stages are kept beside each other."""
+        old = self.results
+        seconds = {**old.get("seconds", {}), **fields.pop("seconds", {})}
+        results = {**old, **fields, "seconds": seconds}
+        _write(self.path / "results.json", results)
+        return results
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=1))
+    os.replace(scratch, path)
+
+
+@contextlib.contextmanager
+def watched(metrics_path: Path, total_steps: int, what: str) -> Iterator[None]:
+    """Show the newest line of a metrics file while a stage runs."""
+    line, stop = ProgressLine(every_s=2.0), threading.Event()
+    thread = threading.Thread(
+        target=_watch, args=(metrics_path, total_steps, what, line, stop), daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=5)
+        line.close()
+
+
+def _watch(
+    path: Path, total_steps: int, what: str, line: ProgressLine, stop: threading.Event
+) -> None:
+    started, first_step, shown = time.monotonic(), None, -1
+    while True:
+        ending = stop.wait(0.5)
+        newest = _last_line(path)
+        step = int(newest.get("step", -1)) if newest else -1
+        if newest and step != shown:
+            if first_step is None or step < shown:
+                first_step, started = step, time.monotonic()
+            rate = (step - first_step) / max(1e-9, time.monotonic() - started)
+            left = (total_steps - step) / rate if rate > 0 else None
+            line.show(f"{what} {_describe(newest, total_steps)}  left {clock(left)}", now=ending)
+            shown = step
+        if ending:
+            return
+
+
+def _describe(metrics: dict[str, Any], total_steps: int) -> str:
+    found = {name.removeprefix("finetune/"): value for name, value in metrics.items()}
+    parts = [f"step {found['step']:,}/{total_steps:,}  epoch {found.get('epoch', 0):.2f}"]
+    names = {
+        "loss": "loss",
+        "loss_instance": "InfoNCE",
+        "accuracy": "accuracy",
+        "clustering/nmi": "label NMI",
+        "clips_per_s": "clips/s",
+    }
+    for name, shown in names.items():
+        if found.get(name) is not None:
+            parts.append(f"{shown} {found[name]:.3g}")
+    return "  ".join(parts)
+
+
+def _last_line(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a file that is being written."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 8192))
+            lines = file.read().split(b"\n")[:-1]
+        return json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else None
+    except (OSError, ValueError):
+        return None
+
+
+def log_to_screen() -> None:
+    """Warnings of our packages on stderr, one line each."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    for name in ("pipeline", "clustering", "training", "deploy", "diccae"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        logger.propagate = False

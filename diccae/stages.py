@@ -1,0 +1,233 @@
+"""The stages of a run on its folder: pretrain, fine-tune, evaluate, report.
+
+Composes pipeline, clustering and training; what the commands and the demo share.
+Invariant: each stage reads what the stages before left in the folder, and leaves its own part of
+`results.json`.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from clustering.publish import load_round, rounds_at
+from diccae.config import RunConfig
+from diccae.errors import UsageError
+from diccae.resources import check_fits, scale_note, start_ray, training_demands
+from diccae.runs import RunFolder, watched
+from training import tracking
+from training.batches import BatchPlan, RowIndex, clip_keys, index_rows
+from training.metrics_copier import RunHandle
+from training.pretrain import Pinned, check, pin, pretrain
+
+Say = Callable[[str], None]
+
+
+def run_pretrain(folder: RunFolder, config: RunConfig, store: str, say: Say) -> dict[str, Any]:
+    """Pretrain into the folder, from its newest checkpoint if there is one."""
+    data = _pin_for(folder, config, store)
+    check(config, config.clustering, data)
+    handle = _tracking_run(folder, config, data)
+    steps = BatchPlan.of(len(data.train), config.pretrain.batch_size, config.data).steps(
+        len(data.train)
+    )
+    total = steps * config.pretrain.epochs
+    start_ray()
+    labels = config.clustering if config.rounds.labels != "none" else None
+    check_fits(training_demands(config, labels))
+    scale_note(config.scale, say)
+    say(
+        f"pretrain  {len(data.train):,} clips of {store} version {data.snapshot.version}, "
+        f"{total:,} steps of {config.pretrain.batch_size}, encoder {config.encoder.preset}"
+    )
+    started = time.monotonic()
+    with watched(folder.path / "metrics.jsonl", total, "pretrain"):
+        result = _with_status(
+            handle,
+            lambda: pretrain(
+                config, config.clustering, data, folder.path, handle, _provenance(folder, config)
+            ),
+        )
+    before = folder.results.get("seconds", {}).get("pretrain", 0.0)
+    metrics = result.get("metrics", {})
+    folder.write_results(
+        encoder=config.encoder.preset,
+        n_train=len(data.train),
+        config_hash=config.digest(),
+        store=folder.record["store"],
+        pseudo_labels=_pseudo_labels(folder.path, config),
+        pretraining={name: metrics[name] for name in sorted(metrics) if "/" not in name},
+        seconds={
+            "pretrain": round(before + time.monotonic() - started, 2),
+            "cluster": round(result.get("clustering_s", 0.0), 2),
+        },
+    )
+    return result
+
+
+def _with_status(handle: RunHandle, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run a stage and tell MLflow how it ended."""
+    status = "FAILED"
+    try:
+        result = stage()
+        status = "FINISHED"
+        return result
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracking.finish(handle, status)
+
+
+def _pin_for(folder: RunFolder, config: RunConfig, store: str) -> Pinned:
+    """The data of the run: the version it pinned when it started."""
+    known = folder.record.get("store")
+    version = config.data.version if known is None else int(known["version"])
+    data = pin(known["uri"] if known else store, version, config)
+    if known is None:
+        from pipeline.store import FeatureStore
+
+        snapshot = data.snapshot
+        FeatureStore.open(store).pin(snapshot.version, f"run-{folder.path.resolve().name}")
+        folder.write_record(
+            store={"uri": store, "version": snapshot.version, "digest": snapshot.digest},
+            config_hash=config.digest(),
+        )
+    return data
+
+
+def _tracking_run(folder: RunFolder, config: RunConfig, data: Pinned) -> RunHandle:
+    """The MLflow run of the folder: made once, the same after every restart."""
+    known = folder.record.get("mlflow")
+    if known:
+        return RunHandle(known["uri"], known["run_id"], str(folder.path))
+    handle = tracking.create_run(
+        config.tracking,
+        str(folder.path),
+        config.model_dump(mode="json"),
+        {"mlflow.runName": folder.path.resolve().name, "config_hash": config.digest()},
+        folder.record["store"] | {"name": Path(str(data.snapshot.uri)).name},
+    )
+    folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
+    return handle
+
+
+def _handle(folder: RunFolder) -> RunHandle:
+    known = folder.record.get("mlflow") or {"uri": "", "run_id": ""}
+    return RunHandle(known["uri"], known["run_id"], str(folder.path))
+
+
+def _provenance(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
+    return {
+        "run": folder.record["name"],
+        "store": folder.record["store"],
+        "config_hash": config.digest(),
+        "mlflow": folder.record.get("mlflow"),
+    }
+
+
+def _pseudo_labels(out: Path, config: RunConfig) -> dict[str, Any]:
+    """Quality and stability of the rounds, from what clustering and training wrote down."""
+    uri = str(out / "rounds")
+    rounds = [load_round(uri, r) for r in rounds_at(uri)] if config.rounds.labels != "none" else []
+    lines = list(tracking.read_metrics(out / "metrics.jsonl"))
+    nmi = [line["clustering/nmi"] for line in lines if line.get("clustering/nmi") is not None]
+    return {
+        "k": config.clustering.k,
+        "rounds": len(rounds),
+        "nmi": nmi[-1] if nmi else None,
+        "churn": [r.health.get("churn") for r in rounds],
+    }
+
+
+def open_run(folder: RunFolder, config: RunConfig, store: str | None) -> None:
+    """Pin data and make the MLflow run of a folder that has none yet.
+
+    Raises: UsageError without a store to pin.
+    """
+    if folder.record.get("store"):
+        return
+    if store is None:
+        raise UsageError(f"{folder.path}: no pretraining run in it; name the data with --store")
+    _tracking_run(folder, config, _pin_for(folder, config, store))
+
+
+def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say: Say) -> None:
+    """Fine-tune the folder's encoder (or another one) into `classifier/`."""
+    from training.finetune import finetune
+
+    store = folder.record["store"]
+    data = pin(store["uri"], int(store["version"]), config)
+    own = folder.path / "encoder"
+    uri = encoder or (str(own) if (own / "encoder.json").exists() else None)
+    steps = BatchPlan.of(len(data.train), config.finetune.batch_size, config.data).steps(
+        len(data.train)
+    )
+    start_ray()
+    check_fits(training_demands(config, None))
+    say(f"finetune  {len(data.train.classes)} classes, from {uri or 'nothing'}")
+    started = time.monotonic()
+    handle = _handle(folder)
+    with watched(folder.path / "finetune.jsonl", steps * config.finetune.epochs, "finetune"):
+        finetune(config, data.train, uri, folder.path, handle, _provenance(folder, config))
+    folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})
+
+
+def run_evaluate(folder: RunFolder, config: RunConfig, say: Say) -> dict[str, Any]:
+    """Evaluate the folder's models on the test split into `results.json`."""
+    from training.evaluate import evaluate
+
+    store = folder.record["store"]
+    data = pin(store["uri"], int(store["version"]), config)
+    test = index_rows(data.snapshot, "test", data.train.classes)
+    start_ray()
+    say(f"evaluate  {len(test):,} test clips")
+    started = time.monotonic()
+    found = evaluate(config, data.train, test, folder.path, _clusters(folder.path, test))
+    seconds = {"evaluate": round(time.monotonic() - started, 2)}
+    results = folder.write_results(**found, seconds=seconds, config_hash=config.digest())
+    handle = _handle(folder)
+    if handle.run_id:
+        tracking.log_results(handle, dict(_scalars(found)))
+    return results
+
+
+def _clusters(out: Path, test: RowIndex) -> dict[str, int]:
+    """Last pseudo-label of the test clips; none, unless they were trained on."""
+    uri = str(out / "rounds")
+    rounds = rounds_at(uri)
+    if not rounds:
+        return {}
+    last = load_round(uri, rounds[-1])
+    if not last.ok:
+        return {}
+    labels = last.heads[0].lookup(clip_keys(test.clip_ids_N.tolist()))
+    return dict(zip(test.clip_ids_N.tolist(), labels.tolist(), strict=True))
+
+
+def _scalars(found: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    out: list[tuple[str, float]] = []
+    for name, value in found.items():
+        if isinstance(value, dict):
+            out += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            out.append((f"{prefix}{name}", float(value)))
+    return out
+
+
+def run_report(folder: RunFolder, store: str | None) -> Path:
+    """Write the page and hand it, the results and the encoder to MLflow."""
+    from training.report.page import write_report
+
+    page = write_report(folder.path, store)
+    handle = _handle(folder)
+    if handle.run_id:
+        present = [
+            folder.path / name
+            for name in ("report.html", "results.json", "config.yaml", "encoder", "classifier")
+        ]
+        tracking.log_artifacts(handle, [path for path in present if path.exists()])
+        name = folder.config().tracking.register_as
+        if name and (folder.path / "encoder").exists():
+            tracking.register_encoder(handle, folder.path / "encoder", name)
+    return page
