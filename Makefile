@@ -1,0 +1,50 @@
+# make demo   set up, then clips -> store -> encoder -> report (DATA=<folder> uses your own clips)
+# make test   set up, then lint, types and tests
+# make lock   pin what pyproject.toml asks for into constraints.txt
+
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+OUT    ?= out/demo$(if $(DATA),-$(notdir $(patsubst %/,%,$(DATA))))
+
+.PHONY: demo test lint types lock browser clean
+
+demo: $(STAMP)
+	$(BIN)/diccae demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+test: $(STAMP) browser lint types
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+# The report is tested in a real browser; without one that test is skipped with a reason.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    { apt-get install -qq -y --no-install-recommends chromium >/dev/null 2>&1 || \
+	      { apt-get update -qq >/dev/null && \
+	        apt-get install -qq -y --no-install-recommends chromium >/dev/null; }; }; } || \
+	  echo "no Chromium found: the browser test of the report will be skipped"
+
+lock: $(STAMP)
+	$(BIN)/pip install -q uv
+	$(BIN)/uv pip compile -q --upgrade --python $(BIN)/python --all-extras --no-header \
+	  --no-annotate --no-emit-index-url --no-emit-find-links -o constraints.txt pyproject.toml
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "diccae needs Python 3.11: no $(PYTHON) on the PATH \
+	(set PYTHON=/path/to/python3.11)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "diccae needs Python 3.11, found $$($(PYTHON) --version)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+clean:
+	rm -rf out runs .pytest_cache .ruff_cache .mypy_cache

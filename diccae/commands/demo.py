@@ -1,0 +1,41 @@
+"""`diccae demo`: everything, once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diccae.args import parse
+from diccae.config import RunConfig, load_config
+from diccae.screen import say
+
+_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@dataclass(frozen=True)
+class DemoArgs:
+    """Clips -> store -> encoder -> classifier -> results -> report, in one run."""
+
+    out: str = "out/demo"
+    """Folder for everything the demo makes."""
+    data: str | None = None
+    """Folder NAME with videos/ and NAME.csv in VGGSound's columns; None writes synthetic clips."""
+    config: str | None = None
+    """YAML config; None: configs/smoke.yaml, or configs/av-digits.yaml with --data."""
+    fresh: bool = False
+    """Start again in a folder that holds another run."""
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = parse("demo", DemoArgs, argv)
+    if args.config is None:
+        name = "smoke.yaml" if args.data is None else "av-digits.yaml"
+        args = parse("demo", DemoArgs, argv, run=load_config(_CONFIGS / name))
+    from diccae.demo import run_demo
+    from diccae.runs import log_to_screen
+
+    log_to_screen()
+    data = None if args.data is None else Path(args.data)
+    print(run_demo(args.run, Path(args.out), data, args.fresh, say))
+    return 0
