@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from training.blocks import PATCH, sincos_2d
 from training.config import STREAMS, EncoderConfig
 from training.encoder import Encoder, InputShape, MaskNoise
+from training.reconstruction import masking_from_noise
 
 _PATCH = EncoderConfig(
     preset="base",
@@ -312,6 +313,25 @@ def test_inputs_of_another_shape_are_refused_by_name():
         encoder(fbank, frames, masks=_noise(Encoder(_PATCH, _SHAPE)))
     with pytest.raises(ValueError, match=r"needs masks"):
         Encoder(_PATCH, _SHAPE, decoder=True)(fbank, frames, reconstruct=True)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "ratio", "kept"),
+    [(512, 0.75, 128), (196, 0.75, 49), (10, 0.9, 1), (3, 0.9, 1), (7, 0, 7)],
+)
+def test_masking_keeps_the_share_it_should_and_never_nothing(n_tokens, ratio, kept):
+    masking = masking_from_noise(torch.rand(2, n_tokens), ratio)
+    assert masking.keep.shape == (2, kept)
+    both = torch.cat(masking, 1).sort(1).values
+    assert torch.equal(both, torch.arange(n_tokens).expand(2, -1))
+
+
+def test_nothing_hidden_cannot_be_reconstructed():
+    encoder = _perturbed(_PATCH, decoder=True)
+    with pytest.raises(ValueError, match="nothing is hidden"):
+        encoder(*_clips(), masks=_noise(encoder)._replace(mask_ratio=0), reconstruct=True)
+    with pytest.raises(ValueError, match="mask_ratio = 1"):
+        encoder(*_clips(), masks=_noise(encoder)._replace(mask_ratio=1))
 
 
 def test_training_core_imports_without_ray_mlflow_decord_and_faiss():

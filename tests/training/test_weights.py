@@ -1,7 +1,10 @@
 """Weights in and out: published layouts, our own folders, storage by URI, what is refused."""
 
 import argparse
+import functools
+import http.server
 import json
+import threading
 import uuid
 
 import fsspec
@@ -264,6 +267,11 @@ def test_damaged_or_mixed_files_are_refused(tmp_path):
         load_weights(_encoder(), f"{tmp_path}/cut.safetensors")
 
 
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Nothing on the terminal."""
+
+
 class _Payload:
     def __reduce__(self):
         return (open, ("/nonexistent/diccae-was-here", "w"))
@@ -281,6 +289,16 @@ class _Payload:
 def test_files_that_are_no_weights_are_refused(tmp_path, value, message):
     with pytest.raises(WeightsError, match=message):
         load_weights(_encoder(), _write(f"{tmp_path}/file.pth", value))
+
+
+def test_weights_come_over_http_by_a_link_with_a_query(tmp_path):
+    _write(f"{tmp_path}/scale++.pth", export_cavmae(_encoder(1)))
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}/scale++.pth?dl=1"
+        assert load_weights(_encoder(2), uri).layout == "cavmae"
+        server.shutdown()
 
 
 def test_a_missing_file_is_named(tmp_path):
