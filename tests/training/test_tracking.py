@@ -137,6 +137,70 @@ def test_what_mlflow_missed_before_the_kill_is_sent_on_resume(out: Path) -> None
     assert _history(handle, "loss") == [(step, float(step)) for step in range(1, 12)]
 
 
+def test_a_full_disk_costs_the_lines_it_could_not_take(
+    out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    handle = _new_run(out)
+    tracker = Tracker(handle, out / "metrics.jsonl")
+    tracker.log(1, {"loss": 1.0})
+    real = tracker._file
+
+    class Full:
+        """Takes ten bytes of a line, then none."""
+
+        room = 10
+
+        def write(self, data: bytes) -> int:
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            self.room = 0
+            return real.write(data[:10])
+
+    monkeypatch.setattr(tracker, "_file", Full())
+    tracker.log(2, {"loss": 2.0})
+    tracker.log(3, {"loss": 3.0})
+    monkeypatch.setattr(tracker, "_file", real)
+    tracker.log(4, {"loss": 4.0})
+    assert tracker.close()
+    assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == [1, 4]
+    assert _history(handle, "loss") == [(1, 1.0), (4, 4.0)]
+    assert caplog.text.count("metrics are lost") == 1
+
+
+WORKER = """
+import sys, time
+from training.tracking import RunHandle, Tracker
+uri, run_id, path, resume = sys.argv[1:]
+tracker = Tracker(RunHandle(uri, run_id), path, int(resume))
+for step in range(int(resume) + 1, 4001):
+    tracker.log(step, {"loss": 1.0 / step, "lr": 0.5})
+    time.sleep(0.0005)
+tracker.close()
+print("done", flush=True)
+"""
+
+
+def test_a_worker_killed_while_it_logs_leaves_one_whole_curve(out: Path) -> None:
+    handle = _new_run(out)
+    path = out / "metrics.jsonl"
+
+    def start(resume: int) -> "subprocess.Popen[bytes]":
+        args = [sys.executable, "-c", WORKER, handle.uri, handle.run_id, str(path), str(resume)]
+        return subprocess.Popen(args, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+
+    worker = start(0)
+    _wait_until(lambda: len(_history(handle, "loss")) > 50, 60)
+    worker.kill()
+    worker.wait()
+    resume = max(line["step"] for line in read_metrics(path)) - 20  # a checkpoint lies behind
+    worker = start(resume)
+    assert worker.communicate(timeout=120)[0] == b"done\n"
+    steps = list(range(1, 4001))
+    assert [line["step"] for line in read_metrics(path)] == steps
+    for key in ("loss", "lr"):
+        assert [step for step, _ in _history(handle, key)] == steps
+
+
 def test_a_fresh_start_in_an_old_folder_begins_the_file_anew(out: Path) -> None:
     (out / "metrics.jsonl").write_text('{"step": 0, "time": 0, "loss": 5}\n')
     tracker = Tracker(RunHandle("", ""), out / "metrics.jsonl")
