@@ -9,7 +9,7 @@ Shapes: N frames, H = W = frame_size, T fbank_frames, M n_mels.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import simplejpeg
@@ -24,7 +24,7 @@ def encode_jpeg(image_HW3: np.ndarray, quality: int) -> bytes:
     )
 
 
-def decode_jpegs(jpegs: list[bytes]) -> np.ndarray:
+def decode_jpegs(jpegs: Sequence[bytes | memoryview]) -> np.ndarray:
     """JPEGs of one size as uint8 RGB [N, H, W, 3].
 
     Raises: ValueError if a payload is not a JPEG.
@@ -37,7 +37,7 @@ def decode_jpegs(jpegs: list[bytes]) -> np.ndarray:
     return images
 
 
-def fbank_array(payload: bytes, spec: FeatureSpec) -> np.ndarray:
+def fbank_array(payload: bytes | memoryview, spec: FeatureSpec) -> np.ndarray:
     """A stored fbank as float16 [T, M], before normalisation; a read-only view of the payload."""
     return np.frombuffer(payload, np.float16).reshape(spec.fbank_frames, spec.n_mels)
 

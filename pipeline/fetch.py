@@ -4,7 +4,6 @@ Knows nothing of decoding. Invariant: the fingerprint a clip is stored with is t
 was decoded from, also when its file is replaced meanwhile.
 """
 
-import hashlib
 import os
 import tempfile
 from collections import deque
@@ -17,8 +16,9 @@ from typing import Any
 import fsspec
 
 from pipeline.config import IngestConfig
+from pipeline.parts import SEPARATOR, is_part, stream_members
 from pipeline.reasons import Reason, Rejected
-from pipeline.sources import File, local_file, remote_file
+from pipeline.sources import File, local_file, remote_file, sha256_of
 
 _MOST_DOWNLOADS = 3
 
@@ -49,7 +49,7 @@ class Fetched:
             return False
         _describe(self.clip, now)
         if self.hashes_content:
-            hash_content(self.clip, self.path)
+            self.clip |= {"fp": sha256_of(self.path), "fp_kind": "sha256"}
         return True
 
     def release(self) -> None:
@@ -58,8 +58,29 @@ class Fetched:
             Path(self.path).unlink(missing_ok=True)
 
 
+def part_of(uri: str) -> str | None:
+    """The tar part a clip lies in, if it does."""
+    part, separator, _ = uri.rpartition(SEPARATOR)
+    return part if separator and is_part(part) else None
+
+
 def fetch_all(clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[Fetched]:
-    """Clips in order; remote ones are downloaded ahead, `config.prefetch` at a time."""
+    """Clips as local files: of one tar part in the order they stand there, others as given."""
+    part = part_of(clips[0]["uri"]) if clips else None
+    return _fetch_part(part, clips) if part else _fetch_files(clips, config)
+
+
+def _fetch_part(part: str, clips: list[dict[str, Any]]) -> Iterator[Fetched]:
+    by_member = {clip["uri"].removeprefix(part + SEPARATOR): clip for clip in clips}
+    for member, path in stream_members(part, set(by_member)):
+        yield Fetched(by_member.pop(member), path, is_temporary=True)
+    for clip in by_member.values():
+        rejected = Rejected(Reason.MISSING, f"{part} is damaged before this clip")
+        yield Fetched(clip, "", rejected, is_temporary=False)
+
+
+def _fetch_files(clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[Fetched]:
+    """Remote clips are downloaded ahead, `config.prefetch` at a time."""
     with ThreadPoolExecutor(max(1, config.prefetch)) as pool:
         ahead: deque[Future[Fetched]] = deque()
         try:
@@ -78,13 +99,6 @@ def fetch_all(clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[Fet
                 future.result().release()
 
 
-def hash_content(clip: dict[str, Any], path: str) -> None:
-    """Make the SHA-256 of the file the clip's fingerprint."""
-    with open(path, "rb") as file:
-        clip["fp"] = hashlib.file_digest(file, "sha256").hexdigest()
-    clip["fp_kind"] = "sha256"
-
-
 def _is_remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith("file://")
 
@@ -94,7 +108,7 @@ def _local(clip: dict[str, Any], config: IngestConfig) -> Fetched:
     hashes = config.fingerprint == "sha256"
     try:
         if hashes:
-            hash_content(clip, path)
+            clip |= {"fp": sha256_of(path), "fp_kind": "sha256"}
     except OSError as error:
         rejected = Rejected(Reason.OPEN_FAILED, error.strerror or str(error))
         return Fetched(clip, path, rejected)

@@ -9,9 +9,10 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,7 +22,7 @@ from pipeline.lease import Lease
 from pipeline.plan import STATE_COLUMNS, Plan, make_plan
 from pipeline.reasons import Reason
 from pipeline.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
-from pipeline.sources import list_sources
+from pipeline.sources import list_sources, read_entries, sha256_of
 from pipeline.store import FeatureStore
 
 
@@ -66,14 +67,42 @@ def plan_ingest(
 
     Raises: SourceError, StoreError, MassRemoval.
     """
+    cache = None
     if FeatureStore.exists(store):
-        snapshot = FeatureStore.open(store).snapshot()
+        existing = FeatureStore.open(store)
+        cache, snapshot = existing.location, existing.snapshot()
         states = snapshot.states(STATE_COLUMNS)
         spec_hash = (spec or snapshot.spec).spec_hash()
     else:
         states = _NO_STATES
         spec_hash = (spec or FeatureSpec()).spec_hash()
-    return make_plan(list_sources(clips, videos), states, spec_hash, config)
+    plan = make_plan(list_sources(clips, videos, cache), states, spec_hash, config)
+    return _without_touched(plan) if config.fingerprint == "sha256" else plan
+
+
+def _without_touched(plan: Plan) -> Plan:
+    """Move clips whose file is only younger, with the same content, from todo to restated."""
+    touched = np.array(
+        [
+            clip["why"] == "changed"
+            and clip["known_hash"] is not None
+            and clip["known_hash"] == sha256_of(clip["uri"])
+            for clip in plan.todo.select(["why", "known_hash", "uri"]).to_pylist()
+        ],
+        bool,
+    )
+    n_touched = int(touched.sum())
+    counts = plan.counts | {
+        "changed": plan.counts["changed"] - n_touched,
+        "unchanged": plan.counts["unchanged"] + n_touched,
+    }
+    younger = plan.todo.filter(pa.array(touched)).select(SOURCE_SCHEMA.names)
+    return replace(
+        plan,
+        todo=plan.todo.filter(pa.array(~touched)),
+        restated=pa.concat_tables([plan.restated, younger]),
+        counts=counts,
+    )
 
 
 def ingest(
@@ -94,8 +123,11 @@ def ingest(
         committed), KeyboardInterrupt (what is done is committed).
     """
     started = time.monotonic()
-    plan = plan_ingest(clips, videos, store, spec, config)
+    if not FeatureStore.exists(store):
+        read_entries(clips)  # A mistake in the list should not leave an empty store behind.
     target = FeatureStore.create(store, spec or FeatureSpec())
+    planned = target.version()
+    plan = plan_ingest(clips, videos, store, spec, config)
     spec = spec or target.snapshot().spec
     if plan.is_empty:
         seconds = round(time.monotonic() - started, 3)
@@ -103,8 +135,8 @@ def ingest(
             **plan.counts, ok=0, failed=0, seconds=seconds, version=target.version()
         )
     with Lease(target.location, config.lease_stale_s, f"an ingest of {clips}") as lease:
-        # Another run may have finished between the plan and the lease.
-        plan = plan_ingest(clips, videos, store, spec, config)
+        if target.version() != planned:  # Another run finished before this one had the lease.
+            plan = plan_ingest(clips, videos, store, spec, config)
         run = _Run(target, spec, config, lease, len(plan.todo), on_progress)
         target.write_spec(spec)
         run.settle(plan)
@@ -243,10 +275,10 @@ _NO_STATES = CLIPS_SCHEMA.empty_table().select(STATE_COLUMNS)
 
 
 def _restate(states: pa.Table, restated: pa.Table) -> pa.Table:
-    """Rows of the clips table with the label, split and place the source gives now."""
+    """Rows of the clips table with the label, split, place and stat the source gives now."""
     position = pc.index_in(restated["clip_id"], value_set=states["clip_id"].combine_chunks())
     rows = states.take(position)
-    for name in ("label", "split", "uri"):
+    for name in ("label", "split", "uri", "size", "mtime_ns"):
         index = CLIPS_SCHEMA.get_field_index(name)
         rows = rows.set_column(index, CLIPS_SCHEMA.field(index), restated[name])
     return rows

@@ -29,7 +29,7 @@ class Plan:
 
     todo: pa.Table
     """Clips to decode: SOURCE_SCHEMA, `why` (new, changed, spec_changed, retried), `attempts` so
-    far, `known_fp` (the stored fingerprint)."""
+    far, `known_hash` (SHA-256 of the content the store has; null if it has none)."""
     missing: pa.Table
     """Listed clips whose file is not there, where the store does not say so yet (SOURCE_SCHEMA)."""
     restated: pa.Table
@@ -94,12 +94,11 @@ def make_plan(sources: pa.Table, states: pa.Table, spec_hash: str, config: Inges
         "",
     )
     todo = np.flatnonzero(why != "")
-    known_fp = before["fp"].take(todo) if before is not None else pa.nulls(len(todo), pa.string())
     return Plan(
         todo=sources.take(todo)
         .append_column("why", pa.array(why[todo].tolist(), pa.string()))
         .append_column("attempts", pa.array(np.where(retried, attempts, 0)[todo], pa.int32()))
-        .append_column("known_fp", known_fp),
+        .append_column("known_hash", _known_hash(sources, before).take(pa.array(todo))),
         missing=sources.filter(pa.array(gone | (new & ~has_file))),
         restated=sources.filter(pa.array(reworded | moved)),
         removed_ids=states["clip_id"].filter(pa.array(unlisted)).to_pylist(),
@@ -128,8 +127,18 @@ def _same_file(sources: pa.Table, before: pa.Table) -> np.ndarray:
     # A content hash is compared by whoever can read the file; here the stat speaks for it.
     hashed = _true(pc.equal(before["fp_kind"], "sha256"))
     same = (_same(sources, before, "fp") | hashed) & _same(sources, before, "size")
-    same &= _same(sources, before, "mtime_ns")
-    return same & _same(sources, before, "start_s") & _same(sources, before, "end_s")
+    return same & _same(sources, before, "mtime_ns") & _same_window(sources, before)
+
+
+def _same_window(sources: pa.Table, before: pa.Table) -> np.ndarray:
+    return _same(sources, before, "start_s") & _same(sources, before, "end_s")
+
+
+def _known_hash(sources: pa.Table, before: pa.Table | None) -> pa.ChunkedArray:
+    if before is None:
+        return pa.chunked_array([pa.nulls(len(sources), pa.string())])
+    hashed = _true(pc.equal(before["fp_kind"], "sha256")) & _same_window(sources, before)
+    return pc.if_else(pa.array(hashed), before["fp"], pa.scalar(None, pa.string()))
 
 
 def _to_retry(reason: pa.ChunkedArray, attempts: np.ndarray, config: IngestConfig) -> np.ndarray:

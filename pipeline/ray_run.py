@@ -21,6 +21,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import PipelineError
+from pipeline.fetch import part_of
 from pipeline.worker import ShardDecoder, table_from_bytes, table_to_bytes
 
 _FEWEST_CLIPS = 16
@@ -47,7 +48,7 @@ def run_shards(
         if not len(left):
             return
         returned: list[pa.Array] = []
-        shards = list(cut_shards(left, config.shard_clips, n_workers))
+        shards = list(cut_tasks(left, config.shard_clips, n_workers))
         arguments = {
             "store_uri": store_uri,
             "spec": spec.model_dump_json(),
@@ -70,6 +71,14 @@ def run_shards(
             f"{len(left)} clips (such as {left['clip_id'][0]}) did not come back from the cluster "
             f"in {_MOST_WAVES} tries. All others are committed; look at the Ray logs, run it again."
         )
+
+
+def cut_tasks(clips: pa.Table, shard_clips: int, n_workers: int) -> Iterator[pa.Table]:
+    """What one actor does at a stretch: a shard's worth of clips, or all clips of a tar part."""
+    parts = pa.array([part_of(uri) for uri in clips["uri"].to_pylist()], pa.string())
+    for part in pc.unique(parts.drop_null()):
+        yield clips.filter(pc.equal(parts, part).fill_null(False))
+    yield from cut_shards(clips.filter(pc.is_null(parts)), shard_clips, n_workers)
 
 
 def cut_shards(clips: pa.Table, shard_clips: int, n_workers: int) -> Iterator[pa.Table]:

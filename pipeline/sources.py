@@ -5,6 +5,8 @@ or of decoding. Invariant: a clip_id occurs once, and no entry reaches outside t
 """
 
 import csv
+import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -16,12 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import SourceError
+from pipeline.parts import SEPARATOR, index_parts, is_part
 from pipeline.schema import SOURCE_SCHEMA
 from pipeline.storage import Location
 
 _VIDEO_SUFFIXES = frozenset(
     {".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"}
 ) | {".ogv", ".ts", ".webm", ".wmv"}
+_log = logging.getLogger(__name__)
 _SAFE_ID = re.compile(r"[A-Za-z0-9_-]+")
 _MANIFEST_COLUMNS = ("uri", "start_s", "end_s", "label", "split", "clip_id")
 _MOST_PROBLEMS = 20
@@ -52,11 +56,12 @@ class File:
     fp: str
 
 
-def list_sources(clips: str, videos: str | None) -> pa.Table:
+def list_sources(clips: str, videos: str | None, cache: Location | None = None) -> pa.Table:
     """All clips of a CSV or manifest with the files found for them (schema.SOURCE_SCHEMA).
 
     Args: clips: VGGSound CSV (no header: ytid, start, label, split) or a CSV/Parquet manifest with
-        columns uri, start_s, end_s, label, split[, clip_id]; videos: folder of the clips.
+        columns uri, start_s, end_s, label, split[, clip_id]; videos: folder of the clips, or of
+        tar parts with them, or one tar part; cache: where the index of parts is kept.
     Raises: SourceError, one line per problem.
     """
     entries, is_manifest = read_entries(clips)
@@ -68,7 +73,7 @@ def list_sources(clips: str, videos: str | None) -> pa.Table:
     else:
         if videos is None:
             raise SourceError(f"{clips}: give the folder of its clips with --videos")
-        found = _find_clip_files(clips, entries, videos)
+        found = _find_clip_files(entries, videos, cache)
     if not any(file for file, _ in found):
         raise SourceError(
             f"{videos or clips}: none of the {len(entries)} clips of {clips} has a file there "
@@ -240,14 +245,20 @@ def _seconds(name: str, value: Any) -> float | None:
 
 
 def _find_clip_files(
-    clips: str, entries: list[Entry], videos: str
+    entries: list[Entry], videos: str, cache: Location | None
 ) -> list[tuple[File | None, float | None]]:
     """The file of each clip, with the start when the file is the untrimmed video."""
     by_stem: dict[str, File] = {}
+    parts: list[File] = []
     for stem, file in _walk(Location(videos), videos):
+        if is_part(file.uri):
+            parts.append(file)
+            continue
         other = by_stem.setdefault(stem, file)
         if other is not file:
             raise SourceError(f"{videos}: {other.uri} and {file.uri} are named alike; keep one")
+    for stem, file in _members(parts, cache):
+        by_stem.setdefault(stem, file)
     found: list[tuple[File | None, float | None]] = []
     for entry in entries:
         trimmed = by_stem.get(entry.clip_id)
@@ -256,8 +267,28 @@ def _find_clip_files(
     return found
 
 
+def _members(parts: list[File], cache: Location | None) -> Iterator[tuple[str, File]]:
+    """Videos inside tar parts, by name without folder and suffix."""
+    indexes = index_parts([(part.uri, part.fp) for part in parts], cache)
+    for part, index in zip(parts, indexes, strict=True):
+        if index.damage:
+            _log.warning("%s: %s; clips behind that count as missing", part.uri, index.damage)
+        for member, size in zip(index.members, index.sizes, strict=True):
+            stem, suffix = os.path.splitext(member.rsplit("/", 1)[-1])
+            if suffix.lower() in _VIDEO_SUFFIXES:
+                uri = f"{part.uri}{SEPARATOR}{member}"
+                yield stem, File(uri, size, part.mtime_ns, part.fp_kind, f"{part.fp}-{size}")
+
+
 def _walk(location: Location, videos: str) -> Iterator[tuple[str, File]]:
-    """Video files anywhere below a folder, by name without suffix."""
+    """Video files and tar parts anywhere below a folder, by name without suffix."""
+    if is_part(videos) and location.fs.isfile(location.path):
+        info = location.fs.info(location.path)
+        if location.is_local:
+            yield videos, local_file(location.path, os.stat(location.path))
+        else:
+            yield videos, remote_file(videos, info)
+        return
     if not location.fs.isdir(location.path):
         raise SourceError(f"{videos}: no such folder")
     if location.is_local:
@@ -265,7 +296,7 @@ def _walk(location: Location, videos: str) -> Iterator[tuple[str, File]]:
         return
     for path, info in location.fs.find(location.path, detail=True).items():
         stem, suffix = os.path.splitext(path.rsplit("/", 1)[-1])
-        if suffix.lower() in _VIDEO_SUFFIXES:
+        if suffix.lower() in _VIDEO_SUFFIXES or is_part(path):
             yield stem, remote_file(location.fs.unstrip_protocol(path), info)
 
 
@@ -276,8 +307,14 @@ def _walk_local(folder: str) -> Iterator[tuple[str, File]]:
                 yield from _walk_local(entry.path)
                 continue
             stem, suffix = os.path.splitext(entry.name)
-            if suffix.lower() in _VIDEO_SUFFIXES:
+            if suffix.lower() in _VIDEO_SUFFIXES or is_part(entry.name):
                 yield stem, local_file(entry.path, entry.stat())
+
+
+def sha256_of(path: str) -> str:
+    """Hex SHA-256 of a local file's content."""
+    with open(path.removeprefix("file://"), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def local_file(path: str, stat: os.stat_result) -> File:

@@ -5,6 +5,7 @@ ok or failed with its reason; only storage that fails ends the shard.
 """
 
 import hashlib
+import itertools
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -45,25 +46,30 @@ class ShardDecoder:
     def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
         """Ray Data's entry: tasks (index, clips as IPC) to results (states as IPC, error)."""
         for index, clips in zip(task["index"].to_pylist(), task["clips"].to_pylist(), strict=True):
-            states, error = b"", ""
             try:
-                states = table_to_bytes(self.decode(index, table_from_bytes(clips)))
+                for states in self.decode(index, table_from_bytes(clips)):
+                    yield _result(index, table_to_bytes(states), "")
             except OSError as failure:
-                error = f"{type(failure).__name__}: {failure}"
-            yield pa.table({"index": [index], "states": [states], "error": [error]})
+                yield _result(index, b"", f"{type(failure).__name__}: {failure}")
 
-    def decode(self, index: int, clips: pa.Table) -> pa.Table:
-        """Decode clips into one shard. Returns their rows of the clips table.
+    def decode(self, index: int, clips: pa.Table) -> Iterator[pa.Table]:
+        """Decode clips into shards of at most shard_clips. Yields their rows of the clips table.
 
-        Raises: OSError if the store cannot be written.
+        Raises: OSError if the source cannot be read or the store not be written.
         """
+        fetched = fetch_all(clips.to_pylist(), self._config)
+        for first in fetched:
+            rest = itertools.islice(fetched, self._config.shard_clips - 1)
+            yield self._decode_shard(index, itertools.chain([first], rest))
+
+    def _decode_shard(self, index: int, clips: Iterator[Fetched]) -> pa.Table:
         # Unique even when a task runs again after its worker died.
         attempt = f"{time.time_ns():x}"
         name = f"features/part-{self._run_id}-{index:06d}-{attempt}.parquet"
         shard = _Shard(ShardWriter(self._location, name, self._spec), self._run_id, self._spec)
         try:
             before: tuple[Fetched, Clip | Rejected] | None = None
-            for fetched in fetch_all(clips.to_pylist(), self._config):
+            for fetched in clips:
                 if fetched.rejected is None:
                     self._submit(fetched)
                 # The child decodes this clip while the one before is finished here.
@@ -96,6 +102,10 @@ class ShardDecoder:
                 return rejected
             self._submit(fetched)
         return Rejected(Reason.OPEN_FAILED, "the file was changed each time it was read")
+
+
+def _result(index: int, states: bytes, error: str) -> pa.Table:
+    return pa.table({"index": [index], "states": [states], "error": [error]})
 
 
 class _Shard:

@@ -56,7 +56,9 @@ CASES = {
     "same_window": (
         {"clip_id": "a", "start_s": 3.0}, {"clip_id": "a", "start_s": 3.0}, "unchanged", None,
     ),
-    "spec": ({"clip_id": "a"}, {"clip_id": "a", "spec_hash": "old"}, "spec_changed", "spec_changed"),
+    "spec": (
+        {"clip_id": "a"}, {"clip_id": "a", "spec_hash": "old"}, "spec_changed", "spec_changed",
+    ),
     "failed_stays": ({"clip_id": "a"}, {"clip_id": "a", **FAILED}, "unchanged", None),
     "failed_spec": (
         {"clip_id": "a"}, {"clip_id": "a", **FAILED, "spec_hash": "old"},
@@ -146,7 +148,10 @@ def test_random_tables_every_clip_is_counted_exactly_once():
         ids = [f"c{i}" for i in range(60)]
         now = sources(
             *(
-                {"clip_id": i, "size": int(rng.integers(2)), **(MISSING if rng.random() < 0.2 else {})}
+                {
+                    "clip_id": i, "size": int(rng.integers(2)),
+                    **(MISSING if rng.random() < 0.2 else {}),
+                }
                 for i in ids if rng.random() < 0.7
             )
         )  # fmt: skip

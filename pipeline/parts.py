@@ -1,0 +1,121 @@
+"""Clips inside tar parts, as VGGSound is published: read as streams, never unpacked.
+
+Knows nothing of decoding or of the clips table. Invariant: damage in a part costs the clips behind
+it and no other; a part that did not change is read through once to learn what is in it.
+"""
+
+import gzip
+import hashlib
+import lzma
+import os
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.storage import Location
+
+PART_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+SEPARATOR = "#"
+"""Between the URI of a part and the name of a member."""
+
+_DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+_SCHEMA = pa.schema([("member", pa.string()), ("size", pa.int64())])
+_DAMAGE_KEY = b"diccae.damage"
+
+
+@dataclass(frozen=True)
+class PartIndex:
+    """What can be read of a part."""
+
+    members: list[str]
+    sizes: list[int]
+    damage: str
+    """Why reading stopped early; empty if it did not."""
+
+
+def is_part(name: str) -> bool:
+    """Whether a file name is that of a tar part."""
+    return name.lower().endswith(PART_SUFFIXES)
+
+
+def index_parts(parts: list[tuple[str, str]], cache: Location | None) -> list[PartIndex]:
+    """The members of parts given as (URI, fingerprint); remembered in `cache`/parts/.
+
+    Parts are read by threads: decompression runs outside the interpreter's lock.
+    """
+    with ThreadPoolExecutor(min(len(parts), os.cpu_count() or 1) or 1) as pool:
+        indexes = [pool.submit(_index_part, uri, fp, cache) for uri, fp in parts]
+        return [index.result() for index in indexes]
+
+
+def _index_part(uri: str, fingerprint: str, cache: Location | None) -> PartIndex:
+    key = hashlib.blake2b(f"{uri}\0{fingerprint}".encode(), digest_size=12).hexdigest()
+    name = f"parts/{key}.parquet"
+    if cache is not None and cache.fs.exists(cache.join(name)):
+        table = pq.read_table(pa.BufferReader(cache.read_bytes(name)))
+        damage = table.schema.metadata[_DAMAGE_KEY].decode()
+        return PartIndex(table["member"].to_pylist(), table["size"].to_pylist(), damage)
+    index = _read_index(uri)
+    if cache is not None:
+        sink = pa.BufferOutputStream()
+        schema = _SCHEMA.with_metadata({_DAMAGE_KEY: index.damage.encode()})
+        pq.write_table(pa.table([index.members, index.sizes], schema=schema), sink)
+        cache.write_bytes(name, sink.getvalue().to_pybytes())
+    return index
+
+
+def _read_index(uri: str) -> PartIndex:
+    found: list[tuple[str, int]] = []
+    damage = ""
+    with fsspec.open(uri, "rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r|*") as tar:
+                for member in tar:
+                    if member.isfile():
+                        found.append((member.name, member.size))
+        except _DAMAGE as error:
+            # The data of the last member are skipped only on the way to the next header.
+            after = found.pop()[0] if found else "its start"
+            damage = f"cannot be read from {after} on: {error}"
+    return PartIndex([name for name, _ in found], [size for _, size in found], damage)
+
+
+def stream_members(uri: str, wanted: set[str]) -> Iterator[tuple[str, str]]:
+    """Members of a part as temporary files, in the order they stand in it: (name, local path).
+
+    The caller deletes the files. What lies behind damage is not yielded.
+    """
+    left = set(wanted)
+    with fsspec.open(uri, "rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r|*") as tar:
+                for member in tar:
+                    if member.name in left:
+                        left.discard(member.name)
+                        yield member.name, _extract(tar, member)
+                    if not left:
+                        return
+        except _DAMAGE:
+            return
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    source: Any = tar.extractfile(member)
+    handle, path = tempfile.mkstemp(suffix=PurePosixPath(member.name).suffix)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            while block := source.read(1 << 20):
+                file.write(block)
+    except BaseException:
+        os.unlink(path)
+        raise
+    return path

@@ -1,0 +1,245 @@
+"""An ingest over real Ray Data: exact counts, pinned versions, nothing done twice."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config import FeatureSpec, IngestConfig
+from pipeline.errors import MassRemoval, PipelineError, SourceError, TooManyFailures
+from pipeline.extract import extract
+from pipeline.features import decode_jpegs, fbank_array
+from pipeline.ingest import ingest, plan_ingest
+from pipeline.maintenance import failures, status
+from pipeline.store import FeatureStore, read_rows
+
+
+class Source:
+    """A copy of the synthetic clips that a test may change, and its store."""
+
+    def __init__(self, data, folder: Path, spec: FeatureSpec, config: IngestConfig) -> None:
+        self.videos = folder / "videos"
+        shutil.copytree(data.videos, self.videos)
+        self.csv = folder / "clips.csv"
+        shutil.copy(data.csv, self.csv)
+        self.store = str(folder / "store")
+        self.spec, self.config = spec, config
+        self.n_ray_starts = 0
+        self.progress = []
+
+    def ingest(self, spec=None, **options):
+        def start_ray():
+            self.n_ray_starts += 1
+
+        config = self.config.model_copy(update=options)
+        return ingest(
+            str(self.csv), str(self.videos), self.store, spec, config,
+            start_ray=start_ray, on_progress=self.progress.append,
+        )  # fmt: skip
+
+    def files(self) -> list[Path]:
+        return sorted(self.videos.iterdir())
+
+    def snapshot(self, version=None):
+        return FeatureStore.open(self.store).snapshot(version)
+
+    def counts(self, summary) -> dict:
+        return {k: v for k, v in summary.to_json().items() if v and k not in ("seconds", "version")}
+
+
+@pytest.fixture(scope="module")
+def done(synth_data, tmp_path_factory, ray_session) -> Source:
+    """A source ingested once; tests copy it."""
+    config = IngestConfig(workers=1, shard_clips=16, timeout_s=30, cpus_per_worker=0.5)
+    spec = FeatureSpec(n_frames=4, frame_size=48, duration_s=2.0, fbank_frames=200)
+    source = Source(synth_data, tmp_path_factory.mktemp("done"), spec, config)
+    source.summary = source.ingest(spec)
+    return source
+
+
+@pytest.fixture
+def source(done, tmp_path) -> Source:
+    """A fresh copy of `done`; its files keep their times, so nothing is new."""
+    copy = object.__new__(Source)
+    copy.__dict__ = {**done.__dict__, "n_ray_starts": 0, "progress": []}
+    shutil.copytree(done.videos.parent, tmp_path / "copy")
+    for name in ("videos", "csv"):
+        setattr(copy, name, tmp_path / "copy" / getattr(done, name).name)
+    copy.store = str(tmp_path / "copy" / "store")
+    copy.ingest()  # Only notes the new place of the files.
+    copy.summary = copy.ingest()
+    return copy
+
+
+def test_first_ingest_stores_every_clip(done):
+    summary = done.summary
+    assert done.counts(summary) == {"new": 48, "ok": 48}
+    assert list(summary.to_json()) == [
+        "new", "changed", "spec_changed", "removed", "unchanged", "retried", "ok", "failed",
+        "seconds", "version",
+    ]  # fmt: skip
+    assert done.progress[-1].done == done.progress[-1].committed == 48
+    about = status(done.store)
+    assert (about["clips"], about["ok"], about["failed"]) == (48, 48, 0)
+    assert about["by_split"] == {"test": 8, "train": 40}
+    assert about["bytes"] == sum(f.stat().st_size for f in Path(done.store, "features").iterdir())
+
+
+def test_stored_rows_are_what_the_decoder_gives(done):
+    snapshot = done.snapshot()
+    rows = snapshot.rows(None)
+    assert len(set(rows["clip_id"].to_pylist())) == 48
+    assert len(snapshot.classes) == 8
+    for row in rows.slice(0, 5).to_pylist():
+        columns = ["clip_id", "frames", "frame_ts_ms", "fbank", "fbank_frames"]
+        at = np.array([row["row"]])
+        stored = read_rows(done.store, row["shard"], at, columns).to_pylist()[0]
+        assert stored["clip_id"] == row["clip_id"]
+        clip = extract(str(done.videos / f"{row['clip_id']}.mp4"), None, None, done.spec)
+        assert stored["frames"] == clip.frames
+        assert stored["frame_ts_ms"] == clip.frame_ts_ms
+        assert decode_jpegs(stored["frames"]).shape == (4, 48, 48, 3)
+        assert fbank_array(stored["fbank"], done.spec).shape == (200, 128)
+        assert stored["fbank_frames"] == 198
+
+
+def test_rows_can_be_read_in_any_order(done):
+    shard = done.snapshot().rows(None)["shard"][0].as_py()
+    everything = read_rows(done.store, shard, None, ["clip_id"])["clip_id"].to_pylist()
+    order = np.random.default_rng(0).permutation(len(everything))
+    shuffled = read_rows(done.store, shard, order, ["clip_id"])["clip_id"].to_pylist()
+    assert shuffled == [everything[i] for i in order]
+
+
+def test_second_ingest_does_nothing_and_starts_no_ray(source):
+    again = source.ingest()
+    assert source.counts(again) == {"unchanged": 48}
+    assert source.n_ray_starts == 0
+    assert again.version == source.summary.version
+
+
+def test_touched_added_and_deleted_files_are_counted_exactly(source):
+    before = source.snapshot()
+    pinned = (before.version, before.digest, before.rows(None))
+    touched, deleted, *rest = source.files()
+    os.utime(touched, ns=(1, 1))
+    deleted.unlink()
+    with source.csv.open("a") as csv:
+        for i in range(2):
+            shutil.copy(rest[i], source.videos / f"-added0000{i}_000007.mp4")
+            csv.write(f'-added0000{i},7,"a new, odd label",test\n')
+    summary = source.ingest()
+    assert source.counts(summary) == {
+        "new": 2, "changed": 1, "removed": 1, "unchanged": 46, "ok": 3, "failed": 1,
+    }  # fmt: skip
+    assert source.counts(source.ingest()) == {"unchanged": 50}
+    after = source.snapshot()
+    assert "a new, odd label" in after.classes
+    assert deleted.stem not in after.rows(None)["clip_id"].to_pylist()
+    assert failures(source.store)["missing"]["examples"][0]["clip_id"] == deleted.stem
+    # The older version still is what it was.
+    old = source.snapshot(pinned[0])
+    assert (old.digest, old.rows(None)) == pinned[1:]
+    assert after.digest != old.digest
+
+
+def test_another_spec_redoes_all_and_the_old_version_keeps_its_own(source):
+    old = source.snapshot()
+    spec = source.spec.model_copy(update={"n_frames": 2})
+    summary = source.ingest(spec)
+    assert source.counts(summary) == {"spec_changed": 48, "ok": 48}
+    assert source.snapshot().spec == spec
+    pinned = source.snapshot(old.version)
+    assert pinned.spec == source.spec
+    row = pinned.rows("test").to_pylist()[0]
+    stored = read_rows(source.store, row["shard"], np.array([row["row"]]), ["frames"])
+    assert len(stored["frames"][0].as_py()) == 4
+    assert source.counts(source.ingest()) == {"unchanged": 48}
+
+
+def test_broken_clips_are_rows_with_reasons_and_too_many_of_them_exit_3(source):
+    for file, content in zip(source.files()[:6], [b"", b"text", b"\0" * 9999] * 2, strict=False):
+        file.write_bytes(content)
+    with pytest.raises(TooManyFailures) as caught:
+        source.ingest()
+    assert caught.value.exit_code == 3
+    about = status(source.store)
+    assert (about["ok"], about["by_reason"]) == (42, {"open_failed": 6})
+    # Quarantined: not tried again until asked or changed.
+    assert source.counts(source.ingest()) == {"unchanged": 48}
+    retry = source.config.model_copy(update={"retry_failed": True})
+    plan = plan_ingest(str(source.csv), str(source.videos), source.store, None, retry)
+    assert plan.counts["retried"] == 6
+
+
+def test_relabelled_clip_is_not_decoded_again(source):
+    lines = source.csv.read_text().splitlines()
+    ytid, start, _ = lines[0].split(",", 2)
+    source.csv.write_text("\n".join([f"{ytid},{start},renamed,test", *lines[1:]]))
+    assert source.counts(source.ingest()) == {"changed": 1, "unchanged": 47}
+    assert source.n_ray_starts == 0
+    assert "renamed" in source.snapshot().classes
+
+
+def test_a_touch_costs_only_a_hash_with_content_fingerprints(source):
+    source.store += "-sha"
+    source.ingest(source.spec, fingerprint="sha256")
+    touched, changed, *_ = source.files()
+    os.utime(touched, ns=(1, 1))
+    shutil.copy(touched, changed)
+    source.n_ray_starts = 0
+    summary = source.ingest(fingerprint="sha256")
+    assert source.counts(summary) == {"changed": 1, "unchanged": 47, "ok": 1}
+    assert source.counts(source.ingest(fingerprint="sha256")) == {"unchanged": 48}
+    assert source.n_ray_starts == 1
+
+
+def test_empty_source_changes_nothing(source):
+    before = source.snapshot()
+    for file in source.files()[:30]:
+        file.unlink()
+    with pytest.raises(MassRemoval, match="30 of the 48"):
+        source.ingest()
+    for file in source.files():
+        file.unlink()
+    with pytest.raises(SourceError, match="mounted"):
+        source.ingest()
+    assert source.snapshot().version == before.version
+    assert source.snapshot().digest == before.digest
+
+
+def test_plan_says_what_would_be_done_and_changes_nothing(source):
+    os.utime(source.files()[0], ns=(1, 1))
+    plan = plan_ingest(str(source.csv), str(source.videos), source.store, None, source.config)
+    assert plan.todo.select(["clip_id", "why"]).to_pylist() == [
+        {"clip_id": source.files()[0].stem, "why": "changed"}
+    ]
+    assert source.snapshot().version == source.summary.version
+
+
+def test_interrupt_commits_what_is_done(source, synth_data):
+    source.store += "-interrupted"
+
+    def interrupt(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(
+            str(source.csv), str(source.videos), source.store, source.spec,
+            source.config,
+            start_ray=lambda: None, on_progress=interrupt,
+        )  # fmt: skip
+    n_kept = status(source.store)["ok"]
+    assert 0 < n_kept < 48
+    assert source.counts(source.ingest()) == {
+        "new": 48 - n_kept, "unchanged": n_kept, "ok": 48 - n_kept,
+    }  # fmt: skip
+    undisturbed = FeatureStore.open(source.store.removesuffix("-interrupted")).snapshot()
+    assert source.snapshot().digest == undisturbed.digest
+
+
+def test_opening_what_is_no_store_says_so(tmp_path):
+    with pytest.raises(PipelineError, match="no feature store here"):
+        FeatureStore.open(str(tmp_path / "nothing"))
