@@ -239,8 +239,8 @@ def finish(handle: RunHandle, status: str = "FINISHED", timeout_s: float = 60.0)
             handle = handle._replace(run_id=run_id)
             _pending(handle.out).unlink()
     if handle.run_id:
-        metrics_path = Path(handle.out) / "metrics.jsonl"
-        if handle.out and metrics_path.exists():
+        # One file per stage: metrics.jsonl, finetune.jsonl.
+        for metrics_path in sorted(Path(handle.out).glob("*.jsonl")) if handle.out else []:
             MetricsCopier(handle, metrics_path).drain(timeout_s)
         _end(handle, status)
     return handle

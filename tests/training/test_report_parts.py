@@ -4,9 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from training.report.agreement import with_agreement
 from training.report.confusions import group_classes, rates, worst_pairs
 from training.report.curves import panels, phase_seconds, step_seconds, thin
 from training.report.examples import cluster_examples, pair_examples, retrieval_examples
+from training.report.folder import Round
 from training.report.markup import duration, number, percent
 from training.report.pictures import colours
 
@@ -42,7 +44,9 @@ def test_seconds_of_a_step_are_a_mean_over_the_lines_that_have_them() -> None:
     ]
     shares = {share.name: share.seconds for share in step_seconds(metrics)}
     assert shares == pytest.approx({"forward": 0.2, "stall": 0.2, "checkpoint": 0.1})
-    assert [s.name for s in phase_seconds({"seconds": {"ingest": 3, "cluster": 0}})] == ["ingest"]
+    assert [s.name for s in phase_seconds({"seconds": {"ingest": 3, "cluster": 2, "x": 0}})] == [
+        "ingest"
+    ]
     assert phase_seconds({}) == []
 
 
@@ -119,6 +123,20 @@ def test_clips_the_store_does_not_know_or_that_have_no_label_are_no_error() -> N
     (cluster,), _ = cluster_examples(keys, labels, {0: ("clip0", "")})
     assert cluster.majority == ""
     assert np.isnan(cluster.purity)
+
+
+def test_agreement_of_a_round_counts_clips_with_both_labels() -> None:
+    keys = np.arange(8, dtype=np.uint64)
+    labels = np.array([0, 0, 1, 1, -100, 0, 1, 1], np.int32)
+    clip_of = {k: (f"clip{k}", "cat" if k in (0, 1, 4, 5) else "dog") for k in range(7)}
+    clip_of[6] = ("clip6", "")
+    done = Round(1, True, "", 5, {"churn": 0.1}, keys, labels)
+    found = with_agreement(done, clip_of).health
+    perfect = {"churn": 0.1, "nmi": 1.0, "purity": 1.0, "hungarian_accuracy": 1.0}
+    assert found == pytest.approx(perfect)
+    wrong = done._replace(labels_N=np.array([0, 1, 0, 1, 0, 1, 0, 1], np.int32))
+    assert with_agreement(wrong, clip_of).health["nmi"] < 0.2
+    assert with_agreement(done, {}) is done
 
 
 def test_retrieval_shows_the_first_clip_of_each_class_and_its_true_rank() -> None:

@@ -201,6 +201,17 @@ def test_a_worker_killed_while_it_logs_leaves_one_whole_curve(out: Path) -> None
         assert [step for step, _ in _history(handle, key)] == steps
 
 
+def test_the_end_of_a_run_sends_what_any_stage_left_unsent(out: Path) -> None:
+    handle = _new_run(out)
+    for name, key in (("metrics.jsonl", "loss"), ("finetune.jsonl", "finetune/loss")):
+        offline = Tracker(RunHandle(handle.uri, ""), out / name)
+        offline.log(1, {key: 0.5})
+        offline.close()
+    finish(handle, "KILLED")
+    finish(handle, "FINISHED")
+    assert _history(handle, "loss") == _history(handle, "finetune/loss") == [(1, 0.5)]
+
+
 def test_a_fresh_start_in_an_old_folder_begins_the_file_anew(out: Path) -> None:
     (out / "metrics.jsonl").write_text('{"step": 0, "time": 0, "loss": 5}\n')
     tracker = Tracker(RunHandle("", ""), out / "metrics.jsonl")

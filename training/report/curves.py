@@ -114,9 +114,9 @@ def step_seconds(metrics: list[dict[str, Any]]) -> list[Share]:
 
 
 def phase_seconds(results: dict[str, Any]) -> list[Share]:
-    """Wall seconds of each phase of the run, as results.json has them."""
+    """Wall seconds of each phase of the run; clustering runs beside pretraining and is none."""
     return [
         Share(name, float(seconds))
         for name, seconds in (results.get("seconds") or {}).items()
-        if isinstance(seconds, int | float) and seconds > 0
+        if isinstance(seconds, int | float) and seconds > 0 and name != "cluster"
     ]

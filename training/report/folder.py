@@ -68,6 +68,9 @@ class RunFolder(NamedTuple):
     results: dict[str, Any]
     config_yaml: str
     metrics: list[dict[str, Any]]
+    """Lines of pretraining."""
+    finetuning: list[dict[str, Any]]
+    """Lines of fine-tuning, which counts its own steps; names without `finetune/`."""
     rounds: list[Round]
     confusion: Confusion | None
     predictions: pa.Table | None
@@ -89,14 +92,18 @@ def read_run(folder: str | Path) -> RunFolder:
     run = _json(path / "run.json")
     results = _json(path / "results.json")
     config = path / "config.yaml"
-    metrics = _read(path / "metrics.jsonl", lambda file: list(read_metrics(file))) or []
+    finetuning = [
+        {name.removeprefix("finetune/"): value for name, value in line.items()}
+        for line in _lines(path / "finetune.jsonl")
+    ]
     evaluation = path / "evaluation"
     return RunFolder(
         path=path,
         run=run,
         results=results,
         config_yaml=config.read_text() if config.exists() else "",
-        metrics=metrics,
+        metrics=_lines(path / "metrics.jsonl"),
+        finetuning=finetuning,
         rounds=_rounds(path / "rounds"),
         confusion=_read(evaluation / "confusion.npz", _confusion),
         predictions=_read(evaluation / "predictions.parquet", pq.read_table),
@@ -115,6 +122,10 @@ def _read(file: Path, read: Any) -> Any:
             f"{file}: cannot be read ({error}); run the evaluation again, or remove the file to "
             "leave its part out of the report"
         ) from error
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return _read(file, lambda f: list(read_metrics(f))) or []
 
 
 def _json(file: Path) -> dict[str, Any]:

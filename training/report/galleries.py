@@ -98,7 +98,7 @@ def clusters(
     title = "Pseudo-labels"
     if not run.rounds:
         return absent("clusters", title, "No clustering: this run made no pseudo-labels.")
-    body = [charts(drawn, whole=True), "<h3>Rounds</h3>", health_table(run.rounds)]
+    body = [charts(drawn, "rounds"), "<h3>Rounds</h3>", health_table(run.rounds)]
     if choice.clusters:
         shown = len(choice.clusters)
         some = "All" if shown == choice.n_clusters else f"The {shown} largest of"

@@ -65,10 +65,10 @@ function drawAxes(svg, panel, s, width, height) {
     el(svg, "line", { class: "grid", x1: s.left, x2: width - s.right, y1: s.y(t), y2: s.y(t) });
     el(svg, "text", { class: "axis", x: s.left - 8, y: s.y(t) + 4, "text-anchor": "end" }, number(t));
   }
-  for (const t of ticks(s.x0, s.x1, panel.whole ? 8 : Math.max(3, width / 95)).filter((t) => !panel.whole || Number.isInteger(t))) {
+  for (const t of ticks(s.x0, s.x1, panel.stage === "rounds" ? 8 : Math.max(3, width / 95)).filter(Number.isInteger)) {
     el(svg, "text", { class: "axis", x: s.x(t), y: height - 6, "text-anchor": "middle" }, number(t));
   }
-  for (const step of panel.whole ? [] : data.rounds) {
+  for (const step of panel.stage === "pretraining" ? data.rounds : []) {
     if (step > s.x0 && step < s.x1) el(svg, "line", { class: "round", x1: s.x(step), x2: s.x(step), y1: s.top, y2: height - s.bottom });
   }
 }
@@ -97,7 +97,7 @@ function drawChart(box, panel) {
     cross.setAttribute("x2", s.x(step));
     cross.style.visibility = "visible";
     const rows = panel.series.map((l) => `<i style="background:var(${l.colour})"></i>${escapeText(l.name)} <b>${number(nearest(l.points, step)[1])}</b>`);
-    showTip(event, `${panel.whole ? "round" : "step"} ${step}<br>` + rows.join("<br>"));
+    showTip(event, `${panel.stage === "rounds" ? "round" : "step"} ${step}<br>` + rows.join("<br>"));
   };
   svg.onpointerleave = () => { cross.style.visibility = "hidden"; hideTip(); };
 }

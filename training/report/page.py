@@ -8,11 +8,13 @@ is named.
 import json
 import logging
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
 from training.report import galleries, sections
+from training.report.agreement import with_agreement
 from training.report.folder import RunFolder, read_run
 from training.report.markup import number, text
 from training.report.pictures import Pictures
@@ -82,11 +84,9 @@ def _store(run: RunFolder) -> dict[str, Any]:
 
 def build_page(run: RunFolder, pictures: Pictures | None, note: str = "") -> str:
     """The page's text."""
-    choice = galleries.choose(
-        run,
-        pictures.by_key() if pictures and run.rounds else {},
-        pictures.label_of if pictures else {},
-    )
+    clip_of = pictures.by_key() if pictures and run.rounds else {}
+    run = run._replace(rounds=[with_agreement(done, clip_of) for done in run.rounds])
+    choice = galleries.choose(run, clip_of, pictures.label_of if pictures else {})
     uris = pictures.frames(choice.clip_ids()) if pictures else {}
     sounds = pictures.spectrograms(q.query.clip_id for q in choice.queries) if pictures else {}
     drawn = sections.curve_panels(run)
@@ -94,7 +94,7 @@ def build_page(run: RunFolder, pictures: Pictures | None, note: str = "") -> str
     body = [
         f'<p class="absent">{text(note)}</p>' if note else "",
         sections.results(run),
-        sections.training(run, drawn),
+        sections.training(drawn),
         galleries.clusters(run, choice, drawn, uris),
         galleries.confusion(run, choice, uris),
         galleries.retrieval(run, choice, uris, sounds),
@@ -131,6 +131,15 @@ def _facts(run: RunFolder, pictures: Pictures | None) -> str:
         f"store version {store['version']}" if "version" in store else "",
         f"{number(len(pictures.label_of))} clips" if pictures else "",
         f"{number(len(run.confusion.classes))} classes" if run.confusion else "",
-        f"started {run.run['started']}" if run.run.get("started") else "",
+        f"started {_moment(str(run.run['started']))}" if run.run.get("started") else "",
     ]
     return " · ".join(text(fact) for fact in facts if fact)
+
+
+def _moment(stamp: str) -> str:
+    """An ISO time to the minute; anything else as it is."""
+    try:
+        moment = datetime.fromisoformat(stamp)
+    except ValueError:
+        return stamp
+    return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()

@@ -105,16 +105,19 @@ def _retrieval_table(retrieval: dict[str, Any]) -> str:
 
 
 def curve_panels(run: RunFolder) -> list[dict[str, Any]]:
-    """What the script draws: training curves by step, then the rounds' curves by round."""
-    by_step = [_panel(panel, whole=False) for panel in panels(run.metrics)]
-    by_round = [_panel(panel, whole=True) for panel in _round_panels(run.rounds)]
-    return by_step + by_round
+    """What the script draws: curves of each stage by its steps, then those of rounds by round."""
+    stages = {
+        "pretraining": panels(run.metrics),
+        "finetuning": panels(run.finetuning),
+        "rounds": _round_panels(run.rounds),
+    }
+    return [_panel(panel, stage) for stage, found in stages.items() for panel in found]
 
 
-def _panel(panel: Panel, whole: bool) -> dict[str, Any]:
+def _panel(panel: Panel, stage: str) -> dict[str, Any]:
     return {
         "title": panel.title,
-        "whole": whole,
+        "stage": stage,
         "series": [
             {"name": s.name, "colour": _colour(s.name, i), "points": [list(p) for p in s.points]}
             for i, s in enumerate(panel.series)
@@ -146,9 +149,9 @@ def _has(done: Round, name: str) -> bool:
     return math.isfinite(done.health.get(name, math.nan))
 
 
-def charts(drawn: list[dict[str, Any]], whole: bool) -> str:
-    """Places for the charts of one kind, with their legends."""
-    boxes = [_chart(i, panel) for i, panel in enumerate(drawn) if panel["whole"] == whole]
+def charts(drawn: list[dict[str, Any]], stage: str) -> str:
+    """Places for the charts of one stage, with their legends."""
+    boxes = [_chart(i, panel) for i, panel in enumerate(drawn) if panel["stage"] == stage]
     return f'<div class="cards">{"".join(boxes)}</div>'
 
 
@@ -167,18 +170,23 @@ def _chart(index: int, panel: dict[str, Any]) -> str:
     )
 
 
-def training(run: RunFolder, drawn: list[dict[str, Any]]) -> str:
+def training(drawn: list[dict[str, Any]]) -> str:
     """All training curves."""
-    if not any(not panel["whole"] for panel in drawn):
+    stages = {panel["stage"] for panel in drawn}
+    if not stages & {"pretraining", "finetuning"}:
         why = "No training curves: metrics.jsonl is not in the run folder."
         return absent("training", "Training", why)
+    body = [charts(drawn, "pretraining")]
+    if "finetuning" in stages:
+        body = [f"<h3>Pretraining</h3>{body[0]}"] if "pretraining" in stages else []
+        body.append(f"<h3>Fine-tuning</h3>{charts(drawn, 'finetuning')}")
     lead = "By step; a dashed line is a step at which new pseudo-labels began to apply."
-    return section("training", "Training", lead, charts(drawn, whole=False))
+    return section("training", "Training", lead, *body)
 
 
 _HEALTH = (
-    "inertia", "iterations", "n_empty", "size_min", "size_max", "effective_clusters", "churn",
-    "coverage", "nmi", "purity", "hungarian_accuracy", "mean_cosine", "age_mean", "seconds",
+    "inertia", "iterations", "n_empty", "effective_clusters", "churn", "coverage", "nmi", "purity",
+    "hungarian_accuracy", "mean_cosine", "age_mean", "seconds",
 )  # fmt: skip
 
 
@@ -189,12 +197,21 @@ def health_table(rounds: list[Round]) -> str:
     for done in rounds:
         step = "–" if done.effective_step is None else number(done.effective_step)
         state = "published" if done.ok else '<td style="color:var(--wrong)">withheld</td>'
+        sizes = "–".join(
+            number(done.health[n]) for n in ("size_min", "size_max") if n in done.health
+        )
         values = [number(done.health.get(name, "–")) for name in names]
-        rows.append([str(done.number), state, step, *values])
+        rows.append([str(done.number), state, step, sizes, *values])
         if done.reason:
-            rows.append([f'<td class="text" colspan="{len(names) + 3}">{text(done.reason)}</td>'])
-    head = ["round", "", "from step", *(name.replace("_", " ") for name in names)]
+            rows.append([f'<td class="text" colspan="{len(names) + 4}">{text(done.reason)}</td>'])
+    head = ["round", "", "from step", "sizes", *(_short(name) for name in names)]
     return f'<div class="card">{table(head, rows)}</div>'
+
+
+def _short(name: str) -> str:
+    names = {"n_empty": "empty", "effective_clusters": "effective", "mean_cosine": "cosine"}
+    names |= {"hungarian_accuracy": "Hungarian", "nmi": "NMI", "age_mean": "age"}
+    return names.get(name, name)
 
 
 def time(run: RunFolder) -> str:
@@ -205,18 +222,21 @@ def time(run: RunFolder) -> str:
         return absent("time", "Where the time went", why)
     cards = []
     if phases:
-        cards.append(_stack("The run", phases, "in all"))
+        cards.append(_stack("The run", phases))
     if steps:
-        cards.append(_stack("One training step, on average", steps, "a step"))
+        cards.append(_stack("One training step, on average", steps))
     rate = [line["clips_per_s"] for line in run.metrics if line.get("clips_per_s")]
     lead = "Wall time. Waiting for data or for a round of clustering is time the trainer lost."
     if rate:
         lead += f" Median throughput {number(sorted(rate)[len(rate) // 2])} clips/s."
+    beside = (run.results.get("seconds") or {}).get("cluster")
+    if beside:
+        lead += f" Clustering took {duration(beside)}, beside pretraining."
     body = f'<div class="cards">{"".join(cards)}</div>'
     return section("time", "Where the time went", lead, body)
 
 
-def _stack(title: str, shares: list[Share], unit: str) -> str:
+def _stack(title: str, shares: list[Share]) -> str:
     total = sum(share.seconds for share in shares)
     bars, rows = [], []
     for index, share in enumerate(shares):
@@ -231,7 +251,7 @@ def _stack(title: str, shares: list[Share], unit: str) -> str:
             duration(share.seconds), percent(part),
         ])  # fmt: skip
     return (
-        f'<div class="card"><h4>{text(title)}: {duration(total)} {unit}</h4>'
+        f'<div class="card"><h4>{text(title)}: {duration(total)}</h4>'
         f'<div class="stack">{"".join(bars)}</div>{table(["", "time", "share"], rows)}</div>'
     )
 
