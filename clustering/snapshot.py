@@ -44,7 +44,7 @@ def write_part(uri: str, rows: BankRows, streams: Mapping[str, int], vshards: in
     vshard = vshard_of(rows.keys, vshards)
     order = np.lexsort((rows.keys, vshard))
     present, starts = np.unique(vshard[order], return_index=True)
-    stops = np.append(starts[1:], len(order)).astype(np.int64)
+    stops = np.append(starts, len(order))[1:].astype(np.int64)
     metadata = {"dtype": "float16", "dim": str(width), "streams": json.dumps(dict(streams))}
     schema = pa.schema(
         [("key", pa.uint64()), ("step", pa.int64()), ("row", pa.binary(2 * width))], metadata

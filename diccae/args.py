@@ -38,7 +38,7 @@ def parse(
         base = run if run is not None else load_config(_config_path(argv))
         names = list(sections) if sections is not None else list(RunConfig.model_fields)
         part = _part_of(base, names)
-        shown = dataclasses.dataclass(frozen=True)(
+        shown: Any = dataclasses.dataclass(frozen=True)(
             type(
                 arguments.__name__,
                 (arguments,),
@@ -49,7 +49,7 @@ def parse(
                 },
             )
         )
-        parsed: Any = _cli(shown, command, argv)
+        parsed = _cli(shown, command, argv)
         chosen = {name: getattr(parsed.run, name) for name in names}
         whole = RunConfig.model_validate(base.model_copy(update=chosen).model_dump())
         values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(arguments)}  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ class Demand(NamedTuple):
     """What one part of a run reserves."""
 
     part: str
-    count: int
+    n: int
     cpus: float
     gpus: float
 
@@ -93,12 +93,12 @@ def check_fits(demands: list[Demand]) -> None:
     import ray
 
     have = ray.cluster_resources()
-    cpus = sum(d.count * d.cpus for d in demands)
-    gpus = sum(d.count * d.gpus for d in demands)
+    cpus = sum(d.n * d.cpus for d in demands)
+    gpus = sum(d.n * d.gpus for d in demands)
     if cpus <= have.get("CPU", 0) + 1e-6 and gpus <= have.get("GPU", 0) + 1e-6:
         return
     rows = "\n".join(
-        f"  {d.part:<30} {d.count:>4} x {d.cpus:g} CPU" + (f", {d.gpus:g} GPU" if d.gpus else "")
+        f"  {d.part:<30} {d.n:>4} x {d.cpus:g} CPU" + (f", {d.gpus:g} GPU" if d.gpus else "")
         for d in demands
     )
     raise ResourceError(

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
@@ -204,6 +205,36 @@ def choose_frames(
     return np.minimum(chosen, n_stored - 1).reshape(len(keys_B), -1)
 
 
+class _Encoded:
+    """Encoded features of some clips, left in Arrow memory until one is wanted."""
+
+    def __init__(self, index: RowIndex, wanted: NDArray[np.int64]) -> None:
+        """Args: wanted: positions in the index, without doubles."""
+        self.frames: list[pa.ListArray] = []
+        self.fbanks: list[pa.BinaryArray] = []
+        self.table_W = np.empty(len(wanted), np.int64)
+        self.row_W = np.empty(len(wanted), np.int64)
+        shards_W = index.shards_N[wanted]
+        for number, shard in enumerate(np.unique(shards_W)):
+            here = np.flatnonzero(shards_W == shard)
+            rows = index.rows_N[wanted[here]]
+            columns = ["frames", "fbank"]
+            table = read_rows(index.store_uri, index.shards[shard], rows, columns).combine_chunks()
+            self.frames.append(table["frames"].chunk(0))
+            self.fbanks.append(table["fbank"].chunk(0))
+            self.table_W[here], self.row_W[here] = number, np.arange(len(here))
+
+    def jpeg(self, i: int, frame: int) -> memoryview:
+        """One encoded frame of the i-th clip."""
+        frames = self.frames[self.table_W[i]]
+        first = frames.offsets[int(self.row_W[i])].as_py()
+        return memoryview(frames.values[first + frame].as_buffer()).cast("B")
+
+    def fbank(self, i: int) -> memoryview:
+        """The stored fbank of the i-th clip."""
+        return memoryview(self.fbanks[self.table_W[i]][int(self.row_W[i])].as_buffer()).cast("B")
+
+
 class WindowReader:
     """Reads the clips of some consecutive steps and yields them step by step, decoded.
 
@@ -218,32 +249,15 @@ class WindowReader:
         fbank f16 [n, T, M], frames u8 [n, views * F, H, W, 3]; n = lanes * b, lane after lane."""
         positions = positions_SVb.reshape(len(positions_SVb), -1)
         wanted, inverse = np.unique(positions, return_inverse=True)
-        inverse = inverse.reshape(positions.shape)
-        encoded = self._fetch(wanted)
-        for step in range(len(positions)):
-            yield self._decode(positions[step], [encoded[i] for i in inverse[step]], views, epoch)
-
-    def _fetch(self, wanted: NDArray[np.int64]) -> list[tuple[list[bytes], bytes]]:
-        """Encoded frames and fbank of each wanted position, in their order."""
-        index = self.index
-        out: list[tuple[list[bytes], bytes]] = [([], b"")] * len(wanted)
-        for shard in np.unique(index.shards_N[wanted]):
-            here = np.flatnonzero(index.shards_N[wanted] == shard)
-            table = read_rows(
-                index.store_uri,
-                index.shards[shard],
-                index.rows_N[wanted[here]],
-                ["frames", "fbank"],
-            )
-            rows = zip(table["frames"].to_pylist(), table["fbank"].to_pylist(), strict=True)
-            for place, row in zip(here, rows, strict=True):
-                out[place] = row
-        return out
+        encoded = _Encoded(self.index, wanted)
+        for step, places in enumerate(inverse.reshape(positions.shape)):
+            yield self._decode(positions[step], places, encoded, views, epoch)
 
     def _decode(
         self,
         positions: NDArray[np.int64],
-        encoded: list[tuple[list[bytes], bytes]],
+        places: NDArray[np.int64],
+        encoded: _Encoded,
         views: Views,
         epoch: int,
     ) -> Batch:
@@ -251,13 +265,15 @@ class WindowReader:
         keys = index.keys_N[positions]
         chosen = choose_frames(keys, spec.n_frames, views, self.seed, epoch)
         jpegs = [
-            frames[i] for (frames, _), which in zip(encoded, chosen, strict=True) for i in which
+            encoded.jpeg(i, frame)
+            for i, which in zip(places, chosen.tolist(), strict=True)
+            for frame in which
         ]
         frames = decode_jpegs(jpegs)
         return {
             "position": positions,
             "key": keys,
             "label": index.labels_N[positions],
-            "fbank": np.stack([fbank_array(payload, spec) for _, payload in encoded]),
+            "fbank": np.stack([fbank_array(encoded.fbank(i), spec) for i in places]),
             "frames": frames.reshape(len(positions), -1, *frames.shape[1:]),
         }

@@ -6,6 +6,7 @@ of every mode are CAV-MAE's; what is trainable gets a gradient in the mode it wa
 Shapes: B clips, T fbank frames, M mel bins, F frames, C classes, D token width.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -13,13 +14,18 @@ from torch import Tensor, nn
 
 from training.blocks import full_precision, initialise_linears
 from training.config import STREAMS, Stream
-from training.encoder import Encoder
+from training.encoder import Encoder, of_stream
 
 Mode = Literal["multimodal", "audio", "video", "missing_audio", "missing_video"]
 """`audio`, `video`: trained and used on one modality. `missing_audio`, `missing_video`: CAV-MAE's
 `missingaudioonly` and `missingvideoonly`, a model trained on both that is given only the audio or
 only the video: mean of the plain-norm and the modality-norm pass."""
 
+_EVALUATED_MODES: dict[Stream, Mode] = {
+    "audio": "missing_audio",
+    "video": "missing_video",
+    "fusion": "multimodal",
+}
 _TRAINED_STREAMS: dict[str, Stream] = {"multimodal": "fusion", "audio": "audio", "video": "video"}
 
 
@@ -59,62 +65,53 @@ class Classifier(nn.Module):
 
         multimodal: fusion, and audio and video with auxiliary heads; else the one stream.
         """
-        stream = _TRAINED_STREAMS[self.mode]
-        if not self.auxiliary_heads:
-            return {stream: self.logits(fbank_BTM, frames_BFCHW, self.mode)}
-        return self._by_own_heads(self._tokens(fbank_BTM, frames_BFCHW, STREAMS))
+        if self.auxiliary_heads:
+            return self.logits_of(self._tokens(fbank_BTM, frames_BFCHW, self.mode))
+        return {_TRAINED_STREAMS[self.mode]: self.logits(fbank_BTM, frames_BFCHW, self.mode)}
 
     def logits(self, fbank_BTM: Tensor | None, frames_BFCHW: Tensor | None, mode: Mode) -> Tensor:
         """Logits [B, C] of `mlp_head` in a mode; a modality it does not read may be None."""
-        stream: Stream = "fusion" if mode == "multimodal" else _side(mode)
-        pooled_BD = self._pooled(self._tokens(fbank_BTM, frames_BFCHW, (stream,)), mode)
-        return _classify(self.mlp_head, pooled_BD)
+        return self._by_mlp_head(self._tokens(fbank_BTM, frames_BFCHW, mode), mode)
 
     def stream_logits(self, fbank_BTM: Tensor, frames_BFCHW: Tensor) -> dict[Stream, Tensor]:
-        """Logits [B, C] of all three streams of a multimodal model in one pass, for evaluation.
+        """Logits [B, C] of all three streams of a multimodal model in one pass, for evaluation."""
+        return self.logits_of(self._tokens(fbank_BTM, frames_BFCHW, "multimodal"))
+
+    def logits_of(self, tokens: Mapping[str, Tensor]) -> dict[Stream, Tensor]:
+        """`stream_logits` from the encoder's `audio_tokens` and `video_tokens` on.
 
         Audio and video come from their auxiliary heads, or without them from the missing modes.
         """
-        tokens = self._tokens(fbank_BTM, frames_BFCHW, STREAMS)
-        if self.auxiliary_heads:
-            return self._by_own_heads(tokens)
-        modes: dict[Stream, Mode] = {
-            "audio": "missing_audio",
-            "video": "missing_video",
-            "fusion": "multimodal",
-        }
-        return {s: _classify(self.mlp_head, self._pooled(tokens, m)) for s, m in modes.items()}
-
-    def _tokens(
-        self, fbank_BTM: Tensor | None, frames_BFCHW: Tensor | None, streams: tuple[Stream, ...]
-    ) -> dict[str, Tensor]:
-        tokens = {}
-        if {"audio", "fusion"} & set(streams):
-            tokens["audio"] = self.encoder.audio_tokens(fbank_BTM)
-        if {"video", "fusion"} & set(streams):
-            tokens["video"] = self.encoder.video_tokens(frames_BFCHW)
-        if "fusion" in streams:
-            tokens["fusion"] = torch.cat([tokens["audio"], tokens["video"]], dim=1)
-        return tokens
-
-    def _by_own_heads(self, tokens: dict[str, Tensor]) -> dict[Stream, Tensor]:
+        if not self.auxiliary_heads:
+            return {s: self._by_mlp_head(tokens, mode) for s, mode in _EVALUATED_MODES.items()}
         heads: dict[Stream, nn.Module] = {"fusion": self.mlp_head}
         heads |= {side: self.auxiliary_heads[side] for side in STREAMS[:2]}
-        return {s: _classify(head, self._pool(tokens[s], s)) for s, head in heads.items()}
+        return {
+            stream: _classify(head, self._pool(of_stream(tokens, stream), stream))
+            for stream, head in heads.items()
+        }
 
-    def _pooled(self, tokens: dict[str, Tensor], mode: Mode) -> Tensor:
+    def _tokens(
+        self, fbank_BTM: Tensor | None, frames_BFCHW: Tensor | None, mode: str
+    ) -> dict[str, Tensor]:
+        tokens = {}
+        if not mode.endswith("video"):
+            tokens["audio"] = self.encoder.audio_tokens(fbank_BTM)
+        if not mode.endswith("audio"):
+            tokens["video"] = self.encoder.video_tokens(frames_BFCHW)
+        return tokens
+
+    def _by_mlp_head(self, tokens: Mapping[str, Tensor], mode: Mode) -> Tensor:
         if mode == "multimodal":
-            return self._pool(tokens["fusion"], "fusion")
-        side = _side(mode)
-        own = self._pool(tokens[side], side)
-        return (self._pool(tokens[side], "fusion") + own) / 2 if mode != side else own
+            return _classify(self.mlp_head, self._pool(of_stream(tokens, "fusion"), "fusion"))
+        side = "audio" if mode.endswith("audio") else "video"
+        pooled_BD = self._pool(tokens[side], side)
+        if mode != side:
+            pooled_BD = (pooled_BD + self._pool(tokens[side], "fusion")) / 2
+        return _classify(self.mlp_head, pooled_BD)
 
     def _pool(self, tokens_BLD: Tensor, norms: str) -> Tensor:
         return full_precision(self.encoder.join(tokens_BLD, norms)).mean(1)
-
-
-def _side(mode: str) -> Stream:
-    return "audio" if mode.endswith("audio") else "video"
 
 
 def _head(dim: int, n_classes: int) -> nn.Sequential:

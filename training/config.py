@@ -78,8 +78,8 @@ class DataConfig(Frozen):
     lanes: int = Field(8, ge=1)
     """Fixed number of data lanes; the world size divides it, so the order of data never depends
     on how many workers there are."""
-    shuffle_window: int = Field(2048, ge=64)
-    """Clips of a lane that are permuted together."""
+    shuffle_window: int = Field(256, ge=1)
+    """Clips of a lane that are permuted together, and held in memory encoded."""
     fbank_mean: float = -5.081
     """Subtracted from the fbank (CAV-MAE's VGGSound statistics)."""
     fbank_std: float = Field(4.4849, gt=0)

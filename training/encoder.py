@@ -8,7 +8,7 @@ Shapes: B clips, T fbank frames, M mel bins, F frames of a clip, C = 3 colours, 
 L tokens, D token width, P projection width. Streams: audio, video, fusion (both together).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -133,27 +133,31 @@ class Encoder(nn.Module):
         """
         if reconstruct and (masks is None or self.decoder is None):
             raise ValueError("reconstruction needs masks and an Encoder built with decoder=True")
-        needed = {*streams, "fusion"} if reconstruct else set(streams)
+        # in the order of STREAMS, never of a set: the order of sums decides the bits of gradients
+        needed = [s for s in STREAMS if s in streams or (reconstruct and s == "fusion")]
         hide_a = masks and masking_from_noise(masks.audio_BL, masks.mask_ratio)
         hide_v = masks and masking_from_noise(masks.video_BL, masks.mask_ratio)
         tokens: dict[str, Tensor] = {}
-        if needed & {"audio", "fusion"}:
+        if "audio" in needed or "fusion" in needed:
             tokens["audio"] = self.audio_tokens(fbank_BTM, hide_a)
-        if needed & {"video", "fusion"}:
+        if "video" in needed or "fusion" in needed:
             tokens["video"] = self.video_tokens(frames_BFCHW, hide_v)
-        if "fusion" in needed:
-            tokens["fusion"] = torch.cat([tokens["audio"], tokens["video"]], dim=1)
-        joined = {
-            stream: self.join(tokens[stream], stream) for stream in tokens if stream in needed
-        }
-        z = {stream: full_precision(joined[stream]).mean(1) for stream in streams}
-        h = {stream: self.class_heads[stream](z[stream]) for stream in streams}
+        joined = {s: self.join(of_stream(tokens, s), s) for s in set(needed)}
+        encoding = self._pool(joined, streams)
         if not (reconstruct and hide_a and hide_v):
-            return Encoding(z, h, {})
+            return encoding
         assert fbank_BTM is not None
         assert frames_BFCHW is not None
         errors = self._reconstruct(joined["fusion"], fbank_BTM, frames_BFCHW, hide_a, hide_v)
-        return Encoding(z, h, errors)
+        return encoding._replace(reconstruction=errors)
+
+    def encode(self, tokens: Mapping[str, Tensor], streams: Sequence[str] = STREAMS) -> Encoding:
+        """`forward` from the branches' tokens on: spares the audio branch on a clip's next frame.
+
+        Args: tokens: `audio_tokens` under audio, `video_tokens` under video, as streams need them.
+        """
+        joined = {stream: self.join(of_stream(tokens, stream), stream) for stream in streams}
+        return self._pool(joined, streams)
 
     def forward_masked(
         self,
@@ -226,6 +230,10 @@ class Encoder(nn.Module):
             if isinstance(module, Block):
                 module.compile()
 
+    def _pool(self, joined: Mapping[str, Tensor], streams: Sequence[str]) -> Encoding:
+        z = {stream: full_precision(joined[stream]).mean(1) for stream in streams}
+        return Encoding(z, {stream: self.class_heads[stream](z[stream]) for stream in streams}, {})
+
     def _joint(self) -> list[Block]:
         return [block for block in self.blocks_u if isinstance(block, Block)]
 
@@ -247,6 +255,13 @@ class Encoder(nn.Module):
             "audio": reconstruction_loss(audio, patches_a, hide_a.hidden),
             "video": reconstruction_loss(video, patches_v, hide_v.hidden),
         }
+
+
+def of_stream(tokens: Mapping[str, Tensor], stream: str) -> Tensor:
+    """Tokens a stream reads: those of its modality, for fusion audio then video."""
+    if stream == "fusion":
+        return torch.cat([tokens["audio"], tokens["video"]], dim=1)
+    return tokens[stream]
 
 
 def _cut(stem: PatchStem, x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def evaluate(
     results |= _probes(config, train, test, on_train, on_test)
     space = embedding_space(config)
     results["retrieval"] = _retrieval(config, test, on_test, space)
-    scores = {s: on_test[f"p.{s}"] for s in STREAMS if f"p.{s}" in on_test}
+    scores: dict[str, NDArray] = {s: on_test[f"p.{s}"] for s in STREAMS if f"p.{s}" in on_test}
     if not scores:
         scores = results["probe_scores"]
     results |= _accuracies(scores, test) if has_classifier else {}
@@ -145,10 +145,10 @@ def _write(
         "cluster": np.array([clusters.get(c, -100) for c in test.clip_ids_N], np.int32),
     }
     pq.write_table(pa.table(columns), folder / "predictions.parquet")
-    counts = {s: confusion_counts(test.labels_N, p, n_classes) for s, p in predictions.items()}
-    np.savez_compressed(folder / "confusion.npz", classes=np.array(test.classes), **counts)
-    np.savez_compressed(
-        folder / "embeddings.npz",
-        clip_ids=np.array(test.clip_ids_N.tolist()),
-        **{s: on_test[f"{space}.{s}"] for s in STREAMS},
-    )
+    confusion: dict[str, Any] = {"classes": np.array(test.classes)}
+    for s, p in predictions.items():
+        confusion[s] = confusion_counts(test.labels_N, p, n_classes)
+    embeddings: dict[str, Any] = {"clip_ids": np.array(test.clip_ids_N.tolist())}
+    embeddings |= {s: on_test[f"{space}.{s}"] for s in STREAMS}
+    np.savez_compressed(folder / "confusion.npz", **confusion)
+    np.savez_compressed(folder / "embeddings.npz", **embeddings)

@@ -46,7 +46,7 @@ class Model:
         return {name: value.cpu().numpy() for name, value in sums.items()}
 
     def _one_pass(self, fbank: Tensor, frames: Tensor) -> dict[str, Tensor]:
-        out = {}
+        out: dict[str, Tensor] = {}
         if self.encoder is not None:
             z, h, _ = self.encoder(fbank, frames)
             out |= {f"z.{s}": x for s, x in z.items()} | {f"h.{s}": x for s, x in h.items()}

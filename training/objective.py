@@ -135,14 +135,14 @@ def total_loss(embeddings: Embeddings, labels: list[Labels], config: LossConfig)
     loss = config.instance * instance
     parts = {"loss_instance": instance, "accuracy_instance": contrasts[-1].accuracy}
     if "second.audio" in embeddings:
-        first = {s: embeddings[f"{spaces[-1]}.{s}"] for s in STREAMS[:2]}
-        second = {s: embeddings[f"second.{s}"] for s in STREAMS[:2]}
+        first: dict[str, Tensor] = {s: embeddings[f"{spaces[-1]}.{s}"] for s in STREAMS[:2]}
+        second: dict[str, Tensor] = {s: embeddings[f"second.{s}"] for s in STREAMS[:2]}
         intra = intra_modal(first, second, config.temperature, config.negatives)
         loss = loss + config.intra * intra
         parts["loss_intra"] = intra
     posteriors: list[Tensor] = []
     if labels:
-        h = {s: embeddings[f"h.{s}"] for s in STREAMS}
+        h: dict[str, Tensor] = {s: embeddings[f"h.{s}"] for s in STREAMS}
         alignment, confusion, posteriors = _class_terms(h, labels, config)
         loss = loss + config.class_alignment * alignment + config.confusion * confusion
         parts |= {"loss_class_alignment": alignment, "loss_confusion": confusion}

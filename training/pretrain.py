@@ -100,7 +100,7 @@ def pretrain(
     pool: ClusterPool | None = None
     rounds: Rounds | None = None
     if config.rounds.labels != "none":
-        widths = {stream: config.encoder.projection for stream in STREAMS}
+        widths: dict[str, int] = {stream: config.encoder.projection for stream in STREAMS}
         pool = ClusterPool(clustering, widths, str(out / "rounds"), seed=config.seed)
         rounds = pool.client()
     settings = {

@@ -24,7 +24,8 @@ from training.losses import soft_targets, supervised_loss
 from training.meter import Meter
 from training.reader import EpochReads, Reader
 from training.schedule import learning_rate, make_optimizer, set_learning_rate
-from training.trainer import Hooks, World, step_generator, stop_if_not_finite
+from training.trainer import Hooks, World, stop_if_not_finite
+from training.views import step_generator
 
 _MIXUP_BETA = 10.0
 """Beta(10, 10) of CAV-MAE's mixup."""

@@ -10,7 +10,7 @@ Shapes: B clips of this rank, n of a chunk, V lanes.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clustering.rounds import Rounds
-from training.augment import augment_fbank, augment_frames, normalise_fbank, normalise_frames
+from training.augment import normalise_fbank, normalise_frames
 from training.batches import Batch, BatchPlan, RowIndex, Views, lanes_of
 from training.config import STREAMS, TrainingConfig
-from training.encoder import Encoder, MaskNoise
+from training.encoder import Encoder
 from training.errors import NonFiniteLoss
 from training.labelling import Labelling
 from training.meter import Meter
-from training.objective import Embeddings, Phase, PretrainPass, Total, View, total_loss
+from training.objective import Embeddings, Labels, Phase, PretrainPass, Total, total_loss
 from training.reader import EpochReads, Reader
 from training.schedule import learning_rate, make_optimizer, set_learning_rate
+from training.views import Chunk, ViewMaker
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class Pretrainer:
         if config.pretrain.compile:
             self.encoder.compile_blocks()
         self.model = PretrainPass(self.encoder, config.loss)
+        self.views = ViewMaker(config, self.encoder, self.plan, self.lanes, world.device)
         self.optimizer = make_optimizer(self.encoder.named_parameters(), config.optim)
         order = np.argsort(index.keys_N)
         truth = (index.keys_N[order], index.labels_N[order])
@@ -144,7 +146,7 @@ class Pretrainer:
         self._enter_phase(epoch)
         assert self.phase is not None
         with self.meter.timed("augment"):
-            chunks = self._chunks(batch, epoch)
+            chunks = self.views.chunks(batch, epoch, self.step)
             labels = self.labelling.of(batch["key"])
         lr = learning_rate(
             self.config.optim, self.step, self.steps_per_epoch, self.config.pretrain.epochs
@@ -182,46 +184,12 @@ class Pretrainer:
             ids = [self.world.device.index] if self.world.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(self.model, device_ids=ids)
 
-    def _chunks(self, batch: Batch, epoch: int) -> list[tuple[list[View], MaskNoise | None]]:
-        """The batch as augmented chunks of whole lanes; every lane has its own random numbers."""
-        b = self.plan.batch_size // self.plan.lanes
-        made = [
-            self._lane(batch, slice(i * b, (i + 1) * b), epoch, lane)
-            for i, lane in enumerate(self.lanes)
-        ]
-        per_chunk = max(1, (self.config.pretrain.micro_batch or len(made) * b) // b)
-        return [_join(made[i : i + per_chunk]) for i in range(0, len(made), per_chunk)]
-
-    def _lane(
-        self, batch: Batch, rows: slice, epoch: int, lane: int
-    ) -> tuple[list[View], MaskNoise | None]:
-        config, device = self.config, self.world.device
-        generator = step_generator(config.seed, epoch, self.step, lane)
-        fbank = torch.from_numpy(np.ascontiguousarray(batch["fbank"][rows])).to(device)
-        frames = torch.from_numpy(np.ascontiguousarray(batch["frames"][rows])).to(device)
-        F = config.data.frames_per_clip
-        views = [
-            View(
-                augment_fbank(fbank, config.augment, config.data, generator),
-                augment_frames(normalise_frames(part), config.augment, generator),
-            )
-            for part in frames.split(F, dim=1)
-        ]
-        masks = None
-        if config.loss.reconstruction > 0:
-            audio, video = self.encoder.token_counts(F)
-            noise = [
-                torch.rand(len(fbank), n, generator=generator).to(device) for n in (audio, video)
-            ]
-            masks = MaskNoise(noise[0], noise[1], config.loss.mask_ratio)
-        return views, masks
-
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.config.pretrain.precision == "bf16":
             return torch.autocast(self.world.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
-    def _whole(self, chunks: list, labels: list) -> tuple[Embeddings, Total, Tensor]:
+    def _whole(self, chunks: list[Chunk], labels: list[Labels]) -> tuple[Embeddings, Total, Tensor]:
         views, masks = chunks[0]
         with self.meter.timed("forward"):
             with self._autocast():
@@ -231,7 +199,9 @@ class Pretrainer:
             (total.loss + self.config.loss.reconstruction * reconstruction).backward()
         return embeddings, total, reconstruction
 
-    def _cached(self, chunks: list, labels: list) -> tuple[Embeddings, Total, Tensor]:
+    def _cached(
+        self, chunks: list[Chunk], labels: list[Labels]
+    ) -> tuple[Embeddings, Total, Tensor]:
         """Cached gradients: embed all chunks without a graph, take the loss's gradient on the
         embeddings, then run each chunk again with it."""
         with self.meter.timed("forward"), torch.no_grad(), self._autocast():
@@ -244,7 +214,7 @@ class Pretrainer:
             reconstruction = self._replay(chunks, leaves)
         return leaves, total, reconstruction
 
-    def _replay(self, chunks: list, leaves: Embeddings) -> Tensor:
+    def _replay(self, chunks: list[Chunk], leaves: Embeddings) -> Tensor:
         weight = self.config.loss.reconstruction
         reconstruction = leaves["z.audio"].new_zeros(())
         start = 0
@@ -399,24 +369,6 @@ def stop_if_not_finite(trainer: Stepper, batch: Batch, loss: Tensor, norm: Tenso
         f"{float(norm)}; clips {', '.join(clip_ids[:8])}, ... The step is saved in {where} for "
         "replay. A lower optim.lr or optim.clip_norm usually helps."
     )
-
-
-def step_generator(*parts: int) -> torch.Generator:
-    """CPU random numbers that depend on these integers alone."""
-    seed = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed) & (2**63 - 1))
-
-
-def _join(
-    lanes: list[tuple[list[View], MaskNoise | None]],
-) -> tuple[list[View], MaskNoise | None]:
-    per_view: Iterator = zip(*(views for views, _ in lanes), strict=True)
-    views = [View(*(torch.cat(p) for p in zip(*same, strict=True))) for same in per_view]
-    masks = [m for _, m in lanes if m is not None]
-    if not masks:
-        return views, None
-    audio, video = (torch.cat(parts) for parts in list(zip(*masks, strict=True))[:2])
-    return views, MaskNoise(audio, video, masks[0].mask_ratio)
 
 
 def _no_sync(module: nn.Module) -> contextlib.AbstractContextManager:

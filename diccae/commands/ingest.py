@@ -107,8 +107,22 @@ def _plan(args: IngestArgs, spec: FeatureSpec | None, config: object) -> int:
 
     assert isinstance(config, IngestConfig)
     plan = plan_ingest(args.clips, args.videos, args.store, spec, config)
+    found = {**plan.counts, "missing": len(plan.missing), "restated": len(plan.restated)}
     if args.json:
-        print(json.dumps(plan.to_json()))
-    else:
-        print(plan.describe())
+        print(json.dumps(found))
+        return 0
+    for name, count in found.items():
+        print(f"{name:<13} {count:>12,}  {_WHY[name]}")
     return 0
+
+
+_WHY = {
+    "new": "not in the store yet: decode",
+    "changed": "the file is another one now: decode again",
+    "spec_changed": "the features asked for are others now: decode again",
+    "retried": "failed before: decode again",
+    "removed": "not listed any more: drop",
+    "unchanged": "nothing to do",
+    "missing": "listed, but the file is not there: written down as missing",
+    "restated": "another label, split or place: written down without decoding",
+}

@@ -69,10 +69,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _dry_run(config: RunConfig, store: str) -> int:
-    from training.budget import describe
+    from training.dry_run import dry_run
     from training.pretrain import check, pin
 
     data = pin(store, config.data.version, config)
     check(config, config.clustering, data)
-    print(describe(config, data.snapshot.spec, len(data.train)))
+    for name, value in dry_run(config, data.snapshot.spec, len(data.train)):
+        print(f"{name:<18} {value}")
     return 0

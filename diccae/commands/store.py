@@ -8,7 +8,7 @@ from typing import Literal
 import tyro
 
 from diccae.args import parse
-from diccae.screen import say, table
+from diccae.screen import say
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ def main(argv: Sequence[str]) -> int:
     if args.action == "failures":
         return _failures(maintenance.failures(args.store), args.json)
     if args.action == "verify":
-        result = maintenance.verify(args.store, sample=args.sample, repair=args.repair)
-        _show(result, args.json)
-        return 1 if result["damaged"] and not args.repair else 0
+        return _verify(args)
     if args.action == "compact":
         return _show(maintenance.compact(args.store), args.json)
     if args.action == "vacuum":
@@ -74,11 +72,27 @@ def _show(result: dict, as_json: bool) -> int:
     return 0
 
 
-def _failures(rows: list[dict], as_json: bool) -> int:
-    if as_json:
-        print(json.dumps(rows))
-    elif not rows:
-        print("no failed clips")
+def _verify(args: StoreArgs) -> int:
+    from pipeline.verify import verify
+
+    result = verify(args.store, sample=args.sample, repair=args.repair)
+    if args.json:
+        print(json.dumps(result))
     else:
-        print(table(list(rows[0]), [list(row.values()) for row in rows]))
+        _show({**result, "problems": len(result["problems"])}, False)
+        for problem in result["problems"]:
+            say(f"{problem['clip_id']}  {problem['shard']}  {problem['problem']}")
+    return 1 if result["problems"] and not args.repair else 0
+
+
+def _failures(by_reason: dict[str, dict], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(by_reason))
+        return 0
+    if not by_reason:
+        print("no failed clips")
+    for reason, found in by_reason.items():
+        print(f"{reason}  {found['clips']:,}")
+        for example in found["examples"]:
+            print(f"    {example['clip_id']}  {example['uri']}  {example['detail']}")
     return 0

@@ -1,0 +1,40 @@
+"""The `diccae` command: help without waiting, errors in one line, exit codes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from diccae.cli import COMMANDS, main
+
+_HEAVY = ("torch", "ray", "mlflow", "faiss", "deltalake", "pyarrow", "matplotlib", "sklearn", "av")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; from diccae.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as stopped: assert stopped.code == 0, stopped.code\n"
+        f"heavy = [m for m in {_HEAVY} if m in sys.modules]\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout.lower()
+
+
+def test_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrian"]) == 2
+    assert "Did you mean pretrain?" in capsys.readouterr().err
+
+
+def test_own_error_is_one_line_and_its_exit_code(
+    capsys: pytest.CaptureFixture[str], tmp_path: object
+) -> None:
+    assert main(["store", "status", "--store", f"{tmp_path}/nothing"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "nothing" in err

@@ -1,0 +1,69 @@
+"""The root config: files, overrides, errors."""
+
+from pathlib import Path
+
+import pytest
+
+from diccae.args import parse
+from diccae.commands.pretrain import SECTIONS, PretrainArgs
+from diccae.config import RunConfig, differing_keys, load_config, save_config
+from diccae.errors import UsageError
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_load_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_unknown_key_names_the_nearest_one(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("pretrain: {epoch: 3}")
+    with pytest.raises(UsageError, match=r"unknown key pretrain.epoch: did you mean epochs\?"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_value_out_of_range_names_key_and_value(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("loss: {temperature: -1}")
+    with pytest.raises(UsageError, match=r"loss.temperature.*greater than 0, found -1"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_missing_file_lists_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such config file"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+def test_preset_fills_the_fields_that_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("encoder: {preset: base, depth: 2}")
+    encoder = load_config(tmp_path / "c.yaml").encoder
+    assert (encoder.dim, encoder.stem, encoder.depth) == (768, "patch", 2)
+
+
+def test_command_line_goes_on_top_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("pretrain: {epochs: 3, batch_size: 64}\nfeatures: {n_frames: 4}")
+    argv = ["--store", "s", "--out", "o", "--config", str(path), "--pretrain.epochs", "5"]
+    run = parse("pretrain", PretrainArgs, argv, SECTIONS).run
+    assert (run.pretrain.epochs, run.pretrain.batch_size, run.features.n_frames) == (5, 64, 4)
+
+
+def test_malformed_command_line_exits_with_2() -> None:
+    argv = ["--store", "s", "--out", "o", "--pretrain.epochz", "5"]
+    with pytest.raises(SystemExit) as stopped:
+        parse("pretrain", PretrainArgs, argv, SECTIONS)
+    assert stopped.value.code == 2
+
+
+def test_differences_are_named_key_by_key() -> None:
+    old = RunConfig()
+    new = RunConfig(seed=1, loss={"temperature": 0.2})
+    assert differing_keys(old, new) == ["loss.temperature: 0.05 -> 0.2", "seed: 0 -> 1"]
+
+
+def test_digest_ignores_where_a_run_happens_but_not_what_it_is() -> None:
+    base = RunConfig()
+    assert RunConfig(scale={"num_workers": 4}).digest() == base.digest()
+    assert RunConfig(seed=1).digest() != base.digest()

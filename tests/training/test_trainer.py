@@ -1,0 +1,290 @@
+"""The pure trainer: resume, chunks, world size, rounds, and steps that must not be taken."""
+
+import copy
+import itertools
+import math
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from clustering.config import ClusteringConfig
+from clustering.local import LocalRounds
+from pipeline.config import FeatureSpec
+from training.batches import Batch, BatchPlan, RowIndex, Views, choose_frames, lanes_of
+from training.config import STREAMS, TrainingConfig
+from training.encoder import Encoder, InputShape
+from training.errors import NonFiniteLoss, TrainingError
+from training.reader import EpochReads, WindowPlan
+from training.trainer import Hooks, Pretrainer, World
+
+SPEC = FeatureSpec(n_frames=2, frame_size=32, n_mels=16, fbank_frames=32, duration_s=1.0)
+N_CLIPS, N_CLASSES = 48, 4
+_ALONE = World()
+
+
+def _index() -> RowIndex:
+    rng = np.random.default_rng(0)
+    return RowIndex(
+        "memory",
+        SPEC,
+        ["a", "b"],
+        [f"class {i}" for i in range(N_CLASSES)],
+        np.array([f"clip{i:07d}_{i:06d}" for i in range(N_CLIPS)], dtype=object),
+        rng.permutation(2**40 + np.arange(N_CLIPS)).astype(np.uint64),
+        np.arange(N_CLIPS) % N_CLASSES,
+        np.repeat([0, 1], N_CLIPS // 2).astype(np.int32),
+        np.tile(np.arange(N_CLIPS // 2), 2).astype(np.int32),
+    )
+
+
+class MemoryReader:
+    """Clips made of their class and their number, in the planned order."""
+
+    def __init__(self, windows: WindowPlan, poison: int | None = None) -> None:
+        self.windows, self.poison = windows, poison
+        rng = np.random.default_rng(7)
+        labels = windows.index.labels_N
+        looks = rng.normal(size=(N_CLASSES, SPEC.fbank_frames, SPEC.n_mels))
+        noise = rng.normal(size=(N_CLIPS, SPEC.fbank_frames, SPEC.n_mels))
+        self.fbank = (3 * looks[labels] + noise).astype(np.float16)
+        shape = (SPEC.frame_size, SPEC.frame_size, 3)
+        base = rng.integers(0, 256, (N_CLASSES, 1, *shape))
+        grain = rng.integers(-30, 30, (N_CLIPS, SPEC.n_frames, *shape))
+        self.frames = np.clip(base[labels] + grain, 0, 255).astype(np.uint8)
+
+    def stream(self, epochs: Iterable[EpochReads]) -> Iterator[Batch]:
+        for reads in epochs:
+            for window in self.windows.windows(reads):
+                for positions in window.positions_SVb:
+                    yield self._batch(positions.ravel(), window.views, window.epoch)
+
+    def sweep(self, views: Views) -> Iterator[Batch]:
+        for window in self.windows.sweep(views):
+            for positions in window.positions_SVb:
+                yield self._batch(positions.ravel(), views, 0)
+
+    def _batch(self, positions: np.ndarray, views: Views, epoch: int) -> Batch:
+        index = self.windows.index
+        chosen = choose_frames(index.keys_N[positions], SPEC.n_frames, views, 0, epoch)
+        fbank = self.fbank[positions].copy()
+        if self.poison is not None:
+            fbank[positions == self.poison] = np.nan
+        return {
+            "position": positions,
+            "key": index.keys_N[positions],
+            "label": index.labels_N[positions],
+            "fbank": fbank,
+            "frames": self.frames[positions[:, None], chosen],
+        }
+
+
+def _config(**changes: Any) -> TrainingConfig:
+    base: dict[str, Any] = {
+        "encoder": {"preset": "tiny", "dim": 32, "projection": 16},
+        "data": {"lanes": 4, "shuffle_window": 8, "fbank_mean": 0.0, "fbank_std": 3.0},
+        "augment": {"crop_scale_min": 0.8, "gain": 0.2, "fbank_noise": 0.1, "shift_frac": 0.1},
+        "loss": {"temperature": 0.1, "instance_on": "h", "intra": 1.0, "intra_epochs": 1},
+        "rounds": {"warmup_epochs": 1, "margin_nats": -9.0, "lead_steps": 2, "features": "train"},
+        "pretrain": {"epochs": 3, "batch_size": 16, "checkpoint_every": 2, "log_every": 2},
+        "confusion": {"update_steps": 2},
+        "optim": {"lr": 1e-3},
+    }
+    for section, values in changes.items():
+        base[section] = {**base.get(section, {}), **values}
+    return TrainingConfig.model_validate(base)
+
+
+class Recorder:
+    """Hooks that keep everything."""
+
+    def __init__(self, rounds: LocalRounds | None = None, folder: str = "") -> None:
+        self.rounds, self.folder = rounds, folder
+        self.states: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.failed: list[dict[str, Any]] = []
+        self._number = itertools.count()
+
+    def save(self, state: dict[str, Any]) -> None:
+        state = copy.deepcopy(state)
+        if self.rounds is not None:
+            state["bank"] = f"{self.folder}/bank-{next(self._number)}"
+            self.rounds.save(state["bank"])
+        self.states.append(state)
+
+    def hooks(self) -> Hooks:
+        def failed(content: dict[str, Any]) -> str:
+            self.failed.append(content)
+            return "kept"
+
+        return Hooks(lambda step, m: self.logged.append((step, m)), self.save, failed)
+
+
+def _trainer(
+    config: TrainingConfig,
+    folder: Path,
+    recorder: Recorder | None = None,
+    world: World = _ALONE,
+    rounds: bool = True,
+    poison: int | None = None,
+) -> tuple[Pretrainer, Recorder]:
+    index = _index()
+    torch.manual_seed(config.seed)
+    encoder = Encoder(config.encoder, InputShape(SPEC.fbank_frames, SPEC.n_mels, SPEC.frame_size))
+    widths = {s: config.encoder.projection for s in STREAMS}
+    clusters = None
+    if rounds:
+        clusters = LocalRounds(ClusteringConfig(k=4), widths, str(folder / "rounds"), seed=0)
+    recorder = recorder or Recorder(clusters, str(folder))
+    plan = BatchPlan.of(len(index), config.pretrain.batch_size, config.data)
+    lanes = lanes_of(world.rank, world.size, plan.lanes)
+    reader = MemoryReader(WindowPlan(index, plan, lanes, config.seed), poison)
+    trainer = Pretrainer(config, encoder, index, reader, clusters, world, recorder.hooks())
+    return trainer, recorder
+
+
+def _weights(trainer: Pretrainer) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in trainer.encoder.state_dict().items()}
+
+
+def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("features", ["train", "pass"])
+def test_resumed_run_equals_uninterrupted_run(features: str, tmp_path: Path) -> None:
+    config = _config(rounds={"features": features})
+    whole, recorder = _trainer(config, tmp_path / "whole")
+    whole.run()
+    steps = [state["step"] for state in recorder.states]
+    assert steps == sorted(steps)
+    assert any(state["labelling"]["pending"] for state in recorder.states), "no pending round"
+    for number, state in enumerate(recorder.states[:-1]):
+        folder = tmp_path / f"resumed-{number}"
+        folder.mkdir()
+        _copy_rounds(tmp_path / "whole", folder, state)
+        resumed, again = _trainer(config, folder)
+        assert resumed.rounds is not None
+        resumed.rounds.restore(state["bank"])
+        path = folder / "state.pt"
+        torch.save(state, path)
+        resumed.run(torch.load(path, weights_only=True))
+        assert _same(_weights(whole), _weights(resumed)), f"resumed at step {state['step']}"
+        later = [(s, m["loss"]) for s, m in recorder.logged if s > state["step"]]
+        assert [(s, m["loss"]) for s, m in again.logged] == later
+
+
+def _copy_rounds(source: Path, target: Path, state: dict[str, Any]) -> None:
+    """What is on storage of the run at the moment of the kill."""
+    labelling = state["labelling"]
+    last = labelling["round"] if labelling["pending"] is None else labelling["pending"]["round"]
+    for number in range(1, last + 1):
+        name = f"rounds/round-{number:04d}"
+        shutil.copytree(source / name, target / name)
+
+
+def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
+    first, _ = _trainer(_config(), tmp_path / "a")
+    second, _ = _trainer(_config().model_copy(update={"seed": 1}), tmp_path / "b")
+    first.run()
+    second.run()
+    assert not _same(_weights(first), _weights(second))
+
+
+@pytest.mark.parametrize("micro_batch", [4, 8])
+def test_cached_gradient_chunks_equal_the_whole_batch(micro_batch: int, tmp_path: Path) -> None:
+    whole, whole_log = _trainer(_config(), tmp_path / "whole")
+    parts, parts_log = _trainer(
+        _config(pretrain={"micro_batch": micro_batch}), tmp_path / f"parts-{micro_batch}"
+    )
+    whole.run()
+    parts.run()
+    for (_, a), (_, b) in zip(whole_log.logged[:3], parts_log.logged[:3], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    worst = max(
+        float((a - b).abs().max())
+        for a, b in zip(_weights(whole).values(), _weights(parts).values(), strict=True)
+    )
+    assert worst < 5e-3
+
+
+def test_labels_apply_at_the_announced_step_and_not_before(tmp_path: Path) -> None:
+    trainer, recorder = _trainer(_config(pretrain={"log_every": 1}), tmp_path)
+    trainer.run()
+    steps_per_epoch = N_CLIPS // 16
+    announced = steps_per_epoch + 2
+    for step, metrics in recorder.logged:
+        assert ("loss_confusion" in metrics) == (step > announced)
+    last = recorder.logged[-1][1]
+    assert last["labelled_frac"] == 1.0
+    assert 0.0 <= last["clustering/nmi"] <= 1.0
+
+
+def test_first_round_waits_until_infonce_has_left_its_plateau(tmp_path: Path) -> None:
+    waiting, _ = _trainer(_config(rounds={"margin_nats": 2.0}), tmp_path / "waiting")
+    waiting.run()
+    assert waiting.labelling.round == 0
+    going, _ = _trainer(_config(), tmp_path / "going")
+    going.run()
+    assert going.labelling.round >= 1
+
+
+def test_infonce_falls_below_its_plateau(tmp_path: Path) -> None:
+    config = _config(pretrain={"epochs": 12}, rounds={"labels": "none"}, loss={"intra": 0.0})
+    trainer, recorder = _trainer(config, tmp_path, rounds=False)
+    trainer.run()
+    assert recorder.logged[-1][1]["loss_instance"] < math.log(16) - 0.25
+
+
+def test_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path: Path) -> None:
+    trainer, recorder = _trainer(_config(), tmp_path, poison=5)
+    before: dict[str, torch.Tensor] = {}
+    step = trainer._train_step
+
+    def watched(batch: Batch) -> None:
+        before.update(_weights(trainer))
+        step(batch)
+
+    trainer._train_step = watched  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteLoss, match="saved in kept"):
+        trainer.run()
+    assert "clip0000005_000005" in recorder.failed[0]["clip_ids"]
+    assert _same(before, _weights(trainer))
+
+
+def test_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"batch_size = 18.*data.lanes = 4"):
+        _trainer(_config(pretrain={"batch_size": 18}), tmp_path)
+    with pytest.raises(TrainingError, match="only 48 clips"):
+        _trainer(_config(pretrain={"batch_size": 64}), tmp_path)
+
+
+def _worker(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store-{size}", size)
+    dist.init_process_group("gloo", rank=rank, world_size=size, store=store)
+    config = _config(rounds={"labels": "none"})
+    world = World(rank, size)
+    trainer, recorder = _trainer(config, Path(folder), Recorder(), world, rounds=False)
+    trainer.run()
+    if rank == 0:
+        losses = [m["loss"] for _, m in recorder.logged]
+        torch.save({"weights": _weights(trainer), "losses": losses}, f"{folder}/world-{size}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_workers_train_as_one() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for size in (1, 2):
+            mp.spawn(_worker, (size, folder), nprocs=size)
+        one, two = (torch.load(f"{folder}/world-{n}.pt", weights_only=True) for n in (1, 2))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    distances = [float((one["weights"][k] - two["weights"][k]).abs().max()) for k in one["weights"]]
+    assert max(distances) < 5e-3
