@@ -142,7 +142,7 @@ class Encoder(nn.Module):
             tokens["audio"] = self.audio_tokens(fbank_BTM, hide_a)
         if "video" in needed or "fusion" in needed:
             tokens["video"] = self.video_tokens(frames_BFCHW, hide_v)
-        joined = {s: self.join(of_stream(tokens, s), s) for s in set(needed)}
+        joined: dict[str, Tensor] = {s: self.join(of_stream(tokens, s), s) for s in needed}
         encoding = self._pool(joined, streams)
         if not (reconstruct and hide_a and hide_v):
             return encoding

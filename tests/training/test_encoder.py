@@ -1,6 +1,7 @@
 """The encoder by itself: against a literal definition, stream by stream, mask by mask."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -196,6 +197,18 @@ def test_one_stream_alone_equals_that_stream_among_all(config, stream):
 
 
 @pytest.mark.parametrize("config", [_PATCH, _CONV], ids=["patch", "conv"])
+def test_audio_tokens_serve_every_frame_of_a_clip(config):
+    encoder = _perturbed(config)
+    fbank, frames = _clips(n_frames=2)
+    with torch.no_grad():
+        audio = encoder.audio_tokens(fbank)
+        for i in range(2):
+            tokens = {"audio": audio, "video": encoder.video_tokens(frames[:, i : i + 1])}
+            expected = encoder(fbank, frames[:, i : i + 1])
+            torch.testing.assert_close(encoder.encode(tokens).h, expected.h, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("config", [_PATCH, _CONV], ids=["patch", "conv"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_clip_does_not_depend_on_its_neighbours(config, masked):
     encoder = _perturbed(config)
@@ -332,6 +345,32 @@ def test_nothing_hidden_cannot_be_reconstructed():
         encoder(*_clips(), masks=_noise(encoder)._replace(mask_ratio=0), reconstruct=True)
     with pytest.raises(ValueError, match="mask_ratio = 1"):
         encoder(*_clips(), masks=_noise(encoder)._replace(mask_ratio=1))
+
+
+def test_gradients_have_the_same_bits_in_every_process():
+    program = (
+        "import hashlib, torch\n"
+        "from training.config import EncoderConfig\n"
+        "from training.encoder import Encoder, InputShape\n"
+        "torch.manual_seed(0)\n"
+        "torch.set_num_threads(1)\n"
+        "e = Encoder(EncoderConfig(dim=32, projection=16), InputShape(64, 32, 48))\n"
+        "h = e(torch.randn(4, 64, 32), torch.randn(4, 1, 3, 48, 48)).h\n"
+        "sum(x.exp().sum() for x in h.values()).backward()\n"
+        "g = torch.cat([p.grad.flatten() for p in e.parameters()])\n"
+        "print(hashlib.sha256(g.numpy().tobytes()).hexdigest())\n"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(digests) == 1
 
 
 def test_training_core_imports_without_ray_mlflow_decord_and_faiss():
