@@ -6,6 +6,7 @@ Invariant: what is returned is the job's own exit code; leaving (Ctrl-C) never s
 """
 
 import asyncio
+import logging
 import os
 import shlex
 import signal
@@ -113,6 +114,8 @@ def find_token() -> tuple[str, str]:
 def _job_client(url: str, headers: dict[str, str]) -> Any:
     from ray.job_submission import JobSubmissionClient
 
+    for chatty in ("dashboard_sdk", "job.sdk"):  # their notices would stand between the log's lines
+        logging.getLogger(f"ray.dashboard.modules.{chatty}").setLevel(logging.WARNING)
     with _without_ray_address():
         return JobSubmissionClient(url, headers=dict(headers))
 

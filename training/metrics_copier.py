@@ -173,10 +173,11 @@ class MetricsCopier:
     def _attach(self, client: Any) -> dict[str, set[int]]:
         """The steps MLflow already holds of each metric; marks the run as going on."""
         run_id = self._handle.run_id
-        if self._resume_step:
+        run = client.get_run(run_id)
+        if self._resume_step and run.info.status != "FINISHED":  # a later stage ends nothing
             client.set_tag(run_id, "resumed_from_step", str(self._resume_step))
             client.update_run(run_id, status="RUNNING")
-        names = client.get_run(run_id).data.metrics
+        names = run.data.metrics
         return {key: {m.step for m in client.get_metric_history(run_id, key)} for key in names}
 
     def _batches(self) -> Iterator[tuple[list[Any], int]]:

@@ -1,5 +1,6 @@
 """The rendered manifests against KubeRay's own schema and rules, and what must never be in them."""
 
+import copy
 import gzip
 import importlib.metadata
 import json
@@ -274,10 +275,12 @@ def test_no_secret_is_written_and_none_can_be() -> None:
 
 def test_ray_up_file_satisfies_rays_own_schema_and_stays_on_loopback() -> None:
     import ray.autoscaler
+    from ray.autoscaler._private.util import prepare_config, validate_config
 
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
     cluster = yaml.safe_load(render(ClusterConfig())["ray-cluster.yaml"])
     jsonschema.validate(cluster, schema)
+    validate_config(prepare_config(copy.deepcopy(cluster)))  # what `ray up` does before it starts
     assert set(cluster["available_node_types"]) == {"head", "decode-cpu", "train-gpu"}
     (start,) = [line for line in cluster["head_start_ray_commands"] if "--head" in line]
     assert "--dashboard-host=127.0.0.1" in start
