@@ -10,6 +10,7 @@ Shapes: N clips, B global batch, V lanes, b = B / V clips of a lane, F frames, R
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +36,8 @@ def clip_keys(clip_ids: Sequence[str]) -> NDArray[np.uint64]:
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 
-class RowIndex(NamedTuple):
+@dataclass(frozen=True)
+class RowIndex:
     """The live rows of a split at a pinned version, sorted by (shard, row)."""
 
     store_uri: str
@@ -55,9 +57,8 @@ class RowIndex(NamedTuple):
 
     def take(self, which: NDArray) -> "RowIndex":
         """The same index with only the rows `which` (positions or mask)."""
-        return self._replace(
-            **{name: getattr(self, name)[which] for name in self._fields if name.endswith("_N")}
-        )
+        names = [field.name for field in fields(self) if field.name.endswith("_N")]
+        return replace(self, **{name: getattr(self, name)[which] for name in names})
 
 
 def index_rows(snapshot: Snapshot, split: str, classes: list[str] | None = None) -> RowIndex:
