@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 import ray
 
+from clustering.client import PoolClient
 from clustering.config import ClusteringConfig
-from clustering.errors import BadVectors, RoundTimeout
+from clustering.errors import BadVectors, ClusteringError, RoundTimeout
 from clustering.local import LocalRounds
+from clustering.making import RoundMaker
 from clustering.pool import ClusterPool
+from clustering.ray_passes import RayPasses, compute_actors, stop
 from clustering.rounds import RoundRequest
+from clustering.snapshot import Snapshot
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -46,10 +50,18 @@ def make_pool(streams, tmp_path: Path):
         pool.close()
 
 
-@pytest.fixture
-def expected(features, push_all, round_digest, streams, tmp_path: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def shared_pool(ray_session, streams, tmp_path_factory):
+    """One pool for the tests that do not compare bits; each takes round numbers of its own."""
+    pool = ClusterPool(CONFIG, streams, str(tmp_path_factory.mktemp("shared")), seed=1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def expected(features, push_all, round_digest, streams, tmp_path_factory) -> list[str]:
     """Digests of two rounds made in one process."""
-    rounds = LocalRounds(CONFIG, streams, str(tmp_path / "local"), seed=1)
+    rounds = LocalRounds(CONFIG, streams, str(tmp_path_factory.mktemp("local")), seed=1)
     return _two_rounds([rounds], features, push_all, round_digest)
 
 
@@ -71,74 +83,105 @@ def _two_rounds(ranks, features, push_all, round_digest) -> list[str]:
     return digests
 
 
-@pytest.mark.parametrize(
-    ("n_actors", "n_banks", "reducer", "ranks"),
-    [(1, 1, "driver", 1), (2, 1, "tree", 2), (3, 2, "driver", 3), (5, 3, "tree", 1)],
-)
-def test_any_pool_has_the_bits_of_one_process(
-    make_pool, features, push_all, round_digest, expected, n_actors, n_banks, reducer, ranks
+def test_a_pool_has_the_bits_of_one_process(
+    make_pool, features, push_all, round_digest, expected
 ) -> None:
-    pool = make_pool(n_actors=n_actors, n_banks=n_banks, reducer=reducer, fan_in=2)
-    clients = [pool.client() for _ in range(ranks)]
+    pool = make_pool(n_actors=3, n_banks=2, reducer="tree", fan_in=2)
+    clients = [pool.client() for _ in range(3)]
     assert _two_rounds(clients, features, push_all, round_digest) == expected
 
 
-def _die_once(owner: str, method: str, marker: str, call: int):
-    """A function for an actor: its own process dies at the n-th call of a method, once."""
+def test_any_number_of_actors_and_any_reducer_give_the_same_bits(
+    features, push_all, streams, round_digest, expected, tmp_path: Path
+) -> None:
+    rounds = LocalRounds(CONFIG, streams, str(tmp_path / "local"), seed=1)
+    push_all(rounds, features(noise=2.0, drift=1), 100)
+    request = RoundRequest(1, 100, 120, expected_rows=1500)
+    rounds.start(request)
+    rounds.wait(1, 60)
+    snapshot = Snapshot.load(str(tmp_path / "local" / "round-0001" / "vectors"))
+    actors = compute_actors(CONFIG, 5)
+    try:
+        for count, reducer in [
+            (1, "driver"),
+            (2, "tree"),
+            (3, "driver"),
+            (5, "tree"),
+            (5, "driver"),
+        ]:
+            sources = [snapshot.source(index, count) for index in range(count)]
+            passes = RayPasses(actors[:count], sources, reducer, fan_in=2)
+            maker = RoundMaker(CONFIG, streams, str(tmp_path / f"{count}-{reducer}"), seed=1)
+            assert round_digest(maker.make(passes, snapshot, request)) == expected[0]
+    finally:
+        stop(actors)
+
+
+def _die_once(owner: str, function: str, marker: str, call: int):
+    """A function for an actor: its process dies at the n-th call of a function, once."""
 
     def arm(_actor) -> None:
-        import importlib
         import os
+        import pydoc
         import signal
 
-        module, name = owner.rsplit(".", 1)
-        cls = getattr(importlib.import_module(module), name)
-        original = getattr(cls, method)
+        place = pydoc.locate(owner)
+        original = getattr(place, function)
         calls = []
 
-        def dying(self, *args):
-            calls.append(method)
+        def dying(*args):
+            calls.append(function)
             if len(calls) == call and not os.path.exists(marker):
                 with open(marker, "w"):
                     pass
                 os.kill(os.getpid(), signal.SIGKILL)
-            return original(self, *args)
+            return original(*args)
 
-        setattr(cls, method, dying)
+        setattr(place, function, dying)
 
     return arm
 
 
-DEATHS = [
-    ("banks", "clustering.bank.Bank", "push", 3),
-    ("banks", "clustering.bank_actor.BankActor", "sync", 1),
-    ("banks", "clustering.bank.Bank", "freeze", 1),
-    ("banks", "clustering.bank_actor.BankActor", "_rebase", 2),
-    ("actors", "clustering.shares.Share", "lloyd_sums", 3),
-    ("actors", "clustering.shares.Share", "label", 1),
-    ("actors", "clustering.shares.Share", "posterior_sums", 2),
-    ("coordinator", "clustering.making.StateFile", "save", 4),
-]
+# A pool loses several actors on its way through two rounds: (kind, number, where, which call).
+DEATHS = {
+    "push, then between writing a freeze and committing to it": [
+        ("banks", 0, "clustering.bank.Bank", "push", 3),
+        ("banks", 1, "clustering.storage", "write_json", 2),
+    ],
+    "acknowledgement, then freeze": [
+        ("banks", 0, "clustering.storage", "write_bytes", 1),
+        ("banks", 1, "clustering.bank.Bank", "freeze", 2),
+    ],
+    "iteration, then labelling, then checkpoint": [
+        ("actors", 0, "clustering.shares.Share", "lloyd_sums", 3),
+        ("actors", 1, "clustering.shares.Share", "label", 1),
+        ("coordinator", 0, "clustering.storage", "write_arrays", 4),
+    ],
+}
 
 
-@pytest.mark.parametrize(("who", "owner", "method", "call"), DEATHS)
-def test_an_actor_killed_at_any_moment_changes_no_bit(
-    make_pool, features, push_all, round_digest, expected, tmp_path, who, owner, method, call
+@pytest.mark.parametrize("deaths", DEATHS)
+def test_actors_killed_at_any_moment_change_no_bit(
+    make_pool, features, push_all, round_digest, expected, tmp_path: Path, deaths: str
 ) -> None:
-    pool = make_pool()
-    marker = tmp_path / "died"
-    actors = getattr(pool, who)
-    victim = actors[-1] if isinstance(actors, list) else actors
-    ray.get(victim.__ray_call__.remote(_die_once(owner, method, str(marker), call)))
+    pool = make_pool(n_banks=2)
+    actors = {"banks": pool.banks, "actors": pool.actors, "coordinator": [pool.coordinator]}
+    markers = []
+    for kind, number, owner, function, call in DEATHS[deaths]:
+        markers.append(tmp_path / f"{kind}-{number}")
+        arm = _die_once(owner, function, str(markers[-1]), call)
+        ray.get(actors[kind][number].__ray_call__.remote(arm))
     assert _two_rounds([pool.client()], features, push_all, round_digest) == expected
-    assert marker.exists()
+    assert all(marker.exists() for marker in markers)
 
 
 _DRIVER = """
 import pickle, sys
 import ray
 from clustering.config import ClusteringConfig
+from clustering.making import RoundMaker
 from clustering.pool import ClusterPool
+from clustering.ray_passes import RayPasses, compute_actors, stop
 from clustering.rounds import RoundRequest
 
 with open(sys.argv[1], "rb") as handle:
@@ -206,13 +249,13 @@ def _until(condition, timeout_s: float) -> None:
         time.sleep(0.02)
 
 
-def test_a_stalled_bank_never_makes_training_wait(make_pool, features) -> None:
-    pool = make_pool(coalesce_rows=64, buffer_rows=1000)
-    client = pool.client()
+def test_a_stalled_bank_never_makes_training_wait(shared_pool, features, streams) -> None:
+    config = CONFIG.model_copy(update={"coalesce_rows": 64, "buffer_rows": 1000})
+    client = PoolClient(config, streams, shared_pool.banks, shared_pool.coordinator)
     data = features()
     client.push(data.keys[:64], data.rows[:64], 1)
     client.flush(60)
-    pids = [ray.get(bank.__ray_call__.remote(lambda _: os.getpid())) for bank in pool.banks]
+    pids = [ray.get(bank.__ray_call__.remote(lambda _: os.getpid())) for bank in shared_pool.banks]
     seconds = []
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
@@ -221,7 +264,7 @@ def test_a_stalled_bank_never_makes_training_wait(make_pool, features) -> None:
             started = time.perf_counter()
             client.push(data.keys[:64], data.rows[:64], step)
             seconds.append(time.perf_counter() - started)
-        with pytest.raises(RoundTimeout, match="not yet on storage after 0.2 s"):
+        with pytest.raises(RoundTimeout, match=r"not yet on storage after 0\.2 s"):
             client.flush(0.2)
     finally:
         for pid in pids:
@@ -235,48 +278,43 @@ def test_a_stalled_bank_never_makes_training_wait(make_pool, features) -> None:
     assert stats.age_max == 0
 
 
-def test_labels_reach_workers_in_other_processes(make_pool, features, push_all, streams) -> None:
-    pool = make_pool()
+def test_labels_reach_workers_in_other_processes(
+    shared_pool, features, push_all, streams, tmp_path: Path
+) -> None:
     data = features(noise=0.5)
+    saved = LocalRounds(CONFIG, streams, str(tmp_path))
+    push_all(saved, data, 5)
+    saved.save(str(tmp_path / "checkpoint"))
+    client = shared_pool.client()
+    client.restore(str(tmp_path / "checkpoint"))
+    assert client.stats().rows == 1500
 
     @ray.remote(num_cpus=0.1)
     def rank(client, number: int) -> np.ndarray:
-        client.push(data.keys[number::2], data.rows[number::2], 5)
+        client.push(data.keys[number::2], data.rows[number::2], 6)
         client.flush(60)
         if number == 1:
-            client.start(RoundRequest(1, 5, 9))
-        [head] = client.wait(1, 60).heads
+            client.start(RoundRequest(11, 6, 9))
+        [head] = client.wait(11, 60).heads
         return head.lookup(data.keys)
 
-    client = pool.client()
-    # The last rank starts the round, so that the first one already waits for it; it must have
-    # flushed by then, as a barrier makes sure in training.
-    client.push(data.keys[::2], data.rows[::2], 5)
-    client.flush(60)
     labels = ray.get([rank.remote(client, number) for number in (0, 1)])
     assert np.array_equal(*labels)
     assert (labels[0] >= 0).all()
 
 
-def test_errors_of_a_round_arrive_as_they_are(make_pool, features, push_all) -> None:
-    client = make_pool().client()
-    with pytest.raises(RoundTimeout, match="round 1 is not ready after 0.1 s"):
-        client.wait(1, 0.1)
-    push_all(client, features(n=7), 1)
-    client.flush(60)
-    client.start(RoundRequest(1, 1, 2))
-    with pytest.raises(BadVectors, match="7 rows for k = 8 clusters"):
-        client.wait(1, 60)
-
-
-def test_a_saved_pool_is_restored_into_another(
-    make_pool, features, push_all, round_digest, expected, tmp_path: Path
+def test_errors_of_a_round_arrive_as_they_are(
+    shared_pool, features, push_all, streams, tmp_path: Path
 ) -> None:
-    first = make_pool("first", n_banks=2).client()
-    push_all(first, features(noise=2.0, drift=1), 100)
-    first.flush(60)
-    first.save(str(tmp_path / "checkpoint"))
-    second = make_pool("second", n_banks=1).client()
-    second.restore(str(tmp_path / "checkpoint"))
-    second.start(RoundRequest(1, 100, 120, expected_rows=1500))
-    assert round_digest(second.wait(1, 60)) == expected[0]
+    client = shared_pool.client()
+    with pytest.raises(RoundTimeout, match=r"round 21 is not ready after 0\.1 s"):
+        client.wait(21, 0.1)
+    few = LocalRounds(CONFIG, streams, str(tmp_path))
+    push_all(few, features(n=7), 5)
+    few.save(str(tmp_path / "checkpoint"))
+    client.restore(str(tmp_path / "checkpoint"))
+    client.start(RoundRequest(21, 5, 6))
+    with pytest.raises(BadVectors, match="7 rows for k = 8 clusters"):
+        client.wait(21, 60)
+    with pytest.raises(ClusteringError, match="no saved bank"):
+        client.restore(str(tmp_path / "nowhere"))

@@ -13,6 +13,7 @@ from clustering.errors import BadVectors, ClusteringError
 from clustering.kmeans import kmeans
 from clustering.labels import nmi
 from clustering.making import StateFile
+from clustering.vector_source import VectorFile, shares_of
 from clustering.vectors import cluster_vectors
 
 CONFIG = ClusteringConfig()
@@ -108,25 +109,48 @@ def test_results_on_storage_agree_with_each_other(data, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("spherical", [True, False])
 @pytest.mark.usefixtures("ray_session")
-def test_actors_read_a_folder_with_an_empty_file_to_the_same_bits(
-    mixture, tmp_path: Path, spherical: bool
-) -> None:
+def test_actors_read_a_folder_with_an_empty_file_to_the_same_bits(mixture, tmp_path: Path) -> None:
     data = mixture(n=60_000, k=6, width=8)
-    x = data.x + np.float32(0 if spherical else 9)
+    x = data.x + np.float32(9)
     folder = tmp_path / "vectors"
     for i, part in enumerate(np.array_split(x, 3)):
         _write(folder / f"part-{i}.parquet", _fixed_list(part), rows=[7000, 10**6, 10**6][i])
     _write(folder / "part-1-empty.parquet", _fixed_list(x[:0]))
     (folder / "_SUCCESS").write_text("")
-    config = ClusteringConfig(cpus_per_actor=0.1, spherical=spherical, vshards=2)
+    config = ClusteringConfig(cpus_per_actor=0.1, spherical=False, vshards=2)
+    started = []
     made = [
-        _cluster(folder, tmp_path / str(n), k=6, n_actors=n, config=config, seed=3)
-        for n in (1, 3, 5)
+        _cluster(
+            folder,
+            tmp_path / str(n),
+            k=6,
+            n_actors=n,
+            config=config,
+            seed=3,
+            start_ray=lambda n=n: started.append(n),
+        )
+        for n in (1, 3)
     ]
+    assert started == [3]
     assert len({m["digest"] for m in made}) == 1
     assert len({m["inertia"] for m in made}) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_cover_every_row_once_and_cut_at_blocks(count: int) -> None:
+    files = [
+        VectorFile("a", (40_000, 0, 100), ("v",)),
+        VectorFile("b", (), ("v",)),
+        VectorFile("c", (70_000,), ("v",)),
+    ]
+    shares = shares_of(files, count)
+    pieces = [piece for share in shares for piece in share]
+    keys = [piece.first_key + row for piece in pieces for row in range(piece.start, piece.stop)]
+    assert keys == list(range(110_100))
+    assert all(piece.start % 16384 == 0 for piece in pieces)
+    rows = [sum(piece.stop - piece.start for piece in share) for share in shares]
+    assert max(rows) - min(rows) <= 2 * 16384
 
 
 def test_a_killed_run_goes_on_where_it_stopped(
