@@ -140,6 +140,8 @@ def frame_positions(n_frames: int, like_D: Tensor) -> Tensor:
 
     Zero at f = 0 makes one frame exactly CAV-MAE; no parameter, so nothing is unused at F = 1.
     """
+    if n_frames == 1:
+        return like_D.new_zeros(1, 1, like_D.shape[-1])
     table = sincos_1d(torch.arange(n_frames, device=like_D.device), like_D.shape[-1])
     return (table - table[:1])[:, None].to(like_D.dtype)
 

@@ -135,8 +135,10 @@ class Encoder(nn.Module):
             raise ValueError("reconstruction needs masks and an Encoder built with decoder=True")
         # in the order of STREAMS, never of a set: the order of sums decides the bits of gradients
         needed = [s for s in STREAMS if s in streams or (reconstruct and s == "fusion")]
-        hide_a = masks and masking_from_noise(masks.audio_BL, masks.mask_ratio)
-        hide_v = masks and masking_from_noise(masks.video_BL, masks.mask_ratio)
+        hide_a = hide_v = None
+        if masks is not None:
+            hide_a = masking_from_noise(masks.audio_BL, masks.mask_ratio)
+            hide_v = masking_from_noise(masks.video_BL, masks.mask_ratio)
         tokens: dict[str, Tensor] = {}
         if "audio" in needed or "fusion" in needed:
             tokens["audio"] = self.audio_tokens(fbank_BTM, hide_a)
@@ -144,10 +146,8 @@ class Encoder(nn.Module):
             tokens["video"] = self.video_tokens(frames_BFCHW, hide_v)
         joined: dict[str, Tensor] = {s: self.join(of_stream(tokens, s), s) for s in needed}
         encoding = self._pool(joined, streams)
-        if not (reconstruct and hide_a and hide_v):
+        if not reconstruct:
             return encoding
-        assert fbank_BTM is not None
-        assert frames_BFCHW is not None
         errors = self._reconstruct(joined["fusion"], fbank_BTM, frames_BFCHW, hide_a, hide_v)
         return encoding._replace(reconstruction=errors)
 
@@ -240,12 +240,13 @@ class Encoder(nn.Module):
     def _reconstruct(
         self,
         x_BND: Tensor,
-        fbank_BTM: Tensor,
-        frames_BFCHW: Tensor,
-        hide_a: Masking,
-        hide_v: Masking,
+        fbank_BTM: Tensor | None,
+        frames_BFCHW: Tensor | None,
+        hide_a: Masking | None,
+        hide_v: Masking | None,
     ) -> dict[str, Tensor]:
-        assert self.decoder is not None
+        assert self.decoder is not None and hide_a is not None and hide_v is not None  # noqa: PT018
+        assert fbank_BTM is not None and frames_BFCHW is not None  # noqa: PT018
         assert isinstance(self.patch_embed_a, PatchStem)
         assert isinstance(self.patch_embed_v, PatchStem)
         patches_a = _cut(self.patch_embed_a, fbank_BTM)
