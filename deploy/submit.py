@@ -14,11 +14,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from deploy.errors import AccessRefused, ClusterUnreachable, DeployError
-from deploy.package import megabytes, select_files, write_zip
+from deploy.package import Selection, megabytes, select_files, write_zip
 
 Say = Callable[[str], None]
 
@@ -159,6 +159,8 @@ def submit(
         say(f"package  {len(selection.files)} files, {megabytes(packed)} of {working_dir}")
         if selection.left_out:
             say(f"left out {_summary(selection.left_out)}")
+        for note in _paths_of_this_machine(args, Path(working_dir), selection):
+            say(note)
         runtime_env = {
             "working_dir": str(package),
             "env_vars": {"PYTHONUNBUFFERED": "1", **(env or {})},
@@ -189,6 +191,26 @@ def _summary(left_out: list[tuple[str, str]], most: int = 12) -> str:
     names = [name if why == "ignored" else f"{name} ({why})" for name, why in left_out]
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _paths_of_this_machine(
+    args: Sequence[str], folder: Path, selection: Selection
+) -> Iterator[str]:
+    """Arguments that name files which do not travel with the code."""
+    sent = {parent for file in selection.files for parent in (file.name, *_parents(file.name))}
+    for arg in args:
+        value = arg.partition("=")[2] if arg.startswith("--") else arg
+        path = folder / value
+        if not value or "://" in value or not path.exists():
+            continue
+        if os.path.isabs(value):
+            yield f"note     {value} is a path of this machine: the nodes must have it at that place"
+        elif os.path.normpath(value) not in sent:
+            yield f"warning  {value} is not sent with the code: put it where the nodes can read it"
+
+
+def _parents(name: str) -> Iterator[str]:
+    return (str(parent) for parent in PurePosixPath(name).parents)
 
 
 def _how_to(address: str, job_id: str) -> str:

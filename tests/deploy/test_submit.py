@@ -41,7 +41,7 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _start_head(folder: Path, address: str, ports: list[int]) -> "subprocess.Popen[bytes]":
+def _head_process(folder: Path, ports: list[int]) -> "subprocess.Popen[bytes]":
     gcs, dashboard, client, agent = ports
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     command += ["--num-cpus=2", "--object-store-memory=80000000", "--disable-usage-stats"]
@@ -53,18 +53,18 @@ def _start_head(folder: Path, address: str, ports: list[int]) -> "subprocess.Pop
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"  # a job's `python` is the head's
     (folder / "ray").mkdir()
     with open(folder / "log", "wb") as log:
-        head = subprocess.Popen(
-            command, env=env, stdout=log, stderr=log, start_new_session=True, cwd=folder
-        )
-    deadline = time.monotonic() + 90
+        return subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder)
+
+
+def _wait_for(head: "subprocess.Popen[bytes]", address: str, log: Path) -> None:
+    deadline = time.monotonic() + 120
     while True:
         try:
             connect(address)
-            return head
+            return
         except ClusterUnreachable:
-            text = (folder / "log").read_text()
-            assert head.poll() is None, f"the head ended: {text}"
-            assert time.monotonic() < deadline, f"no head after 90 s: {text}"
+            assert head.poll() is None, f"the head ended: {log.read_text()}"
+            assert time.monotonic() < deadline, f"no head after 120 s: {log.read_text()}"
             time.sleep(0.2)
 
 
@@ -76,11 +76,15 @@ def head() -> Iterator[str]:
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_AUTH_TOKEN", TOKEN)
     with tempfile.TemporaryDirectory(prefix="dh", dir="/tmp", ignore_cleanup_errors=True) as tmp:
-        process = _start_head(Path(tmp), address, ports)
-        yield address
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
-        process.wait(20)  # --block: the head's parts are gone, and so it goes
+        process = _head_process(Path(tmp), ports)
+        try:
+            _wait_for(process, address, Path(tmp) / "log")
+            yield address
+        finally:
+            for part in psutil.Process(process.pid).children(recursive=True):
+                part.kill()
+            process.kill()
+            process.wait(20)
     patch.undo()
 
 
@@ -225,6 +229,16 @@ def test_another_ray_version_is_named_and_an_open_cluster_gets_no_token(
     with pytest.raises(DeployError, match="did not take the job"):
         submit(old_ray, ["x"], working_dir=project, say=screen.say, write=screen.write)
     assert "the cluster runs Ray 2.9.0" in screen.said
+
+
+def test_paths_that_do_not_travel_are_named(old_ray: str, project: Path, tmp_path: Path) -> None:
+    screen = Screen()
+    args = ["ingest", "--clips", "left-out.bin", f"--store={tmp_path}", "--videos", "s3://b/x"]
+    args += ["--config", "diccae/../diccae", "--out", "new-folder", "-x", "."]
+    with pytest.raises(DeployError):
+        submit(old_ray, args, working_dir=project, say=screen.say, write=screen.write)
+    named = [line for line in screen.said.splitlines() if line.startswith(("note", "warning  l"))]
+    assert [line.split()[1] for line in named] == ["left-out.bin", str(tmp_path)]
 
 
 @pytest.mark.parametrize(
