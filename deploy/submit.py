@@ -204,7 +204,7 @@ def _paths_of_this_machine(
         if not value or "://" in value or not path.exists():
             continue
         if os.path.isabs(value):
-            yield f"note     {value} is a path of this machine: the nodes must have it at that place"
+            yield f"note     {value} is a path of this machine: the nodes must have it there too"
         elif os.path.normpath(value) not in sent:
             yield f"warning  {value} is not sent with the code: put it where the nodes can read it"
 
