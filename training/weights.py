@@ -13,7 +13,6 @@ import csv
 import hashlib
 import io
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -228,6 +227,8 @@ def _fill(
                 f"{key} has shape {list(state[key].shape)}, this model's has "
                 f"{list(own[key].shape)}; check encoder.dim, projection and decoder sizes"
             )
+        if not torch.isfinite(state[key]).all():
+            raise WeightsError(f"{key} holds NaN or infinite values: the file is damaged")
     with torch.no_grad():
         for key in both:
             own[key].copy_(state[key])
@@ -334,10 +335,11 @@ def _read_pickled(uri: str) -> dict[str, Tensor]:
         # MAE's own checkpoints keep their command line beside the weights: plain attributes
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(data, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a damaged pickle fails in any way: KeyError, Unicode, Type, ...
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise WeightsError(
-            f"{uri} cannot be read as tensors alone ({str(error).splitlines()[0]}); save its state "
-            "dict by itself with torch.save"
+            f"{uri} cannot be read as tensors alone ({reason}); it is damaged, or holds more than "
+            "a state dict: save that by itself with torch.save"
         ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):

@@ -79,7 +79,7 @@ def run_ranks() -> Callable[[int, Callable[[int, int], Any]], list[Any]]:
             for process in ranks:
                 process.start()
             for process in ranks:
-                process.join(60)
+                process.join(200)
             codes = [process.exitcode for process in ranks]
             for process in ranks:
                 process.kill()

@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 import training.losses
 from training.config import STREAMS, ConfusionConfig, EncoderConfig
 from training.confusion import ConfusionState
-from training.encoder import Encoder, InputShape
+from training.encoder import Encoder, InputShape, MaskNoise
 from training.gather import gather_with_grad, world
 from training.losses import class_alignment, confusion_loss, info_nce, intra_modal, labelled_rows
 
@@ -51,6 +51,34 @@ def _step(rank: int, n_ranks: int) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def one_process():
     return _step(0, 1)
+
+
+def _masked_step(rank: int, n_ranks: int) -> dict[str, torch.Tensor]:
+    """CAV-MAE's step: masked reconstruction and contrast of all three streams on patch stems."""
+    torch.manual_seed(0)
+    config = EncoderConfig(
+        preset="base", dim=16, depth=1, n_heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2
+    )
+    encoder = Encoder(config, InputShape(64, 32, 32), decoder=True).double()
+    encoder.train_only(STREAMS, class_heads=False)
+    fbank, frames = torch.randn(4, 64, 32).double(), torch.randn(4, 1, 3, 32, 32).double()
+    noise = [torch.rand(4, n) for n in encoder.token_counts()]
+    share = slice(rank * 4 // n_ranks, (rank + 1) * 4 // n_ranks)
+    model = DistributedDataParallel(encoder) if n_ranks > 1 else encoder
+    masks = MaskNoise(noise[0][share], noise[1][share], 0.5)
+    z, _, errors = model(fbank[share], frames[share], STREAMS, masks, reconstruct=True)
+    loss = errors["audio"] + errors["video"] + 0.1 * info_nce(z["audio"], z["video"], 0.05).loss
+    loss = loss + 0.1 * info_nce(z["fusion"], z["audio"], 0.05).loss
+    loss.backward()
+    return {
+        "gradients": torch.cat([p.grad.flatten() for p in encoder.parameters() if p.requires_grad])
+    }
+
+
+def test_masked_reconstruction_on_two_ranks_has_the_gradient_of_one_process(run_ranks):
+    expected = _masked_step(0, 1)["gradients"]
+    for result in run_ranks(2, _masked_step):
+        assert _error(result["gradients"], expected) < 1e-10
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -4,8 +4,10 @@ import argparse
 import functools
 import http.server
 import json
+import random
 import threading
 import uuid
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -289,6 +291,31 @@ class _Payload:
 def test_files_that_are_no_weights_are_refused(tmp_path, value, message):
     with pytest.raises(WeightsError, match=message):
         load_weights(_encoder(), _write(f"{tmp_path}/file.pth", value))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_damaged_pickles_are_refused_however_they_break(tmp_path):
+    whole = Path(_write(f"{tmp_path}/whole.pth", export_cavmae(_encoder(1)))).read_bytes()
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(5):
+            damaged[rng.randrange(2000)] = rng.randrange(256)
+        path = tmp_path / "damaged.pth"
+        path.write_bytes(damaged)
+        try:
+            load_weights(_encoder(2), str(path))
+        except WeightsError as error:
+            refused += str(path) in str(error)
+    assert refused > 30
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    state = export_cavmae(_encoder(1))
+    state["module.norm_a.bias"][3] = float("nan")
+    with pytest.raises(WeightsError, match=r"norm_a\.bias holds NaN"):
+        load_weights(_encoder(2), _write(f"{tmp_path}/nan.pth", state))
 
 
 def test_weights_come_over_http_by_a_link_with_a_query(tmp_path):
