@@ -15,7 +15,7 @@ from scipy.sparse import _sparsetools
 GRID_BITS = 30
 """Bits kept below the largest magnitude: float32 has 24, so only values below 1/64 of it change."""
 
-_BLOCK_ROWS = 512
+_BLOCK_ROWS = 256
 
 
 def grid_exponent(max_abs: float, n_rows: int) -> int:
@@ -37,22 +37,24 @@ def snap(values: np.ndarray, exponent: int) -> np.ndarray:
     return (scaled * 2.0**exponent).astype(np.float32)
 
 
-def add_by_label(x_ND: np.ndarray, labels_N: np.ndarray, sums_KD: np.ndarray) -> None:
-    """Add each row to the sum of its label, in place.
+def add_by_label(
+    x_ND: np.ndarray, labels_N: np.ndarray, sums_KD: np.ndarray, weight: float = 1.0
+) -> None:
+    """Add each row, times a weight of 1 or -1, to the sum of its label, in place.
 
     Args: x_ND float32 on a grid; labels_N integer in 0..K-1; sums_KD float64, C order.
     scipy's column-sparse product is used directly, because its public form allocates and adds a
     second [K, D] array per block; np.add.at takes 10 times as long.
     """
     k, width = sums_KD.shape
-    ones = np.ones(_BLOCK_ROWS)
+    weights = np.full(_BLOCK_ROWS, weight)
     indptr = np.arange(_BLOCK_ROWS + 1, dtype=np.int32)
     labels = np.ascontiguousarray(labels_N, dtype=np.int32)
     for start in range(0, len(x_ND), _BLOCK_ROWS):
         block = x_ND[start : start + _BLOCK_ROWS].astype(np.float64)
         n = len(block)
         _sparsetools.csc_matvecs(
-            *(k, n, width, indptr[: n + 1], labels[start : start + n], ones[:n]),
+            *(k, n, width, indptr[: n + 1], labels[start : start + n], weights[:n]),
             block.ravel(),
             sums_KD.reshape(-1),
         )

@@ -6,12 +6,13 @@ with the same bits. Invariant: a round that is `ok` labels every row that was fr
 Shapes: B clips of a batch, N clips of a round, K clusters, W width of a bank row, P of a stream.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from clustering.table import lookup
+from clustering.table import KeyIndex, lookup
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,15 @@ class HeadLabels:
 
     def lookup(self, keys_B: np.ndarray, default: int = -100) -> np.ndarray:
         """Labels of clips, int32 [B]; `default` where the round did not see the clip."""
-        return lookup(self.keys_N, self.labels_N, keys_B, default)
+        return lookup(self.keys_N, self.labels_N, keys_B, default, self._index)
+
+    @functools.cached_property
+    def _index(self) -> KeyIndex:
+        return KeyIndex(self.keys_N)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the index, which is quicker made than sent."""
+        return {name: value for name, value in self.__dict__.items() if name != "_index"}
 
 
 @dataclass(frozen=True)

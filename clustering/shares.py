@@ -80,6 +80,16 @@ class Moments(NamedTuple):
     max_abs: float
 
 
+class LastSums(NamedTuple):
+    """What the last Lloyd iteration added up."""
+
+    prep: Preparation
+    sums_KD: np.ndarray
+    counts_K: np.ndarray
+    labels: list[np.ndarray]
+    """Per block; empty before the first iteration."""
+
+
 class Share:
     """Blocks of one source and the passes over them."""
 
@@ -89,6 +99,7 @@ class Share:
         self._device = device
         self._rows: list[Block] | None = None
         self._points: tuple[Preparation, list[Block]] | None = None
+        self._last_sums: LastSums | None = None
 
     def moments(self, view: View) -> Moments:
         """Number of rows and greatest coordinate of the view.
@@ -135,12 +146,23 @@ class Share:
     def lloyd_sums(
         self, prep: Preparation, centroids_KD: np.ndarray, offset_K: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Assign and add: sums float64 [K, D] and counts int64 [K]."""
-        sums, counts = _empty_sums(centroids_KD.shape)
+        """Assign and add: sums float64 [K, D] and counts int64 [K].
+
+        Rows that kept their label since the last call are not added again: exact sums have the
+        same bits however they were reached.
+        """
+        last = self._last_sums
+        if last is None or last.prep != prep or last.sums_KD.shape != centroids_KD.shape:
+            last = LastSums(prep, *_empty_sums(centroids_KD.shape), [])
+        self._last_sums = None
+        labels = []
         with one_blas_thread():
-            for _, x in self._prepared(prep):
-                _add(x, self._assign(x, centroids_KD, offset_K), sums, counts)
-        return sums, counts
+            for i, (_, x) in enumerate(self._prepared(prep)):
+                labels.append(self._assign(x, centroids_KD, offset_K))
+                before = last.labels[i] if last.labels else None
+                _move(x, before, labels[-1], last.sums_KD, last.counts_K)
+        self._last_sums = last._replace(labels=labels)
+        return last.sums_KD.copy(), last.counts_K.copy()
 
     def label_sums(
         self, prep: Preparation, table: tuple[np.ndarray, np.ndarray], k: int
@@ -299,6 +321,24 @@ def _empty_sums(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 def _add(x: np.ndarray, labels: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> None:
     add_by_label(x, labels, sums)
     counts += np.bincount(labels, minlength=len(counts))
+
+
+def _move(
+    x: np.ndarray,
+    before: np.ndarray | None,
+    labels: np.ndarray,
+    sums: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    """Bring sums of the labels before up to the labels now."""
+    if before is None:
+        _add(x, labels, sums, counts)
+        return
+    moved = np.flatnonzero(before != labels)
+    rows = x[moved]
+    add_by_label(rows, before[moved], sums, weight=-1.0)
+    counts -= np.bincount(before[moved], minlength=len(counts))
+    _add(rows, labels[moved], sums, counts)
 
 
 def _no_points(prep: Preparation) -> np.ndarray:
