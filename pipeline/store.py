@@ -30,6 +30,8 @@ __all__ = ["FeatureStore", "Snapshot", "read_rows"]
 
 _STORE_FILE = "store.json"
 _CHECKPOINT_EVERY = 50
+_FOLD_EVERY = 64
+_FOLDED_BYTES = 32 << 20
 
 
 class Snapshot:
@@ -108,6 +110,7 @@ class FeatureStore:
         self.uri = self.location.uri
         self._options = delta_options()
         self._table: DeltaTable | None = None
+        self._n_appended = 0
 
     @classmethod
     def open(cls, uri: str) -> "FeatureStore":
@@ -201,7 +204,12 @@ class FeatureStore:
                 custom_metadata={key: str(value) for key, value in about.items()}
             ),
         )
-        return self._table.version()
+        version = self._table.version()
+        self._n_appended += 1
+        if self._n_appended % _FOLD_EVERY == 0:
+            # A commit costs time for each file of the table: small ones are put together.
+            self._table.optimize.compact(target_size=_FOLDED_BYTES)
+        return version
 
     def rewrite_log(self, rows: pa.Table) -> int:
         """Commit `rows` in place of the whole log (older versions keep theirs)."""

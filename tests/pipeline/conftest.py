@@ -1,6 +1,7 @@
 """Real files for the pipeline's tests: made by the ffmpeg binary, checked by it."""
 
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from pipeline.config import FeatureSpec, IngestConfig
+from pipeline.ingest import ingest
+from pipeline.store import FeatureStore
 from pipeline.synth import write_clips
 
 SMALL_SPEC = FeatureSpec(n_frames=4, frame_size=48, duration_s=2.0, fbank_frames=200)
@@ -71,12 +74,57 @@ def synth_data(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(csv=str(csv), videos=str(folder / "videos"), n=48)
 
 
-@pytest.fixture
-def small_spec() -> FeatureSpec:
-    return SMALL_SPEC
+class Source:
+    """A copy of the synthetic clips that a test may change, and its store."""
+
+    def __init__(self, data, folder: Path, spec: FeatureSpec, config: IngestConfig) -> None:
+        self.videos = folder / "videos"
+        shutil.copytree(data.videos, self.videos)
+        self.csv = folder / "clips.csv"
+        shutil.copy(data.csv, self.csv)
+        self.store = str(folder / "store")
+        self.spec, self.config = spec, config
+        self.n_ray_starts = 0
+        self.progress = []
+
+    def ingest(self, spec=None, on_progress=None, **options):
+        def start_ray():
+            self.n_ray_starts += 1
+
+        config = self.config.model_copy(update=options)
+        return ingest(
+            str(self.csv), str(self.videos), self.store, spec, config,
+            start_ray=start_ray, on_progress=on_progress or self.progress.append,
+        )  # fmt: skip
+
+    def files(self) -> list[Path]:
+        return sorted(self.videos.iterdir())
+
+    def snapshot(self, version=None):
+        return FeatureStore.open(self.store).snapshot(version)
+
+    def counts(self, summary) -> dict:
+        return {k: v for k, v in summary.to_json().items() if v and k not in ("seconds", "version")}
+
+
+@pytest.fixture(scope="session")
+def done(synth_data, tmp_path_factory, ray_session) -> Source:
+    """A source ingested once; tests copy it."""
+    config = IngestConfig(workers=1, shard_clips=16, timeout_s=30, cpus_per_worker=0.5)
+    source = Source(synth_data, tmp_path_factory.mktemp("done"), SMALL_SPEC, config)
+    source.summary = source.ingest(SMALL_SPEC)
+    return source
 
 
 @pytest.fixture
-def small_run() -> IngestConfig:
-    """Two workers, small shards, short deadlines."""
-    return IngestConfig(workers=2, shard_clips=16, timeout_s=20, cpus_per_worker=0.5)
+def source(done, tmp_path) -> Source:
+    """A fresh copy of `done`; its files keep their times, so nothing is new."""
+    copy = object.__new__(Source)
+    copy.__dict__ = {**done.__dict__, "n_ray_starts": 0, "progress": []}
+    shutil.copytree(done.videos.parent, tmp_path / "copy")
+    for name in ("videos", "csv"):
+        setattr(copy, name, tmp_path / "copy" / getattr(done, name).name)
+    copy.store = str(tmp_path / "copy" / "store")
+    copy.ingest()  # Only notes the new place of the files.
+    copy.summary = copy.ingest()
+    return copy

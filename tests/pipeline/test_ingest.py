@@ -7,70 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import MassRemoval, PipelineError, SourceError, TooManyFailures
 from pipeline.extract import extract
 from pipeline.features import decode_jpegs, fbank_array
-from pipeline.ingest import ingest, plan_ingest
+from pipeline.ingest import plan_ingest
 from pipeline.maintenance import failures, status
 from pipeline.store import FeatureStore, read_rows
-
-
-class Source:
-    """A copy of the synthetic clips that a test may change, and its store."""
-
-    def __init__(self, data, folder: Path, spec: FeatureSpec, config: IngestConfig) -> None:
-        self.videos = folder / "videos"
-        shutil.copytree(data.videos, self.videos)
-        self.csv = folder / "clips.csv"
-        shutil.copy(data.csv, self.csv)
-        self.store = str(folder / "store")
-        self.spec, self.config = spec, config
-        self.n_ray_starts = 0
-        self.progress = []
-
-    def ingest(self, spec=None, **options):
-        def start_ray():
-            self.n_ray_starts += 1
-
-        config = self.config.model_copy(update=options)
-        return ingest(
-            str(self.csv), str(self.videos), self.store, spec, config,
-            start_ray=start_ray, on_progress=self.progress.append,
-        )  # fmt: skip
-
-    def files(self) -> list[Path]:
-        return sorted(self.videos.iterdir())
-
-    def snapshot(self, version=None):
-        return FeatureStore.open(self.store).snapshot(version)
-
-    def counts(self, summary) -> dict:
-        return {k: v for k, v in summary.to_json().items() if v and k not in ("seconds", "version")}
-
-
-@pytest.fixture(scope="module")
-def done(synth_data, tmp_path_factory, ray_session) -> Source:
-    """A source ingested once; tests copy it."""
-    config = IngestConfig(workers=1, shard_clips=16, timeout_s=30, cpus_per_worker=0.5)
-    spec = FeatureSpec(n_frames=4, frame_size=48, duration_s=2.0, fbank_frames=200)
-    source = Source(synth_data, tmp_path_factory.mktemp("done"), spec, config)
-    source.summary = source.ingest(spec)
-    return source
-
-
-@pytest.fixture
-def source(done, tmp_path) -> Source:
-    """A fresh copy of `done`; its files keep their times, so nothing is new."""
-    copy = object.__new__(Source)
-    copy.__dict__ = {**done.__dict__, "n_ray_starts": 0, "progress": []}
-    shutil.copytree(done.videos.parent, tmp_path / "copy")
-    for name in ("videos", "csv"):
-        setattr(copy, name, tmp_path / "copy" / getattr(done, name).name)
-    copy.store = str(tmp_path / "copy" / "store")
-    copy.ingest()  # Only notes the new place of the files.
-    copy.summary = copy.ingest()
-    return copy
 
 
 def test_first_ingest_stores_every_clip(done):
@@ -219,18 +161,14 @@ def test_plan_says_what_would_be_done_and_changes_nothing(source):
     assert source.snapshot().version == source.summary.version
 
 
-def test_interrupt_commits_what_is_done(source, synth_data):
+def test_interrupt_commits_what_is_done(source):
     source.store += "-interrupted"
 
     def interrupt(progress):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ingest(
-            str(source.csv), str(source.videos), source.store, source.spec,
-            source.config,
-            start_ray=lambda: None, on_progress=interrupt,
-        )  # fmt: skip
+        source.ingest(source.spec, on_progress=interrupt)
     n_kept = status(source.store)["ok"]
     assert 0 < n_kept < 48
     assert source.counts(source.ingest()) == {
