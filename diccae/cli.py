@@ -21,7 +21,6 @@ COMMANDS = {
     "evaluate": "top-1, probes, retrieval, confusions -> results.json",
     "embed": "feature store + encoder -> Parquet of vectors",
     "cluster": "exact distributed k-means over any Parquet of vectors",
-    "ablate": "is each module needed? paired runs, one table",
     "report": "run folder -> one HTML page",
     "submit": "run any of these as a job on a Ray cluster",
     "doctor": "check this machine, the cluster, the store and MLflow",

@@ -165,8 +165,8 @@ class ConfusionConfig(Frozen):
 class RoundsConfig(Frozen):
     """When pseudo-labels are made and how they reach training (DESIGN sections 5 and 6)."""
 
-    labels: Literal["clusters", "random", "true", "none"] = "clusters"
-    """`random` and `true` are the controls every claim needs; `none` never labels."""
+    labels: Literal["clusters", "none"] = "clusters"
+    """`none` never labels: InfoNCE (and what else is on) alone."""
     warmup_epochs: int = Field(2, ge=0)
     """No round before this many epochs."""
     every_epochs: int = Field(1, ge=1)

@@ -36,8 +36,7 @@ class ActiveHead(NamedTuple):
 class Labelling:
     """When rounds start, which labels are in force, and what is known of them.
 
-    Args: truth: keys (sorted) and labels of the clips where they are known; evaluation only, and
-        the `true` control.
+    Args: truth: keys (sorted) and labels of the clips, -1 where unknown; for evaluation only.
     """
 
     def __init__(
