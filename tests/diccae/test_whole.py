@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(place: Path) -> Iterator[str]:
+def store(place: Path) -> str:
     clips = place / "clips"
     _diccae("synth", "--out", str(clips), "--train", "160", "--test", "48")
     uri = str(place / "store")
@@ -42,7 +41,7 @@ def store(place: Path) -> Iterator[str]:
     assert (summary["new"], summary["ok"], summary["failed"]) == (208, 208, 0)
     again = _diccae("ingest", *source, "--store", uri, "--config", CONFIG, "--json")
     assert json.loads(again.stdout)["unchanged"] == 208
-    yield uri
+    return uri
 
 
 def _lines(path: Path) -> list[dict[str, float]]:
