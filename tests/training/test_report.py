@@ -179,6 +179,7 @@ def make_run(folder: Path, store_uri: str) -> Path:
     results = {"encoder": "tiny", "n_train": 160, "n_test": 160, "top1": by_stream}
     results |= {"top5": {"audio": 0.95, "video": 0.97, "fusion": 0.99}, "probe": by_stream}
     results |= {"retrieval": {"a2v_r1": 0.31, "a2v_r5": 0.6, "v2a_r1": 0.3, "v2a_r5": 0.58}}
+    results["retrieval"] |= {"n_clips": 40.0, "a2v_median_rank": 4.5}
     results |= {"pseudo_labels": {"k": 10, "nmi": 0.62, "churn": [0.4, 0.2, 0.1]}}
     seconds = {"ingest": 12.0, "pretrain": 95.0, "cluster": 3.1, "finetune": 25, "evaluate": 4.5}
     _write_json(folder / "results.json", results | {"seconds": seconds, "store": store})
@@ -214,8 +215,9 @@ def test_page_is_whole_and_fetches_nothing(whole_run: Path) -> None:
         assert f'id="{anchor}"' in page
     assert 'class="absent"' not in page
     text = _text(page)
-    for expected in ("91.2 %", "31.0 %", "collapse guard: effective_clusters 1.2 < 5", "c0ffee",
-                     "Fine-tuning", "NMI", "started 2026-11-20 21:00 UTC"):  # fmt: skip
+    reason = "collapse guard: effective_clusters 1.2 < 5"
+    figures = ("91.2 %", "31.0 %", "among 40 clips", "NMI", reason)
+    for expected in (*figures, "Fine-tuning", "c0ffee", "started 2026-11-20 21:00 UTC"):
         assert expected in text
 
 

@@ -31,7 +31,7 @@ def test_every_metric_has_one_panel_and_what_is_not_finite_no_point() -> None:
         {"step": 3, "time": 2, "loss": 1.0, "time/forward": 0.5, "clustering/nmi": 0.4},
     ]
     found = {panel.title: panel.series for panel in panels(metrics)}
-    assert [title for title in found] == ["Loss", "Learning rate", "finetune", "odd one"]
+    assert [title for title in found] == ["Loss", "Learning rate", "Finetune", "Odd one"]
     assert found["Loss"][0].points == [(1, 2.0), (3, 1.0)]
     assert found["Learning rate"][0].points == [(1, 0.1)]
 

@@ -65,7 +65,12 @@ def panels(metrics: list[dict[str, Any]]) -> list[Panel]:
     for name in sorted(series):
         prefix, slash, _ = name.rpartition("/")
         rest.setdefault(prefix if slash else name, []).append(series[name])
-    return found + [Panel(title.replace("_", " "), curves) for title, curves in rest.items()]
+    return found + [Panel(_title(name), curves) for name, curves in rest.items()]
+
+
+def _title(name: str) -> str:
+    words = name.replace("_", " ")
+    return words[:1].upper() + words[1:]
 
 
 def _points(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:

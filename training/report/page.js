@@ -65,7 +65,7 @@ function drawAxes(svg, panel, s, width, height) {
     el(svg, "line", { class: "grid", x1: s.left, x2: width - s.right, y1: s.y(t), y2: s.y(t) });
     el(svg, "text", { class: "axis", x: s.left - 8, y: s.y(t) + 4, "text-anchor": "end" }, number(t));
   }
-  for (const t of ticks(s.x0, s.x1, panel.stage === "rounds" ? 8 : Math.max(3, width / 95)).filter(Number.isInteger)) {
+  for (const t of ticks(s.x0, s.x1, panel.stage === "rounds" ? 8 : Math.max(4, width / 95)).filter(Number.isInteger)) {
     el(svg, "text", { class: "axis", x: s.x(t), y: height - 6, "text-anchor": "middle" }, number(t));
   }
   for (const step of panel.stage === "pretraining" ? data.rounds : []) {

@@ -101,7 +101,8 @@ def _retrieval_table(retrieval: dict[str, Any]) -> str:
         + [f"<td>{percent(retrieval.get(f'{way}_r{rank}'))}</td>" for rank in ranks]
         for way, name in (("a2v", "sound → picture"), ("v2a", "picture → sound"))
     ]
-    return table(["retrieval", *(f"R@{rank}" for rank in ranks)], rows)
+    among = f"among {number(retrieval['n_clips'])} clips" if "n_clips" in retrieval else "retrieval"
+    return table([among, *(f"R@{rank}" for rank in ranks)], rows)
 
 
 def curve_panels(run: RunFolder) -> list[dict[str, Any]]:
