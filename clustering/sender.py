@@ -19,6 +19,8 @@ from clustering.hashing import vshard_of
 
 _OUTSTANDING = 2
 _IDLE_S = 0.05
+_SYNC_LOADS = 4
+"""Loads a bank takes before it writes them down: little is left to write when a round starts."""
 
 
 @dataclass
@@ -31,6 +33,8 @@ class Lane:
     kept: list[tuple[str, BankRows]] = field(default_factory=list)
     """Rows an incarnation has taken but not yet written down."""
     syncing: Any = None
+    covered: int = 0
+    """How many of the kept loads the call in progress will have written down."""
 
     @property
     def n_kept(self) -> int:
@@ -181,16 +185,17 @@ class Sender:
                 return
             incarnation = ray.get(lane.syncing)
             lane.syncing = None
-            lost = [rows for holder, rows in lane.kept if holder != incarnation]
-            lane.kept = []
+            covered, lane.kept = lane.kept[: lane.covered], lane.kept[lane.covered :]
+            lost = [rows for holder, rows in covered if holder != incarnation]
             with self._changed:
                 for rows in lost:
                     lane.queue.append(rows)
                     self._waiting += len(rows.keys)
             return
         drained = not lane.queue and not lane.inflight
-        if lane.kept and drained and (self._flushing or lane.n_kept > self._buffer_rows):
-            lane.syncing = lane.bank.sync.remote()
+        many = lane.n_kept >= _SYNC_LOADS * self._coalesce_rows
+        if lane.kept and ((self._flushing and drained) or many):
+            lane.syncing, lane.covered = lane.bank.sync.remote(), len(lane.kept)
 
     def _end_flush(self) -> None:
         with self._changed:

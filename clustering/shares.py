@@ -17,7 +17,7 @@ from clustering.assign import assign, assign_cuda, one_blas_thread, scores_by_bl
 from clustering.errors import BadVectors
 from clustering.exact import add_by_label, fixed_point_sum, snap
 from clustering.hashing import hash64
-from clustering.table import lookup
+from clustering.table import KeyIndex, lookup
 from clustering.targets import View, points
 
 POSTERIOR_EXPONENT = -24
@@ -169,8 +169,9 @@ class Share:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Add under given labels (sorted keys, labels); rows not in the table are left out."""
         sums, counts = _empty_sums((k, prep.view.width))
+        index = KeyIndex(table[0])
         for keys, x in self._prepared(prep):
-            labels = lookup(*table, keys)
+            labels = lookup(*table, keys, index=index)
             known = labels >= 0
             if known.all():
                 _add(x, labels, sums, counts)
@@ -218,9 +219,10 @@ class Share:
         """
         k = len(prototypes[0][1])
         sums_KK = np.zeros((k, k))
+        index = KeyIndex(table[0])
         with one_blas_thread():
             for keys, x in self._prepared(prep):
-                labels = lookup(*table, keys)
+                labels = lookup(*table, keys, index=index)
                 if (labels < 0).any():
                     raise BadVectors(
                         f"{(labels < 0).sum()} frozen rows have no label; "
