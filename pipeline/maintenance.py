@@ -170,7 +170,7 @@ def vacuum(uri: str, retention_hours: float = 168.0, dry_run: bool = False) -> d
     store = FeatureStore.open(uri)
     with Lease(store.location, _LEASE_STALE_S, "store vacuum") as lease:
         oldest = time.time() - 3600 * retention_hours
-        young = store.versions_since(int(1000 * oldest))
+        young = store.versions_since(oldest)
         kept = sorted({*young, *store.pins().values(), store.version()})
         # A shard that only a version in between needs is younger than the retention.
         referenced = set[str]()

@@ -10,6 +10,7 @@ there nor the commits before; the row with the highest `seq` is a clip's state.
 
 import hashlib
 import json
+import re
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
@@ -227,11 +228,15 @@ class FeatureStore:
             keep_versions=kept_versions,
         )
 
-    def versions_since(self, moment_ms: int) -> list[int]:
-        """Versions committed at or after a time (Unix, ms), and the one that was newest then."""
-        history = sorted((e["version"], e["timestamp"]) for e in self._load().history())
-        younger = [version for version, stamp in history if stamp >= moment_ms]
-        older = [version for version, stamp in history if stamp < moment_ms]
+    def versions_since(self, moment: float) -> list[int]:
+        """Versions committed at or after a time (Unix, s), and the one that was newest then."""
+        commits = sorted(
+            (int(match[1]), self.location.modified(entry))
+            for entry in self.location.ls("clips/_delta_log")
+            if (match := re.search(r"/(\d{20})\.json$", entry["name"]))
+        )
+        younger = [version for version, modified in commits if modified >= moment]
+        older = [version for version, modified in commits if modified < moment]
         return older[-1:] + younger
 
     def pin(self, version: int, name: str) -> None:
