@@ -43,6 +43,7 @@ def run_pretrain(folder: RunFolder, config: RunConfig, store: str, say: Say) -> 
     started = time.monotonic()
     with watched(folder.path / "metrics.jsonl", total, "pretrain"):
         result = _with_status(
+            folder,
             handle,
             lambda: pretrain(
                 config, config.clustering, data, folder.path, handle, _provenance(folder, config)
@@ -65,8 +66,10 @@ def run_pretrain(folder: RunFolder, config: RunConfig, store: str, say: Say) -> 
     return result
 
 
-def _with_status(handle: RunHandle, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run a stage and tell MLflow how it ended."""
+def _with_status(
+    folder: RunFolder, handle: RunHandle, stage: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Run a stage and tell MLflow how it ended; an MLflow that was away gets the run now."""
     status = "FAILED"
     try:
         result = stage()
@@ -76,7 +79,8 @@ def _with_status(handle: RunHandle, stage: Callable[[], dict[str, Any]]) -> dict
         status = "KILLED"
         raise
     finally:
-        tracking.finish(handle, status)
+        handle = tracking.finish(handle, status)
+        folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
 
 
 def _pin_for(folder: RunFolder, config: RunConfig, store: str) -> Pinned:
@@ -169,7 +173,13 @@ def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say:
     started = time.monotonic()
     handle = _handle(folder)
     with watched(folder.path / "finetune.jsonl", steps * config.finetune.epochs, "finetune"):
-        finetune(config, data.train, uri, folder.path, handle, _provenance(folder, config))
+        _with_status(
+            folder,
+            handle,
+            lambda: finetune(
+                config, data.train, uri, folder.path, handle, _provenance(folder, config)
+            ),
+        )
     folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})
 
 

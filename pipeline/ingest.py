@@ -68,16 +68,21 @@ def plan_ingest(
     Raises: SourceError, StoreError, MassRemoval.
     """
     cache = None
+    states = _NO_STATES
     if FeatureStore.exists(store):
         existing = FeatureStore.open(store)
         cache, snapshot = existing.location, existing.snapshot()
         states = snapshot.states(STATE_COLUMNS)
-        spec_hash = (spec or snapshot.spec).spec_hash()
-    else:
-        states = _NO_STATES
-        spec_hash = (spec or FeatureSpec()).spec_hash()
-    plan = make_plan(list_sources(clips, videos, cache), states, spec_hash, config)
-    return _without_touched(plan) if config.fingerprint == "sha256" else plan
+        spec = spec or snapshot.spec
+    spec = spec or FeatureSpec()
+    plan = make_plan(list_sources(clips, videos, cache), states, spec.spec_hash(), config)
+    if config.fingerprint == "sha256":
+        plan = _without_touched(plan)
+    if config.probe:
+        from pipeline.probe import probe_timelines
+
+        plan = replace(plan, timelines=probe_timelines(plan.todo, spec, config))
+    return plan
 
 
 def _without_touched(plan: Plan) -> Plan:

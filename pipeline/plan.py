@@ -5,6 +5,7 @@ once, and a second plan over a store that followed the first one is empty.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +39,8 @@ class Plan:
     """Clips of the store that are not listed any more."""
     counts: dict[str, int] = field(default_factory=dict)
     """new, changed, spec_changed, removed, unchanged, retried: each clip in exactly one."""
+    timelines: dict[str, Any] | None = None
+    """What probe_timelines found, if it was asked."""
 
     @property
     def is_empty(self) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from training.augment import normalise_fbank, normalise_frames
 from training.batches import Batch, RowIndex, Views, WindowReader
 from training.config import STREAMS, DataConfig, ScaleConfig
+from training.encoder import Encoder
 from training.weights import load_classifier, load_encoder
 
 Outputs = dict[str, NDArray[np.float32]]
@@ -38,28 +39,39 @@ class Model:
         """Means over `n_passes` passes, each with its own F of the batch's frames."""
         fbank = torch.from_numpy(np.array(batch["fbank"])).to(self.device)
         fbank = normalise_fbank(fbank, self.data)
+        heard = {name: model.audio_tokens(fbank) for name, model in self._trunks().items()}
         sums: dict[str, Tensor] = {}
         for i in range(n_passes):
             frames = torch.from_numpy(np.array(batch["frames"][:, i::n_passes])).to(self.device)
-            for name, value in self._one_pass(fbank, normalise_frames(frames)).items():
+            for name, value in self._one_pass(fbank, normalise_frames(frames), heard).items():
                 sums[name] = sums.get(name, 0) + value.float() / n_passes
         return {name: value.cpu().numpy() for name, value in sums.items()}
 
-    def _one_pass(self, fbank: Tensor, frames: Tensor) -> dict[str, Tensor]:
+    def _trunks(self) -> dict[str, Encoder]:
+        """Encoders whose audio tokens every pass shares."""
+        trunks = {} if self.encoder is None else {"encoder": self.encoder}
+        if self.classifier is not None and self.classifier.mode == "multimodal":
+            trunks["classifier"] = self.classifier.encoder
+        return trunks
+
+    def _one_pass(
+        self, fbank: Tensor, frames: Tensor, heard: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
+        tokens = {
+            name: {"audio": heard[name], "video": model.video_tokens(frames)}
+            for name, model in self._trunks().items()
+        }
         if self.encoder is not None:
-            z, h, _ = self.encoder(fbank, frames)
+            z, h, _ = self.encoder.encode(tokens["encoder"])
             out |= {f"z.{s}": x for s, x in z.items()} | {f"h.{s}": x for s, x in h.items()}
         if self.classifier is not None:
-            for stream, logits in self._logits(fbank, frames).items():
-                out[f"p.{stream}"] = logits.softmax(1)
+            if "classifier" in tokens:
+                logits = self.classifier.logits_of(tokens["classifier"])
+            else:
+                logits = self.classifier(fbank, frames)
+            out |= {f"p.{stream}": x.softmax(1) for stream, x in logits.items()}
         return out
-
-    def _logits(self, fbank: Tensor, frames: Tensor) -> dict[str, Tensor]:
-        assert self.classifier is not None
-        if self.classifier.mode == "multimodal":
-            return {str(s): x for s, x in self.classifier.stream_logits(fbank, frames).items()}
-        return {str(s): x for s, x in self.classifier(fbank, frames).items()}
 
 
 def test_passes(n_stored: int, frames_per_clip: int, wanted: int | None) -> int:
