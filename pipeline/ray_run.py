@@ -41,13 +41,13 @@ def run_shards(
     Raises: PipelineError if storage fails, if nothing is finished for stall_timeout_s, or if clips
     do not come back.
     """
-    _quiet()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     n_workers = config.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     left = todo
     for wave in range(_MOST_WAVES):
         if not len(left):
             return
-        returned: list[pa.Array] = []
+        returned: set[str] = set()
         shards = list(cut_tasks(left, config.shard_clips, n_workers))
         arguments = {
             "store_uri": store_uri,
@@ -58,13 +58,10 @@ def run_shards(
         results = _results(shards, min(n_workers, len(shards)), arguments, config)
         for states in _watched(results, config.stall_timeout_s):
             # A task that ran twice may hand out a clip again.
-            known = (
-                pa.chunked_array(returned, pa.string()) if returned else pa.array([], pa.string())
-            )
-            fresh = states.filter(pc.invert(pc.is_in(states["clip_id"], value_set=known)))
-            returned += fresh["clip_id"].chunks
-            yield fresh
-        done = pa.chunked_array(returned, pa.string())
+            ids = states["clip_id"].to_pylist()
+            yield states.filter(pa.array([clip_id not in returned for clip_id in ids]))
+            returned.update(ids)
+        done = pa.array(returned, pa.string())
         left = left.filter(pc.invert(pc.is_in(left["clip_id"], value_set=done)))
     if len(left):
         raise PipelineError(
@@ -101,16 +98,17 @@ def _results(
     shards: list[pa.Table], n_actors: int, arguments: dict[str, Any], config: IngestConfig
 ) -> Iterator[pa.Table]:
     rows = [{"index": i, "clips": table_to_bytes(shard)} for i, shard in enumerate(shards)]
-    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        ShardDecoder,
-        fn_constructor_kwargs=arguments,
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=n_actors),
-        num_cpus=config.cpus_per_worker,
-        # torch and MKL read these when they are loaded.
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE"}},
-    )
+    with DataContext.current(_own_context()):
+        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            ShardDecoder,
+            fn_constructor_kwargs=arguments,
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=n_actors),
+            num_cpus=config.cpus_per_worker,
+            # torch and MKL read these when they are loaded.
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE"}},
+        )
     for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for error, states in zip(
             block["error"].to_pylist(), block["states"].to_pylist(), strict=True
@@ -174,12 +172,12 @@ def _until_end(arrived: "queue.Queue[Any]", stall_timeout_s: float) -> Iterator[
         yield result
 
 
-def _quiet() -> None:
-    """Ray Data's own bars and log lines would interleave with the progress line."""
-    context = DataContext.get_current()
+def _own_context() -> DataContext:
+    """Settings of this data set alone: whatever else this process reads keeps its own."""
+    context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     # Each result is handed out at once instead of with the rest of its task.
     context.target_max_block_size = 1
     context.target_min_block_size = 1
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return context

@@ -117,7 +117,7 @@ def run_model(
     """
     import ray
 
-    context = ray.data.DataContext.get_current()
+    context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     settings = {
         "data": data.model_dump(),
@@ -130,16 +130,17 @@ def run_model(
     }
     n = len(index)
     blocks = max(1, -(-n // (batch_rows * 4)))
-    rows = ray.data.from_items([{"position": i} for i in range(n)], override_num_blocks=blocks)
-    results = rows.map_batches(
-        _Worker,
-        fn_constructor_kwargs={"settings": settings},
-        batch_size=batch_rows,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=scale.num_workers),
-        num_cpus=scale.cpus_per_worker,
-        num_gpus=1 if scale.use_gpu else 0,
-    )
+    with ray.data.DataContext.current(context):
+        rows = ray.data.from_items([{"position": i} for i in range(n)], override_num_blocks=blocks)
+        results = rows.map_batches(
+            _Worker,
+            fn_constructor_kwargs={"settings": settings},
+            batch_size=batch_rows,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=scale.num_workers),
+            num_cpus=scale.cpus_per_worker,
+            num_gpus=1 if scale.use_gpu else 0,
+        )
     parts = list(results.iter_batches(batch_size=None, batch_format="numpy"))
     order = np.argsort(np.concatenate([p["position"] for p in parts]))
     names = [name for name in parts[0] if name != "position"]

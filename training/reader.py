@@ -113,7 +113,7 @@ class RayReader:
         if not windows:
             return
         sizes = [w.positions_SVb[0].size for w in windows for _ in range(len(w.positions_SVb))]
-        context = ray.data.DataContext.get_current()
+        context = ray.data.DataContext.get_current().copy()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         items = [
@@ -125,15 +125,16 @@ class RayReader:
             }
             for w in windows
         ]
-        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _decode_window,
-            fn_kwargs={"reader": self._reader},
-            batch_size=1,
-            batch_format="numpy",
-            num_cpus=self.cpus,
-            concurrency=self.tasks,
-            zero_copy_batch=True,
-        )
+        with ray.data.DataContext.current(context):
+            dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+                _decode_window,
+                fn_kwargs={"reader": self._reader},
+                batch_size=1,
+                batch_format="numpy",
+                num_cpus=self.cpus,
+                concurrency=self.tasks,
+                zero_copy_batch=True,
+            )
         blocks = dataset.iter_batches(
             batch_size=None, batch_format="numpy", prefetch_batches=self.prefetch
         )
