@@ -240,7 +240,7 @@ def plot(axis: Any, name: str, values: Any, seconds: list[float], at: float, top
 
 def shares(axis: Any) -> None:
     """CPU of an actor's iteration, and memory of the largest, when 1, 2, 4 share the rows."""
-    n, d, k = 48_000, 256, 300
+    n, d, k = 192_000, 256, 100
     config = ClusteringConfig(k=k, cpus_per_actor=0.5)
     counts, seconds = (1, 2, 4), []
     row("actors", "CPU s", "x actors", "MiB / actor", "rows MiB")
@@ -317,7 +317,7 @@ def push() -> None:
 
 
 def stall() -> None:
-    """Epochs of steps as on an accelerator (the CPU waits 0.15 s), one round each: what they lose."""
+    """Epochs of accelerator steps (the CPU waits 0.15 s), a round in each: what they lose."""
     streams = {"audio": 256, "video": 256, "fusion": 256}
     n, batch, epochs, lead, step_s = 4096, 64, 3, 20, 0.15
     rows = np.concatenate([unit_rows(n, 256, 32, seed=s) for s in range(3)], axis=1)
