@@ -197,7 +197,9 @@ def frames_in_order(timeline: Timeline) -> Iterator[tuple[float, Any]]:
             frames = context.decode(packet)
         except av.FFmpegError as error:
             if n_frames:
-                raise Rejected(Reason.VIDEO_DECODE, f"after {n_frames} frames: {error}") from error
+                raise Rejected(
+                    Reason.VIDEO_DECODE, f"after {n_frames} frames: {error.strerror}"
+                ) from error
             continue
         for frame in frames:
             if frame.pts is None:

@@ -4,7 +4,6 @@ Knows nothing of Ray, fbank or the store; imports no torch, so that a child star
 Invariant: returns a Clip or raises Rejected; a damaged file is never another exception.
 """
 
-import re
 from dataclasses import dataclass
 
 import av
@@ -56,7 +55,7 @@ def extract(path: str, start_s: float | None, end_s: float | None, spec: Feature
             sound = decode_sound(timeline, spec)
             frames = decode_frames(path, timeline, spec)
     except av.FFmpegError as error:
-        raise Rejected(Reason.OPEN_FAILED, _without_path(str(error), path)) from error
+        raise Rejected(Reason.OPEN_FAILED, error.strerror or str(error)) from error
     unique = {id(image): encode_jpeg(image, spec.jpeg_quality) for image in frames.images_NHW3}
     return Clip(
         [unique[id(image)] for image in frames.images_NHW3],
@@ -71,8 +70,3 @@ def extract(path: str, start_s: float | None, end_s: float | None, spec: Feature
         frames.decoder,
         frames.flags | (FLAG_SILENT if sound.is_silent else 0),
     )
-
-
-def _without_path(message: str, path: str) -> str:
-    # Remote clips are decoded from temporary files, whose names would make equal failures differ.
-    return re.sub(rf"[:,]?\s*'?{re.escape(path)}'?", "", message)

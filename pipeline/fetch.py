@@ -85,7 +85,7 @@ def _fetch_files(clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[
         ahead: deque[Future[Fetched]] = deque()
         try:
             for clip in clips:
-                if not _is_remote(clip["uri"]):
+                if is_local_file(clip["uri"]):
                     ahead.append(Future())
                     ahead[-1].set_result(_local(clip, config))
                 else:
@@ -99,8 +99,9 @@ def _fetch_files(clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[
                 future.result().release()
 
 
-def _is_remote(uri: str) -> bool:
-    return "://" in uri and not uri.startswith("file://")
+def is_local_file(uri: str) -> bool:
+    """Whether a clip is a file of its own on this machine's file system."""
+    return part_of(uri) is None and ("://" not in uri or uri.startswith("file://"))
 
 
 def _local(clip: dict[str, Any], config: IngestConfig) -> Fetched:

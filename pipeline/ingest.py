@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import TooManyFailures
+from pipeline.fetch import is_local_file
 from pipeline.lease import Lease
 from pipeline.plan import STATE_COLUMNS, Plan, make_plan
 from pipeline.reasons import Reason
@@ -91,6 +92,7 @@ def _without_touched(plan: Plan) -> Plan:
         [
             clip["why"] == "changed"
             and clip["known_hash"] is not None
+            and is_local_file(clip["uri"])
             and clip["known_hash"] == sha256_of(clip["uri"])
             for clip in plan.todo.select(["why", "known_hash", "uri"]).to_pylist()
         ],
@@ -186,7 +188,7 @@ class _Run:
             )
         if len(plan.restated) or plan.removed_ids:
             states = self.store.snapshot().clips
-            tables.append(_restate(states, plan.restated))
+            tables.append(_restate(states, plan.restated, self.spec.spec_hash()))
             gone = pc.is_in(states["clip_id"], value_set=pa.array(plan.removed_ids, pa.string()))
             removed = states.filter(gone).select(SOURCE_SCHEMA.names)
             tables.append(self._rows(removed, "removed", None, None))
@@ -279,11 +281,17 @@ class _Run:
 _NO_STATES = CLIPS_SCHEMA.empty_table().select(STATE_COLUMNS)
 
 
-def _restate(states: pa.Table, restated: pa.Table) -> pa.Table:
-    """Rows of the clips table with the label, split, place and stat the source gives now."""
+def _restate(states: pa.Table, restated: pa.Table, spec_hash: str) -> pa.Table:
+    """Rows of the clips table with the label, split, place and stat the source gives now.
+
+    They are of this spec already, but for clips that were missing under another one.
+    """
     position = pc.index_in(restated["clip_id"], value_set=states["clip_id"].combine_chunks())
     rows = states.take(position)
     for name in ("label", "split", "uri", "size", "mtime_ns"):
         index = CLIPS_SCHEMA.get_field_index(name)
         rows = rows.set_column(index, CLIPS_SCHEMA.field(index), restated[name])
-    return rows
+    index = CLIPS_SCHEMA.get_field_index("spec_hash")
+    return rows.set_column(
+        index, CLIPS_SCHEMA.field(index), pa.array([spec_hash] * len(rows), pa.string())
+    )

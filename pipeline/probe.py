@@ -26,7 +26,7 @@ def probe_clip(path: str, start_s: float | None, spec: FeatureSpec) -> str:
         with av.open(path, metadata_errors="replace") as container:
             return read_timeline(container, start_s or 0.0, spec.duration_s).unclean_because()
     except av.FFmpegError as error:
-        raise Rejected(Reason.OPEN_FAILED, str(error)) from error
+        raise Rejected(Reason.OPEN_FAILED, error.strerror or str(error)) from error
 
 
 def probe_timelines(clips: pa.Table, spec: FeatureSpec, config: IngestConfig) -> dict[str, Any]:

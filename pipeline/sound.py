@@ -51,7 +51,9 @@ def decode_sound(timeline: Timeline, spec: FeatureSpec) -> Sound:
                 n_covered += last - first
                 end = max(end, last)
     except av.FFmpegError as error:
-        raise Rejected(Reason.AUDIO_DECODE, f"after {n_covered / rate:.2f} s: {error}") from error
+        raise Rejected(
+            Reason.AUDIO_DECODE, f"after {n_covered / rate:.2f} s: {error.strerror}"
+        ) from error
     seconds = n_covered / rate
     _refuse_short(timeline, seconds, end / rate, spec)
     waveform = waveform[:end]

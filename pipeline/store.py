@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, write_deltalake
-from deltalake.exceptions import TableNotFoundError
+from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from pipeline.config import FeatureSpec
 from pipeline.errors import StoreError
@@ -183,7 +183,7 @@ class FeatureStore:
         """
         try:
             return Snapshot(self, self._load(version))
-        except (OSError, ValueError) as error:
+        except (DeltaError, OSError, ValueError) as error:
             raise StoreError(
                 f"{self.uri}: version {version} cannot be read ({error}). "
                 "Versions are kept by pins and by the retention of store vacuum."

@@ -1,4 +1,4 @@
-"""Mutated files: no crash of the run, no hang, no silently short sound, no frame of another time."""
+"""Mutated files: no crash of the run, no hang, no silently short sound, no misplaced frame."""
 
 import shutil
 from pathlib import Path
