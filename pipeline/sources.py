@@ -5,6 +5,7 @@ or of decoding. Invariant: a clip_id occurs once, and no entry reaches outside t
 """
 
 import csv
+import difflib
 import hashlib
 import logging
 import os
@@ -138,7 +139,21 @@ def read_entries(clips: str) -> tuple[list[Entry], bool]:
         more = len(problems) - _MOST_PROBLEMS
         shown = problems[:_MOST_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
         raise SourceError("\n".join(shown))
+    _warn_of_unknown_labels(clips, entries)
     return entries, is_manifest
+
+
+def _warn_of_unknown_labels(clips: str, entries: list[Entry]) -> None:
+    """A label that no training clip has is most likely misspelt; the clips are kept."""
+    known = {entry.label for entry in entries if entry.split == "train"}
+    unknown: dict[str, int] = {}
+    for entry in entries:
+        if known and entry.label not in known:
+            unknown.setdefault(entry.label, entry.line)
+    for label, line in list(unknown.items())[:_MOST_PROBLEMS]:
+        near = difflib.get_close_matches(label, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        _log.warning("%s line %d: no training clip has label %r%s", clips, line, label, hint)
 
 
 def _csv_entries(file: Iterable[str], clips: str, problems: list[str]) -> tuple[list[Entry], bool]:

@@ -87,6 +87,16 @@ def test_bad_line_is_one_clear_line(line, told, videos):
     assert told in message
 
 
+def test_label_that_training_does_not_know_is_one_warning_each(videos, caplog):
+    lines = ["-abc_def_12,30,barking dog,train", "_zzzzzzzzzz,1,barking dgo,test",
+             "untrimmed00,1,barking dgo,test", "untrimmed00,9,barking dog,test"]  # fmt: skip
+    assert len(listed("\n".join(lines).encode(), videos)) == 4
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.endswith(
+        "line 2: no training clip has label 'barking dgo'; did you mean 'barking dog'?"
+    )
+
+
 def test_all_bad_lines_are_told_at_once_and_capped(videos):
     messages = refused(b"-abc_def_12,30,dog,train\n" + b"a/b,1,dog,train\n" * 50, videos)
     assert len(messages) == 21
