@@ -34,6 +34,11 @@ class TooManyFailures(PipelineError):
 
     exit_code: ClassVar[int] = 3
 
+    def __init__(self, message: str, summary: dict[str, int | float]) -> None:
+        """Args: summary: what the run did, as IngestSummary.to_json."""
+        super().__init__(message)
+        self.summary = summary
+
 
 class StoreLocked(PipelineError):
     """Another process is writing to the store."""

@@ -150,14 +150,15 @@ def ingest(
         if len(plan.todo):
             start_ray()
             run.decode(plan.todo)
-    run.refuse_too_many_failures()
-    return IngestSummary(
+    summary = IngestSummary(
         **plan.counts,
         ok=run.n_ok,
         failed=run.by_reason.total(),
         seconds=round(time.monotonic() - started, 3),
         version=target.version(),
     )
+    run.refuse_too_many_failures(summary)
+    return summary
 
 
 @dataclass
@@ -265,7 +266,7 @@ class _Run:
             )
         )
 
-    def refuse_too_many_failures(self) -> None:
+    def refuse_too_many_failures(self, summary: IngestSummary) -> None:
         """Raises: TooManyFailures."""
         n_failed = self.n_done - self.n_ok
         if n_failed <= self.config.max_failed_frac * self.n_done:
@@ -274,7 +275,8 @@ class _Run:
         raise TooManyFailures(
             f"{n_failed} of {self.n_done} clips failed ({reasons}), more than "
             f"{self.config.max_failed_frac:.0%}. The {self.n_ok} good ones are committed. See "
-            f'"diccae store failures --store {self.store.uri}".'
+            f'"diccae store failures --store {self.store.uri}".',
+            summary.to_json(),
         )
 
 

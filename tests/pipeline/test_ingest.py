@@ -107,6 +107,7 @@ def test_broken_clips_are_rows_with_reasons_and_too_many_of_them_exit_3(source):
     with pytest.raises(TooManyFailures) as caught:
         source.ingest()
     assert caught.value.exit_code == 3
+    assert (caught.value.summary["changed"], caught.value.summary["failed"]) == (6, 6)
     about = status(source.store)
     assert (about["ok"], about["by_reason"]) == (42, {"open_failed": 6})
     # Quarantined: not tried again until asked or changed.
