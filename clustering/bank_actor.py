@@ -38,8 +38,10 @@ class BankActor:
 
     def push(self, keys_B: np.ndarray, steps_B: np.ndarray, rows_BW: np.ndarray) -> str:
         """Take rows. Returns: the incarnation that holds them; they are lost if it dies."""
-        self._bank.push(keys_B, steps_B, rows_BW)
-        self._unsaved.append(BankRows(keys_B, steps_B, rows_BW))
+        # Arguments are views into the object store; keeping them would fill it.
+        rows = BankRows(keys_B.copy(), steps_B.copy(), rows_BW.copy())
+        self._bank.push(*rows)
+        self._unsaved.append(rows)
         return self._incarnation
 
     def sync(self) -> str:

@@ -118,6 +118,11 @@ class ClusteringConfig(Frozen):
         """Number of bank actors."""
         return self.n_banks if self.n_banks is not None else (self.n_actors + 1) // 2
 
+    @property
+    def cpus(self) -> float:
+        """CPUs the actors of a pool reserve: compute actors, banks and the coordinator."""
+        return self.n_actors * self.cpus_per_actor + (self.bank_actors + 1) * self.cpus_per_bank
+
     def result_fields(self) -> dict[str, object]:
         """The fields that can change a label, an id or a prototype."""
         return self.model_dump(

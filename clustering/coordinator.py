@@ -87,6 +87,9 @@ class Coordinator:
                 self._schedule(request)
 
     def _schedule(self, request: RoundRequest) -> None:
+        # A worker may still ask for the round before; older ones are read from storage.
+        for old in [r for r, made in self._rounds.items() if r < request.round - 1 and made.done()]:
+            del self._rounds[old]
         loop = asyncio.get_running_loop()
         promised = self._rounds.get(request.round)
         if promised is None or promised.done():

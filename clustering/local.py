@@ -59,6 +59,8 @@ class LocalRounds:
     def start(self, request: RoundRequest) -> None:
         """See `Rounds.start`; the bank is frozen before this returns."""
         begin(self._uri, request, self._identity)
+        for old in [r for r, made in self._running.items() if r < request.round and made.done()]:
+            del self._running[old]
         with self._lock:
             rows = self._bank.freeze(request.step)
         self._running[request.round] = self._worker.submit(self._make, request, rows)
