@@ -199,11 +199,19 @@ def choose_frames(
     low, width = np.floor(edges[:-1]), np.maximum(np.diff(np.floor(edges)), 1)
     draws = np.full((len(keys_B), views.n_views, F), 0.5)
     if views.random:
-        for i, key in enumerate(keys_B):
-            rng = np.random.Generator(np.random.Philox(key=[int(key), seed << 32 | epoch]))
-            draws[i] = rng.random((views.n_views, F))
+        draws = _uniform(keys_B, seed, epoch, views.n_views * F).reshape(draws.shape)
     chosen = np.floor(low + draws * width).astype(np.int64)
     return np.minimum(chosen, n_stored - 1).reshape(len(keys_B), -1)
+
+
+def _uniform(keys_B: NDArray[np.uint64], seed: int, epoch: int, n: int) -> NDArray[np.float64]:
+    """n numbers in [0, 1) per clip, from its key, seed and epoch alone: splitmix64, [B, n]."""
+    start = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
+    steps = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (keys_B ^ start)[:, None] + steps
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
 class _Encoded:
