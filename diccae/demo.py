@@ -10,11 +10,10 @@ from pathlib import Path
 from diccae.commands.evaluate import results_table
 from diccae.config import RunConfig
 from diccae.errors import UsageError
-from diccae.resources import start_ray
+from diccae.ingesting import run_ingest
 from diccae.runs import RunFolder
-from diccae.screen import ProgressLine, clock
+from diccae.screen import clock
 from diccae.stages import run_evaluate, run_finetune, run_pretrain, run_report
-from pipeline.ingest import Progress, ingest
 from pipeline.synth import write_clips
 
 Say = Callable[[str], None]
@@ -34,28 +33,7 @@ def run_demo(config: RunConfig, out: Path, data: Path | None, fresh: bool, say: 
         say(f"going on with the run in {folder.path}")
     csv, videos = _clips(out, data, say)
     store = str(out / "store")
-    line = ProgressLine()
-
-    def show(progress: Progress) -> None:
-        line.show(
-            f"ingest    {progress.done:,}/{progress.total:,}  ok {progress.ok:,}  failed "
-            f"{progress.failed:,}  {progress.clips_per_s:.1f} clips/s  left "
-            f"{clock(progress.eta_s)}",
-            now=progress.done == progress.total,
-        )
-
-    try:
-        summary = ingest(
-            str(csv),
-            str(videos),
-            store,
-            config.features,
-            config.ingest,
-            start_ray=start_ray,
-            on_progress=show,
-        )
-    finally:
-        line.close()
+    summary = run_ingest(str(csv), str(videos), store, config.features, config.ingest)
     say(f"ingest    {summary.ok:,} ok, {summary.failed:,} failed in {clock(summary.seconds)}")
     spent = folder.results.get("seconds", {}).get("ingest", 0.0)
     run_pretrain(folder, config, store, say)

@@ -28,9 +28,8 @@ def run_pretrain(folder: RunFolder, config: RunConfig, store: str, say: Say) -> 
     data = _pin_for(folder, config, store)
     check(config, config.clustering, data)
     handle = _tracking_run(folder, config, data)
-    steps = BatchPlan.of(len(data.train), config.pretrain.batch_size, config.data).steps(
-        len(data.train)
-    )
+    n_clips = len(data.train)
+    steps = BatchPlan.of(n_clips, config.pretrain.batch_size, config.data).steps(n_clips)
     total = steps * config.pretrain.epochs
     start_ray()
     labels = config.clustering if config.rounds.labels != "none" else None

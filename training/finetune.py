@@ -70,6 +70,15 @@ def starting_encoder(config: TrainingConfig, index: RowIndex, uri: str | None) -
     return encoder
 
 
+def _new_classifier(config: TrainingConfig, index: RowIndex, uri: str | None) -> Classifier:
+    """An encoder with new heads, the same on every worker."""
+    encoder = starting_encoder(config, index, uri)
+    tuning = config.finetune
+    torch.manual_seed(config.seed)
+    auxiliary = tuning.mode == "multimodal" and tuning.auxiliary > 0
+    return Classifier(encoder, len(index.classes), tuning.mode, auxiliary)
+
+
 def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     """What every worker runs."""
     import ray
@@ -79,11 +88,8 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     index: RowIndex = ray.get(settings["index"][0])
     out = Path(settings["out"])
     state = ray_fit.last_state()
-    encoder = starting_encoder(config, index, settings["encoder"])
+    classifier = _new_classifier(config, index, settings["encoder"])
     tuning = config.finetune
-    torch.manual_seed(config.seed)
-    auxiliary = tuning.mode == "multimodal" and tuning.auxiliary > 0
-    classifier = Classifier(encoder, len(index.classes), tuning.mode, auxiliary)
     plan = BatchPlan.of(len(index), tuning.batch_size, config.data)
     lanes = lanes_of(world.rank, world.size, plan.lanes)
     draws = balanced_draws(index, config.seed) if tuning.balanced else None

@@ -91,7 +91,8 @@ class _Worker:
         device = "cuda" if settings["use_gpu"] else "cpu"
         if device == "cpu":
             torch.set_num_threads(settings["threads"])
-        self.model = Model(settings["encoder"], settings["classifier"], data, device)
+        encoder, classifier = settings["models"]
+        self.model = Model(encoder, classifier, data, device)
         self.reader = WindowReader(self.index, 0)
         self.n_passes, self.frames = settings["n_passes"], data.frames_per_clip
 
@@ -122,17 +123,15 @@ def run_model(
     settings = {
         "data": data.model_dump(),
         "index": [ray.put(index)],
-        "encoder": encoder,
-        "classifier": classifier,
+        "models": (encoder, classifier),
         "use_gpu": scale.use_gpu,
         "threads": scale.threads_per_worker or max(1, int(scale.cpus_per_worker)),
         "n_passes": test_passes(index.spec.n_frames, data.frames_per_clip, frames),
     }
-    n = len(index)
-    blocks = max(1, -(-n // (batch_rows * 4)))
+    items = [{"position": i} for i in range(len(index))]
+    blocks = max(1, -(-len(items) // (batch_rows * 4)))
     with ray.data.DataContext.current(context):
-        rows = ray.data.from_items([{"position": i} for i in range(n)], override_num_blocks=blocks)
-        results = rows.map_batches(
+        results = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
             _Worker,
             fn_constructor_kwargs={"settings": settings},
             batch_size=batch_rows,

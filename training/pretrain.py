@@ -131,8 +131,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     state = ray_fit.last_state()
     encoder = make_encoder(config, index.spec)
     if state is None and config.encoder.init is not None:
-        report = load_weights(encoder, config.encoder.init)
-        log.info("weights from %s: %s", config.encoder.init, report)
+        log.info("weights: %s", load_weights(encoder, config.encoder.init))
     if state is not None and rounds is not None and state["bank"] and world.rank == 0:
         rounds.restore(state["bank"])
     tracker = None

@@ -43,18 +43,10 @@ def fit(
     # run more than training.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _CONTROLLER_POLL_S)
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    workers: int | tuple[int, int] = scale.num_workers
-    if scale.min_workers is not None:
-        workers = (scale.min_workers, scale.num_workers)
     trainer = TorchTrainer(
         _caught,
         train_loop_config={"loop": loop, "settings": settings},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,
-            use_gpu=scale.use_gpu,
-            resources_per_worker={"CPU": scale.cpus_per_worker}
-            | ({"GPU": 1} if scale.use_gpu else {}),
-        ),
+        scaling_config=_scaling(scale),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=str(out.resolve()),
@@ -69,6 +61,18 @@ def fit(
     if isinstance(result, _Failure):
         raise result.error
     return result
+
+
+def _scaling(scale: ScaleConfig) -> Any:
+    import ray.train
+
+    workers: int | tuple[int, int] = scale.num_workers
+    if scale.min_workers is not None:
+        workers = (scale.min_workers, scale.num_workers)
+    resources = {"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.use_gpu else {})}
+    return ray.train.ScalingConfig(
+        num_workers=workers, use_gpu=scale.use_gpu, resources_per_worker=resources
+    )
 
 
 class _Failure(NamedTuple):

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from diccae.args import parse
 from diccae.config import RunConfig
-from diccae.resources import start_ray
-from diccae.screen import ProgressLine, clock, say
+from diccae.screen import say
 from pipeline.config import FeatureSpec
 
 
@@ -49,32 +48,16 @@ def main(argv: Sequence[str]) -> int:
     spec = _spec(args, argv)
     if args.plan:
         return _plan(args, spec, config)
-    from pipeline.ingest import Progress, ingest
+    from diccae.ingesting import run_ingest
 
-    line = ProgressLine()
-
-    def show(progress: Progress) -> None:
-        reasons = ", ".join(f"{r} {n}" for r, n in sorted(progress.by_reason.items()))
-        line.show(
-            f"ingest {progress.done:,}/{progress.total:,}  ok {progress.ok:,}  failed "
-            f"{progress.failed:,}{f' ({reasons})' if reasons else ''}  "
-            f"{progress.clips_per_s:.1f} clips/s  left {clock(progress.eta_s)}  "
-            f"committed {progress.committed:,}",
-            now=progress.done == progress.total,
-        )
+    from pipeline.errors import TooManyFailures
 
     try:
-        summary = ingest(
-            args.clips,
-            args.videos,
-            args.store,
-            spec,
-            config,
-            start_ray=start_ray,
-            on_progress=show,
-        )
-    finally:
-        line.close()
+        summary = run_ingest(args.clips, args.videos, args.store, spec, config)
+    except TooManyFailures as error:
+        if args.json:
+            print(json.dumps(error.summary))
+        raise
     report = summary.to_json()
     if args.json:
         print(json.dumps(report))
@@ -109,10 +92,12 @@ def _plan(args: IngestArgs, spec: FeatureSpec | None, config: object) -> int:
     plan = plan_ingest(args.clips, args.videos, args.store, spec, config)
     found = {**plan.counts, "missing": len(plan.missing), "restated": len(plan.restated)}
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps({**found, **({"timelines": plan.timelines} if plan.timelines else {})}))
         return 0
     for name, count in found.items():
         print(f"{name:<13} {count:>12,}  {_WHY[name]}")
+    for name, count in (plan.timelines or {}).items():
+        print(f"timelines     {name}: {count}")
     return 0
 
 

@@ -24,6 +24,8 @@ from training.reader import WindowPlan
 from training.trainer import Hooks, Pretrainer, World
 
 _ALONE = World()
+_NO_GUARD = {"max_mean_cosine": 1.0, "min_effective_frac": 0.0, "max_churn": 1.0}
+"""Embeddings of a few steps lie close together, which a real run would be stopped for."""
 
 
 def _config(**changes: Any) -> TrainingConfig:
@@ -81,7 +83,8 @@ def _trainer(
     widths = {s: config.encoder.projection for s in STREAMS}
     clusters = None
     if rounds:
-        clusters = LocalRounds(ClusteringConfig(k=4), widths, str(folder / "rounds"), seed=0)
+        clustering = ClusteringConfig.model_validate({"k": 4, "guard": _NO_GUARD})
+        clusters = LocalRounds(clustering, widths, str(folder / "rounds"), seed=0)
     recorder = recorder or Recorder(clusters, str(folder))
     plan = BatchPlan.of(len(index), config.pretrain.batch_size, config.data)
     lanes = lanes_of(world.rank, world.size, plan.lanes)
