@@ -49,7 +49,6 @@ def main(argv: Sequence[str]) -> int:
     if args.plan:
         return _plan(args, spec, config)
     from diccae.ingesting import run_ingest
-
     from pipeline.errors import TooManyFailures
 
     try:
@@ -97,7 +96,7 @@ def _plan(args: IngestArgs, spec: FeatureSpec | None, config: object) -> int:
     for name, count in found.items():
         print(f"{name:<13} {count:>12,}  {_WHY[name]}")
     for name, count in (plan.timelines or {}).items():
-        print(f"timelines     {name}: {count}")
+        print(f"timelines {name}: {count}")
     return 0
 
 
