@@ -47,31 +47,21 @@ def cluster_vectors(
     centroids.parquet (cluster, count, centroid) and summary.json. The id is `id_column`, or the
     first of id, clip_id, key, or the row's number. One actor means this process, without Ray;
     otherwise `start_ray` is called first (None: Ray is already up).
-
     Returns: the summary {"inertia", "iterations", "counts", "digest", "seconds"}.
     Raises: BadVectors, naming file and row; ClusteringError.
     """
     started = time.perf_counter()
-    config = ClusteringConfig(
-        **{
-            **config.model_dump(),
-            "k": k,
-            "n_actors": n_actors,
-            "vshards": 4096,  # rows are shared out by blocks of the files; only bounds n_actors
-        }
-    )
+    config = _config_for(config, k, n_actors)
     files = find_files(vectors_uri)
     width = width_of(files, column)
     ids = _read_ids(files, id_column)
     token = _token(files, column)
-    sources = [
-        VectorSource(f"{token}-{index}", pieces, column, width)
-        for index, pieces in enumerate(shares_of(files, n_actors))
-    ]
-    view = View("vectors", ((0, width),), "concat", config.spherical)
+    shares = enumerate(shares_of(files, n_actors))
+    sources = [VectorSource(f"{token}-{i}", pieces, column, width) for i, pieces in shares]
     state = storage.join(out, f"state-{_fingerprint(token, config, seed)}.npz")
     with _passes(sources, config, start_ray) as passes:
         try:
+            view = View("vectors", ((0, width),), "concat", config.spherical)
             made = cluster(passes, view, config, seed, checkpoint=StateFile(state))
         except BadVectors as error:
             raise _with_place(error, files, ids) from None
@@ -79,6 +69,12 @@ def cluster_vectors(
     _write(out, made, ids, summary)
     storage.remove(state)
     return summary
+
+
+def _config_for(config: ClusteringConfig, k: int, n_actors: int) -> ClusteringConfig:
+    # Rows are shared out by blocks of the files; here vshards only bounds the number of actors.
+    options = {"k": k, "n_actors": n_actors, "vshards": 4096}
+    return ClusteringConfig(**{**config.model_dump(), **options})
 
 
 @contextmanager
