@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+# Tiny tensors: a second BLAS thread costs more than it brings, and disturbs the tests beside it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 _RAY_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
@@ -13,7 +16,6 @@ _RAY_ENV = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "OMP_NUM_THREADS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",
 }

@@ -1,17 +1,13 @@
-"""Fixtures of the training core: CAV-MAE's parity data, small encoders, groups of gloo ranks."""
+"""Fixtures of the training core: CAV-MAE's parity data, small encoders."""
 
 import json
-import multiprocessing
 import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from training.config import EncoderConfig
 from training.encoder import InputShape
@@ -53,37 +49,3 @@ def parity() -> Parity:
         expected["audio"].double(),
         expected["img"].double()[:, None],
     )
-
-
-def _rank(
-    fn: Callable[[int, int], Any], rank: int, n_ranks: int, folder: str, threads: int
-) -> None:
-    torch.set_num_threads(threads)
-    store = dist.FileStore(f"{folder}/store", n_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks)
-    torch.save(fn(rank, n_ranks), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def run_ranks() -> Callable[[int, Callable[[int, int], Any]], list[Any]]:
-    """Run fn(rank, n_ranks) on n gloo ranks by fork; returns what each rank returned."""
-
-    def run(n_ranks: int, fn: Callable[[int, int], Any]) -> list[Any]:
-        context = multiprocessing.get_context("fork")
-        with tempfile.TemporaryDirectory() as folder:
-            ranks = [
-                context.Process(target=_rank, args=(fn, rank, n_ranks, folder, 1))
-                for rank in range(n_ranks)
-            ]
-            for process in ranks:
-                process.start()
-            for process in ranks:
-                process.join(200)
-            codes = [process.exitcode for process in ranks]
-            for process in ranks:
-                process.kill()
-            assert codes == [0] * n_ranks, f"ranks ended with {codes}"
-            return [torch.load(f"{folder}/{r}.pt", weights_only=True) for r in range(n_ranks)]
-
-    return run

@@ -1,7 +1,10 @@
 """W ranks have the loss and the gradient of one process on the whole batch."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from support.ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 import training.losses
@@ -75,7 +78,7 @@ def _masked_step(rank: int, n_ranks: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_masked_reconstruction_on_two_ranks_has_the_gradient_of_one_process(run_ranks):
+def test_masked_reconstruction_on_two_ranks_has_the_gradient_of_one_process():
     expected = _masked_step(0, 1)["gradients"]
     for result in run_ranks(2, _masked_step):
         assert _error(result["gradients"], expected) < 1e-10
@@ -86,7 +89,7 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 4])
-def test_ranks_have_loss_gradient_and_confusion_of_one_process(run_ranks, one_process, n_ranks):
+def test_ranks_have_loss_gradient_and_confusion_of_one_process(one_process, n_ranks):
     results = run_ranks(n_ranks, _step)
     for result in results:
         for name, expected in one_process.items():
@@ -102,20 +105,29 @@ def _without_gradient(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x if r == rank else part for r, part in enumerate(parts)])
 
 
-def test_a_gather_without_gradient_would_be_noticed(run_ranks, one_process, monkeypatch):
-    monkeypatch.setattr(training.losses, "gather_with_grad", _without_gradient)
-    result = run_ranks(2, _step)[0]
+def _step_with(name: str, wrong: Callable) -> Callable[[int, int], dict[str, torch.Tensor]]:
+    """The step of a rank whose losses use something wrong."""
+    assert hasattr(training.losses, name)
+
+    def step(rank: int, n_ranks: int) -> dict[str, torch.Tensor]:
+        setattr(training.losses, name, wrong)
+        return _step(rank, n_ranks)
+
+    return step
+
+
+def test_a_gather_without_gradient_would_be_noticed(one_process):
+    result = run_ranks(2, _step_with("gather_with_grad", _without_gradient))[0]
     assert _error(result["loss"], one_process["loss"]) < 1e-10
     assert _error(result["gradients"], one_process["gradients"]) > 1e-2
 
 
-def test_counting_labels_per_rank_would_be_noticed(run_ranks, one_process, monkeypatch):
-    monkeypatch.setattr(training.losses, "mean_over_ranks", lambda x: x.detach(), raising=True)
-    result = run_ranks(2, _step)[0]
+def test_counting_labels_per_rank_would_be_noticed(one_process):
+    result = run_ranks(2, _step_with("mean_over_ranks", lambda x: x.detach()))[0]
     assert _error(result["loss"], one_process["loss"]) > 1e-3
 
 
-def test_rows_come_in_rank_order(run_ranks):
+def test_rows_come_in_rank_order():
     def gather(rank: int, n_ranks: int) -> torch.Tensor:
         return gather_with_grad(torch.full((2, 3), float(rank)))
 

@@ -4,15 +4,13 @@ import copy
 import itertools
 import math
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from support.memory import N_CLIPS, SHAPE, MemoryReader, memory_index
+from support.ranks import run_ranks
 
 from clustering.config import ClusteringConfig
 from clustering.local import LocalRounds
@@ -209,25 +207,16 @@ def test_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
         _trainer(_config(pretrain={"batch_size": 64}), tmp_path)
 
 
-def _worker(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store-{size}", size)
-    dist.init_process_group("gloo", rank=rank, world_size=size, store=store)
+def _worker(rank: int, size: int) -> dict[str, Any]:
     config = _config(rounds={"labels": "none"})
     world = World(rank, size)
-    trainer, recorder = _trainer(config, Path(folder), Recorder(), world, rounds=False)
+    trainer, recorder = _trainer(config, Path(), Recorder(), world, rounds=False)
     trainer.run()
-    if rank == 0:
-        losses = [m["loss"] for _, m in recorder.logged]
-        torch.save({"weights": _weights(trainer), "losses": losses}, f"{folder}/world-{size}.pt")
-    dist.destroy_process_group()
+    return {"weights": _weights(trainer), "losses": [m["loss"] for _, m in recorder.logged]}
 
 
 def test_two_workers_train_as_one() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        for size in (1, 2):
-            mp.spawn(_worker, (size, folder), nprocs=size)
-        one, two = (torch.load(f"{folder}/world-{n}.pt", weights_only=True) for n in (1, 2))
+    one, two = (run_ranks(size, _worker)[0] for size in (1, 2))
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
     distances = [float((one["weights"][k] - two["weights"][k]).abs().max()) for k in one["weights"]]
     assert max(distances) < 5e-3
