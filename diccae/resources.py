@@ -51,8 +51,9 @@ def _short_folder() -> str | None:
 def _quiet() -> None:
     """Errors of Ray still show; its progress bars and notices would bury ours."""
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    # Ray's core says at error level that an actor's arguments lie in the object store (ray#53727);
+    # they do on purpose.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -6,6 +6,7 @@ come back in the order of the index, whatever the number of actors.
 Shapes: N clips, F frames a pass sees, D token width, P projection, C classes.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,9 @@ def run_model(
 
     Args: encoder, classifier: folders of saved models; frames: see EvaluateConfig.frames.
     """
-    import ray
+    import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     settings = {
