@@ -25,12 +25,12 @@ types: $(STAMP)
 
 # The report is tested in a real browser; without one that test is skipped with a reason.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
-	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-	    { apt-get install -qq -y --no-install-recommends chromium >/dev/null 2>&1 || \
-	      { apt-get update -qq >/dev/null && \
-	        apt-get install -qq -y --no-install-recommends chromium >/dev/null; }; }; } || \
-	  echo "no Chromium found: the browser test of the report will be skipped"
+	@for name in chromium chromium-browser google-chrome; do \
+	  command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq >/dev/null 2>&1; \
+	  apt-get install -qq -y --no-install-recommends chromium >/dev/null 2>&1 && exit 0; fi; \
+	echo "no Chromium found: the browser test of the report will be skipped"
 
 lock: $(STAMP)
 	$(BIN)/pip install -q uv
