@@ -32,6 +32,15 @@ _TOKEN_HELP = (
 )
 
 
+# The job runs in the environment Ray itself runs in, which need not be the `python` on its PATH: a
+# head may have been started as VENV/bin/ray. The shell's parent is Ray's job supervisor, and the
+# libraries mapped into it say where that environment is.
+_FIND_PYTHON = (
+    r"""home=$(sed -n 's|.* \(/.*\)/lib/python[0-9.]*/site-packages/ray/_raylet.so$|\1|p' """
+    r""""/proc/$PPID/maps" 2>/dev/null | head -n 1); python="${home:+$home/bin/}python";"""
+)
+
+
 class Cluster(NamedTuple):
     """A jobs server that let us in."""
 
@@ -165,12 +174,13 @@ def submit(
             "working_dir": str(package),
             "env_vars": {"PYTHONUNBUFFERED": "1", **(env or {})},
         }
-        entrypoint = shlex.join(["python", "-m", "diccae", *args])
+        command = shlex.join(["-m", "diccae", *args])
+        entrypoint = f'{_FIND_PYTHON} exec "$python" {command}'
         try:
             job_id = str(cluster.client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
         except (RuntimeError, OSError) as error:
             raise DeployError(f"{cluster.url} did not take the job: {error}") from error
-    say(f"job      {job_id} on {cluster.url} (Ray {cluster.ray_version}): {entrypoint}")
+    say(f"job      {job_id} on {cluster.url} (Ray {cluster.ray_version}): python {command}")
     if not wait:
         say(_how_to(address, job_id))
         return 0

@@ -4,11 +4,13 @@ Invariant: a run whose actors, workers and readers do not fit is refused with a 
 starts; Ray itself would wait for ever without a word.
 """
 
+import contextlib
 import logging
 import os
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from clustering.config import ClusteringConfig
@@ -29,17 +31,32 @@ def start_ray() -> None:
     _quiet()
     # Workers of an embedded cluster share the cores: one BLAS thread each unless told otherwise.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", log_to_driver=False, configure_logging=False)
-        return
-    ray.init(
-        address="local",
-        num_cpus=(os.cpu_count() or 1) + _SPARE_CPUS,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        _temp_dir=tempfile.mkdtemp(prefix="diccae-ray-", dir=_short_folder()),
-    )
+    quiet = {"log_to_driver": False, "configure_logging": False}
+    with _native_stderr_closed():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(address="auto", **quiet)
+            return
+        ray.init(
+            address="local",
+            num_cpus=(os.cpu_count() or 1) + _SPARE_CPUS,
+            include_dashboard=False,
+            _temp_dir=tempfile.mkdtemp(prefix="diccae-ray-", dir=_short_folder()),
+            **quiet,
+        )
+
+
+@contextlib.contextmanager
+def _native_stderr_closed() -> Iterator[None]:
+    """Ray's core announces its log level on file descriptor 2; errors come as exceptions."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _short_folder() -> str | None:
