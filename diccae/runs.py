@@ -57,12 +57,13 @@ class RunFolder:
     def open(self, config: RunConfig, fresh: bool) -> bool:
         """Take the folder for this run. Returns: whether a run is being taken up again.
 
+        A folder whose run was refused before it started has no record and is free.
         Raises: ConfigMismatch naming the keys, if the folder holds a run of another config.
         """
         if fresh and self.record:
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / "config.yaml").exists():
+        if self.record:
             keys = [
                 line
                 for line in differing_keys(self.config(), config)

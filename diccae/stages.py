@@ -15,6 +15,7 @@ from diccae.config import RunConfig
 from diccae.errors import UsageError
 from diccae.resources import check_fits, scale_note, start_ray, training_demands
 from diccae.runs import RunFolder, watched
+from pipeline.store import FeatureStore
 from training import tracking
 from training.batches import BatchPlan, RowIndex, clip_keys, index_rows
 from training.metrics_copier import RunHandle
@@ -27,6 +28,7 @@ def run_pretrain(folder: RunFolder, config: RunConfig, store: str, say: Say) -> 
     """Pretrain into the folder, from its newest checkpoint if there is one."""
     data = _pin_for(folder, config, store)
     check(config, config.clustering, data)
+    _remember(folder, config, store, data)
     handle = _tracking_run(folder, config, data)
     n_clips = len(data.train)
     steps = BatchPlan.of(n_clips, config.pretrain.batch_size, config.data).steps(n_clips)
@@ -86,17 +88,19 @@ def _pin_for(folder: RunFolder, config: RunConfig, store: str) -> Pinned:
     """The data of the run: the version it pinned when it started."""
     known = folder.record.get("store")
     version = config.data.version if known is None else int(known["version"])
-    data = pin(known["uri"] if known else store, version, config)
-    if known is None:
-        from pipeline.store import FeatureStore
+    return pin(known["uri"] if known else store, version, config)
 
-        snapshot = data.snapshot
-        FeatureStore.open(store).pin(snapshot.version, f"run-{folder.path.resolve().name}")
-        folder.write_record(
-            store={"uri": store, "version": snapshot.version, "digest": snapshot.digest},
-            config_hash=config.digest(),
-        )
-    return data
+
+def _remember(folder: RunFolder, config: RunConfig, store: str, data: Pinned) -> None:
+    """Write down what the run reads, and keep that version from `store vacuum`."""
+    if folder.record.get("store"):
+        return
+    snapshot = data.snapshot
+    FeatureStore.open(store).pin(snapshot.version, f"run-{folder.path.resolve().name}")
+    folder.write_record(
+        store={"uri": store, "version": snapshot.version, "digest": snapshot.digest},
+        config_hash=config.digest(),
+    )
 
 
 def _tracking_run(folder: RunFolder, config: RunConfig, data: Pinned) -> RunHandle:
@@ -152,7 +156,9 @@ def open_run(folder: RunFolder, config: RunConfig, store: str | None) -> None:
         return
     if store is None:
         raise UsageError(f"{folder.path}: no pretraining run in it; name the data with --store")
-    _tracking_run(folder, config, _pin_for(folder, config, store))
+    data = _pin_for(folder, config, store)
+    _remember(folder, config, store, data)
+    _tracking_run(folder, config, data)
 
 
 def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say: Say) -> None:
