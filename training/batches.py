@@ -131,6 +131,11 @@ class BatchPlan(NamedTuple):
             )
         return cls(batch_size, data.lanes, max(1, data.shuffle_window * data.lanes // batch_size))
 
+    def rows_of_workers(self, world_size: int) -> tuple[int, ...]:
+        """Clips of a batch that each worker reads."""
+        b = self.batch_size // self.lanes
+        return tuple(b * len(lanes_of(r, world_size, self.lanes)) for r in range(world_size))
+
     def steps(self, n_clips: int) -> int:
         """Steps of one epoch; the last partial batch is left to another epoch's order."""
         return n_clips // self.batch_size
@@ -167,17 +172,16 @@ def epoch_order(
 
 
 def lanes_of(rank: int, world_size: int, lanes: int) -> range:
-    """The lanes a worker reads.
+    """The lanes a worker reads: consecutive ones, of which workers hold equally many, or one more.
 
-    Raises: TrainingError if the world size does not divide the number of lanes.
+    Raises: TrainingError if there are more workers than lanes.
     """
-    if lanes % world_size:
+    if world_size > lanes:
         raise TrainingError(
-            f"data.lanes = {lanes} cannot be shared by {world_size} workers: choose a number of "
-            "workers that divides it, or another data.lanes"
+            f"data.lanes = {lanes} are too few for {world_size} workers, each reads at least one; "
+            "raise data.lanes (it divides the batch size) or lower scale.num_workers"
         )
-    share = lanes // world_size
-    return range(rank * share, (rank + 1) * share)
+    return range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
 
 
 class Views(NamedTuple):

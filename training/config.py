@@ -76,8 +76,8 @@ class DataConfig(Frozen):
     frames_per_clip: int = Field(1, ge=1)
     """Frames a training step sees of each clip (CAV-MAE: 1, drawn at random)."""
     lanes: int = Field(8, ge=1)
-    """Fixed number of data lanes; the world size divides it, so the order of data never depends
-    on how many workers there are."""
+    """Fixed number of data lanes, shared out among the workers, so that the order of data never
+    depends on how many there are. A multiple of their number keeps all of them equally busy."""
     shuffle_window: int = Field(256, ge=1)
     """Clips of a lane that are permuted together, and held in memory encoded."""
     fbank_mean: float = -5.081

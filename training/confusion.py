@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training.config import ConfusionConfig
-from training.gather import world
+from training.gather import of_every_rank, of_this_rank, world
 from training.losses import IGNORED
 
 
@@ -102,17 +102,19 @@ class ConfusionState:
         self.mean_offdiagonal = mean_offdiagonal(self.confusion_KK)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that `load_state_dict` needs to go on exactly; tensors only."""
+        """All that `load_state_dict` needs to go on exactly; tensors only. Collective."""
         return {
             "confusion_KK": self.confusion_KK.clone(),
-            "sums_KK1": self.sums_KK1.clone(),
+            "sums_WKK1": of_every_rank(self.sums_KK1),
             "unseen_epochs_K": self.unseen_epochs_K.clone(),
             "weights_KK": self.weights_KK.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a `state_dict`, moved to the device of this state."""
+        """Take over a `state_dict`, moved to the device of this state; ranks may be others now."""
         device = self.confusion_KK.device
-        for name in ("confusion_KK", "sums_KK1", "unseen_epochs_K", "weights_KK"):
+        for name in ("confusion_KK", "unseen_epochs_K", "weights_KK"):
             setattr(self, name, state[name].to(device).clone())
+        sums_WKK1 = state["sums_WKK1"].to(device)
+        self.sums_KK1 = of_this_rank(sums_WKK1) * (len(sums_WKK1) / world()[1])
         self.mean_offdiagonal = mean_offdiagonal(self.confusion_KK)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.blocks import full_precision
-from training.gather import gather_with_grad, mean_over_ranks, world
+from training.gather import Share, equal_share, gather_with_grad, mean_over_ranks, world
 
 IGNORED = -100
 """Label of a clip that has none yet."""
@@ -37,27 +37,32 @@ def info_nce(
     temperature: float,
     direction: str = "both",
     negatives: str = "global",
+    share: Share | None = None,
 ) -> Contrast:
     """L_inst: each clip's audio finds its own video among all clips, and the other way round.
 
     -1/B sum_i log( e^{a_i.v_i / tau} / sum_j e^{a_i.v_j / tau} ) on unit vectors; j runs over the
     clips of all ranks (`negatives` = global) or of this one (local).
 
+    Both outputs are times `share.weight`, so that their mean over ranks is that of the batch.
+
     Args: direction: "both" is the mean of the two; "v2a" only looks from video to audio (CAV-MAE).
+        share: of the global batch; None if every rank holds as many clips.
     Source: van den Oord et al. 2018; CAV-MAE (Gong et al. 2023) for v2a and local negatives.
     """
+    share = share or equal_share(len(audio_BD))
     with torch.autocast(audio_BD.device.type, enabled=False):
         local = torch.stack([F.normalize(full_precision(x), dim=-1) for x in (audio_BD, video_BD)])
         columns, offset = local, 0
         if negatives == "global":
-            columns = gather_with_grad(local.transpose(0, 1)).transpose(0, 1)
-            offset = world()[0] * local.shape[1]
+            columns = gather_with_grad(local.transpose(0, 1), share).transpose(0, 1)
+            offset = share.first
         positives = torch.arange(offset, offset + local.shape[1], device=local.device)
         queries = {"both": (0, 1), "v2a": (1,)}[direction]
         logits = [local[q] @ columns[1 - q].T / temperature for q in queries]
         loss = torch.stack([F.cross_entropy(each, positives) for each in logits]).mean()
     hits = torch.stack([each.detach().argmax(1) == positives for each in logits])
-    return Contrast(loss, hits.float().mean())
+    return Contrast(loss * share.weight, hits.float().mean() * share.weight)
 
 
 def intra_modal(
@@ -65,12 +70,15 @@ def intra_modal(
     second: Mapping[str, Tensor],
     temperature: float,
     negatives: str = "global",
+    share: Share | None = None,
 ) -> Tensor:
     """L_intra: mean over the streams of `first` of InfoNCE between two views of that stream.
 
     Args: first, second: embeddings [B, P] of the two views by stream, rows in the same order.
     """
-    terms = [info_nce(first[s], second[s], temperature, "both", negatives).loss for s in first]
+    terms = [
+        info_nce(first[s], second[s], temperature, "both", negatives, share).loss for s in first
+    ]
     return torch.stack(terms).mean()
 
 

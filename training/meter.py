@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.gather import mean_over_ranks
+from training.gather import mean_over_ranks, of_every_rank, of_this_rank
 
 
 class Meter:
@@ -76,9 +76,16 @@ class Meter:
         return mean
 
     def state_dict(self) -> dict[str, Any]:
-        """Running sums; times are not part of a result."""
+        """Running sums of every rank; times are not part of a result. Collective."""
+        names = sorted(self.sums)
+        sums = (
+            torch.stack([self.sums[n] for n in names])
+            if names
+            else torch.zeros(0, device=self.device)
+        )
         return {
-            "sums": {name: value.cpu() for name, value in self.sums.items()},
+            "names": names,
+            "sums_WN": of_every_rank(sums).cpu(),
             "counts": dict(self.counts),
             "epoch_sums": dict(self.epoch_sums),
             "epoch_counts": dict(self.epoch_counts),
@@ -87,7 +94,8 @@ class Meter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over running sums."""
-        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        sums_N = of_this_rank(state["sums_WN"]).to(self.device)
+        self.sums = dict(zip(state["names"], sums_N, strict=True))
         self.counts = dict(state["counts"])
         self.epoch_sums = dict(state["epoch_sums"])
         self.epoch_counts = dict(state["epoch_counts"])

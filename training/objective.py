@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from training.config import STREAMS, LossConfig
 from training.confusion import ConfusionState
 from training.encoder import Encoder, MaskNoise
+from training.gather import Share
 from training.losses import (
     class_alignment,
     confusion_loss,
@@ -116,8 +117,13 @@ class Total(NamedTuple):
     """[B, K] per clustering head, for the confusion matrices."""
 
 
-def total_loss(embeddings: Embeddings, labels: list[Labels], config: LossConfig) -> Total:
-    """Everything but L_rec (DESIGN section 5): weighted sum over this rank's rows."""
+def total_loss(
+    embeddings: Embeddings, labels: list[Labels], config: LossConfig, share: Share | None = None
+) -> Total:
+    """Everything but L_rec (DESIGN section 5): weighted sum over this rank's rows.
+
+    Its mean over ranks is the loss of the global batch. Args: share: see `info_nce`.
+    """
     spaces: list[Literal["z", "h"]] = (
         ["z", "h"] if config.instance_on == "both" else [config.instance_on]
     )
@@ -128,6 +134,7 @@ def total_loss(embeddings: Embeddings, labels: list[Labels], config: LossConfig)
             config.temperature,
             config.instance_direction,
             config.negatives,
+            share,
         )
         for space in spaces
     ]
@@ -137,7 +144,7 @@ def total_loss(embeddings: Embeddings, labels: list[Labels], config: LossConfig)
     if "second.audio" in embeddings:
         first: dict[str, Tensor] = {s: embeddings[f"{spaces[-1]}.{s}"] for s in STREAMS[:2]}
         second: dict[str, Tensor] = {s: embeddings[f"second.{s}"] for s in STREAMS[:2]}
-        intra = intra_modal(first, second, config.temperature, config.negatives)
+        intra = intra_modal(first, second, config.temperature, config.negatives, share)
         loss = loss + config.intra * intra
         parts["loss_intra"] = intra
     posteriors: list[Tensor] = []

@@ -20,6 +20,7 @@ from training.classifier import Classifier
 from training.config import TrainingConfig
 from training.confusion import ConfusionState
 from training.errors import TrainingError
+from training.gather import Share
 from training.losses import soft_targets, supervised_loss
 from training.meter import Meter
 from training.reader import EpochReads, Reader
@@ -69,6 +70,7 @@ class Finetuner:
         self.world, self.hooks, self.tuning = world, hooks, config.finetune
         self.plan = BatchPlan.of(len(index), self.tuning.batch_size, config.data)
         self.lanes = lanes_of(world.rank, world.size, self.plan.lanes)
+        self.share = Share(self.plan.rows_of_workers(world.size), world.rank)
         self.steps_per_epoch = self.plan.steps(len(index))
         self.total_steps = self.steps_per_epoch * self.tuning.epochs
         self.classifier = classifier.to(world.device).train()
@@ -131,6 +133,7 @@ class Finetuner:
             losses = {s: supervised_loss(x, targets_BC, weights_CC) for s, x in logits.items()}
             side = [loss for s, loss in losses.items() if s != main]
             loss = losses[main] + self.tuning.auxiliary * sum(side, losses[main].new_zeros(()))
+            loss = loss * self.share.weight
         with self.meter.timed("backward"):
             loss.backward()
         limit = self.tuning.optim.clip_norm
@@ -142,7 +145,7 @@ class Finetuner:
         labels_B = torch.from_numpy(batch["label"]).to(self.world.device)
         posteriors_BC = logits[main].detach().float().softmax(1)
         self.confusion.accumulate(posteriors_BC, labels_B)
-        hits = (posteriors_BC.argmax(1) == labels_B).float().mean()
+        hits = (posteriors_BC.argmax(1) == labels_B).float().mean() * self.share.weight
         self.meter.add({"loss": loss.detach(), "grad_norm": norm, "accuracy": hits})
         self.meter.keep("lr", lr)
 

@@ -25,6 +25,7 @@ from training.batches import Batch, BatchPlan, RowIndex, Views, lanes_of
 from training.config import STREAMS, TrainingConfig
 from training.encoder import Encoder
 from training.errors import NonFiniteLoss
+from training.gather import Share
 from training.labelling import Labelling
 from training.meter import Meter
 from training.objective import Embeddings, Labels, Phase, PretrainPass, Total, total_loss
@@ -71,6 +72,7 @@ class Pretrainer:
         self.world, self.hooks = world, hooks
         self.plan = BatchPlan.of(len(index), config.pretrain.batch_size, config.data)
         self.lanes = lanes_of(world.rank, world.size, self.plan.lanes)
+        self.share = Share(self.plan.rows_of_workers(world.size), world.rank)
         self.steps_per_epoch = self.plan.steps(len(index))
         self.total_steps = self.steps_per_epoch * config.pretrain.epochs
         self.encoder = encoder.to(world.device)
@@ -165,7 +167,8 @@ class Pretrainer:
         if self.config.loss.reconstruction > 0:
             self.meter.add({"loss_reconstruction": reconstruction.detach()})
         if labels:
-            self.meter.add({"labelled_frac": (labels[0].labels_B >= 0).float().mean()})
+            labelled = (labels[0].labels_B >= 0).float().mean()
+            self.meter.add({"labelled_frac": labelled * self.share.weight})
         self.meter.keep("lr", lr)
         if self._pushes():
             with self.meter.timed("push"):
@@ -194,7 +197,8 @@ class Pretrainer:
         with self.meter.timed("forward"):
             with self._autocast():
                 embeddings, reconstruction = self.wrapped(views, self.phase, masks)
-            total = total_loss(embeddings, labels, self.config.loss)
+            reconstruction = reconstruction * self.share.weight
+            total = total_loss(embeddings, labels, self.config.loss, self.share)
         with self.meter.timed("backward"):
             (total.loss + self.config.loss.reconstruction * reconstruction).backward()
         return embeddings, total, reconstruction
@@ -208,7 +212,7 @@ class Pretrainer:
             parts = [self.model(views, self.phase, masks)[0] for views, masks in chunks]
         leaves = {name: torch.cat([p[name] for p in parts]).requires_grad_() for name in parts[0]}
         with self.meter.timed("forward"):
-            total = total_loss(leaves, labels, self.config.loss)
+            total = total_loss(leaves, labels, self.config.loss, self.share)
         with self.meter.timed("backward"):
             total.loss.backward()
             reconstruction = self._replay(chunks, leaves)
@@ -225,7 +229,7 @@ class Pretrainer:
                 with self._autocast():
                     embeddings, error = self.wrapped(views, self.phase, masks)
                 n = len(embeddings["z.audio"])
-                share = n / len(leaves["z.audio"])
+                share = n / len(leaves["z.audio"]) * self.share.weight
                 surrogate = weight * share * error
                 for name, x in embeddings.items():
                     gradient = leaves[name].grad

@@ -11,7 +11,7 @@ import training.losses
 from training.config import STREAMS, ConfusionConfig, EncoderConfig
 from training.confusion import ConfusionState
 from training.encoder import Encoder, InputShape, MaskNoise
-from training.gather import gather_with_grad, world
+from training.gather import Share, gather_with_grad, of_every_rank, of_this_rank, world
 from training.losses import class_alignment, confusion_loss, info_nce, intra_modal, labelled_rows
 
 _CLIPS, _CLASSES = 8, 4
@@ -29,16 +29,18 @@ def _step(rank: int, n_ranks: int) -> dict[str, torch.Tensor]:
     prototypes = {s: torch.randn(_CLASSES, 8).double() for s in STREAMS}
     state = ConfusionState(torch.softmax(torch.randn(_CLASSES, _CLASSES), 1), ConfusionConfig())
     state.update(0.0, since_labels_epochs=9)
-    share = slice(rank * _CLIPS // n_ranks, (rank + 1) * _CLIPS // n_ranks)
-    labels = _LABELS[share]
+    rows = [slice(r * _CLIPS // n_ranks, (r + 1) * _CLIPS // n_ranks) for r in range(n_ranks)]
+    share = Share(tuple(each.stop - each.start for each in rows), rank)
+    labels = _LABELS[rows[rank]]
     model = DistributedDataParallel(encoder) if n_ranks > 1 else encoder
-    z, h, _ = model(fbank[share], frames[share])
-    rows = labelled_rows(labels)
-    conf = confusion_loss(h, prototypes, labels, 0.1, state.weights_KK.double(), STREAMS, rows)
+    z, h, _ = model(fbank[rows[rank]], frames[rows[rank]])
+    labelled = labelled_rows(labels)
+    weights_KK = state.weights_KK.double()
+    conf = confusion_loss(h, prototypes, labels, 0.1, weights_KK, STREAMS, labelled)
     loss = (
-        info_nce(z["audio"], z["video"], 0.05).loss
-        + intra_modal({"audio": h["audio"]}, {"audio": h["fusion"]}, 0.1)
-        + class_alignment(h, prototypes, labels, 0.1, STREAMS, rows)
+        info_nce(z["audio"], z["video"], 0.05, share=share).loss
+        + intra_modal({"audio": h["audio"]}, {"audio": h["fusion"]}, 0.1, share=share)
+        + class_alignment(h, prototypes, labels, 0.1, STREAMS, labelled)
         + conf.loss
     )
     loss.backward()
@@ -88,7 +90,7 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+@pytest.mark.parametrize("n_ranks", [1, 2, 3, 4])
 def test_ranks_have_loss_gradient_and_confusion_of_one_process(one_process, n_ranks):
     results = run_ranks(n_ranks, _step)
     for result in results:
@@ -98,7 +100,7 @@ def test_ranks_have_loss_gradient_and_confusion_of_one_process(one_process, n_ra
         assert torch.equal(result["confusion"], results[0]["confusion"])
 
 
-def _without_gradient(x: torch.Tensor) -> torch.Tensor:
+def _without_gradient(x: torch.Tensor, share: Share) -> torch.Tensor:
     rank, n_ranks = world()
     parts = [torch.empty_like(x) for _ in range(n_ranks)]
     torch.distributed.all_gather(parts, x.detach().contiguous())
@@ -107,10 +109,13 @@ def _without_gradient(x: torch.Tensor) -> torch.Tensor:
 
 def _step_with(name: str, wrong: Callable) -> Callable[[int, int], dict[str, torch.Tensor]]:
     """The step of a rank whose losses use something wrong."""
-    assert hasattr(training.losses, name)
+    holder, _, attribute = name.rpartition(".")
+    owner = getattr(training.losses, holder) if holder else training.losses
+    assert hasattr(owner, attribute)
 
     def step(rank: int, n_ranks: int) -> dict[str, torch.Tensor]:
-        setattr(training.losses, name, wrong)
+        owner = getattr(training.losses, holder) if holder else training.losses
+        setattr(owner, attribute, wrong)
         return _step(rank, n_ranks)
 
     return step
@@ -122,6 +127,11 @@ def test_a_gather_without_gradient_would_be_noticed(one_process):
     assert _error(result["gradients"], one_process["gradients"]) > 1e-2
 
 
+def test_weighing_unequal_shares_alike_would_be_noticed(one_process):
+    result = run_ranks(3, _step_with("Share.weight", property(lambda share: 1.0)))[0]
+    assert _error(result["loss"], one_process["loss"]) > 1e-3
+
+
 def test_counting_labels_per_rank_would_be_noticed(one_process):
     result = run_ranks(2, _step_with("mean_over_ranks", lambda x: x.detach()))[0]
     assert _error(result["loss"], one_process["loss"]) > 1e-3
@@ -129,10 +139,23 @@ def test_counting_labels_per_rank_would_be_noticed(one_process):
 
 def test_rows_come_in_rank_order():
     def gather(rank: int, n_ranks: int) -> torch.Tensor:
-        return gather_with_grad(torch.full((2, 3), float(rank)))
+        equal = gather_with_grad(torch.full((2, 3), float(rank)))
+        unequal = gather_with_grad(torch.full((rank, 3), float(rank)), Share((0, 1, 2), rank))
+        return torch.cat([equal, unequal])
 
     for gathered in run_ranks(3, gather):
-        assert gathered[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+        assert gathered[:, 0].tolist() == [0, 0, 1, 1, 2, 2, 1, 2, 2]
+
+
+def test_what_ranks_hold_comes_back_to_them():
+    def there_and_back(rank: int, n_ranks: int) -> list[torch.Tensor]:
+        held_W = of_every_rank(torch.full((2,), float(rank)))
+        return [held_W, of_this_rank(held_W), of_this_rank(held_W[:2])]
+
+    for rank, (held_W, own, of_others) in enumerate(run_ranks(3, there_and_back)):
+        assert held_W[:, 0].tolist() == [0, 1, 2]
+        assert own.tolist() == [rank, rank]
+        assert of_others.tolist() == [0.5, 0.5]
 
 
 def test_one_process_needs_no_group():

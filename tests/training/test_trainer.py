@@ -215,8 +215,32 @@ def _worker(rank: int, size: int) -> dict[str, Any]:
     return {"weights": _weights(trainer), "losses": [m["loss"] for _, m in recorder.logged]}
 
 
-def test_two_workers_train_as_one() -> None:
-    one, two = (run_ranks(size, _worker)[0] for size in (1, 2))
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
-    distances = [float((one["weights"][k] - two["weights"][k]).abs().max()) for k in one["weights"]]
-    assert max(distances) < 5e-3
+@pytest.mark.parametrize("size", [2, 3])
+def test_workers_train_as_one(size: int) -> None:
+    one, several = (run_ranks(n, _worker)[0] for n in (1, size))
+    assert several["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    assert _distance(one["weights"], several["weights"]) < 5e-3
+
+
+def _distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def _resumed_between_logs(rank: int, size: int) -> dict[str, Any]:
+    """A run resumed from a checkpoint that lies between two logs, beside the uninterrupted one."""
+    config = _config(rounds={"labels": "none"}, pretrain={"log_every": 3, "checkpoint_every": 2})
+    outcome = {}
+    state = None
+    for name in ("whole", "resumed"):
+        trainer, recorder = _trainer(config, Path(), Recorder(), World(rank, size), rounds=False)
+        trainer.run(state)
+        state = recorder.states[0]
+        outcome[name] = _weights(trainer)
+        outcome[f"{name}_losses"] = {step: m["loss"] for step, m in recorder.logged}
+    return outcome
+
+
+def test_ranks_resumed_between_two_logs_equal_the_uninterrupted_run() -> None:
+    for outcome in run_ranks(2, _resumed_between_logs):
+        assert _same(outcome["whole"], outcome["resumed"])
+        assert outcome["whole_losses"] == outcome["resumed_losses"]
