@@ -4,9 +4,11 @@ Invariant: a run whose actors, workers and readers do not fit is refused with a 
 starts; Ray itself would wait for ever without a word.
 """
 
+import atexit
 import contextlib
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -36,13 +38,23 @@ def start_ray() -> None:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(address="auto", **quiet)
             return
+        folder = tempfile.mkdtemp(prefix="diccae-ray-", dir=_short_folder())
+        atexit.register(_stop_embedded, folder)
         ray.init(
             address="local",
             num_cpus=(os.cpu_count() or 1) + _SPARE_CPUS,
             include_dashboard=False,
-            _temp_dir=tempfile.mkdtemp(prefix="diccae-ray-", dir=_short_folder()),
+            _temp_dir=folder,
             **quiet,
         )
+
+
+def _stop_embedded(folder: str) -> None:
+    """What a run leaves is in its own folder; Ray's logs and sockets go."""
+    import ray
+
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -91,7 +103,7 @@ def training_demands(config: TrainingConfig, clustering: ClusteringConfig | None
     workers = scale.min_workers or scale.num_workers
     demands = [
         Demand("training workers", workers, scale.cpus_per_worker, float(scale.use_gpu)),
-        Demand("Ray Data readers", workers * scale.reader_tasks, scale.reader_cpus, 0),
+        Demand("readers", workers * scale.reader_tasks, scale.reader_cpus, 0),
         Demand("Ray's own tasks", 1, 1.0, 0),
     ]
     if clustering is not None:

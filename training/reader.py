@@ -1,15 +1,19 @@
 """Batches in the planned order, decoded ahead of training.
 
-`LocalReader` decodes in this process; `RayReader` runs the same function as Ray Data tasks.
+`LocalReader` decodes in this process; `RayReader` runs the same function as Ray tasks.
 Invariant: both give the same batches, whatever the number of tasks, and start at any step.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from training.batches import Batch, BatchPlan, RowIndex, Views, WindowReader, epoch_order
+
+_STEPS_AHEAD = 4
+"""Decoded steps a task holds that training has not taken yet."""
 
 
 class EpochReads(NamedTuple):
@@ -91,83 +95,66 @@ class LocalReader:
 
 
 class RayReader:
-    """Decodes in Ray Data tasks; one data set spans all epochs, so no epoch pays a start-up."""
+    """Decodes windows in Ray tasks, ahead of training.
 
-    def __init__(self, windows: WindowPlan, tasks: int, cpus: float, prefetch: int = 4) -> None:
+    Plain tasks and not a Ray Data set: its executor runs in the process that iterates, and took
+    the interpreter lock, and two thirds of the speed, from a training thread on two cores
+    (benchmarks/reader.py). It also wants every window of every epoch before the first one.
+    """
+
+    def __init__(self, windows: WindowPlan, tasks: int, cpus: float) -> None:
+        """Args: tasks: windows decoded at the same time; cpus: what each of them reserves."""
         import ray
 
-        self.plan, self.tasks, self.cpus, self.prefetch = windows, tasks, cpus, prefetch
+        self.plan, self.tasks = windows, tasks
         self._reader = ray.put(WindowReader(windows.index, windows.seed))
+        self._decode = ray.remote(_decode_window).options(
+            name="read",
+            num_cpus=cpus,
+            num_returns="streaming",
+            max_retries=-1,
+            scheduling_strategy="DEFAULT",
+            _generator_backpressure_num_objects=_STEPS_AHEAD,
+        )
 
     def stream(self, epochs: Iterable[EpochReads]) -> Iterator[Batch]:
         """See `Reader`."""
-        return self._run([w for reads in epochs for w in self.plan.windows(reads)])
+        return self._run(w for reads in epochs for w in self.plan.windows(reads))
 
     def sweep(self, views: Views) -> Iterator[Batch]:
         """See `Reader`."""
-        return self._run(list(self.plan.sweep(views)))
+        return self._run(self.plan.sweep(views))
 
-    def _run(self, windows: list[Window]) -> Iterator[Batch]:
+    def _run(self, windows: Iterator[Window]) -> Iterator[Batch]:
         import ray
 
-        if not windows:
-            return
-        sizes = [w.positions_SVb[0].size for w in windows for _ in range(len(w.positions_SVb))]
-        context = ray.data.DataContext.get_current().copy()
-        context.execution_options.preserve_order = True
-        context.enable_progress_bars = False
-        items = [
-            {
-                "epoch": w.epoch,
-                "steps": len(w.positions_SVb),
-                "positions": w.positions_SVb.ravel(),
-                "views": list(w.views),
-            }
-            for w in windows
-        ]
-        with ray.data.DataContext.current(context):
-            dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-                _decode_window,
-                fn_kwargs={"reader": self._reader},
-                batch_size=1,
-                batch_format="numpy",
-                num_cpus=self.cpus,
-                concurrency=self.tasks,
-                zero_copy_batch=True,
-            )
-        blocks = dataset.iter_batches(
-            batch_size=None, batch_format="numpy", prefetch_batches=self.prefetch
-        )
-        yield from _regroup(blocks, sizes)
+        started: deque[Any] = deque()
+        try:
+            while True:
+                # Never more tasks than CPUs were reserved for: one that has to be run again would
+                # wait behind a later one, which waits for it to be read.
+                while _n_running(started) < self.tasks and (window := next(windows, None)):
+                    started.append(self._decode.remote(self._reader, window))
+                if not started:
+                    return
+                step = next(started[0], None)
+                if step is None:
+                    started.popleft()
+                else:
+                    yield ray.get(step)
+        finally:
+            for task in started:
+                ray.cancel(task)
 
 
-def _decode_window(batch: Batch, reader: Any) -> Iterator[Batch]:
-    """One window as a generator of blocks, one per step."""
+def _n_running(tasks: Iterable[Any]) -> int:
+    """Tasks that have not decoded all of their window yet."""
     import ray
 
-    window_reader: WindowReader = (
-        ray.get(reader) if not isinstance(reader, WindowReader) else reader
-    )
-    positions = np.asarray(batch["positions"][0]).reshape(int(batch["steps"][0]), 1, -1)
-    frames_per_clip, n_views, random = batch["views"][0]
-    views = Views(int(frames_per_clip), int(n_views), bool(random))
-    yield from window_reader.read(positions, views, int(batch["epoch"][0]))
+    ends = [task.completed() for task in tasks]
+    return len(ray.wait(ends, num_returns=len(ends), timeout=0)[1]) if ends else 0
 
 
-def _regroup(blocks: Iterable[Batch], sizes: list[int]) -> Iterator[Batch]:
-    """Blocks of any length to batches of exactly these sizes, order kept."""
-    held: list[Batch] = []
-    wanted = iter(sizes)
-    size = next(wanted, None)
-    for block in blocks:
-        held.append(block)
-        while size is not None and sum(len(b["key"]) for b in held) >= size:
-            whole = held[0] if len(held) == 1 else _concatenate(held)
-            yield {name: column[:size] for name, column in whole.items()}
-            rest = {name: column[size:] for name, column in whole.items()}
-            held = [rest] if len(rest["key"]) else []
-            size = next(wanted, None)
-
-
-def _concatenate(blocks: list[Batch]) -> Batch:
-    return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
+def _decode_window(reader: WindowReader, window: Window) -> Iterator[Batch]:
+    """The steps of one window."""
+    yield from reader.read(window.positions_SVb, window.views, window.epoch)

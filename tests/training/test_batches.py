@@ -16,7 +16,7 @@ from training.batches import (
 )
 from training.config import DataConfig
 from training.errors import TrainingError
-from training.reader import EpochReads, WindowPlan, _regroup
+from training.reader import EpochReads, WindowPlan
 from training.supervised import balanced_draws
 
 
@@ -51,7 +51,7 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
     assert not np.array_equal(first, epoch_order(index, plan, 1, 0))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
 def test_workers_together_read_the_same_global_batches(size: int) -> None:
     index, plan = _index(1024), BatchPlan.of(1024, 64, DataConfig(lanes=8))
     whole = epoch_order(index, plan, 0, 3)
@@ -95,9 +95,17 @@ def test_a_sweep_visits_every_clip_once() -> None:
     assert np.array_equal(np.sort(np.concatenate(seen)), np.arange(1003))
 
 
-def test_world_size_that_does_not_divide_the_lanes_is_refused() -> None:
-    with pytest.raises(TrainingError, match=r"data.lanes = 8 cannot be shared by 3 workers"):
-        lanes_of(0, 3, 8)
+def test_any_number_of_workers_shares_out_the_lanes() -> None:
+    for size in range(1, 9):
+        shares = [lanes_of(rank, size, 8) for rank in range(size)]
+        assert [lane for share in shares for lane in share] == list(range(8))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert BatchPlan(24, 8, 1).rows_of_workers(3) == (6, 9, 9)
+
+
+def test_more_workers_than_lanes_are_refused() -> None:
+    with pytest.raises(TrainingError, match=r"data.lanes = 8 are too few for 9 workers"):
+        lanes_of(0, 9, 8)
 
 
 def test_validation_clips_share_no_video_with_training() -> None:
@@ -126,9 +134,3 @@ def test_balanced_draws_even_out_the_classes() -> None:
     drawn = index.labels_N[balanced_draws(index, seed=0)(epoch=0)]
     assert 0.45 < drawn.mean() < 0.55
     assert index.labels_N.mean() == pytest.approx(0.1)
-
-
-def test_blocks_of_any_length_become_the_planned_batches() -> None:
-    blocks = [{"key": np.arange(a, b)} for a, b in [(0, 3), (3, 4), (4, 11), (11, 12)]]
-    batches = [b["key"].tolist() for b in _regroup(blocks, [5, 5, 2])]
-    assert batches == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]

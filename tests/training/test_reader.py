@@ -1,0 +1,104 @@
+"""Batches decoded in Ray tasks are those decoded here, whatever happens to the tasks."""
+
+import time
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+
+from pipeline.config import FeatureSpec
+from pipeline.features import encode_jpeg, fbank_payload
+from pipeline.schema import CLIPS_SCHEMA
+from pipeline.shards import ShardWriter
+from pipeline.store import FeatureStore
+from training.batches import Batch, BatchPlan, RowIndex, Views, index_rows
+from training.config import DataConfig
+from training.reader import EpochReads, LocalReader, RayReader, WindowPlan
+
+SPEC = FeatureSpec(n_frames=3, frame_size=32, fbank_frames=16, n_mels=8)
+N_CLIPS = 300
+EPOCHS = [EpochReads(0, 5, Views(1)), EpochReads(1, 0, Views(2, 2))]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> RowIndex:
+    """A store of noise, two shards."""
+    store = FeatureStore.create(str(tmp_path_factory.mktemp("reader") / "store"), SPEC)
+    rng = np.random.default_rng(0)
+    rows = []
+    for shard in range(2):
+        writer = ShardWriter(store.location, f"features/part-run-{shard:06d}-0.parquet", SPEC)
+        for number in range(N_CLIPS // 2):
+            clip_id = f"clip{shard}{number:06d}_000000"
+            images = rng.integers(0, 256, (SPEC.n_frames, 32, 32, 3), np.uint8)
+            fbank, n_valid = fbank_payload(rng.normal(size=(16, 8)), SPEC)
+            features: dict[str, Any] = {
+                "frames": [encode_jpeg(image, 95) for image in images],
+                "frame_ts_ms": [0] * SPEC.n_frames,
+                "fbank": fbank,
+                "fbank_frames": n_valid,
+            }
+            same = {"clip_id": clip_id, "row_key": f"key-{clip_id}", "label": "x", "split": "train"}
+            state = {"status": "ok", "shard": writer.name, "spec_hash": SPEC.spec_hash()}
+            rows.append({**same, **state, "row": writer.add({**same, **features})})
+        writer.publish()
+    store.append(pa.Table.from_pylist(rows, CLIPS_SCHEMA), {})
+    return index_rows(store.snapshot(), "train")
+
+
+@pytest.fixture
+def windows(index: RowIndex) -> WindowPlan:
+    data = DataConfig(lanes=4, shuffle_window=16)
+    return WindowPlan(index, BatchPlan.of(len(index), 16, data), range(1, 3), seed=3)
+
+
+def _same(found: list[Batch], expected: list[Batch]) -> bool:
+    return len(found) == len(expected) and all(
+        a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_tasks_give_the_batches_of_one_process(
+    ray_session: None, windows: WindowPlan, tasks: int
+) -> None:
+    ours, local = RayReader(windows, tasks, cpus=0.5), LocalReader(windows)
+    expected = list(local.stream(EPOCHS))
+    assert len(expected) == 2 * windows.plan.steps(N_CLIPS) - 5
+    assert _same(list(ours.stream(EPOCHS)), expected)
+    assert _same(list(ours.sweep(Views(1))), list(local.sweep(Views(1))))
+
+
+def test_a_reader_killed_on_the_way_changes_nothing(ray_session: None, windows: WindowPlan) -> None:
+    found: list[Batch] = []
+    n_killed = 0
+    for batch in RayReader(windows, 2, cpus=0.5).stream(EPOCHS):
+        found.append(batch)
+        if n_killed < 2:
+            reading = _reading()
+            for process in reading:
+                process.kill()
+            n_killed += len(reading)
+    assert n_killed, "no reader was running"
+    assert _same(found, list(LocalReader(windows).stream(EPOCHS)))
+
+
+def _reading() -> list[psutil.Process]:
+    """Processes that decode a window now; idle ones have another title."""
+    return [p for p in psutil.process_iter(["name"]) if p.info["name"].startswith("ray::read")]
+
+
+def test_reading_that_is_given_up_leaves_no_task_behind(
+    ray_session: None, windows: WindowPlan
+) -> None:
+    stream = RayReader(windows, 2, cpus=0.5).stream(EPOCHS)
+    next(stream)
+    assert _reading()
+    stream.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 10
+    while _reading():
+        assert time.monotonic() < deadline, "a reader still runs"
+        time.sleep(0.1)
