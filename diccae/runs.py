@@ -31,7 +31,7 @@ class RunFolder:
     """`<out>/` of a run."""
 
     def __init__(self, out: str | Path) -> None:
-        self.path = Path(out)
+        self.path = Path(out).resolve()  # Workers run in other folders.
 
     @property
     def record(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from training.reader import RayReader, WindowPlan
 from training.supervised import Finetuner, balanced_draws
 from training.tracking import RunHandle, Tracker
 from training.trainer import Hooks
-from training.weights import load_encoder, load_weights, save_classifier
+from training.weights import absolute_uri, load_encoder, load_weights, save_classifier
 
 CHECKPOINTS = "finetune"
 """Folder of the run that holds the checkpoints of fine-tuning."""
@@ -49,9 +49,9 @@ def finetune(
             f"{index.clip_ids_N[unlabelled[0]]}; fine-tuning needs one for every clip"
         )
     settings = {
-        "config": config.model_dump(mode="json", include=set(TrainingConfig.model_fields)),
+        "config": ray_fit.for_workers(config),
         "index": [ray.put(index)],
-        "encoder": encoder_uri,
+        "encoder": encoder_uri and absolute_uri(encoder_uri),
         "out": str(out),
         "handle": tuple(handle),
         "provenance": provenance,

@@ -19,7 +19,7 @@ from training.augment import normalise_fbank, normalise_frames
 from training.batches import Batch, RowIndex, Views, WindowReader
 from training.config import STREAMS, DataConfig, ScaleConfig
 from training.encoder import Encoder
-from training.weights import load_classifier, load_encoder
+from training.weights import absolute_uri, load_classifier, load_encoder
 
 Outputs = dict[str, NDArray[np.float32]]
 """`z.audio` [N, D], `h.audio` [N, P], `p.audio` [N, C] (softmax mean over passes), ..."""
@@ -115,7 +115,7 @@ def run_model(
 ) -> Outputs:
     """Outputs of the model for every row of the index, in its order.
 
-    Args: encoder, classifier: folders of saved models; frames: see EvaluateConfig.frames.
+    Args: encoder, classifier: folders or URIs of saved models; frames: see EvaluateConfig.frames.
     """
     import ray.data
 
@@ -125,7 +125,7 @@ def run_model(
     settings = {
         "data": data.model_dump(),
         "index": [ray.put(index)],
-        "models": (encoder, classifier),
+        "models": [uri and absolute_uri(uri) for uri in (encoder, classifier)],
         "use_gpu": scale.use_gpu,
         "threads": scale.threads_per_worker or max(1, int(scale.cpus_per_worker)),
         "n_passes": test_passes(index.spec.n_frames, data.frames_per_clip, frames),
@@ -149,7 +149,7 @@ def run_model(
 
 
 def write_vectors(index: RowIndex, outputs: Outputs, space: str, path: Path) -> None:
-    """Parquet with clip_id, label, split columns of the clips and one embedding per stream.
+    """Parquet with the clips' `id` and `label`, and one embedding per stream.
 
     Columns `audio`, `video`, `fusion` (fixed-size lists of float32), and `embedding`: the
     normalised mean of audio and video, what clustering uses.

@@ -104,7 +104,7 @@ def pretrain(
         pool = ClusterPool(clustering, widths, str(out / "rounds"), seed=config.seed)
         rounds = pool.client()
     settings = {
-        "config": config.model_dump(mode="json", include=set(TrainingConfig.model_fields)),
+        "config": ray_fit.for_workers(config),
         "index": [ray.put(data.train)],
         "rounds": rounds,
         "out": str(out),

@@ -9,15 +9,17 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from training.config import ScaleConfig
+from training.config import ScaleConfig, TrainingConfig
 from training.errors import TrainingError
 from training.trainer import World
+from training.weights import absolute_uri
 
 _STATE = "state.pt"
 _CONTROLLER_POLL_S = "0.2"
@@ -34,7 +36,8 @@ def fit(
     """Run `loop(settings)` on the workers; goes on from the newest checkpoint under `out`/`name`.
 
     Returns: what rank 0 returned.
-    Raises: the loop's own TrainingError; TrainingError for a worker that failed too often.
+    Raises: the loop's own TrainingError; TrainingError for a worker that failed too often;
+        KeyboardInterrupt.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -55,12 +58,40 @@ def fit(
         ),
     )
     try:
-        result = trainer.fit().return_value
+        result = _interruptible(trainer.fit).return_value
     except ray.train.TrainingFailedError as error:
         raise _explained(error, out) from error
     if isinstance(result, _Failure):
         raise result.error
     return result
+
+
+def for_workers(config: TrainingConfig) -> dict[str, Any]:
+    """The training config as plain values, its local paths absolute."""
+    plain = config.model_dump(mode="json", include=set(TrainingConfig.model_fields))
+    init = plain["encoder"]["init"]
+    plain["encoder"]["init"] = init and absolute_uri(init)
+    return plain
+
+
+def _interruptible(call: Callable[[], Any]) -> Any:
+    """The call's result. Ctrl-C raises KeyboardInterrupt here and leaves the call behind: in the
+    main thread Ray Train would take the signal over and end the process with a code of its own."""
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["result"] = call()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]
 
 
 def _scaling(scale: ScaleConfig) -> Any:

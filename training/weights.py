@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -363,6 +363,11 @@ def _read(uri: str) -> bytes:
             return file.read()
     except (OSError, ValueError, ImportError) as error:
         raise WeightsError(f"{uri} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def absolute_uri(uri: str) -> str:
+    """A local path made absolute, so that it means the same to workers in other folders."""
+    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
 
 
 def _exists(uri: str) -> bool:
