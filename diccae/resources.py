@@ -38,6 +38,9 @@ def start_ray() -> None:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(address="auto", **quiet)
             return
+        # Above four times this many workers Ray prints a notice to stdout; its own light actors
+        # already are more than that on two cores.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         folder = tempfile.mkdtemp(prefix="diccae-ray-", dir=_short_folder())
         atexit.register(_stop_embedded, folder)
         ray.init(

@@ -107,7 +107,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     def save(state: dict[str, Any]) -> None:
         ray_fit.report_state(state, world.rank)
 
-    hooks = Hooks(log=write, save=save, failed=failure_writer(out, world.rank))
+    hooks = Hooks(write, save, failure_writer(out, world.rank), ray_fit.leaving_notice())
     last = Finetuner(config, classifier, index, reader, world, hooks).run(state)
     if tracker is None:
         return None

@@ -195,7 +195,7 @@ def _hooks(
         if tracker is not None:
             tracker.log(step, metrics)
 
-    return Hooks(log=write, save=save, failed=failure_writer(out, world.rank))
+    return Hooks(write, save, failure_writer(out, world.rank), ray_fit.leaving_notice())
 
 
 def failure_writer(out: Path, rank: int) -> Callable[[dict[str, Any]], str]:

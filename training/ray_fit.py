@@ -171,6 +171,24 @@ def report_state(state: dict[str, Any], rank: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def leaving_notice() -> Callable[[], bool]:
+    """A function that is true once for every node of this run that is about to be taken away.
+
+    All workers call it equally often: it is a barrier.
+    """
+    import ray.train
+
+    known: set[str] = set()
+
+    def is_news() -> bool:
+        info = ray.train.get_preemption_info()
+        leaving = set(info.preempted_node_ids) - known if info is not None else set()
+        known.update(leaving)
+        return bool(leaving)
+
+    return is_news
+
+
 def newest_step(out: Path, name: str) -> int | None:
     """Step of the newest checkpoint on storage, without starting Ray; None if there is none."""
     steps = []

@@ -183,10 +183,13 @@ class Finetuner:
             interval = self.step % self.steps_per_epoch % update_steps or update_steps
             since = self.step / self.steps_per_epoch - self.tuning.confusion_after_epochs
             self.confusion.update(interval / self.steps_per_epoch, since)
+        leaving = False
         if at_epoch_end or self.step % self.config.pretrain.log_every == 0:
             self._log()
+            leaving = self.hooks.leaving()
         if at_epoch_end:
             self._average()
+        if at_epoch_end or leaving:
             self.hooks.save(self.state_dict())
 
     def _log(self) -> None:

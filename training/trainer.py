@@ -53,6 +53,8 @@ class Hooks(NamedTuple):
     """A checkpoint, on every rank at the same step."""
     failed: Callable[[dict[str, Any]], str]
     """What to keep of a step whose loss is not finite; returns where it is."""
+    leaving: Callable[[], bool] = lambda: False
+    """Whether a node has just been announced to go; asked by every rank at each log."""
 
 
 class Pretrainer:
@@ -126,13 +128,16 @@ class Pretrainer:
         confusion = self.config.confusion
         if at_epoch_end or self.step % confusion.update_steps == 0:
             self._update_confusion()
+        leaving = False
         if at_epoch_end:
             self._log()
             self._maybe_start_round()
         elif self.step % self.config.pretrain.log_every == 0:
             self._log()
-        if at_epoch_end or self.step % self.config.pretrain.checkpoint_every == 0:
-            self.hooks.save(self.state_dict())
+            leaving = self.hooks.leaving()
+        if at_epoch_end or leaving or self.step % self.config.pretrain.checkpoint_every == 0:
+            with self.meter.timed("checkpoint"):
+                self.hooks.save(self.state_dict())
 
     def _log(self) -> None:
         metrics = self.meter.flush(self.step, self.config.pretrain.batch_size)
@@ -157,12 +162,13 @@ class Pretrainer:
         self.optimizer.zero_grad(set_to_none=True)
         forward = self._whole if len(chunks) == 1 else self._cached
         embeddings, total, reconstruction = forward(chunks, labels)
-        norm = self._clip()
-        loss = total.loss.detach() + self.config.loss.reconstruction * reconstruction.detach()
-        stop_if_not_finite(self, batch, loss, norm)
-        self.optimizer.step()
-        for head, posteriors in zip(labels, total.posteriors, strict=True):
-            head.confusion.accumulate(posteriors, head.labels_B)
+        with self.meter.timed("update"):
+            norm = self._clip()
+            loss = total.loss.detach() + self.config.loss.reconstruction * reconstruction.detach()
+            stop_if_not_finite(self, batch, loss, norm)
+            self.optimizer.step()
+            for head, posteriors in zip(labels, total.posteriors, strict=True):
+                head.confusion.accumulate(posteriors, head.labels_B)
         self.meter.add({"loss": loss, "grad_norm": norm, **total.parts})
         if self.config.loss.reconstruction > 0:
             self.meter.add({"loss_reconstruction": reconstruction.detach()})
@@ -194,9 +200,9 @@ class Pretrainer:
 
     def _whole(self, chunks: list[Chunk], labels: list[Labels]) -> tuple[Embeddings, Total, Tensor]:
         views, masks = chunks[0]
-        with self.meter.timed("forward"):
-            with self._autocast():
-                embeddings, reconstruction = self.wrapped(views, self.phase, masks)
+        with self.meter.timed("forward"), self._autocast():
+            embeddings, reconstruction = self.wrapped(views, self.phase, masks)
+        with self.meter.timed("loss"):
             reconstruction = reconstruction * self.share.weight
             total = total_loss(embeddings, labels, self.config.loss, self.share)
         with self.meter.timed("backward"):
@@ -211,7 +217,7 @@ class Pretrainer:
         with self.meter.timed("forward"), torch.no_grad(), self._autocast():
             parts = [self.model(views, self.phase, masks)[0] for views, masks in chunks]
         leaves = {name: torch.cat([p[name] for p in parts]).requires_grad_() for name in parts[0]}
-        with self.meter.timed("forward"):
+        with self.meter.timed("loss"):
             total = total_loss(leaves, labels, self.config.loss, self.share)
         with self.meter.timed("backward"):
             total.loss.backward()

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from diccae.args import parse
-from diccae.config import RunConfig
+from diccae.config import RunConfig, load_config
 from diccae.screen import say
 from pipeline.config import FeatureSpec
+
+SECTIONS = ("features", "ingest")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class IngestArgs:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("ingest", IngestArgs, argv, sections=("features", "ingest"))
+    args = parse("ingest", IngestArgs, argv, SECTIONS)
     config = args.run.ingest.model_copy(
         update={
             "retry_failed": args.retry_failed or args.run.ingest.retry_failed,
@@ -45,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
             "probe": args.probe or args.run.ingest.probe,
         }
     )
-    spec = _spec(args, argv)
+    spec = wanted_spec(args, argv)
     if args.plan:
         return _plan(args, spec, config)
     from diccae.ingesting import run_ingest
@@ -67,12 +69,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _spec(args: IngestArgs, argv: Sequence[str]) -> FeatureSpec | None:
+def wanted_spec(args: IngestArgs, argv: Sequence[str]) -> FeatureSpec | None:
     """What the user asked for; None leaves it to the store."""
-    overridden = any(arg.startswith("--features.") for arg in argv)
-    if args.config is not None:
+    if "features" in load_config(args.config).model_fields_set:
         return args.run.features
-    if not overridden:
+    if not any(arg.startswith("--features.") for arg in argv):
         return None
     from pipeline.store import FeatureStore
 

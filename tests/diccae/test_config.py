@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 
 from diccae.args import parse
+from diccae.commands import ingest
 from diccae.commands.pretrain import SECTIONS, PretrainArgs
 from diccae.config import RunConfig, differing_keys, load_config, save_config
 from diccae.errors import UsageError
+from pipeline.config import FeatureSpec
+from pipeline.store import FeatureStore
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 
@@ -67,3 +70,23 @@ def test_digest_ignores_where_a_run_happens_but_not_what_it_is() -> None:
     base = RunConfig()
     assert RunConfig(scale={"num_workers": 4}).digest() == base.digest()
     assert RunConfig(seed=1).digest() != base.digest()
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "expected"),
+    [
+        ("ingest: {shard_clips: 8}", [], None),
+        ("ingest: {shard_clips: 8}", ["--features.frame-size", "64"], (3, 64)),
+        ("features: {n_frames: 5}", [], (5, 224)),
+    ],
+)
+def test_a_store_keeps_its_spec_unless_another_is_asked_for(
+    tmp_path: Path, content: str, options: list[str], expected: tuple[int, int] | None
+) -> None:
+    FeatureStore.create(str(tmp_path / "store"), FeatureSpec(n_frames=3))
+    config = tmp_path / "some.yaml"
+    config.write_text(content)
+    argv = ["--clips", "x.csv", "--store", str(tmp_path / "store"), "--config", str(config)]
+    argv += options
+    spec = ingest.wanted_spec(parse("ingest", ingest.IngestArgs, argv, ingest.SECTIONS), argv)
+    assert (spec and (spec.n_frames, spec.frame_size)) == expected

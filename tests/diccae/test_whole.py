@@ -4,44 +4,24 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "vggsound-smoke.yaml")
 BASELINE = str(ROOT / "configs" / "cavmae-smoke.yaml")
 
-
-def _command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "diccae", *arguments]
-
-
-def _diccae(*arguments: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, f"{arguments}: {done.stderr[-3000:]}"
-    return done
+Command = Callable[..., list[str]]
+Diccae = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("whole")
-
-
-@pytest.fixture(scope="module")
-def store(place: Path) -> str:
-    clips = place / "clips"
-    _diccae("synth", "--out", str(clips), "--train", "160", "--test", "48")
-    uri = str(place / "store")
-    source = ["--clips", str(clips / "clips.csv"), "--videos", str(clips / "videos")]
-    first = _diccae("ingest", *source, "--store", uri, "--config", CONFIG, "--json")
-    summary = json.loads(first.stdout)
-    assert (summary["new"], summary["ok"], summary["failed"]) == (208, 208, 0)
-    again = _diccae("ingest", *source, "--store", uri, "--config", CONFIG, "--json")
-    assert json.loads(again.stdout)["unchanged"] == 208
-    return uri
 
 
 def _lines(path: Path) -> list[dict[str, float]]:
@@ -50,34 +30,38 @@ def _lines(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 
-def _kill_after_checkpoint(command: list[str], out: Path) -> int:
-    """SIGKILL the driver once a checkpoint is on storage and steps go on. Returns: its step."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def _stop_after_checkpoint(command: list[str], out: Path, with_signal: signal.Signals) -> int:
+    """Send the driver a signal once a checkpoint is on storage. Returns: its exit code."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=out.parent
+    )
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         assert process.poll() is None, "ended before it could be killed"
         if any((out / "pretrain").glob("checkpoint_*/state.pt")):
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return int(_lines(out / "metrics.jsonl")[-1]["step"])
+            process.send_signal(with_signal)
+            return process.wait(60)
         time.sleep(0.1)
     raise AssertionError("no checkpoint in time")
 
 
-def test_killed_pretraining_goes_on_and_the_run_is_finished(place: Path, store: str) -> None:
+def test_killed_pretraining_goes_on_and_the_run_is_finished(
+    place: Path, store: str, command: Command, diccae: Diccae
+) -> None:
     out = place / "run"
-    arguments = ["pretrain", "--config", CONFIG, "--store", store, "--out", str(out)]
-    arguments += ["--pretrain.log-every", "1", "--pretrain.epochs", "6"]
-    killed_at = _kill_after_checkpoint(_command(*arguments), out)
-    resumed = _diccae(*arguments)
+    arguments = ["pretrain", "--config", CONFIG, "--store", os.path.relpath(store, place)]
+    arguments += ["--out", "run", "--pretrain.log-every", "1", "--pretrain.epochs", "6"]
+    assert _stop_after_checkpoint(command(*arguments), out, signal.SIGKILL) == -signal.SIGKILL
+    killed_at = int(_lines(out / "metrics.jsonl")[-1]["step"])
+    resumed = diccae(*arguments, cwd=place)
     assert "going on with the run" in resumed.stderr
     steps = [int(line["step"]) for line in _lines(out / "metrics.jsonl")]
     assert steps == list(range(1, 31)), f"killed at {killed_at}"
     assert any("clustering/nmi" in line for line in _lines(out / "metrics.jsonl"))
 
-    _diccae("finetune", "--out", str(out))
-    _diccae("evaluate", "--out", str(out))
-    page = Path(_diccae("report", "--out", str(out)).stdout.strip())
+    diccae("finetune", "--out", "run", cwd=place)
+    diccae("evaluate", "--out", "run", cwd=place)
+    page = Path(diccae("report", "--out", "run", cwd=place).stdout.strip())
     assert page.stat().st_size > 50_000
     results = json.loads((out / "results.json").read_text())
     for name in ("top1", "top5", "probe"):
@@ -102,11 +86,13 @@ def _check_mlflow(out: Path) -> None:
     assert sorted(history) == list(range(1, 31)), "gaps or doubles"
 
 
-def test_another_config_in_the_same_folder_is_refused_by_key(place: Path, store: str) -> None:
+def test_another_config_in_the_same_folder_is_refused_by_key(
+    place: Path, store: str, command: Command
+) -> None:
     out = place / "run"
     assert out.exists()
     done = subprocess.run(
-        _command("pretrain", "--config", BASELINE, "--store", store, "--out", str(out)),
+        command("pretrain", "--config", BASELINE, "--store", store, "--out", str(out)),
         capture_output=True,
         text=True,
         timeout=100,
@@ -115,21 +101,62 @@ def test_another_config_in_the_same_folder_is_refused_by_key(place: Path, store:
     assert "loss.reconstruction: 0.0 -> 1.0" in done.stderr
 
 
-def test_baseline_recipe_runs_and_dry_run_says_what_it_costs(place: Path, store: str) -> None:
+def test_baseline_recipe_is_interrupted_and_goes_on(
+    place: Path, store: str, command: Command, diccae: Diccae
+) -> None:
     out = place / "baseline"
     arguments = ["pretrain", "--config", BASELINE, "--store", store, "--out", str(out)]
-    dry = _diccae(*arguments, "--dry-run").stdout
+    dry = diccae(*arguments, "--dry-run").stdout
     for name in ("parameters", "forward per clip", "memory per device", "steps", "estimated time"):
         assert name in dry
     assert not out.exists()
-    _diccae(*arguments)
+    assert _stop_after_checkpoint(command(*arguments), out, signal.SIGINT) == 130
+    diccae(*arguments)
     last = _lines(out / "metrics.jsonl")[-1]
     assert last["loss_reconstruction"] > 0
     assert "loss_confusion" not in last
     assert not any(name.startswith("clustering/") for name in last)
 
 
-def test_what_cannot_work_is_said_before_the_cluster_is_used(place: Path, store: str) -> None:
+def test_workers_that_die_are_replaced_and_nothing_changes(
+    place: Path, store: str, command: Command, diccae: Diccae
+) -> None:
+    """Three workers on four lanes: shares of unequal size, and one worker lost on the way."""
+    arguments = ["pretrain", "--config", CONFIG, "--store", store, "--pretrain.log-every", "1"]
+    arguments += ["--scale.num-workers", "3", "--scale.cpus-per-worker", "0.2"]
+    arguments += ["--scale.reader-cpus", "0.1", "--scale.threads-per-worker", "1"]
+    diccae(*arguments, "--out", str(place / "undisturbed"))
+
+    out = place / "disturbed"
+    process = subprocess.Popen(
+        command(*arguments, "--out", str(out)), stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 200
+    while not any((out / "pretrain").glob("checkpoint_*/state.pt")):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline, "no checkpoint in time"
+        time.sleep(0.05)
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "RayTrainWorker" in child.name() or "RayTrainWorker" in " ".join(child.cmdline())
+    ]
+    assert len(workers) == 3
+    workers[1].kill()
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said[-3000:]
+    weights = [
+        (place / name / "encoder" / "encoder.safetensors").read_bytes()
+        for name in ("undisturbed", "disturbed")
+    ]
+    assert weights[0] == weights[1]
+    steps = [int(line["step"]) for line in _lines(out / "metrics.jsonl")]
+    assert steps == list(range(1, 16))
+
+
+def test_what_cannot_work_is_said_before_the_cluster_is_used(
+    place: Path, store: str, command: Command
+) -> None:
     arguments = ["pretrain", "--config", CONFIG, "--store", store, "--out", str(place / "bad")]
     for change, said in (
         (["--clustering.k", "4000"], "clustering.k = 4000"),
@@ -138,7 +165,7 @@ def test_what_cannot_work_is_said_before_the_cluster_is_used(place: Path, store:
         (["--pretrain.batch-size", "400"], "only 160 clips"),
     ):
         done = subprocess.run(
-            _command(*arguments, *change),
+            command(*arguments, *change),
             capture_output=True,
             text=True,
             timeout=100,

@@ -100,7 +100,7 @@ def _metrics(folder: Path) -> None:
         line |= {"loss_intra": 1.1 * np.exp(-2 * t), "accuracy_instance": 1 - np.exp(-4 * t)}
         line |= {"lr": 2e-4 * min(1, 8 * t) * (1 - 0.9 * t), "grad_norm": 3 * np.exp(-t) + 0.2}
         line |= {"clips_per_s": 830 + 40 * np.sin(step / 30), "time/data_wait": 0.002}
-        line |= {"time/forward": 0.11, "time/backward": 0.19, "time/gather": 0.004}
+        line |= {"time/forward": 0.11, "time/backward": 0.19, "time/loss": 0.004}
         line |= {"time/push": 0.003, "time/stall": 0.001}
         if step > 400:
             line |= {"loss_class_alignment": 1.3 * np.exp(-t), "loss_confusion": 0.9 * np.exp(-t)}

@@ -131,6 +131,15 @@ def _copy_rounds(source: Path, target: Path, state: dict[str, Any]) -> None:
         shutil.copytree(source / name, target / name)
 
 
+def test_a_node_that_is_announced_to_go_costs_no_steps(tmp_path: Path) -> None:
+    config = _config(pretrain={"log_every": 1, "checkpoint_every": 100}, rounds={"labels": "none"})
+    trainer, recorder = _trainer(config, tmp_path, rounds=False)
+    answers = iter([False, True])
+    trainer.hooks = trainer.hooks._replace(leaving=lambda: next(answers, False))
+    trainer.run()
+    assert [state["step"] for state in recorder.states] == [2, 3, 6, 9]
+
+
 def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
     first, _ = _trainer(_config(), tmp_path / "a")
     second, _ = _trainer(_config().model_copy(update={"seed": 1}), tmp_path / "b")

@@ -102,7 +102,10 @@ class Share(NamedTuple):
     seconds: float
 
 
-_STEP_PARTS = ("data_wait", "forward", "gather", "backward", "push", "stall")
+_STEP_PARTS = (
+    "data_wait", "augment", "forward", "loss", "backward", "update", "push", "stall", "checkpoint"
+)  # fmt: skip
+"""In the order of a step; `loss` holds the gather of embeddings, `update` the wait for a GPU."""
 
 
 def step_seconds(metrics: list[dict[str, Any]]) -> list[Share]:
