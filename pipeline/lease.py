@@ -23,6 +23,8 @@ from pipeline.errors import StoreLocked
 from pipeline.storage import Location
 
 _FOLDER = "lease"
+_ended: set[str] = set()
+"""Owners of leases that this process has given up."""
 
 
 class Lease:
@@ -62,8 +64,11 @@ class Lease:
         self._stop.set()
         self._thread.join()
         if self._lost is None and self._newest() == self._generation:
-            # The file stays, released: the next generation must be a higher one.
-            self._location.write_bytes(_name(self._generation), self._stamp(released=True))
+            _ended.add(self._me["owner"])
+            # The file stays, released: the next generation must be a higher one. Where the disk is
+            # full it stays as it is, and the end of this process releases it.
+            with contextlib.suppress(OSError):
+                self._location.write_bytes(_name(self._generation), self._stamp(released=True))
 
     def check(self) -> None:
         """Raises: StoreLocked if another process has taken the lease over."""
@@ -96,7 +101,7 @@ class Lease:
             return None
 
     def _is_alive(self, generation: int, holder: dict[str, Any]) -> bool:
-        if holder["released"]:
+        if holder["released"] or holder["owner"] in _ended:
             return False
         if holder["host"] == self._me["host"]:
             return _same_process(holder["pid"], holder["pid_started"])

@@ -4,6 +4,7 @@ Knows nothing of features or clips. Invariant: what `publish` and `write_bytes` 
 appears there whole or not at all.
 """
 
+import contextlib
 import os
 import uuid
 from datetime import datetime
@@ -57,11 +58,16 @@ class Location:
         if self.is_local:
             scratch = self.join(f"{name}.{uuid.uuid4().hex}.tmp")
             os.makedirs(os.path.dirname(scratch), exist_ok=True)
-            with open(scratch, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, self.join(name))
+            try:
+                with open(scratch, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(scratch, self.join(name))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.unlink(scratch)
+                raise
         else:
             self.fs.pipe_file(self.join(name), data)
 

@@ -15,6 +15,7 @@ _RAY_ENV = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
     "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_worker_maximum_startup_concurrency": "16",
     "RAY_AIR_NEW_OUTPUT": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",

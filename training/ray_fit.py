@@ -58,7 +58,7 @@ def fit(
         ),
     )
     try:
-        result = _interruptible(trainer.fit).return_value
+        result = interruptible(trainer.fit).return_value
     except ray.train.TrainingFailedError as error:
         raise _explained(error, out) from error
     if isinstance(result, _Failure):
@@ -74,7 +74,7 @@ def for_workers(config: TrainingConfig) -> dict[str, Any]:
     return plain
 
 
-def _interruptible(call: Callable[[], Any]) -> Any:
+def interruptible(call: Callable[[], Any]) -> Any:
     """The call's result. Ctrl-C raises KeyboardInterrupt here and leaves the call behind: in the
     main thread Ray Train would take the signal over and end the process with a code of its own."""
     outcome: dict[str, Any] = {}

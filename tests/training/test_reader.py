@@ -1,18 +1,13 @@
 """Batches decoded in Ray tasks are those decoded here, whatever happens to the tasks."""
 
 import time
-from typing import Any
 
 import numpy as np
 import psutil
-import pyarrow as pa
 import pytest
+from support.stores import noise_store
 
 from pipeline.config import FeatureSpec
-from pipeline.features import encode_jpeg, fbank_payload
-from pipeline.schema import CLIPS_SCHEMA
-from pipeline.shards import ShardWriter
-from pipeline.store import FeatureStore
 from training.batches import Batch, BatchPlan, RowIndex, Views, index_rows
 from training.config import DataConfig
 from training.reader import EpochReads, LocalReader, RayReader, WindowPlan
@@ -24,27 +19,7 @@ EPOCHS = [EpochReads(0, 5, Views(1)), EpochReads(1, 0, Views(2, 2))]
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> RowIndex:
-    """A store of noise, two shards."""
-    store = FeatureStore.create(str(tmp_path_factory.mktemp("reader") / "store"), SPEC)
-    rng = np.random.default_rng(0)
-    rows = []
-    for shard in range(2):
-        writer = ShardWriter(store.location, f"features/part-run-{shard:06d}-0.parquet", SPEC)
-        for number in range(N_CLIPS // 2):
-            clip_id = f"clip{shard}{number:06d}_000000"
-            images = rng.integers(0, 256, (SPEC.n_frames, 32, 32, 3), np.uint8)
-            fbank, n_valid = fbank_payload(rng.normal(size=(16, 8)), SPEC)
-            features: dict[str, Any] = {
-                "frames": [encode_jpeg(image, 95) for image in images],
-                "frame_ts_ms": [0] * SPEC.n_frames,
-                "fbank": fbank,
-                "fbank_frames": n_valid,
-            }
-            same = {"clip_id": clip_id, "row_key": f"key-{clip_id}", "label": "x", "split": "train"}
-            state = {"status": "ok", "shard": writer.name, "spec_hash": SPEC.spec_hash()}
-            rows.append({**same, **state, "row": writer.add({**same, **features})})
-        writer.publish()
-    store.append(pa.Table.from_pylist(rows, CLIPS_SCHEMA), {})
+    store = noise_store(tmp_path_factory.mktemp("reader") / "store", SPEC, N_CLIPS)
     return index_rows(store.snapshot(), "train")
 
 

@@ -1,0 +1,18 @@
+"""What tests of whole runs share: the smoke config and the lines a run leaves.
+
+Knows nothing of how a run is started.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SMOKE = str(CONFIGS / "vggsound-smoke.yaml")
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; none before it is there."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]

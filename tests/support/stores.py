@@ -1,0 +1,47 @@
+"""A feature store without clips: rows of noise, written as an ingest would.
+
+Knows nothing of decoding. Invariant: equal arguments give equal features.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import FeatureSpec
+from pipeline.features import encode_jpeg, fbank_payload
+from pipeline.schema import CLIPS_SCHEMA
+from pipeline.shards import ShardWriter
+from pipeline.store import FeatureStore
+
+N_SHARDS = 2
+
+
+def noise_store(folder: Path, spec: FeatureSpec, n_clips: int) -> FeatureStore:
+    """n clips of the train split, of classes "class 0" to "class 3", in two shards."""
+    store = FeatureStore.create(str(folder), spec)
+    rng = np.random.default_rng(0)
+    rows = []
+    for shard in range(N_SHARDS):
+        writer = ShardWriter(store.location, f"features/part-run-{shard:06d}-0.parquet", spec)
+        for number in range(n_clips // N_SHARDS):
+            clip_id = f"clip{shard}{number:06d}_000000"
+            size = (spec.n_frames, spec.frame_size, spec.frame_size, 3)
+            images = rng.integers(0, 256, size, np.uint8)
+            noise = rng.normal(size=(spec.fbank_frames, spec.n_mels))
+            fbank, n_valid = fbank_payload(noise, spec)
+            features: dict[str, Any] = {
+                "frames": [encode_jpeg(image, 95) for image in images],
+                "frame_ts_ms": [0] * spec.n_frames,
+                "fbank": fbank,
+                "fbank_frames": n_valid,
+            }
+            label = f"class {number % 4}"
+            same = {"clip_id": clip_id, "row_key": f"key-{clip_id}", "label": label}
+            same["split"] = "train"
+            state = {"status": "ok", "shard": writer.name, "spec_hash": spec.spec_hash()}
+            rows.append({**same, **state, "row": writer.add({**same, **features})})
+        writer.publish()
+    store.append(pa.Table.from_pylist(rows, CLIPS_SCHEMA), {})
+    return store
