@@ -41,6 +41,7 @@ def start_ray() -> None:
         # Above four times this many workers Ray prints a notice to stdout; its own light actors
         # already are more than that on two cores.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # Nobody preempts us.
         folder = tempfile.mkdtemp(prefix="diccae-ray-", dir=_short_folder())
         atexit.register(_stop_embedded, folder)
         ray.init(
