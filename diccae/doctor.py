@@ -248,13 +248,13 @@ print(decord.__version__, *worked)
 _CODEC_OF = {"libx264": "h264", "libx265": "hevc", "libvpx-vp9": "vp9", "libsvtav1": "av1"}
 
 
-@_never_raises("decord", "reinstall decord, or ingest with --spec.decoder pyav (slower)")
+@_never_raises("decord", "reinstall decord, or ingest with --features.decoder pyav (slower)")
 def check_decord() -> Check:
     """What decord's own ffmpeg decodes, tried on clips made here; PyAV takes the rest."""
     version, *worked = _run(_DECORD, 120, env={"SVT_LOG": "0"}).split()
     names = [_CODEC_OF[name] for name in worked]
     if "h264" not in names:
-        hint = "reinstall decord, or ingest with --spec.decoder pyav (slower)"
+        hint = "reinstall decord, or ingest with --features.decoder pyav (slower)"
         return Check("decord", False, f"decord {version} cannot decode h264", hint)
     rest = [name for name in _CODEC_OF.values() if name not in names]
     through = f"; through PyAV: {', '.join(rest)}" if rest else ""

@@ -5,7 +5,7 @@ once, and a second plan over a store that followed the first one is empty.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -58,62 +58,89 @@ def make_plan(sources: pa.Table, states: pa.Table, spec_hash: str, config: Inges
     position = at.combine_chunks().fill_null(-1).to_numpy()
     is_known = position >= 0
     before = states.take(np.maximum(position, 0)) if len(states) else None
-
-    has_file = pc.is_valid(sources["fp"]).to_numpy()
-    if before is None:
-        was_missing = same_file = same_spec = same_words = same_place = ~has_file & False
-        was_failed = retry = same_file
-        attempts = np.zeros(len(sources), np.int32)
-    else:
-        reason = before["reason"].fill_null("")
-        was_missing = is_known & _true(pc.equal(reason, Reason.MISSING))
-        was_failed = is_known & _true(pc.equal(before["status"], "failed"))
-        same_file = is_known & _same_file(sources, before)
-        same_spec = _true(pc.equal(before["spec_hash"], spec_hash))
-        same_words = _same(sources, before, "label") & _same(sources, before, "split")
-        same_place = _same(sources, before, "uri")
-        attempts = before["attempts"].fill_null(0).to_numpy()
-        retry = was_failed & _to_retry(reason, attempts, config)
-
-    # Exactly one of these holds for each source clip.
-    new = ~is_known | (was_missing & has_file)
-    gone = is_known & ~was_missing & ~has_file
-    rest = is_known & ~new & ~gone
-    changed = rest & ~was_missing & ~same_file
-    spec_changed = rest & ~was_missing & same_file & ~same_spec
-    retried = rest & ~was_missing & same_file & same_spec & retry
-    kept = rest & ~changed & ~spec_changed & ~retried
-    reworded = kept & ~same_words
-    moved = kept & same_words & ~same_place
+    kinds = _classify(sources, before, is_known, spec_hash, config)
 
     unlisted = np.ones(len(states), bool)
     unlisted[position[is_known]] = False
-    n_removed = int(gone.sum() + unlisted.sum())
+    n_removed = int(kinds.gone.sum() + unlisted.sum())
     _refuse_mass_removal(n_removed, states, config)
 
     why = np.select(
-        [new & has_file, changed, spec_changed, retried],
+        [kinds.new & kinds.has_file, kinds.changed, kinds.spec_changed, kinds.retried],
         ["new", "changed", "spec_changed", "retried"],
         "",
     )
     todo = np.flatnonzero(why != "")
+    attempts = np.zeros(len(sources), np.int32)
+    if before is not None:
+        attempts = np.where(kinds.retried, before["attempts"].fill_null(0).to_numpy(), 0)
     return Plan(
         todo=sources.take(todo)
         .append_column("why", pa.array(why[todo].tolist(), pa.string()))
-        .append_column("attempts", pa.array(np.where(retried, attempts, 0)[todo], pa.int32()))
+        .append_column("attempts", pa.array(attempts[todo], pa.int32()))
         .append_column("known_hash", _known_hash(sources, before).take(pa.array(todo))),
-        missing=sources.filter(pa.array(gone | (new & ~has_file))),
-        restated=sources.filter(pa.array(reworded | moved)),
+        missing=sources.filter(pa.array(kinds.gone | (kinds.new & ~kinds.has_file))),
+        restated=sources.filter(pa.array(kinds.reworded | kinds.moved)),
         removed_ids=states["clip_id"].filter(pa.array(unlisted)).to_pylist(),
         counts={
-            "new": int(new.sum()),
-            "changed": int(changed.sum() + reworded.sum()),
-            "spec_changed": int(spec_changed.sum()),
+            "new": int(kinds.new.sum()),
+            "changed": int(kinds.changed.sum() + kinds.reworded.sum()),
+            "spec_changed": int(kinds.spec_changed.sum()),
             "removed": n_removed,
-            "unchanged": int(kept.sum() - reworded.sum()),
-            "retried": int(retried.sum()),
+            "unchanged": int(kinds.kept.sum() - kinds.reworded.sum()),
+            "retried": int(kinds.retried.sum()),
         },
     )
+
+
+class _Kinds(NamedTuple):
+    """Masks over the source clips."""
+
+    has_file: np.ndarray
+    # Exactly one of these six holds for each clip.
+    new: np.ndarray
+    gone: np.ndarray
+    changed: np.ndarray
+    spec_changed: np.ndarray
+    retried: np.ndarray
+    kept: np.ndarray
+    # Parts of `kept`.
+    reworded: np.ndarray
+    moved: np.ndarray
+
+
+def _classify(
+    sources: pa.Table,
+    before: pa.Table | None,
+    is_known: np.ndarray,
+    spec_hash: str,
+    config: IngestConfig,
+) -> _Kinds:
+    """What became of each source clip. Args: before: its row in the store, where it is known."""
+    has_file = pc.is_valid(sources["fp"]).to_numpy()
+    nowhere = np.zeros(len(sources), bool)
+    if before is None:
+        return _Kinds(has_file, ~nowhere, *[nowhere] * 7)
+    reason = before["reason"].fill_null("")
+    was_missing = is_known & _true(pc.equal(reason, Reason.MISSING))
+    was_failed = is_known & _true(pc.equal(before["status"], "failed"))
+    same_file = _same_file(sources, before)
+    same_spec = _true(pc.equal(before["spec_hash"], spec_hash))
+    same_words = _same(sources, before, "label") & _same(sources, before, "split")
+    attempts = before["attempts"].fill_null(0).to_numpy()
+
+    new = ~is_known | (was_missing & has_file)
+    gone = is_known & ~was_missing & ~has_file
+    rest = is_known & ~new & ~gone
+    decoded = rest & ~was_missing
+    changed = decoded & ~same_file
+    spec_changed = decoded & same_file & ~same_spec
+    retry = was_failed & _to_retry(reason, attempts, config)
+    retried = decoded & same_file & same_spec & retry
+    kept = rest & ~changed & ~spec_changed & ~retried
+    reworded = kept & ~same_words
+    moved = kept & same_words & ~_same(sources, before, "uri")
+    return _Kinds(has_file, new, gone, changed, spec_changed, retried, kept, reworded, moved)
 
 
 def _true(mask: pa.ChunkedArray) -> np.ndarray:

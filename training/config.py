@@ -282,7 +282,7 @@ class ScaleConfig(Frozen):
     threads_per_worker: int | None = Field(None, ge=1)
     """Torch threads of a CPU worker; None: its CPUs, at least 1."""
     reader_tasks: int = Field(1, ge=1)
-    """Ray Data tasks that read and decode for one worker."""
+    """Ray tasks that read and decode for one worker."""
     reader_cpus: float = Field(0.5, gt=0)
     """CPUs one of these tasks reserves."""
     max_failures: int = Field(3, ge=-1)

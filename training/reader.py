@@ -99,7 +99,7 @@ class RayReader:
 
     Plain tasks and not a Ray Data set: its executor runs in the process that iterates, and took
     the interpreter lock, and two thirds of the speed, from a training thread on two cores
-    (benchmarks/reader.py). It also wants every window of every epoch before the first one.
+    (benchmarks/reader_in_training.py). It also wants every window of all epochs beforehand.
     """
 
     def __init__(self, windows: WindowPlan, tasks: int, cpus: float) -> None:
