@@ -23,6 +23,7 @@ from pipeline.lease import Lease
 from pipeline.plan import STATE_COLUMNS, Plan, make_plan
 from pipeline.reasons import Reason
 from pipeline.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
+from pipeline.shards import discard_unfinished
 from pipeline.sources import list_sources, read_entries, sha256_of
 from pipeline.store import FeatureStore
 
@@ -223,11 +224,13 @@ class _Run:
         from pipeline.ray_run import run_shards
 
         decode_started = time.monotonic()
+        discard_unfinished(self.store.location)
         try:
             for states in run_shards(self.store.uri, todo, self.spec, self.config, self.run_id):
                 self._take(states)
                 self._report(decode_started)
         finally:
+            discard_unfinished(self.store.location)
             self._commit()
         self._report(decode_started)
 

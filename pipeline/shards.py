@@ -25,6 +25,16 @@ _COMPRESSION = {
 } | {"frames.list.element": "NONE", "frame_ts_ms.list.element": "ZSTD"}
 
 
+_UNFINISHED = ".part-"
+
+
+def discard_unfinished(location: Location) -> None:
+    """Delete what writers that were killed left in a local store; only for who holds its lease."""
+    for entry in location.ls("features") if location.is_local else []:
+        if os.path.basename(entry["name"]).startswith(_UNFINISHED):
+            Path(entry["name"]).unlink(missing_ok=True)
+
+
 class ShardWriter:
     """Writes rows to a temporary file, row group by row group; `publish` makes it a shard."""
 
@@ -34,7 +44,7 @@ class ShardWriter:
         folder = os.path.dirname(location.join(name)) if location.is_local else None
         if folder:
             os.makedirs(folder, exist_ok=True)
-        handle, self._scratch = tempfile.mkstemp(prefix=".part-", suffix=".tmp", dir=folder)
+        handle, self._scratch = tempfile.mkstemp(prefix=_UNFINISHED, suffix=".tmp", dir=folder)
         os.close(handle)
         self._writer = pq.ParquetWriter(
             self._scratch,

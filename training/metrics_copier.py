@@ -127,6 +127,8 @@ class MetricsCopier:
     def _run(self) -> None:
         failures = 0
         while not self._gave_up:
+            # Asked before copying: a line written before the end may be missed by a copy before it.
+            ending = self._closing.is_set()
             self._wake.clear()
             try:
                 self._copy()
@@ -136,7 +138,7 @@ class MetricsCopier:
             except Exception as error:
                 self._report(error)
                 failures += 1
-            if self._closing.is_set() and (failures == 0 or time.monotonic() > self._deadline):
+            if ending and (failures == 0 or time.monotonic() > self._deadline):
                 return
             self._pause(failures)
 
@@ -147,7 +149,7 @@ class MetricsCopier:
                 time.sleep(max(0.0, min(wait_s, 1.0, self._deadline - time.monotonic())))
             else:
                 self._closing.wait(wait_s)
-        else:
+        elif not self._closing.is_set():
             self._wake.wait()
             self._closing.wait(_COALESCE_S)
 
