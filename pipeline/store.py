@@ -190,7 +190,19 @@ class FeatureStore:
             ) from error
 
     def append(self, rows: pa.Table, about: dict[str, Any]) -> int:
-        """Commit clips rows (seq is set here; a clip at most once). Returns the new version."""
+        """Commit clips rows (seq is set here; a clip at most once). Returns the new version.
+
+        Raises: StoreError if the storage refuses; nothing of these rows is committed then.
+        """
+        try:
+            return self._append(rows, about)
+        except (DeltaError, OSError) as error:
+            raise StoreError(
+                f"{self.uri}: a commit failed ({error}). What was committed before is kept. Mend "
+                "the storage, then run the same again."
+            ) from error
+
+    def _append(self, rows: pa.Table, about: dict[str, Any]) -> int:
         if self._table is None:
             self._table = self._load()
         self._table.update_incremental()
