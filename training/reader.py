@@ -97,9 +97,9 @@ class LocalReader:
 class RayReader:
     """Decodes windows in Ray tasks, ahead of training.
 
-    Plain tasks and not a Ray Data set: its executor runs in the process that iterates, and took
-    the interpreter lock, and two thirds of the speed, from a training thread on two cores
-    (benchmarks/reader_in_training.py). It also wants every window of all epochs beforehand.
+    Plain tasks and not a Ray Data set: iterated in a Ray Train worker on two cores, its scheduler
+    never rested, and the same pretraining ran at a third of the speed (benchmarks/README.md). It
+    also wants every window of all epochs beforehand.
     """
 
     def __init__(self, windows: WindowPlan, tasks: int, cpus: float) -> None:
