@@ -1,7 +1,8 @@
 """Clips inside tar parts, as VGGSound is published: read as streams, never unpacked.
 
-Knows nothing of decoding or of the clips table. Invariant: damage in a part costs the clips behind
-it and no other; a part that did not change is read through once to learn what is in it.
+Knows nothing of decoding or of the clips table. Invariant: damage in a part costs the clips from
+10 KB before it on (a part is read in such blocks) and no other; a part that did not change is read
+through once to learn what is in it.
 """
 
 import gzip

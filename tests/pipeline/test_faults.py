@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pyarrow.compute as pc
 import pytest
+from support.processes import kill
 
 from pipeline.config import FeatureSpec
 from pipeline.errors import PipelineError, StoreError, StoreLocked
@@ -119,11 +120,8 @@ def test_actor_and_decode_child_killed_cost_nothing_but_time(source, undisturbed
 
     def kill_one(progress):
         name = ("ray::MapWorker", "pipeline.sandbox")[len(killed) % 2]
-        for process in psutil.Process().children(recursive=True):
-            if len(killed) < 4 and name in " ".join(process.cmdline()):
-                process.kill()
-                killed.append(name)
-                return
+        if len(killed) < 4 and kill(name, at_most=1):
+            killed.append(name)
 
     summary = source.ingest(
         source.spec, kill_one, shard_clips=4, commit_shards=1, max_failed_frac=1.0

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from support.processes import kill
 from support.stores import noise_store
 
 from clustering.config import ClusteringConfig
@@ -60,16 +60,13 @@ def _pretrain(store: str, out: Path) -> tuple[bytes, list[dict[str, Any]]]:
     return (out / "encoder" / "encoder.safetensors").read_bytes(), [json.loads(x) for x in lines]
 
 
-def _kill_a_worker(out: Path, killed: list[int]) -> None:
+def _kill_a_worker(out: Path, killed: threading.Event) -> None:
     """SIGKILL one of the training workers once steps are taken and a checkpoint is written."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not killed:
+    while time.monotonic() < deadline and not killed.is_set():
         time.sleep(0.02)
-        if any((out / "pretrain").glob("checkpoint_*/state.pt")):
-            for process in psutil.Process().children(recursive=True):
-                if "RayTrainWorker" in process.name() and not killed:
-                    process.kill()
-                    killed.append(process.pid)
+        if any((out / "pretrain").glob("checkpoint_*/state.pt")) and kill("RayTrainWorker", 1):
+            killed.set()
 
 
 def test_an_interrupt_ends_the_wait_and_not_only_the_training() -> None:
@@ -98,13 +95,13 @@ def test_a_worker_that_dies_costs_no_bit_of_the_result(
     ray_session: None, store: str, tmp_path: Path
 ) -> None:
     weights, metrics = _pretrain(store, tmp_path / "undisturbed")
-    killed: list[int] = []
+    killed = threading.Event()
     out = tmp_path / "disturbed"
     killer = threading.Thread(target=_kill_a_worker, args=(out, killed), daemon=True)
     killer.start()
     again, resumed = _pretrain(store, out)
     killer.join()
-    assert killed, "no worker was there to be killed"
+    assert killed.is_set(), "no worker was there to be killed"
     assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
     assert any("clustering/inertia" in line for line in metrics)
     for a, b in zip(metrics, resumed, strict=True):

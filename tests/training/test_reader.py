@@ -3,8 +3,8 @@
 import time
 
 import numpy as np
-import psutil
 import pytest
+from support.processes import below, kill
 from support.stores import noise_store
 
 from pipeline.config import FeatureSpec
@@ -14,6 +14,8 @@ from training.reader import EpochReads, LocalReader, RayReader, WindowPlan
 
 SPEC = FeatureSpec(n_frames=3, frame_size=32, fbank_frames=16, n_mels=8)
 N_CLIPS = 300
+READING = "ray::read"
+"""Title of a process that decodes a window now; idle ones have another."""
 EPOCHS = [EpochReads(0, 5, Views(1)), EpochReads(1, 0, Views(2, 2))]
 
 
@@ -53,17 +55,9 @@ def test_a_reader_killed_on_the_way_changes_nothing(ray_session: None, windows: 
     for batch in RayReader(windows, 2, cpus=0.5).stream(EPOCHS):
         found.append(batch)
         if n_killed < 2:
-            reading = _reading()
-            for process in reading:
-                process.kill()
-            n_killed += len(reading)
+            n_killed += kill(READING)
     assert n_killed, "no reader was running"
     assert _same(found, list(LocalReader(windows).stream(EPOCHS)))
-
-
-def _reading() -> list[psutil.Process]:
-    """Processes that decode a window now; idle ones have another title."""
-    return [p for p in psutil.process_iter(["name"]) if p.info["name"].startswith("ray::read")]
 
 
 def test_reading_that_is_given_up_leaves_no_task_behind(
@@ -71,9 +65,9 @@ def test_reading_that_is_given_up_leaves_no_task_behind(
 ) -> None:
     stream = RayReader(windows, 2, cpus=0.5).stream(EPOCHS)
     next(stream)
-    assert _reading()
+    assert below(READING)
     stream.close()  # type: ignore[attr-defined]
     deadline = time.monotonic() + 10
-    while _reading():
+    while below(READING):
         assert time.monotonic() < deadline, "a reader still runs"
         time.sleep(0.1)
