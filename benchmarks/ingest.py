@@ -122,11 +122,17 @@ def single_clips(folder: Path, n_clips: int, rounds: int) -> None:
         )
 
 
-def pool_worker(tasks: multiprocessing.Queue, done: multiprocessing.Queue, *arguments: str) -> None:
+def pool_worker(
+    tasks: multiprocessing.Queue,
+    done: multiprocessing.Queue,
+    store: str,
+    spec: FeatureSpec,
+    config: IngestConfig,
+) -> None:
     """A process of the plain pool: shards from one queue, times to the other."""
     from pipeline.worker import ShardDecoder
 
-    decoder = ShardDecoder(*arguments)
+    decoder = ShardDecoder(store, spec, config, "pool", fbank_function(spec))
     while (task := tasks.get()) is not None:
         index, clips = task
         n_clips = sum(len(states) for states in decoder.decode(index, clips))
@@ -151,9 +157,8 @@ def run_pool(csv: str, videos: str, spec: FeatureSpec, config: IngestConfig) -> 
     for task in (*enumerate(shards), *([None] * n_workers)):
         tasks.put(task)
     with tempfile.TemporaryDirectory() as store:
-        arguments = (store, spec.model_dump_json(), config.model_dump_json(), "pool")
         workers = [
-            context.Process(target=pool_worker, args=(tasks, done, *arguments))
+            context.Process(target=pool_worker, args=(tasks, done, store, spec, config))
             for _ in range(n_workers)
         ]
         for worker in workers:

@@ -16,6 +16,9 @@ import simplejpeg
 
 from pipeline.config import FRAME_LENGTH_MS, FRAME_SHIFT_MS, FeatureSpec
 
+Fbank = Callable[[np.ndarray], np.ndarray]
+"""Mono waveform float32 [samples] to fbank float32 [t, M], before normalisation."""
+
 
 def encode_jpeg(image_HW3: np.ndarray, quality: int) -> bytes:
     """One RGB uint8 image as a 4:2:0 JPEG."""
@@ -50,8 +53,8 @@ def fbank_payload(fbank_tM: np.ndarray, spec: FeatureSpec) -> tuple[bytes, int]:
     return padded_TM.tobytes(), n_valid
 
 
-def fbank_function(spec: FeatureSpec) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from a mono waveform float32 [samples] to its fbank float32 [t, M].
+def fbank_function(spec: FeatureSpec) -> Fbank:
+    """The function that makes fbanks by torchaudio in this process.
 
     Source: CAV-MAE's data loader (YuanGongND/cav-mae, dataloader.py): waveform mean removed, then
     Kaldi fbank with a hanning window, htk_compat, no energy, no dither.

@@ -21,6 +21,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import PipelineError
+from pipeline.fbank_service import NodeFbank
 from pipeline.fetch import part_of
 from pipeline.worker import ShardDecoder, table_from_bytes, table_to_bytes
 
@@ -51,8 +52,8 @@ def run_shards(
         shards = list(cut_tasks(left, config.shard_clips, n_workers))
         arguments = {
             "store_uri": store_uri,
-            "spec": spec.model_dump_json(),
-            "config": config.model_dump_json(),
+            "spec": spec,
+            "config": config,
             "run_id": f"{run_id}-{wave}" if wave else run_id,
         }
         results = _results(shards, min(n_workers, len(shards)), arguments, config)
@@ -94,20 +95,41 @@ def cut_shards(clips: pa.Table, shard_clips: int, n_workers: int) -> Iterator[pa
         yield clips.slice(start, n)
 
 
+class _DecodeActor(ShardDecoder):
+    """A ShardDecoder as Ray Data calls it."""
+
+    def __init__(
+        self, store_uri: str, spec: FeatureSpec, config: IngestConfig, run_id: str
+    ) -> None:
+        super().__init__(store_uri, spec, config, run_id, NodeFbank(spec, run_id))
+
+    def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
+        """Tasks (index, clips as IPC) to results (index, states as IPC, error)."""
+        for index, clips in zip(task["index"].to_pylist(), task["clips"].to_pylist(), strict=True):
+            try:
+                for states in self.decode(index, table_from_bytes(clips)):
+                    yield _result(index, table_to_bytes(states), "")
+            except OSError as failure:
+                yield _result(index, b"", f"{type(failure).__name__}: {failure}")
+
+
+def _result(index: int, states: bytes, error: str) -> pa.Table:
+    return pa.table({"index": [index], "states": [states], "error": [error]})
+
+
 def _results(
     shards: list[pa.Table], n_actors: int, arguments: dict[str, Any], config: IngestConfig
 ) -> Iterator[pa.Table]:
     rows = [{"index": i, "clips": table_to_bytes(shard)} for i, shard in enumerate(shards)]
     with DataContext.current(_own_context()):
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            ShardDecoder,
+            _DecodeActor,
             fn_constructor_kwargs=arguments,
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=n_actors),
             num_cpus=config.cpus_per_worker,
-            # torch and MKL read these when they are loaded.
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE"}},
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
         )
     for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for error, states in zip(

@@ -1,7 +1,7 @@
-"""One shard's worth of clips to a shard file: the Ray actor of an ingest.
+"""One shard's worth of clips to a shard file.
 
-Knows nothing of plans or commits. Invariant: every clip it was given comes back as one clips row,
-ok or failed with its reason; only storage that fails ends the shard.
+Knows nothing of plans, commits or Ray. Invariant: every clip it was given comes back as one clips
+row, ok or failed with its reason; only storage that fails ends the shard.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.extract import Clip
-from pipeline.features import fbank_function, fbank_payload
+from pipeline.features import Fbank, fbank_payload
 from pipeline.fetch import Fetched, fetch_all
 from pipeline.reasons import Reason, Rejected
 from pipeline.sandbox import Sandbox
@@ -29,28 +29,21 @@ _MOST_RELOADS = 3
 class ShardDecoder:
     """Decodes shards one after another; lives in a Ray actor or in a plain process."""
 
-    def __init__(self, store_uri: str, spec: str, config: str, run_id: str) -> None:
-        """Args: spec, config: as JSON; run_id: goes into names and rows."""
+    def __init__(
+        self, store_uri: str, spec: FeatureSpec, config: IngestConfig, run_id: str, fbank: Fbank
+    ) -> None:
+        """Args: run_id: goes into names and rows; fbank: see `features.fbank_function`."""
         self._location = Location(store_uri)
-        self._spec = FeatureSpec.model_validate_json(spec)
-        self._config = IngestConfig.model_validate_json(config)
+        self._spec = spec
+        self._config = config
         self._run_id = run_id
-        self._fbank = fbank_function(self._spec)
+        self._fbank = fbank
         self._sandbox = Sandbox(
             self._config.extractor,
             timeout_s=self._config.timeout_s,
             max_calls=self._config.child_clips,
             max_memory_mb=self._config.child_memory_mb,
         )
-
-    def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
-        """Ray Data's entry: tasks (index, clips as IPC) to results (states as IPC, error)."""
-        for index, clips in zip(task["index"].to_pylist(), task["clips"].to_pylist(), strict=True):
-            try:
-                for states in self.decode(index, table_from_bytes(clips)):
-                    yield _result(index, table_to_bytes(states), "")
-            except OSError as failure:
-                yield _result(index, b"", f"{type(failure).__name__}: {failure}")
 
     def decode(self, index: int, clips: pa.Table) -> Iterator[pa.Table]:
         """Decode clips into shards of at most shard_clips. Yields their rows of the clips table.
@@ -104,10 +97,6 @@ class ShardDecoder:
         return Rejected(Reason.OPEN_FAILED, "the file was changed each time it was read")
 
 
-def _result(index: int, states: bytes, error: str) -> pa.Table:
-    return pa.table({"index": [index], "states": [states], "error": [error]})
-
-
 class _Shard:
     """Rows of one shard and the clips rows that will point at them."""
 
@@ -118,7 +107,7 @@ class _Shard:
         self._spec = spec
         self._spec_hash = spec.spec_hash()
 
-    def add(self, fetched: Fetched, outcome: Clip | Rejected, fbank: Any) -> None:
+    def add(self, fetched: Fetched, outcome: Clip | Rejected, fbank: Fbank) -> None:
         """Take in a clip."""
         clip = fetched.clip
         state: dict[str, Any] = {
@@ -143,7 +132,7 @@ class _Shard:
 
 
 def _features(
-    clip: dict[str, Any], key: str, decoded: Clip, fbank: Any, spec: FeatureSpec
+    clip: dict[str, Any], key: str, decoded: Clip, fbank: Fbank, spec: FeatureSpec
 ) -> dict[str, Any]:
     payload, n_valid = fbank_payload(fbank(decoded.waveform), spec)
     return {

@@ -113,20 +113,20 @@ def test_driver_killed_then_run_again_loses_and_doubles_nothing(source, undistur
     assert contents(source.store) == undisturbed
 
 
-def test_actor_and_decode_child_killed_cost_nothing_but_time(source, undisturbed):
+def test_actor_decode_child_and_fbank_service_killed_cost_nothing_but_time(source, undisturbed):
     """The child's clip may be told as worker_died; the next run heals it."""
     source.store += "-again"
+    names = ["ray::FbankService", "pipeline.sandbox", "ray::MapWorker"]
     killed = []
 
     def kill_one(progress):
-        name = ("ray::MapWorker", "pipeline.sandbox")[len(killed) % 2]
-        if len(killed) < 4 and kill(name, at_most=1):
-            killed.append(name)
+        if len(killed) < 3 and kill(names[len(killed)], at_most=1):
+            killed.append(names[len(killed)])
 
     summary = source.ingest(
         source.spec, kill_one, shard_clips=4, commit_shards=1, max_failed_frac=1.0
     )
-    assert set(killed) == {"ray::MapWorker", "pipeline.sandbox"}
+    assert killed == names
     assert summary.ok + summary.failed == 48
     if summary.failed:
         assert source.ingest().ok == summary.failed

@@ -13,6 +13,7 @@ from moto.server import ThreadedMotoServer
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import StoreLocked
+from pipeline.features import fbank_function
 from pipeline.ingest import plan_ingest
 from pipeline.lease import Lease
 from pipeline.maintenance import compact, status, vacuum
@@ -97,7 +98,7 @@ def run(store_uri: str) -> FeatureStore:
     """An ingest from s3:// to s3://, decoded in this process instead of by Ray."""
     store = FeatureStore.create(store_uri, SPEC)
     plan = plan_ingest("s3://data/clips.csv", "s3://data/videos", store_uri, SPEC, CONFIG)
-    decoder = ShardDecoder(store_uri, SPEC.model_dump_json(), CONFIG.model_dump_json(), "r")
+    decoder = ShardDecoder(store_uri, SPEC, CONFIG, "r", fbank_function(SPEC))
     for states in decoder.decode(0, plan.todo):
         store.append(states, {})
     return store
@@ -110,7 +111,7 @@ def test_s3_to_s3_equals_local_files(s3):
     rows = store.snapshot().rows(None)
     assert len(rows) == 12
     local = str(folder.parent / "local-store")
-    decoder = ShardDecoder(local, SPEC.model_dump_json(), CONFIG.model_dump_json(), "r")
+    decoder = ShardDecoder(local, SPEC, CONFIG, "r", fbank_function(SPEC))
     here = FeatureStore.create(local, SPEC)
     plan = plan_ingest(str(folder / "clips.csv"), str(folder / "videos"), local, SPEC, CONFIG)
     for states in decoder.decode(0, plan.todo):
