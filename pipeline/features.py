@@ -19,6 +19,9 @@ from pipeline.config import FRAME_LENGTH_MS, FRAME_SHIFT_MS, FeatureSpec
 Fbank = Callable[[np.ndarray], np.ndarray]
 """Mono waveform float32 [samples] to fbank float32 [t, M], before normalisation."""
 
+Fbanks = Callable[[list[np.ndarray]], list[np.ndarray]]
+"""Waveforms of several clips to their fbanks as they are stored, float16."""
+
 
 def encode_jpeg(image_HW3: np.ndarray, quality: int) -> bytes:
     """One RGB uint8 image as a 4:2:0 JPEG."""
@@ -87,3 +90,9 @@ def fbank_function(spec: FeatureSpec) -> Fbank:
         ).numpy()
 
     return fbank
+
+
+def fbanks_function(spec: FeatureSpec) -> Fbanks:
+    """`fbank_function` for several clips at a time."""
+    fbank = fbank_function(spec)
+    return lambda waveforms: [fbank(waveform).astype(np.float16) for waveform in waveforms]

@@ -21,7 +21,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import PipelineError
-from pipeline.fbank_service import NodeFbank
+from pipeline.fbank_service import NodeFbanks
 from pipeline.fetch import part_of
 from pipeline.worker import ShardDecoder, table_from_bytes, table_to_bytes
 
@@ -101,7 +101,7 @@ class _DecodeActor(ShardDecoder):
     def __init__(
         self, store_uri: str, spec: FeatureSpec, config: IngestConfig, run_id: str
     ) -> None:
-        super().__init__(store_uri, spec, config, run_id, NodeFbank(spec, run_id))
+        super().__init__(store_uri, spec, config, run_id, NodeFbanks(spec, run_id))
 
     def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
         """Tasks (index, clips as IPC) to results (index, states as IPC, error)."""

@@ -7,15 +7,17 @@ row, ok or failed with its reason; only storage that fails ends the shard.
 import hashlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.extract import Clip
-from pipeline.features import Fbank, fbank_payload
+from pipeline.features import Fbanks, fbank_payload
 from pipeline.fetch import Fetched, fetch_all
 from pipeline.reasons import Reason, Rejected
 from pipeline.sandbox import Sandbox
@@ -24,20 +26,24 @@ from pipeline.shards import ShardWriter
 from pipeline.storage import Location
 
 _MOST_RELOADS = 3
+_FBANKS_AT_ONCE = 8
+
+_Decoded = tuple[dict[str, Any], Clip | Rejected]
 
 
 class ShardDecoder:
     """Decodes shards one after another; lives in a Ray actor or in a plain process."""
 
     def __init__(
-        self, store_uri: str, spec: FeatureSpec, config: IngestConfig, run_id: str, fbank: Fbank
+        self, store_uri: str, spec: FeatureSpec, config: IngestConfig, run_id: str, fbanks: Fbanks
     ) -> None:
-        """Args: run_id: goes into names and rows; fbank: see `features.fbank_function`."""
+        """Args: run_id: goes into names and rows; fbanks: is called from another thread."""
         self._location = Location(store_uri)
         self._spec = spec
         self._config = config
         self._run_id = run_id
-        self._fbank = fbank
+        self._fbanks = fbanks
+        self._background = ThreadPoolExecutor(1, "fbanks")
         self._sandbox = Sandbox(
             self._config.extractor,
             timeout_s=self._config.timeout_s,
@@ -59,7 +65,8 @@ class ShardDecoder:
         # Unique even when a task runs again after its worker died.
         attempt = f"{time.time_ns():x}"
         name = f"features/part-{self._run_id}-{index:06d}-{attempt}.parquet"
-        shard = _Shard(ShardWriter(self._location, name, self._spec), self._run_id, self._spec)
+        writer = ShardWriter(self._location, name, self._spec)
+        shard = _Shard(writer, self._run_id, self._spec, self._make_fbanks)
         try:
             before: tuple[Fetched, Clip | Rejected] | None = None
             for fetched in clips:
@@ -67,15 +74,18 @@ class ShardDecoder:
                     self._submit(fetched)
                 # The child decodes this clip while the one before is finished here.
                 if before is not None:
-                    shard.add(*before, self._fbank)
+                    shard.add(*before)
                 before = (fetched, fetched.rejected or self._result(fetched))
                 fetched.release()
             if before is not None:
-                shard.add(*before, self._fbank)
+                shard.add(*before)
             shard.close()
         finally:
             shard.writer.discard()
         return pa.Table.from_pylist(shard.states, CLIPS_SCHEMA)
+
+    def _make_fbanks(self, waveforms: list[np.ndarray]) -> "Future[list[np.ndarray]]":
+        return self._background.submit(self._fbanks, waveforms)
 
     def _submit(self, fetched: Fetched) -> None:
         clip = fetched.clip
@@ -98,18 +108,56 @@ class ShardDecoder:
 
 
 class _Shard:
-    """Rows of one shard and the clips rows that will point at them."""
+    """Rows of one shard and the clips rows that will point at them.
 
-    def __init__(self, writer: ShardWriter, run_id: str, spec: FeatureSpec) -> None:
+    Fbanks are made a few clips at a time, in the background.
+    """
+
+    def __init__(
+        self,
+        writer: ShardWriter,
+        run_id: str,
+        spec: FeatureSpec,
+        make_fbanks: "Callable[[list[np.ndarray]], Future[list[np.ndarray]]]",
+    ) -> None:
         self.writer = writer
         self.states: list[dict[str, Any]] = []
         self._run_id = run_id
         self._spec = spec
         self._spec_hash = spec.spec_hash()
+        self._make_fbanks = make_fbanks
+        self._decoded: list[_Decoded] = []
+        self._under_way: tuple[list[_Decoded], Future[list[np.ndarray]]] | None = None
 
-    def add(self, fetched: Fetched, outcome: Clip | Rejected, fbank: Fbank) -> None:
+    def add(self, fetched: Fetched, outcome: Clip | Rejected) -> None:
         """Take in a clip."""
-        clip = fetched.clip
+        self._decoded.append((fetched.clip, outcome))
+        if len(self._decoded) == _FBANKS_AT_ONCE:
+            self._hand_on()
+
+    def close(self) -> None:
+        """Publish the shard, unless every clip failed."""
+        self._hand_on()
+        self._hand_on()
+        if self.writer.n_rows:
+            self.writer.publish()
+
+    def _hand_on(self) -> None:
+        """Have the next fbanks made; write the clips whose fbanks were."""
+        before, self._under_way = self._under_way, None
+        if self._decoded:
+            waveforms = [one.waveform for _, one in self._decoded if isinstance(one, Clip)]
+            self._under_way = self._decoded, self._make_fbanks(waveforms)
+            self._decoded = []
+        if before is not None:
+            decoded, future = before
+            fbanks = iter(future.result())
+            for clip, outcome in decoded:
+                self._write(clip, outcome, fbanks)
+
+    def _write(
+        self, clip: dict[str, Any], outcome: Clip | Rejected, fbanks: Iterator[np.ndarray]
+    ) -> None:
         state: dict[str, Any] = {
             **{name: clip[name] for name in SOURCE_SCHEMA.names},
             "attempts": clip["attempts"] + 1,
@@ -121,20 +169,15 @@ class _Shard:
             state |= {"status": "failed", "reason": outcome.reason.value, "detail": outcome.detail}
         else:
             key = row_key(clip, self._spec_hash)
-            row = self.writer.add(_features(clip, key, outcome, fbank, self._spec))
+            row = self.writer.add(_features(clip, key, outcome, next(fbanks), self._spec))
             state |= {"status": "ok", "row_key": key, "shard": self.writer.name, "row": row}
         self.states.append(state)
 
-    def close(self) -> None:
-        """Publish the shard, unless every clip failed."""
-        if self.writer.n_rows:
-            self.writer.publish()
-
 
 def _features(
-    clip: dict[str, Any], key: str, decoded: Clip, fbank: Fbank, spec: FeatureSpec
+    clip: dict[str, Any], key: str, decoded: Clip, fbank_tM: np.ndarray, spec: FeatureSpec
 ) -> dict[str, Any]:
-    payload, n_valid = fbank_payload(fbank(decoded.waveform), spec)
+    payload, n_valid = fbank_payload(fbank_tM, spec)
     return {
         "clip_id": clip["clip_id"],
         "row_key": key,

@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline.config import IngestConfig
 from pipeline.errors import MassRemoval, PipelineError, SourceError, TooManyFailures
 from pipeline.extract import extract
 from pipeline.features import decode_jpegs, fbank_array
@@ -72,10 +74,13 @@ def test_touched_added_and_deleted_files_are_counted_exactly(source):
         for i in range(2):
             shutil.copy(rest[i], source.videos / f"-added0000{i}_000007.mp4")
             csv.write(f'-added0000{i},7,"a new, odd label",test\n')
+    bytes_before = status(source.store)["bytes"]
     summary = source.ingest()
     assert source.counts(summary) == {
         "new": 2, "changed": 1, "removed": 1, "unchanged": 46, "ok": 3, "failed": 1,
     }  # fmt: skip
+    written = status(source.store)["bytes"] - bytes_before
+    assert written <= 1.2 * 3 * bytes_before / 48, "more was written than the three clips decoded"
     assert source.counts(source.ingest()) == {"unchanged": 50}
     after = source.snapshot()
     assert "a new, odd label" in after.classes
@@ -160,6 +165,29 @@ def test_plan_says_what_would_be_done_and_changes_nothing(source):
         {"clip_id": source.files()[0].stem, "why": "changed"}
     ]
     assert source.snapshot().version == source.summary.version
+
+
+def test_probe_counts_timelines_that_frame_counting_gets_wrong(moving_clip, ffmpeg, tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    shutil.copy(moving_clip, videos / "clean000000_000000.mp4")
+    ffmpeg("-ss", "3.3", "-i", moving_clip, "-c", "copy", videos / "cut00000000_000001.mp4")
+    (videos / "broken00000_000002.mp4").write_bytes(b"no video")
+    shutil.copy(moving_clip, tmp_path / "inpart00000_000003.mp4")
+    with tarfile.open(videos / "part_00.tar", "w") as tar:
+        tar.add(tmp_path / "inpart00000_000003.mp4")
+    csv = tmp_path / "clips.csv"
+    names = ["clean000000", "cut00000000", "broken00000", "inpart00000"]
+    csv.write_text("".join(f"{name},{i},dog,train\n" for i, name in enumerate(names)))
+    store = tmp_path / "store"
+    plan = plan_ingest(str(csv), str(videos), str(store), None, IngestConfig(probe=True))
+    assert plan.counts["new"] == 4
+    found = plan.timelines
+    examples = found.pop("examples")
+    assert found == {"clean": 1, "unclean": 1, "unreadable": 1, "in_parts": 1}
+    assert list(examples) == ["cut00000000_000001"]
+    assert "discard" in examples["cut00000000_000001"]
+    assert not store.exists()
 
 
 def test_interrupt_commits_what_is_done(source):

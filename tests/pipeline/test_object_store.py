@@ -4,6 +4,7 @@ import http.client
 import http.server
 import os
 import threading
+import time
 from pathlib import Path
 
 import boto3
@@ -13,10 +14,11 @@ from moto.server import ThreadedMotoServer
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import StoreLocked
-from pipeline.features import fbank_function
+from pipeline.features import fbanks_function
 from pipeline.ingest import plan_ingest
 from pipeline.lease import Lease
-from pipeline.maintenance import compact, status, vacuum
+from pipeline.maintenance import compact, vacuum
+from pipeline.maintenance import status as store_status
 from pipeline.store import FeatureStore, read_rows
 from pipeline.synth import write_clips
 from pipeline.verify import verify
@@ -27,11 +29,13 @@ CONFIG = IngestConfig(shard_clips=5, prefetch=3)
 
 
 class Unsteady(http.server.BaseHTTPRequestHandler):
-    """Hands requests on to the server behind; every `fail_every`-th is answered with 503."""
+    """Hands requests on to the server behind, after `delay_s`; every `fail_every`-th fails."""
 
     protocol_version = "HTTP/1.1"
     behind = ("127.0.0.1", 0)
     fail_every = 0
+    status = 503
+    delay_s = 0.0
     n_requests = n_failed = 0
 
     def answer(self) -> None:
@@ -40,8 +44,9 @@ class Unsteady(http.server.BaseHTTPRequestHandler):
         kind.n_requests += 1
         if kind.fail_every and kind.n_requests % kind.fail_every == 0:
             kind.n_failed += 1
-            self.reply(503, {}, b"<Error><Code>SlowDown</Code></Error>")
+            self.reply(self.status, {}, b"<Error><Code>Unsteady</Code></Error>")
             return
+        time.sleep(self.delay_s)
         connection = http.client.HTTPConnection(*self.behind, timeout=30)
         connection.request(self.command, self.path, body, dict(self.headers))
         answer = connection.getresponse()
@@ -98,7 +103,7 @@ def run(store_uri: str) -> FeatureStore:
     """An ingest from s3:// to s3://, decoded in this process instead of by Ray."""
     store = FeatureStore.create(store_uri, SPEC)
     plan = plan_ingest("s3://data/clips.csv", "s3://data/videos", store_uri, SPEC, CONFIG)
-    decoder = ShardDecoder(store_uri, SPEC, CONFIG, "r", fbank_function(SPEC))
+    decoder = ShardDecoder(store_uri, SPEC, CONFIG, "r", fbanks_function(SPEC))
     for states in decoder.decode(0, plan.todo):
         store.append(states, {})
     return store
@@ -111,7 +116,7 @@ def test_s3_to_s3_equals_local_files(s3):
     rows = store.snapshot().rows(None)
     assert len(rows) == 12
     local = str(folder.parent / "local-store")
-    decoder = ShardDecoder(local, SPEC, CONFIG, "r", fbank_function(SPEC))
+    decoder = ShardDecoder(local, SPEC, CONFIG, "r", fbanks_function(SPEC))
     here = FeatureStore.create(local, SPEC)
     plan = plan_ingest(str(folder / "clips.csv"), str(folder / "videos"), local, SPEC, CONFIG)
     for states in decoder.decode(0, plan.todo):
@@ -127,7 +132,7 @@ def test_s3_to_s3_equals_local_files(s3):
 
     assert payloads(store) == payloads(here)
     assert verify(uri, sample=12)["problems"] == []
-    about = status(uri)
+    about = store_status(uri)
     listed = client.list_objects_v2(Bucket="data", Prefix="store/features/")["Contents"]
     assert about["bytes"] == sum(entry["Size"] for entry in listed)
 
@@ -146,12 +151,12 @@ def test_replaced_object_is_redone_and_nothing_else(s3):
     assert again.is_empty  # The etag speaks of the content, not of the time.
 
 
-def test_store_that_answers_503_now_and_then_loses_nothing(s3):
-    Unsteady.fail_every, Unsteady.n_failed = 7, 0
-    try:
-        store = run("s3://data/store3")
-    finally:
-        Unsteady.fail_every = 0
+@pytest.mark.parametrize("status", [500, 503])
+def test_store_that_fails_now_and_then_and_is_slow_loses_nothing(s3, monkeypatch, status):
+    for name, value in {"fail_every": 7, "n_failed": 0, "status": status, "delay_s": 0.05}.items():
+        monkeypatch.setattr(Unsteady, name, value)
+    store = run(f"s3://data/store-{status}")
+    monkeypatch.setattr(Unsteady, "fail_every", 0)
     assert Unsteady.n_failed > 3
     assert len(store.snapshot().rows(None)) == 12
     assert verify(store.uri, sample=3)["problems"] == []
