@@ -1,8 +1,8 @@
 """Does the memory of an ingest grow with the number of clips?
 
-Two ingests over Ray of the same kind of clips, the second of ten times as many; the resident memory
-of the driver and of every process below it is looked at five times a second. Clips are links to the
-files given, so that a folder with few of them is enough.
+Two ingests over Ray of the same kind of clips in shards of the same size, the second of ten times
+as many; the resident memory of the driver and of every process below it is looked at five times a
+second. Clips are links to the files given, so that a folder with few of them is enough.
 
     python benchmarks/ingest_memory.py --videos FOLDER [--clips 200]
 
@@ -58,8 +58,9 @@ def peaks() -> Iterator[dict[str, float]]:
         thread.join()
 
 
-def run(files: list[Path], n_clips: int) -> dict[str, float]:
+def run(files: list[Path], n_clips: int, shard_clips: int) -> dict[str, float]:
     """Ingest n_clips links to `files` with a Ray of its own."""
+    config = IngestConfig(shard_clips=shard_clips, max_failed_frac=1.0)
     with tempfile.TemporaryDirectory() as tmp:
         videos, csv = Path(tmp) / "videos", Path(tmp) / "clips.csv"
         videos.mkdir()
@@ -69,9 +70,8 @@ def run(files: list[Path], n_clips: int) -> dict[str, float]:
                 rows.write(f"clip{i:07d},{i},dog,train\n")
         with peaks() as found:
             ray.init(address="local", include_dashboard=False, log_to_driver=False)
-            ingest(str(csv), str(videos), f"{tmp}/store", FeatureSpec(),
-                   IngestConfig(max_failed_frac=1.0), start_ray=lambda: None,
-                   on_progress=lambda progress: None)  # fmt: skip
+            ingest(str(csv), str(videos), f"{tmp}/store", FeatureSpec(), config,
+                   start_ray=lambda: None, on_progress=lambda progress: None)  # fmt: skip
             ray.shutdown()
     return found
 
@@ -82,7 +82,9 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=200)
     options = parser.parse_args()
     files = sorted(file for file in options.videos.iterdir() if file.suffix != ".md")
-    few, many = run(files, options.clips), run(files, 10 * options.clips)
+    # Small enough that the few clips fill shards, too.
+    shard_clips = max(16, options.clips // 8)
+    few, many = (run(files, n * options.clips, shard_clips) for n in (1, 10))
     print(f"| | {options.clips} clips, MB | {10 * options.clips} clips, MB | ratio |")
     print("|---|---|---|---|")
     for kind, size in few.items():
