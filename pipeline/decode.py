@@ -97,7 +97,7 @@ class _Shown:
 
     def __init__(self, timeline: Timeline, n_frames: int) -> None:
         video = timeline.video
-        tick_s = float(video.time_base)
+        tick_s = video.tick_s
         order = np.argsort(video.pts, kind="stable")
         pts_s = np.asarray(video.pts)[order] * tick_s - timeline.window_origin_s
         ends_s = np.asarray(video.ends)[order] * tick_s - timeline.window_origin_s
@@ -159,7 +159,7 @@ def _decode_with_pyav(
     """
     reformatter = VideoReformatter()
     aspect = pixel_aspect(timeline.video.stream)
-    half_tick_s = float(timeline.video.time_base) / 2
+    half_tick_s = timeline.video.tick_s / 2
     images: list[np.ndarray] = []
     times_s: list[float] = []
     before: tuple[float, Any] | None = None
@@ -206,7 +206,7 @@ def frames_in_order(timeline: Timeline) -> Iterator[tuple[float, Any]]:
                 raise Rejected(Reason.VIDEO_DECODE, "a frame has no presentation time")
             n_frames += 1
             # Not frame.time: frames that the end of the stream flushes out have no time base.
-            yield float(frame.pts * timeline.video.time_base) - timeline.window_origin_s, frame
+            yield frame.pts * timeline.video.tick_s - timeline.window_origin_s, frame
 
 
 def pixel_aspect(stream: Any) -> float:

@@ -92,13 +92,14 @@ def _runs(timeline: Timeline) -> Iterator[tuple[float, list[Any]]]:
     context.thread_count = 1
     run: list[Any] = []
     begin_s = next_s = 0.0
+    tick_s = timeline.audio.tick_s
     end_s = timeline.origin_s + timeline.end_s
-    packets = [p for p in timeline.audio.packets if p.pts is None or p.pts * p.time_base < end_s]
+    packets = [p for p in timeline.audio.packets if p.pts is None or p.pts * tick_s < end_s]
     for packet in (*packets, None):
         for frame in context.decode(packet):
             time_s = next_s
             if frame.pts is not None:
-                time_s = float(frame.pts * timeline.audio.time_base) - timeline.window_origin_s
+                time_s = frame.pts * tick_s - timeline.window_origin_s
             same = run and (frame.sample_rate, frame.layout.name, frame.format.name) == (
                 run[0].sample_rate,
                 run[0].layout.name,
@@ -117,12 +118,12 @@ def _runs(timeline: Timeline) -> Iterator[tuple[float, list[Any]]]:
 
 def _resample(frames: list[Any], spec: FeatureSpec) -> np.ndarray:
     """Frames of one format to float32 mono at the spec's rate."""
+    # As one long frame: a codec's own have some 20 ms, and each costs more than its samples.
+    fifo = av.AudioFifo()
+    for frame in frames:
+        frame.pts = None
+        fifo.write(frame)
     resampler = av.AudioResampler(format="fltp", rate=spec.sample_rate_hz)
-    pieces = []
-    for frame in (*frames, None):
-        if frame is not None:
-            frame.pts = None
-        for resampled in resampler.resample(frame):
-            samples_CT = resampled.to_ndarray()
-            pieces.append(samples_CT[0] if spec.audio_channel == "first" else samples_CT.mean(0))
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+    resampled = [*resampler.resample(fifo.read()), *resampler.resample(None)]
+    samples_CT = np.concatenate([frame.to_ndarray() for frame in resampled], axis=1)
+    return samples_CT[0] if spec.audio_channel == "first" else samples_CT.mean(0)

@@ -8,7 +8,6 @@ pts, DISCARD flag). decord and OpenCV count them as frames and are seconds off; 
 """
 
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 import av
@@ -32,6 +31,12 @@ class Track:
     ends: list[int] = field(default_factory=list)
     n_discarded: int = 0
     n_without_pts: int = 0
+    tick_s: float = field(init=False)
+    """Seconds per tick of this stream."""
+
+    def __post_init__(self) -> None:
+        # Not a Fraction: arithmetic with those took a third of the probe.
+        self.tick_s = float(self.stream.time_base)
 
     def add(self, packet: Any) -> None:
         """Take a packet in; its times count only if it is presented.
@@ -51,23 +56,17 @@ class Track:
             self.pts.append(pts)
             self.ends.append(pts + (packet.duration or 0))
 
-    @property
-    def time_base(self) -> Fraction:
-        """Seconds per tick of this stream."""
-        return self.stream.time_base
-
     def start_s(self) -> float:
         """Container time of the first presentable packet."""
-        return float(min(self.pts) * self.time_base)
+        return min(self.pts) * self.tick_s
 
     def end_s(self) -> float:
         """Container time at which the last presentable packet ends."""
-        return float(max(self.ends) * self.time_base)
+        return max(self.ends) * self.tick_s
 
     def seconds_between(self, begin_s: float, end_s: float) -> float:
         """How much of this stretch of container time the presentable packets cover."""
-        tick_s = float(self.time_base)
-        pts_s, ends_s = np.asarray(self.pts) * tick_s, np.asarray(self.ends) * tick_s
+        pts_s, ends_s = np.asarray(self.pts) * self.tick_s, np.asarray(self.ends) * self.tick_s
         overlaps_s = np.minimum(ends_s, end_s) - np.maximum(pts_s, begin_s)
         return float(np.maximum(overlaps_s, 0).sum())
 
@@ -75,7 +74,7 @@ class Track:
         """Container time at which the header says that the stream ends, if it says so."""
         stream = self.stream
         if stream.duration is not None:
-            return float(((stream.start_time or 0) + stream.duration) * self.time_base)
+            return float((stream.start_time or 0) + stream.duration) * self.tick_s
         clock = stream.metadata.get("DURATION")
         if clock is None:
             return None
@@ -117,7 +116,7 @@ class Timeline:
             return f"the header says {n_declared} frames, there are {len(video.pts)} packets"
         # Past the window, packets that are decoded later but shown earlier may be lacking.
         shown = np.sort(video.pts)
-        shown = shown[shown * float(video.time_base) < self.origin_s + self.end_s]
+        shown = shown[shown * video.tick_s < self.origin_s + self.end_s]
         steps = np.diff(shown)
         if len(steps) and (
             steps.min() <= 0 or abs(steps - np.median(steps)).max() > _jitter(steps)
@@ -189,6 +188,6 @@ def _collect(container: Any, video: Track, audio: Track, end_s: float) -> bool:
         track.add(packet)
         # Nothing decoded later is presented before its own dts.
         clock = packet.dts if packet.dts is not None else packet.pts
-        if clock is not None and float(clock * track.time_base) - end_s > _INTERLEAVE_S:
+        if clock is not None and clock * track.tick_s - end_s > _INTERLEAVE_S:
             return False
     return True

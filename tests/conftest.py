@@ -1,6 +1,7 @@
 """One embedded Ray cluster per test session, private to it."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -8,6 +9,9 @@ import pytest
 
 # Tiny tensors: a second BLAS thread costs more than it brings, and disturbs the tests beside it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell's background job ignores SIGINT, and so would every process that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _RAY_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
