@@ -25,6 +25,7 @@ class Meter:
         self.epoch_sums: dict[str, float] = {}
         self.epoch_counts: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
+        self.spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self.kept: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.since_step = 0
@@ -49,6 +50,21 @@ class Meter:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
+    @contextlib.contextmanager
+    def computed(self, name: str) -> Iterator[None]:
+        """Add the device's time for what a block queues to `time/<name>`; on a CPU, as `timed`."""
+        if self.device.type != "cuda":
+            with self.timed(name):
+                yield
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        try:
+            yield
+        finally:
+            end.record()
+            self.spans.append((name, begin, end))
+
     def flush(self, step: int, batch_size: int) -> dict[str, float]:
         """Means over the steps since the last flush and over ranks; collective."""
         names = sorted(self.sums)
@@ -60,12 +76,16 @@ class Meter:
             n = self.counts[name]
             self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + means[name] * n
             self.epoch_counts[name] = self.epoch_counts.get(name, 0) + n
+        for name, begin, end in self.spans:
+            end.synchronize()
+            spent = begin.elapsed_time(end) / 1000
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
         steps = max(1, step - self.since_step)
         now = time.monotonic()
         out = means | self.kept
         out |= {f"time/{name}": s / steps for name, s in self.seconds.items()}
         out["clips_per_s"] = steps * batch_size / max(1e-9, now - self.since)
-        self.sums, self.counts, self.seconds = {}, {}, {}
+        self.sums, self.counts, self.seconds, self.spans = {}, {}, {}, []
         self.since, self.since_step, self.last = now, step, out
         return dict(out)
 

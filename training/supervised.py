@@ -114,12 +114,12 @@ class Finetuner:
 
     def _train_step(self, batch: Batch) -> None:
         epoch = self.step // self.steps_per_epoch
-        with self.meter.timed("augment"):
+        with self.meter.computed("augment"):
             fbank, frames, targets_BC = self._inputs(batch, epoch)
         lr = learning_rate(self.tuning.optim, self.step, self.steps_per_epoch, self.tuning.epochs)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        with self.meter.timed("forward"):
+        with self.meter.computed("forward"):
             with torch.autocast(
                 self.world.device.type,
                 torch.bfloat16,
@@ -134,14 +134,15 @@ class Finetuner:
             side = [loss for s, loss in losses.items() if s != main]
             loss = losses[main] + self.tuning.auxiliary * sum(side, losses[main].new_zeros(()))
             loss = loss * self.share.weight
-        with self.meter.timed("backward"):
+        with self.meter.computed("backward"):
             loss.backward()
         limit = self.tuning.optim.clip_norm
-        norm = nn.utils.clip_grad_norm_(
-            self.classifier.parameters(), limit if limit is not None else float("inf")
-        )
-        stop_if_not_finite(self, batch, loss.detach(), norm)
-        self.optimizer.step()
+        with self.meter.computed("update"):
+            norm = nn.utils.clip_grad_norm_(
+                self.classifier.parameters(), limit if limit is not None else float("inf")
+            )
+            stop_if_not_finite(self, batch, loss.detach(), norm)
+            self.optimizer.step()
         labels_B = torch.from_numpy(batch["label"]).to(self.world.device)
         posteriors_BC = logits[main].detach().float().softmax(1)
         self.confusion.accumulate(posteriors_BC, labels_B)

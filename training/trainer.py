@@ -152,7 +152,7 @@ class Pretrainer:
         epoch = self.step // self.steps_per_epoch
         self._enter_phase(epoch)
         assert self.phase is not None
-        with self.meter.timed("augment"):
+        with self.meter.computed("augment"):
             chunks = self.views.chunks(batch, epoch, self.step)
             labels = self.labelling.of(batch["key"])
         lr = learning_rate(
@@ -162,7 +162,7 @@ class Pretrainer:
         self.optimizer.zero_grad(set_to_none=True)
         forward = self._whole if len(chunks) == 1 else self._cached
         embeddings, total, reconstruction = forward(chunks, labels)
-        with self.meter.timed("update"):
+        with self.meter.computed("update"):
             norm = self._clip()
             loss = total.loss.detach() + self.config.loss.reconstruction * reconstruction.detach()
             stop_if_not_finite(self, batch, loss, norm)
@@ -200,12 +200,12 @@ class Pretrainer:
 
     def _whole(self, chunks: list[Chunk], labels: list[Labels]) -> tuple[Embeddings, Total, Tensor]:
         views, masks = chunks[0]
-        with self.meter.timed("forward"), self._autocast():
+        with self.meter.computed("forward"), self._autocast():
             embeddings, reconstruction = self.wrapped(views, self.phase, masks)
-        with self.meter.timed("loss"):
+        with self.meter.computed("loss"):
             reconstruction = reconstruction * self.share.weight
             total = total_loss(embeddings, labels, self.config.loss, self.share)
-        with self.meter.timed("backward"):
+        with self.meter.computed("backward"):
             (total.loss + self.config.loss.reconstruction * reconstruction).backward()
         return embeddings, total, reconstruction
 
@@ -214,12 +214,12 @@ class Pretrainer:
     ) -> tuple[Embeddings, Total, Tensor]:
         """Cached gradients: embed all chunks without a graph, take the loss's gradient on the
         embeddings, then run each chunk again with it."""
-        with self.meter.timed("forward"), torch.no_grad(), self._autocast():
+        with self.meter.computed("forward"), torch.no_grad(), self._autocast():
             parts = [self.model(views, self.phase, masks)[0] for views, masks in chunks]
         leaves = {name: torch.cat([p[name] for p in parts]).requires_grad_() for name in parts[0]}
-        with self.meter.timed("loss"):
+        with self.meter.computed("loss"):
             total = total_loss(leaves, labels, self.config.loss, self.share)
-        with self.meter.timed("backward"):
+        with self.meter.computed("backward"):
             total.loss.backward()
             reconstruction = self._replay(chunks, leaves)
         return leaves, total, reconstruction
