@@ -90,6 +90,7 @@ class Finetuner:
         self.n_averaged = 0
         self.step = 0
         self.meter = Meter(world.device)
+        self.meter.keep("world_size", world.size)
 
     def run(self, state: dict[str, Any] | None = None) -> dict[str, float]:
         """Train to the end, from `state` if given. Returns: the metrics of the last log."""

@@ -92,6 +92,7 @@ class Pretrainer:
         self.phase: Phase | None = None
         self.wrapped: nn.Module = self.model
         self.meter = Meter(world.device)
+        self.meter.keep("world_size", world.size)
         self.clustering_s = 0.0
 
     # ------------------------------------------------------------------ the run

@@ -1,8 +1,11 @@
 """Pretraining over Ray Train: workers that die are replaced, and nothing changes."""
 
+import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -43,6 +46,47 @@ CLUSTERING = ClusteringConfig.model_validate(
 )
 N_CLIPS = 90
 STEPS = 4 * (N_CLIPS // 18)
+ELASTIC = """
+import sys, threading, time
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+from test_ray_training import CLUSTERING, CONFIG
+from training.metrics_copier import RunHandle
+from training.pretrain import check, pin, pretrain
+
+def wait_for(text, out, timeout_s=180):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        path = out / "metrics.jsonl"
+        if path.exists() and text in "".join(path.read_text().splitlines()[-1:]):
+            return
+    raise SystemExit(f"no line with {text}")
+
+def come_and_go(cluster, node, out):
+    wait_for('"world_size": 2', out)
+    time.sleep(3)  # Some checkpoints.
+    cluster.remove_node(node, allow_graceful=False)
+    wait_for('"world_size": 1', out)
+    cluster.add_node(num_cpus=2)
+
+if __name__ == "__main__":
+    store, out = sys.argv[1], Path(sys.argv[2])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False)
+    mine = ray.get_runtime_context().get_node_id()  # Any of them: Ray takes one of this machine.
+    node = next(node for node in nodes if node.node_id != mine)
+    scale = {"num_workers": 2, "min_workers": 1, "cpus_per_worker": 1.5, "reader_cpus": 0.1}
+    plain = CONFIG.model_dump() | {"scale": scale}
+    plain["pretrain"] |= {"epochs": int(sys.argv[3]), "checkpoint_every": 10}
+    config = type(CONFIG).model_validate(plain)
+    data = pin(store, None, config)
+    check(config, CLUSTERING, data)
+    threading.Thread(target=come_and_go, args=(cluster, node, out), daemon=True).start()
+    pretrain(config, CLUSTERING, data, out, RunHandle("", "", str(out)), {})
+"""
 TIMES = ("time", "clips_per_s", "clustering/seconds")
 
 
@@ -108,3 +152,25 @@ def test_a_worker_that_dies_costs_no_bit_of_the_result(
         same = {name for name in a if not name.startswith(TIMES)}
         assert {name: a[name] for name in same} == {name: b[name] for name in same}
     assert again == weights
+
+
+@pytest.mark.slow
+def test_a_lost_node_shrinks_training_and_a_new_one_lets_it_grow(
+    store: str, tmp_path: Path
+) -> None:
+    """A head and two nodes; Ray looks for room to grow once a minute."""
+    epochs = 300
+    script = tmp_path / "elastic.py"
+    script.write_text(ELASTIC)
+    folders = [str(Path(__file__).parent), *sys.path]
+    done = subprocess.run(
+        [sys.executable, script, store, tmp_path / "out", str(epochs)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    assert [line["step"] for line in metrics] == list(range(1, epochs * N_CLIPS // 18 + 1))
+    sizes = [size for size, _ in itertools.groupby(line["world_size"] for line in metrics)]
+    assert sizes == [2, 1, 2]
