@@ -84,8 +84,11 @@ if __name__ == "__main__":
     config = type(CONFIG).model_validate(plain)
     data = pin(store, None, config)
     check(config, CLUSTERING, data)
-    threading.Thread(target=come_and_go, args=(cluster, node, out), daemon=True).start()
-    pretrain(config, CLUSTERING, data, out, RunHandle("", "", str(out)), {})
+    settings = (config, CLUSTERING, data, out, RunHandle("", "", str(out)), {})
+    training = threading.Thread(target=pretrain, args=settings)
+    training.start()
+    come_and_go(cluster, node, out)  # Ray starts nodes in the main thread only.
+    training.join()
 """
 TIMES = ("time", "clips_per_s", "clustering/seconds")
 
@@ -159,13 +162,17 @@ def test_a_lost_node_shrinks_training_and_a_new_one_lets_it_grow(
     store: str, tmp_path: Path
 ) -> None:
     """A head and two nodes; Ray looks for room to grow once a minute."""
-    epochs = 300
+    epochs = 180
     script = tmp_path / "elastic.py"
     script.write_text(ELASTIC)
     folders = [str(Path(__file__).parent), *sys.path]
     done = subprocess.run(
         [sys.executable, script, store, tmp_path / "out", str(epochs)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(folders),
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+        },
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
