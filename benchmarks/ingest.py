@@ -20,6 +20,7 @@ Prints tables; writes only to temporary folders.
 import argparse
 import multiprocessing
 import os
+import resource
 import subprocess
 import tempfile
 import time
@@ -44,8 +45,8 @@ from pipeline.sources import list_sources
 
 def cpu_seconds() -> float:
     """CPU of this process and of the children it waited for."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def bare(path: str) -> None:

@@ -42,7 +42,7 @@ class FeatureSpec(Frozen):
     audio_channel: Literal["mean", "first"] = "mean"
     """Mean of the channels, or the first one as CAV-MAE takes it."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
-    """`auto`: decord for small frames on a clean timeline, else PyAV. A forced `decord` fails
+    """`auto`: decord on a clean timeline of many key frames, else PyAV. A forced `decord` fails
     clips whose timeline is not clean."""
     min_audio_s: float = Field(0.5, ge=0.025)
     """Clips with less sound than this fail with `audio_short`."""
