@@ -194,7 +194,7 @@ def run_ray(csv: str, videos: str, spec: FeatureSpec, config: IngestConfig) -> f
 
 def whole_runs(csv: str, videos: str, rounds: int) -> None:
     """Steady clips per second of a pool and of Ray, in turn; other load can only slow them."""
-    spec = FeatureSpec(n_frames=8, frame_size=96, duration_s=2.0, fbank_frames=200)
+    spec = FeatureSpec()
     config = IngestConfig(workers=os.cpu_count(), shard_clips=128)
     print("| round | pool clips/s | ray clips/s | ray / pool |\n|---|---|---|---|")
     rates: list[tuple[float, float]] = []

@@ -21,6 +21,15 @@ from pipeline.features import fbanks_function
 _CPUS_PER_SERVICE = 8
 """An fbank of a 10 s clip takes 20 ms; decoding the smallest pictures takes 40 ms of another."""
 _THREADS = 4
+_ENVIRONMENT = {
+    # torch and MKL read these when they are loaded.
+    "OMP_NUM_THREADS": "1",
+    "MKL_CBWR": "COMPATIBLE",
+    # Keep freed memory instead of faulting it in again for the next operation: 4.2 ms of CPU for
+    # the fbank of 2 s instead of 5.
+    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+}
 _GIVE_UP_S = 120.0
 
 
@@ -72,8 +81,7 @@ class NodeFbanks:
                 num_cpus=0,
                 max_concurrency=_THREADS,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(self._node, soft=False),
-                # torch and MKL read these when they are loaded.
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE"}},
+                runtime_env={"env_vars": _ENVIRONMENT},
             )
             .remote(self._spec)
         )
