@@ -28,8 +28,8 @@ FLAG_SILENT = 4
 """The sound is digital silence (rms < 1e-5)."""
 
 # decord jumps between key frames but converts every frame it decodes; PyAV decodes all and converts
-# those that are kept. Measured from 256x144 to 1280x720, decord takes 0.9-0.5x of PyAV's CPU where
-# it decodes up to a quarter of the frames, as much where half, and 1.2-1.7x where all.
+# those that are kept. Measured from 256x144 to 1280x720, decord takes 0.4-0.9x of PyAV's CPU where
+# it decodes up to a quarter of the frames, 0.7-1.3x where half, and 1.0-1.7x where nearly all.
 _DECORD_MOST_FRAC = 0.4
 _SHORT_FRAC = 0.9
 # A cut stream may begin with pictures that lean on what was cut off: the first one that can be
