@@ -21,6 +21,7 @@ import argparse
 import multiprocessing
 import os
 import resource
+import statistics
 import subprocess
 import tempfile
 import time
@@ -201,8 +202,10 @@ def whole_runs(csv: str, videos: str, rounds: int) -> None:
     for i in range(rounds):
         rates.append((run_pool(csv, videos, spec, config), run_ray(csv, videos, spec, config)))
         print_rates(str(i + 1), *rates[-1])
-    pool, with_ray = (max(column) for column in zip(*rates, strict=True))
-    print_rates("best", pool, with_ray)
+    pools, rays = zip(*rates, strict=True)
+    print_rates("best", max(pools), max(rays))
+    ratios = [with_ray / pool for pool, with_ray in rates]
+    print(f"| median | | | {statistics.median(ratios):.2f}x |", flush=True)
 
 
 def print_rates(name: str, pool: float, with_ray: float) -> None:

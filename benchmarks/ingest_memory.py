@@ -27,7 +27,7 @@ from pipeline.ingest import ingest
 KINDS = {
     "decode actor": "_DecodeActor",
     "decode child": "pipeline.sandbox",
-    "fbank service": "ray::FbankService",
+    "fbank service": "pipeline.fbank_service",
 }
 
 

@@ -1,26 +1,28 @@
-"""A few processes per node that make the fbanks of all decode actors there.
+"""A process that makes the fbanks of the decode actors around it.
 
-Importing torch takes 0.6 GB and seconds of a process: one in eight pays for it, not each.
-Knows nothing of clips or shards. Invariant: a service that dies is started again and asked again;
-decode actors notice nothing but the time.
+Importing torch takes 0.6 GB and seconds of a process: one for eight CPUs pays for it, not each.
+Knows nothing of clips, shards or Ray. Invariant: a service that dies is started again and asked
+again; those it works for notice nothing but the time.
+Run as `python -m pipeline.fbank_service NAME SPEC` it is the service itself.
 """
 
-import math
-import random
+import os
+import subprocess
+import sys
+import threading
 import time
-from typing import Any
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener
 
 import numpy as np
-import ray
-from ray.exceptions import RayActorError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import FeatureSpec
+from pipeline.errors import PipelineError
 from pipeline.features import fbanks_function
 
-_CPUS_PER_SERVICE = 8
+CPUS_PER_SERVICE = 8
 """An fbank of a 10 s clip takes 20 ms; decoding one of 256x144 takes 70 ms elsewhere."""
-_THREADS = 4
+
 _ENVIRONMENT = {
     # torch and MKL read these when they are loaded.
     "OMP_NUM_THREADS": "1",
@@ -29,65 +31,149 @@ _ENVIRONMENT = {
     # the fbank of 2 s instead of 5.
     "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+    "MALLOC_ARENA_MAX": "2",
 }
+_KEY_VARIABLE = "DICCAE_FBANK_KEY"
 _GIVE_UP_S = 120.0
+_IDLE_S = 5.0
+_START_S = 60.0
 
 
-class FbankService:
-    """The actor."""
+class SharedFbanks:
+    """Fbanks made by a service of this machine (features.Fbanks).
 
-    def __init__(self, spec: FeatureSpec) -> None:
-        self._fbanks = fbanks_function(spec)
-
-    def fbanks(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
-        """See `features.Fbanks`."""
-        return self._fbanks(waveforms)
-
-
-class NodeFbanks:
-    """Fbanks made by a service of the caller's node (features.Fbanks).
-
-    A call costs 8 ms of CPU beside its work, most of it Ray's: ask for several clips at a time.
+    The first to ask starts the service; it ends by itself when nobody is connected to it.
     """
 
-    def __init__(self, spec: FeatureSpec, run_id: str) -> None:
-        """Args: run_id: decode actors of one run share the services."""
+    def __init__(self, spec: FeatureSpec, name: str, key: bytes) -> None:
+        """Args: name: equal for all who share a service; key: a secret they share."""
         self._spec = spec
-        self._node = ray.get_runtime_context().get_node_id()
-        n_services = math.ceil(_cpus_of(self._node) / _CPUS_PER_SERVICE)
-        self._name = f"fbank-{run_id}-{self._node}-{random.randrange(max(1, n_services))}"
-        self._service = self._find_or_start()
+        self._name = name
+        self._key = key
+        self._connection: Connection | None = None
+        self._started: subprocess.Popen[bytes] | None = None
 
     def __call__(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
-        """Raises: RayActorError if no service stays alive."""
+        """Raises: PipelineError if a waveform cannot be used, the key is refused, or no service
+        stays alive.
+        """
         deadline = time.monotonic() + _GIVE_UP_S
         while True:
             try:
-                made: list[np.ndarray] = ray.get(self._service.fbanks.remote(waveforms))
-                return made
-            except RayActorError:
+                connection = self._connection or self._connect(deadline)
+                connection.send(waveforms)
+                fbanks, error = connection.recv()
+            except (EOFError, ConnectionError) as gone:
+                self._connection = None
+                if time.monotonic() > deadline:
+                    raise PipelineError(
+                        f"no fbank service stayed alive for {_GIVE_UP_S:.0f} s: its messages are "
+                        "in the log of the decode actor. Is there memory for another 0.7 GB?"
+                    ) from gone
+                continue
+            if error:
+                raise PipelineError(f"the fbank service failed: {error}")
+            made: list[np.ndarray] = fbanks
+            return made
+
+    def _connect(self, deadline: float) -> Connection:
+        """Raises: ConnectionError if no service answers until then."""
+        while True:
+            try:
+                self._connection = Client(_address(self._name), authkey=self._key)
+                return self._connection
+            except AuthenticationError as error:
+                raise PipelineError(
+                    f"the fbank service {self._name} refused the key: another run or user has "
+                    "taken its name. Run it again."
+                ) from error
+            except ConnectionRefusedError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.2)
-                self._service = self._find_or_start()
+                if self._started is None or self._started.poll() is not None:
+                    self._started = self._start()
+                time.sleep(0.1)
 
-    def _find_or_start(self) -> Any:
-        """The actor is named, and ends with the decode actor that started it."""
-        return (
-            ray.remote(FbankService)
-            .options(
-                name=self._name,
-                get_if_exists=True,
-                num_cpus=0,
-                max_concurrency=_THREADS,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(self._node, soft=False),
-                runtime_env={"env_vars": _ENVIRONMENT},
-            )
-            .remote(self._spec)
+    def _start(self) -> subprocess.Popen[bytes]:
+        # It outlives the one that starts it: others may be using it.
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "pipeline.fbank_service"),
+                *(self._name, self._spec.canonical_json()),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            env={
+                **os.environ,
+                **_ENVIRONMENT,
+                _KEY_VARIABLE: self._key.hex(),
+                "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+            },
         )
 
 
-def _cpus_of(node: str) -> float:
-    """Logical CPUs of a node; 0 if it is gone."""
-    resources = {one["NodeID"]: one["Resources"] for one in ray.nodes()}
-    return float(resources.get(node, {}).get("CPU", 0))
+class _Service:
+    """Answers those who connect, each in a thread of its own."""
+
+    def __init__(self, listener: Listener, spec: FeatureSpec) -> None:
+        self._listener = listener
+        self._fbanks = fbanks_function(spec)
+        self._n_clients = 0
+        self._idle_since = time.monotonic() + _START_S
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        threading.Thread(target=self._end_when_idle, daemon=True).start()
+        while True:
+            try:
+                connection = self._listener.accept()
+            except (AuthenticationError, EOFError, ConnectionError):
+                continue
+            with self._lock:
+                self._n_clients += 1
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: Connection) -> None:
+        try:
+            while True:
+                waveforms = connection.recv()
+                try:
+                    answer = self._fbanks(waveforms), ""
+                except Exception as error:
+                    answer = [], f"{type(error).__name__}: {error}"
+                connection.send(answer)
+        except (EOFError, ConnectionError):
+            pass
+        finally:
+            connection.close()
+            with self._lock:
+                self._n_clients -= 1
+                self._idle_since = time.monotonic()
+
+    def _end_when_idle(self) -> None:
+        while True:
+            time.sleep(1.0)
+            with self._lock:
+                if not self._n_clients and time.monotonic() > self._idle_since + _IDLE_S:
+                    os._exit(0)
+
+
+def _address(name: str) -> str:
+    # Linux's abstract names leave no file behind and are not bound by the length of a path.
+    return f"\0diccae-fbank-{name}"
+
+
+def main(name: str, spec: str) -> None:
+    """The service."""
+    key = bytes.fromhex(os.environ.pop(_KEY_VARIABLE))
+    try:
+        # Before torch is imported: of several started at once all but one end here.
+        listener = Listener(_address(name), backlog=128, authkey=key)
+    except OSError:
+        return
+    _Service(listener, FeatureSpec.model_validate_json(spec)).run()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -6,7 +6,10 @@ actors and workers meanwhile, or an error is raised.
 
 import hashlib
 import logging
+import math
 import queue
+import random
+import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +24,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import PipelineError
-from pipeline.fbank_service import NodeFbanks
+from pipeline.fbank_service import CPUS_PER_SERVICE, SharedFbanks
 from pipeline.fetch import part_of
 from pipeline.worker import ShardDecoder, table_from_bytes, table_to_bytes
 
@@ -44,6 +47,7 @@ def run_shards(
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     n_workers = config.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    fbank_key = secrets.token_bytes()
     left = todo
     for wave in range(_MOST_WAVES):
         if not len(left):
@@ -55,6 +59,7 @@ def run_shards(
             "spec": spec,
             "config": config,
             "run_id": f"{run_id}-{wave}" if wave else run_id,
+            "fbank_key": fbank_key,
         }
         results = _results(shards, min(n_workers, len(shards)), arguments, config)
         for states in _watched(results, config.stall_timeout_s):
@@ -99,9 +104,15 @@ class _DecodeActor(ShardDecoder):
     """A ShardDecoder as Ray Data calls it."""
 
     def __init__(
-        self, store_uri: str, spec: FeatureSpec, config: IngestConfig, run_id: str
+        self,
+        store_uri: str,
+        spec: FeatureSpec,
+        config: IngestConfig,
+        run_id: str,
+        fbank_key: bytes,
     ) -> None:
-        super().__init__(store_uri, spec, config, run_id, NodeFbanks(spec, run_id))
+        fbanks = SharedFbanks(spec, f"{run_id}-{_pick_service()}", fbank_key)
+        super().__init__(store_uri, spec, config, run_id, fbanks)
 
     def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
         """Tasks (index, clips as IPC) to results (index, states as IPC, error)."""
@@ -111,6 +122,13 @@ class _DecodeActor(ShardDecoder):
                     yield _result(index, table_to_bytes(states), "")
             except OSError as failure:
                 yield _result(index, b"", f"{type(failure).__name__}: {failure}")
+
+
+def _pick_service() -> str:
+    """One of the fbank services of this node."""
+    node = ray.get_runtime_context().get_node_id()
+    cpus = next((one["Resources"].get("CPU", 1) for one in ray.nodes() if one["NodeID"] == node), 1)
+    return f"{node}-{random.randrange(math.ceil(cpus / CPUS_PER_SERVICE))}"
 
 
 def _result(index: int, states: bytes, error: str) -> pa.Table:

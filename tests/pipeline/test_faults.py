@@ -116,7 +116,7 @@ def test_driver_killed_then_run_again_loses_and_doubles_nothing(source, undistur
 def test_actor_decode_child_and_fbank_service_killed_cost_nothing_but_time(source, undisturbed):
     """The child's clip may be told as worker_died; the next run heals it."""
     source.store += "-again"
-    names = ["ray::FbankService", "pipeline.sandbox", "ray::MapWorker"]
+    names = ["pipeline.fbank_service", "pipeline.sandbox", "ray::MapWorker"]
     killed = []
 
     def kill_one(progress):
@@ -151,7 +151,7 @@ def test_a_hang_a_crash_and_a_leak_cost_a_clip_each_and_are_healed_by_the_next_r
 ):
     source.store += "-again"
     summary = source.ingest(
-        source.spec, extractor="tests.pipeline.poison:extract", timeout_s=4.0, child_memory_mb=400
+        source.spec, extractor="tests.pipeline.poison:extract", timeout_s=12.0, child_memory_mb=400
     )
     assert (summary.ok, summary.failed) == (45, 3)
     assert status(source.store)["by_reason"] == {"worker_died": 2, "timeout": 1}
