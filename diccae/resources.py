@@ -9,8 +9,10 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -26,6 +28,8 @@ ask for whole ones, and on a small machine would otherwise wait for ever."""
 
 def start_ray() -> None:
     """Join the cluster of this job (RAY_ADDRESS), or start one inside this process."""
+    # Read at import: a thread that outlives an interrupted run would start another Ray.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
 
     if ray.is_initialized():
@@ -34,7 +38,7 @@ def start_ray() -> None:
     # Workers of an embedded cluster share the cores: one BLAS thread each unless told otherwise.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     quiet = {"log_to_driver": False, "configure_logging": False}
-    with _native_stderr_closed():
+    with _native_stderr_closed(), _sigterm_interrupts():
         if os.environ.get("RAY_ADDRESS"):
             ray.init(address="auto", **quiet)
             return
@@ -73,6 +77,15 @@ def _native_stderr_closed() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM, as Kubernetes and `ray job stop` send it, is a Ctrl-C once Ray is up: what is done
+    is kept. Ray's own handler, set by the body, would end the process from wherever it is."""
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _short_folder() -> str | None:
