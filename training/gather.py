@@ -7,6 +7,8 @@ one process on the whole batch. A gather without gradient gives the same loss an
 Shapes: B rows of this rank, W ranks.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,8 @@ class Share(NamedTuple):
 
     rows_W: tuple[int, ...]
     rank: int
+    timed: Callable[[], AbstractContextManager] = nullcontext
+    """Around each gather and its backward, to measure what waiting for other ranks costs."""
 
     @property
     def first(self) -> int:
@@ -48,7 +52,7 @@ def equal_share(n_rows: int) -> Share:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, share: Share) -> Tensor:
-        ctx.rows = slice(share.first, share.first + len(x))
+        ctx.share, ctx.rows = share, slice(share.first, share.first + len(x))
         most = max(share.rows_W)
         padded = x.new_zeros(most, *x.shape[1:])
         padded[: len(x)] = x
@@ -61,7 +65,8 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
+        with ctx.share.timed():
+            dist.all_reduce(gradient)
         return gradient[ctx.rows], None
 
 
@@ -72,7 +77,9 @@ def gather_with_grad(x: Tensor, share: Share | None = None) -> Tensor:
     """
     if world()[1] == 1:
         return x
-    gathered: Tensor = _Gather.apply(x, share or equal_share(len(x)))
+    share = share or equal_share(len(x))
+    with share.timed():
+        gathered: Tensor = _Gather.apply(x, share)
     return gathered
 
 

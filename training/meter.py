@@ -25,7 +25,8 @@ class Meter:
         self.epoch_sums: dict[str, float] = {}
         self.epoch_counts: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
-        self.spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.spans: list[tuple[list[str], torch.cuda.Event, torch.cuda.Event]] = []
+        self.open: list[str] = []
         self.kept: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.since_step = 0
@@ -43,12 +44,16 @@ class Meter:
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the wall time of a block to `time/<name>`."""
+        """Add the wall time of a block to `time/<name>`.
+
+        A block within another counts for itself alone, so that the parts of a step add up.
+        """
         started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+        with self._within(name) as names:
+            try:
+                yield
+            finally:
+                self._spend(names, time.monotonic() - started)
 
     @contextlib.contextmanager
     def computed(self, name: str) -> Iterator[None]:
@@ -59,11 +64,25 @@ class Meter:
             return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
+        with self._within(name) as names:
+            try:
+                yield
+            finally:
+                end.record()
+                self.spans.append((names, begin, end))
+
+    @contextlib.contextmanager
+    def _within(self, name: str) -> Iterator[list[str]]:
+        """The block's name and that of the one around it, if there is one."""
+        self.open.append(name)
         try:
-            yield
+            yield self.open[:-3:-1]
         finally:
-            end.record()
-            self.spans.append((name, begin, end))
+            self.open.pop()
+
+    def _spend(self, names: list[str], seconds: float) -> None:
+        for name, spent in zip(names, (seconds, -seconds), strict=False):
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
     def flush(self, step: int, batch_size: int) -> dict[str, float]:
         """Means over the steps since the last flush and over ranks; collective."""
@@ -76,10 +95,9 @@ class Meter:
             n = self.counts[name]
             self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + means[name] * n
             self.epoch_counts[name] = self.epoch_counts.get(name, 0) + n
-        for name, begin, end in self.spans:
+        for spanned, begin, end in self.spans:
             end.synchronize()
-            spent = begin.elapsed_time(end) / 1000
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            self._spend(spanned, begin.elapsed_time(end) / 1000)
         steps = max(1, step - self.since_step)
         now = time.monotonic()
         out = means | self.kept

@@ -9,6 +9,7 @@ Shapes: B clips of this rank, n of a chunk, V lanes.
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -74,7 +75,10 @@ class Pretrainer:
         self.world, self.hooks = world, hooks
         self.plan = BatchPlan.of(len(index), config.pretrain.batch_size, config.data)
         self.lanes = lanes_of(world.rank, world.size, self.plan.lanes)
-        self.share = Share(self.plan.rows_of_workers(world.size), world.rank)
+        self.meter = Meter(world.device)
+        self.meter.keep("world_size", world.size)
+        timed = functools.partial(self.meter.computed, "gather")
+        self.share = Share(self.plan.rows_of_workers(world.size), world.rank, timed)
         self.steps_per_epoch = self.plan.steps(len(index))
         self.total_steps = self.steps_per_epoch * config.pretrain.epochs
         self.encoder = encoder.to(world.device)
@@ -91,8 +95,6 @@ class Pretrainer:
         self.step = 0
         self.phase: Phase | None = None
         self.wrapped: nn.Module = self.model
-        self.meter = Meter(world.device)
-        self.meter.keep("world_size", world.size)
         self.clustering_s = 0.0
 
     # ------------------------------------------------------------------ the run

@@ -221,12 +221,18 @@ def _worker(rank: int, size: int) -> dict[str, Any]:
     world = World(rank, size)
     trainer, recorder = _trainer(config, Path(), Recorder(), world, rounds=False)
     trainer.run()
-    return {"weights": _weights(trainer), "losses": [m["loss"] for _, m in recorder.logged]}
+    return {
+        "weights": _weights(trainer),
+        "losses": [m["loss"] for _, m in recorder.logged],
+        "gather_s": [m.get("time/gather", 0.0) for _, m in recorder.logged],
+    }
 
 
 def test_workers_train_as_one() -> None:
     one, *others = (run_ranks(size, _worker)[0] for size in (1, 2, 3))
+    assert not any(one["gather_s"])
     for several in others:
+        assert all(several["gather_s"])
         assert several["losses"] == pytest.approx(one["losses"], rel=1e-3)
         assert _distance(one["weights"], several["weights"]) < 5e-3
 

@@ -103,9 +103,10 @@ class Share(NamedTuple):
 
 
 _STEP_PARTS = (
-    "data_wait", "augment", "forward", "loss", "backward", "update", "push", "stall", "checkpoint"
+    "data_wait", "augment", "forward", "loss", "gather", "backward", "update", "push", "stall",
+    "checkpoint",
 )  # fmt: skip
-"""In the order of a step; `loss` holds the gather of embeddings, `update` the wait for a GPU."""
+"""In the order of a step; `backward` holds DDP's exchange, `update` the wait for a GPU."""
 
 
 def step_seconds(metrics: list[dict[str, Any]]) -> list[Share]:
