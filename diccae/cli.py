@@ -6,6 +6,7 @@ Invariant: every path out of here is one of the exit codes below.
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +26,8 @@ COMMANDS = {
     "submit": "run any of these as a job on a Ray cluster",
     "doctor": "check this machine, the cluster, the store and MLflow",
 }
+
+_STORAGE_LIBRARIES = ("aiohttp", "botocore", "deltalake", "gcsfs", "google")
 
 _EXIT_CODES = """exit codes: 0 ok, 1 error, 2 usage, 3 too many failed clips, 4 store locked,
             130 interrupted (what was done is kept; run it again to go on)"""
@@ -80,11 +83,25 @@ def _run(name: str, argv: list[str]) -> int:
         return ERROR
     except Exception as error:
         exit_code = getattr(error, "exit_code", None)
-        if exit_code is None or os.environ.get("DICCAE_TRACEBACK"):
+        outside = _outside(error)
+        if (exit_code is None and not outside) or os.environ.get("DICCAE_TRACEBACK"):
             raise
-        print(f"diccae {name}: {error}", file=sys.stderr)
-        return int(exit_code)
+        print(f"diccae {name}: {outside or error}", file=sys.stderr)
+        return int(exit_code or ERROR)
     return int(code or OK)
+
+
+def _outside(error: Exception) -> str:
+    """What to say of a disk, a bucket or a server that failed; "" if it is none of them."""
+    library = type(error).__module__.split(".")[0]
+    if not isinstance(error, OSError) and library not in _STORAGE_LIBRARIES:
+        return ""
+    # deltalake draws a coloured tree of causes.
+    said = " ".join(re.sub(r"\x1b\[[0-9;]*m|↳", " ", str(error)).split())
+    return (
+        f"{type(error).__name__}: {said} (storage or network: check path, endpoint and keys, or "
+        'run "diccae doctor --store URI"; DICCAE_TRACEBACK=1 shows where)'
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.errors import StoreError
+
 
 class Location:
     """A folder at a URI: a local path, file://, s3://, gs:// or anything else fsspec opens.
@@ -22,8 +24,15 @@ class Location:
     """
 
     def __init__(self, uri: str) -> None:
+        """Raises: StoreError if fsspec knows no such kind of place, or lacks the package for it."""
         # Listings are never cached: another process may write to the same place.
-        self.fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        try:
+            self.fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise StoreError(
+                f"{uri}: {error}. A local path, s3:// and gs:// always work; other kinds of place "
+                "need the package that fsspec names for them."
+            ) from error
         self.path = path.rstrip("/")
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.uri = self.path if self.is_local else uri.rstrip("/")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +39,38 @@ def test_own_error_is_one_line_and_its_exit_code(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "nothing" in err
+
+
+@pytest.mark.parametrize(
+    ("store", "said"),
+    [
+        ("/dev/null/store", "NotADirectoryError: [Errno 20] Not a directory"),
+        ("s3://bucket/store", "EndpointConnectionError: Could not connect"),
+        ("nowhere://bucket/store", "nowhere://bucket/store: Protocol not known"),
+    ],
+)
+def test_storage_that_cannot_be_used_is_one_line(
+    store: str,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    (tmp_path / "clips.csv").write_text("a,1,dog,train\n")
+    source = ["--clips", str(tmp_path / "clips.csv"), "--videos", str(tmp_path)]
+    assert main(["ingest", *source, "--store", store]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert said in err
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(argv: list[str]) -> int:
+        raise KeyError("ours")
+
+    monkeypatch.setattr("diccae.commands.store.main", broken)
+    with pytest.raises(KeyError):
+        main(["store"])
