@@ -91,9 +91,6 @@ def _run(code: str, timeout_s: float, *args: str, env: dict[str, str] | None = N
     return done.stdout.strip().splitlines()[-1]
 
 
-# ---------------------------------------------------------------------------------- this machine
-
-
 def check_python() -> Check:
     """Python 3.11, the only one that all dependencies have wheels for."""
     found = platform.python_version()
@@ -333,9 +330,6 @@ def check_disk(store: str | None) -> Check:
         low += here if free < _FREE_GB else []
     hint = f"make room in {', '.join(low)}: less than {_FREE_GB:.0f} GB is left" if low else ""
     return Check("disk", not low, "; ".join(found), hint)
-
-
-# ------------------------------------------------------------------------------------- elsewhere
 
 
 @_never_raises("store", "check the URI and your keys (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)")

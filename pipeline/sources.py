@@ -102,9 +102,6 @@ def _as_table(entries: list[Entry], found: list[tuple[File | None, float | None]
     return pa.table(columns, schema=SOURCE_SCHEMA)
 
 
-# ---------------------------------------------------------------------------------------- the list
-
-
 def read_entries(clips: str) -> tuple[list[Entry], bool]:
     """The lines of a CSV or Parquet file, checked. Returns them and whether it is a manifest.
 
@@ -254,9 +251,6 @@ def _seconds(name: str, value: Any) -> float | None:
     if not 0 <= seconds < 1e7:
         raise ValueError(f"{name} {value!r} is not a time in a video")
     return seconds
-
-
-# --------------------------------------------------------------------------------------- the files
 
 
 def _find_clip_files(

@@ -51,9 +51,6 @@ def _never_fatal(what: str) -> Callable[[Callable[P, T]], Callable[P, T | None]]
     return decorate
 
 
-# ----------------------------------------------------------------------------- driver: the run
-
-
 def tracking_uri(config: TrackingConfig, out: str) -> str:
     """The MLflow URI of a run: the configured one, or an SQLite file in the run folder."""
     return config.uri or f"sqlite:///{Path(out).resolve() / 'mlflow.db'}"
@@ -253,9 +250,6 @@ def _end(handle: RunHandle, status: str) -> None:
 
 def _pending(out: str) -> Path:
     return Path(out) / "mlflow-pending.json"
-
-
-# ------------------------------------------------------------------------- worker: the metrics
 
 
 class Tracker:

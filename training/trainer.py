@@ -97,8 +97,6 @@ class Pretrainer:
         self.wrapped: nn.Module = self.model
         self.clustering_s = 0.0
 
-    # ------------------------------------------------------------------ the run
-
     def run(self, state: dict[str, Any] | None = None) -> dict[str, float]:
         """Train to the end, from `state` if given. Returns: the metrics of the last log."""
         if state is not None:
@@ -148,8 +146,6 @@ class Pretrainer:
         metrics |= self.labelling.metrics()
         if self.world.rank == 0:
             self.hooks.log(self.step, metrics)
-
-    # ------------------------------------------------------------------ one step
 
     def _train_step(self, batch: Batch) -> None:
         epoch = self.step // self.steps_per_epoch
@@ -254,8 +250,6 @@ class Pretrainer:
         parameters = [p for p in self.encoder.parameters() if p.grad is not None]
         return nn.utils.clip_grad_norm_(parameters, limit if limit is not None else float("inf"))
 
-    # ------------------------------------------------------------------ rounds
-
     def _pushes(self) -> bool:
         """Whether the features of this step go to the bank."""
         rounds = self.config.rounds
@@ -313,8 +307,6 @@ class Pretrainer:
         since = (self.step - self.labelling.first_step) / self.steps_per_epoch
         for active in self.labelling.heads:
             active.confusion.update(elapsed, since)
-
-    # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs; loads with weights_only=True."""

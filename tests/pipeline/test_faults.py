@@ -213,9 +213,6 @@ def test_file_replaced_while_it_is_read_is_stored_with_what_was_read(source):
     assert source.counts(source.ingest()) == {"unchanged": 48}
 
 
-# ------------------------------------------------------------------------------- lease and damage
-
-
 def test_second_writer_is_refused_while_the_first_lives(tmp_path):
     location = FeatureStore.create(str(tmp_path / "s"), FeatureSpec()).location
     with Lease(location, 30.0, "the first"):

@@ -178,9 +178,6 @@ def test_manifest_with_a_misspelt_column_is_refused(videos, tmp_path):
         list_sources(str(path), str(videos))
 
 
-# ---------------------------------------------------------------------------------------- tar parts
-
-
 CLIP_BYTES = 100_000
 """Far more than what is read of a part at a time: only so is the clip before damage spared."""
 

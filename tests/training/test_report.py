@@ -293,8 +293,6 @@ def test_no_training_step_leaves_the_folder_but_the_report(run: Path) -> None:
     assert {path for path in after if after[path] != before.get(path)} == {report}
 
 
-# ---------------------------------------------------------------------------------- a real browser
-
 PROBE_HEAD = """<script>
 window.problems = [];
 addEventListener("error", (e) => problems.push(String(e.message)));

@@ -88,9 +88,6 @@ def _main_counts(confusion: Confusion) -> Any:
     return confusion.counts.get("fusion", list(confusion.counts.values())[-1])
 
 
-# -------------------------------------------------------------------------------- pseudo-labels
-
-
 def clusters(
     run: RunFolder, choice: Choice, drawn: list[dict[str, Any]], uris: dict[str, str]
 ) -> str:
@@ -124,9 +121,6 @@ def _cluster_card(cluster: Cluster, uris: dict[str, str]) -> str:
         f"<span>{share}{number(cluster.size)}</span></header>"
         f"{strip(cluster.examples, uris, 3, caption=False)}</div>"
     )
-
-
-# ------------------------------------------------------------------------------------ confusion
 
 
 def confusion_data(run: RunFolder) -> dict[str, Any] | None:
@@ -203,9 +197,6 @@ def _rate_bar(stream: str, pair: Pair) -> str:
         f"<span>{stream}</span><i><i style='width:{100 * pair.rate:.1f}%;"
         f"background:var(--{stream})'></i></i><span>{percent(pair.rate)}</span>"
     )
-
-
-# ------------------------------------------------------------------------------------ retrieval
 
 
 def retrieval(run: RunFolder, choice: Choice, uris: dict[str, str], sounds: dict[str, str]) -> str:
