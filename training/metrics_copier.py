@@ -37,8 +37,11 @@ class RunHandle(NamedTuple):
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what an error began with: MLflow wraps a refused connection five deep."""
-    while deeper := error.__cause__ or error.__context__:
+    """The first line of what an error began with: MLflow wraps a refused connection five deep.
+
+    An interrupt that was being handled when it happened is not its beginning.
+    """
+    while isinstance(deeper := error.__cause__ or error.__context__, Exception):
         error = deeper
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -351,3 +351,17 @@ def test_a_run_begun_without_mlflow_is_written_when_it_ends(server: Server, tmp_
     assert run.info.status == "FAILED"
     assert run.data.params["optim.lr"] == "0.0002"
     assert _history(handle, "loss") == [(1, 0.5)]
+
+
+def test_a_warning_after_ctrl_c_tells_the_servers_trouble_not_the_interrupt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = TrackingConfig(uri="http://127.0.0.1:1")
+    handle = create_run(away, str(tmp_path), {}, {}, STORE)
+    caplog.clear()
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        finish(handle, "KILLED")
+    assert "Connection refused" in caplog.text
+    assert "KeyboardInterrupt" not in caplog.text
