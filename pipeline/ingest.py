@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.clip_list import read_entries
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import TooManyFailures
 from pipeline.fetch import is_local_file
@@ -24,7 +25,7 @@ from pipeline.plan import STATE_COLUMNS, Plan, make_plan
 from pipeline.reasons import Reason
 from pipeline.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
 from pipeline.shards import discard_unfinished
-from pipeline.sources import list_sources, read_entries, sha256_of
+from pipeline.sources import list_sources, sha256_of
 from pipeline.store import FeatureStore
 
 
