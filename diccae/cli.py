@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 OK, ERROR, USAGE, TOO_MANY_FAILURES, LOCKED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -104,5 +105,15 @@ def _outside(error: Exception) -> str:
     )
 
 
+def run() -> NoReturn:
+    """The console script: `main` on the command line, then the end of the process."""
+    code = main()
+    if code == INTERRUPTED and "diccae.resources" in sys.modules:
+        from diccae.resources import leave
+
+        leave(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

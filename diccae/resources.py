@@ -15,7 +15,9 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
+
+import psutil
 
 from clustering.config import ClusteringConfig
 from diccae.errors import ResourceError
@@ -24,6 +26,10 @@ from training.config import ScaleConfig, TrainingConfig
 _SPARE_CPUS = 2
 """Logical CPUs of an embedded cluster beyond the machine's cores: Ray's own light tasks and actors
 ask for whole ones, and on a small machine would otherwise wait for ever."""
+
+
+_embedded: list[str] = []
+"""Folders of clusters inside this process."""
 
 
 def start_ray() -> None:
@@ -47,6 +53,7 @@ def start_ray() -> None:
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # Nobody preempts us.
         folder = tempfile.mkdtemp(prefix="diccae-ray-", dir=_short_folder())
+        _embedded.append(folder)
         atexit.register(_stop_embedded, folder)
         ray.init(
             address="local",
@@ -63,6 +70,31 @@ def _stop_embedded(folder: str) -> None:
 
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process now, after an interrupt, and what it started.
+
+    `ray.shutdown` beside threads of Ray Data that still work has ended it with a code of its own.
+    Ray's two servers notice that their driver is gone; their helpers would stay for minutes.
+    """
+    below = psutil.Process().children(recursive=True) if _embedded else []
+    helpers = [process for process in below if _name(process) not in ("raylet", "gcs_server")]
+    for folder in _embedded:
+        shutil.rmtree(folder, ignore_errors=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for process in helpers:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    os._exit(code)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""  # It is gone already.
 
 
 @contextlib.contextmanager
