@@ -128,7 +128,7 @@ def _pick_service() -> str:
     """One of the fbank services of this node."""
     node = ray.get_runtime_context().get_node_id()
     cpus = next((one["Resources"].get("CPU", 1) for one in ray.nodes() if one["NodeID"] == node), 1)
-    return f"{node}-{random.randrange(math.ceil(cpus / CPUS_PER_SERVICE))}"
+    return f"{node}-{random.randrange(max(1, math.ceil(cpus / CPUS_PER_SERVICE)))}"
 
 
 def _result(index: int, states: bytes, error: str) -> pa.Table:
