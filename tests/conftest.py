@@ -1,10 +1,11 @@
-"""One embedded Ray cluster per test session, private to it."""
+"""What tests share in one process: an embedded Ray cluster, private to them; never a filesystem."""
 
 import os
 import signal
 import tempfile
 from collections.abc import Iterator
 
+import fsspec
 import pytest
 
 # Tiny tensors: a second BLAS thread costs more than it brings, and disturbs the tests beside it.
@@ -48,3 +49,15 @@ def ray_session() -> Iterator[None]:
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def own_filesystems() -> Iterator[None]:
+    """Each test opens its filesystems itself.
+
+    fsspec keeps them for the whole process, with the endpoint and the keys of the environment
+    that they were opened in.
+    """
+    yield
+    for filesystem in set(fsspec.registry.values()):
+        filesystem.clear_instance_cache()

@@ -29,10 +29,8 @@ def bucket(monkeypatch: pytest.MonkeyPatch):
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3").clear_instance_cache()
     boto3.client("s3").create_bucket(Bucket="run")
     yield "s3://run"
-    fsspec.filesystem("s3").clear_instance_cache()
     server.stop()
 
 
