@@ -28,8 +28,6 @@ COMMANDS = {
     "doctor": "check this machine, the cluster, the store and MLflow",
 }
 
-_STORAGE_LIBRARIES = ("aiohttp", "botocore", "deltalake", "gcsfs", "google")
-
 _EXIT_CODES = """exit codes: 0 ok, 1 error, 2 usage, 3 too many failed clips, 4 store locked,
             130 interrupted (what was done is kept; run it again to go on)"""
 
@@ -94,8 +92,9 @@ def _run(name: str, argv: list[str]) -> int:
 
 def _outside(error: Exception) -> str:
     """What to say of a disk, a bucket or a server that failed; "" if it is none of them."""
-    library = type(error).__module__.split(".")[0]
-    if not isinstance(error, OSError) and library not in _STORAGE_LIBRARIES:
+    from pipeline.storage import is_storage_failure
+
+    if not is_storage_failure(error):
         return ""
     # deltalake draws a coloured tree of causes.
     said = " ".join(re.sub(r"\x1b\[[0-9;]*m|↳", " ", str(error)).split())

@@ -19,6 +19,7 @@ from pipeline.config import IngestConfig
 from pipeline.parts import SEPARATOR, is_part, stream_members
 from pipeline.reasons import Reason, Rejected
 from pipeline.sources import File, local_file, remote_file, sha256_of
+from pipeline.storage import is_refusal
 
 _MOST_DOWNLOADS = 3
 
@@ -96,7 +97,8 @@ def _fetch_files(clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[
                 yield ahead.popleft().result()
         finally:
             for future in ahead:
-                future.result().release()
+                if future.exception() is None:
+                    future.result().release()
 
 
 def is_local_file(uri: str) -> bool:
@@ -132,6 +134,11 @@ def _download(clip: dict[str, Any], config: IngestConfig) -> Fetched:
             fetched.rejected = Rejected(Reason.OPEN_FAILED, "the object keeps changing")
     except FileNotFoundError:
         fetched.rejected = Rejected(Reason.MISSING, "the object vanished before it was read")
+    except Exception as error:
+        if not is_refusal(error):
+            fetched.release()
+            raise
+        fetched.rejected = Rejected(Reason.OPEN_FAILED, str(error))
     return fetched
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from pipeline.errors import StoreLocked
-from pipeline.storage import Location
+from pipeline.storage import Location, storage_failures_ignored
 
 _FOLDER = "lease"
 _ended: set[str] = set()
@@ -63,11 +63,12 @@ class Lease:
     def __exit__(self, *exc: object) -> None:
         self._stop.set()
         self._thread.join()
-        if self._lost is None and self._newest() == self._generation:
-            _ended.add(self._me["owner"])
-            # The file stays, released: the next generation must be a higher one. Where the disk is
-            # full it stays as it is, and the end of this process releases it.
-            with contextlib.suppress(OSError):
+        # Where storage is full or away the file stays as it is, and the end of this process
+        # releases it.
+        with storage_failures_ignored():
+            if self._lost is None and self._newest() == self._generation:
+                _ended.add(self._me["owner"])
+                # The file stays, released: the next generation must be a higher one.
                 self._location.write_bytes(_name(self._generation), self._stamp(released=True))
 
     def check(self) -> None:
@@ -80,7 +81,7 @@ class Lease:
     def _beat(self) -> None:
         while not self._stop.wait(self._stale_s / 6):
             # Storage that is away for a while costs a heartbeat, not the run.
-            with contextlib.suppress(OSError):
+            with storage_failures_ignored():
                 if self._newest() != self._generation:
                     self._lost = self._describe(self._read(self._newest()) or {})
                     return

@@ -26,11 +26,16 @@ from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import PipelineError
 from pipeline.fbank_service import CPUS_PER_SERVICE, SharedFbanks
 from pipeline.fetch import part_of
+from pipeline.storage import is_storage_failure
 from pipeline.worker import ShardDecoder, table_from_bytes, table_to_bytes
 
 _FEWEST_CLIPS = 16
 _SHARDS_PER_WORKER = 4
 _MOST_WAVES = 3
+_MOST_FAILURES = 3
+"""Shards in a row that storage may fail, however few the actors."""
+
+_LOG = logging.getLogger(__name__)
 
 
 def run_shards(
@@ -120,7 +125,9 @@ class _DecodeActor(ShardDecoder):
             try:
                 for states in self.decode(index, table_from_bytes(clips)):
                     yield _result(index, table_to_bytes(states), "")
-            except OSError as failure:
+            except Exception as failure:
+                if not is_storage_failure(failure):
+                    raise
                 yield _result(index, b"", f"{type(failure).__name__}: {failure}")
 
 
@@ -149,16 +156,24 @@ def _results(
             num_cpus=config.cpus_per_worker,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
         )
+    n_failed = 0
     for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for error, states in zip(
             block["error"].to_pylist(), block["states"].to_pylist(), strict=True
         ):
-            if error:
+            if not error:
+                n_failed = 0
+                yield table_from_bytes(states)
+                continue
+            n_failed += 1
+            # A blink of the storage fails a shard of each actor; its clips go into the next wave.
+            if n_failed >= min(len(shards), max(_MOST_FAILURES, 2 * n_actors)):
                 raise PipelineError(
-                    f"a shard could not be written or its clips not be read: {error}. Shards "
-                    "finished before are committed. Mend the storage, then run the same again."
+                    f"{n_failed} shards in a row could not be written or their clips not be read: "
+                    f"{error}. Shards finished before are committed. Mend the storage, then run "
+                    "the same again."
                 )
-            yield table_from_bytes(states)
+            _LOG.warning("a shard failed, its clips are tried again: %s", error)
 
 
 def _watched(results: Iterator[pa.Table], stall_timeout_s: float) -> Iterator[pa.Table]:

@@ -7,6 +7,7 @@ appears there whole or not at all.
 import contextlib
 import os
 import uuid
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import StoreError
+
+_LIBRARIES = ("aiohttp", "botocore", "deltalake", "gcsfs", "google")
 
 
 class Location:
@@ -115,6 +118,27 @@ class Location:
         else:
             self.fs.put_file(local_file, self.join(name))
             os.unlink(local_file)
+
+
+def is_storage_failure(error: BaseException) -> bool:
+    """Whether a disk, a bucket or the way to it failed: an OSError, or what the libraries of object
+    stores raise in its place."""
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _LIBRARIES
+
+
+@contextlib.contextmanager
+def storage_failures_ignored() -> Iterator[None]:
+    """A block that ends quietly where storage fails; other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        if not is_storage_failure(error):
+            raise
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether storage answers, and denies this one file (gcsfs says so in a plain OSError)."""
+    return isinstance(error, PermissionError) or str(error).startswith("Forbidden")
 
 
 def delta_options() -> dict[str, str]:

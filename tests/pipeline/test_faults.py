@@ -1,5 +1,6 @@
 """Whatever dies, the finished store equals the one of an undisturbed run, row by row."""
 
+import logging
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import botocore.exceptions
 import psutil
 import pyarrow.compute as pc
 import pytest
@@ -188,6 +190,44 @@ def test_disk_full_says_so_keeps_what_is_done_and_goes_on_later(source, undistur
     assert contents(source.store) == undisturbed
 
 
+class Mend(logging.Handler):
+    """Calls a function at the first log record."""
+
+    def __init__(self, mend) -> None:
+        super().__init__()
+        self.mend, self.records = mend, []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record.getMessage())
+        if len(self.records) == 1:
+            self.mend()
+
+
+def test_storage_that_is_away_for_a_while_costs_a_second_try(source, undisturbed):
+    source.store += "-again"
+    features = Path(source.store, "features")
+    away = features.with_name("away")
+
+    def unmount(progress):
+        if not away.exists() and not handler.records:
+            features.rename(away)
+            features.touch()
+
+    def mount():
+        features.unlink()
+        away.rename(features)
+
+    handler = Mend(mount)
+    logging.getLogger("pipeline.ray_run").addHandler(handler)
+    try:
+        summary = source.ingest(source.spec, unmount, shard_clips=4, commit_shards=1)
+    finally:
+        logging.getLogger("pipeline.ray_run").removeHandler(handler)
+    assert "NotADirectoryError" in handler.records[0]
+    assert (summary.ok, summary.failed) == (48, 0)
+    assert contents(source.store) == undisturbed
+
+
 def test_truncated_shard_is_found_told_and_healed(source, undisturbed):
     store = source.store
     rows = FeatureStore.open(store).snapshot().rows(None)
@@ -263,6 +303,24 @@ def test_silent_holder_elsewhere_is_taken_over_and_notices(tmp_path):
                 break
         except StoreLocked:
             assert time.monotonic() < deadline
+
+
+def test_heartbeat_goes_on_after_storage_was_away(tmp_path, monkeypatch):
+    location = Location(str(tmp_path))
+    write, calls = location.write_bytes, []
+
+    def away_at_first(name: str, data: bytes) -> None:
+        calls.append(name)
+        if len(calls) == 1:
+            raise botocore.exceptions.EndpointConnectionError(endpoint_url="http://away")
+        write(name, data)
+
+    monkeypatch.setattr(location, "write_bytes", away_at_first)
+    with Lease(location, 0.3, "me"):
+        deadline = time.monotonic() + 20
+        while len(calls) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_of_many_takers_one_wins(tmp_path):

@@ -17,7 +17,7 @@ from pipeline.errors import StoreLocked
 from pipeline.features import fbanks_function
 from pipeline.ingest import plan_ingest
 from pipeline.lease import Lease
-from pipeline.maintenance import compact, vacuum
+from pipeline.maintenance import compact, failures, vacuum
 from pipeline.maintenance import status as store_status
 from pipeline.store import FeatureStore, read_rows
 from pipeline.synth import write_clips
@@ -29,19 +29,24 @@ CONFIG = IngestConfig(shard_clips=5, prefetch=3)
 
 
 class Unsteady(http.server.BaseHTTPRequestHandler):
-    """Hands requests on to the server behind, after `delay_s`; every `fail_every`-th fails."""
+    """Hands requests on to the server behind, after `delay_s`; every `fail_every`-th fails, and
+    all that ask for the object `refused`."""
 
     protocol_version = "HTTP/1.1"
     behind = ("127.0.0.1", 0)
     fail_every = 0
     status = 503
     delay_s = 0.0
+    refused = ""
     n_requests = n_failed = 0
 
     def answer(self) -> None:
         kind = type(self)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         kind.n_requests += 1
+        if self.refused and self.path.endswith(self.refused):
+            self.reply(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
+            return
         if kind.fail_every and kind.n_requests % kind.fail_every == 0:
             kind.n_failed += 1
             self.reply(self.status, {}, b"<Error><Code>Unsteady</Code></Error>")
@@ -160,6 +165,17 @@ def test_store_that_fails_now_and_then_and_is_slow_loses_nothing(s3, monkeypatch
     assert Unsteady.n_failed > 3
     assert len(store.snapshot().rows(None)) == 12
     assert verify(store.uri, sample=3)["problems"] == []
+
+
+def test_object_that_may_not_be_read_is_quarantined_alone(s3, monkeypatch):
+    _, folder = s3
+    first = min(path.name for path in (folder / "videos").iterdir())
+    monkeypatch.setattr(Unsteady, "refused", first)
+    run("s3://data/store-refused")
+    assert store_status("s3://data/store-refused")["ok"] == 11
+    told = failures("s3://data/store-refused")["open_failed"]
+    assert [example["clip_id"] for example in told["examples"]] == [first.removesuffix(".mp4")]
+    assert "Forbidden" in told["examples"][0]["detail"]
 
 
 def test_lease_on_s3_lets_one_writer_in(s3):
