@@ -28,6 +28,9 @@ _SPARE_CPUS = 2
 ask for whole ones, and on a small machine would otherwise wait for ever."""
 
 
+_NO_API_SERVER = "http://127.0.0.1:9"
+"""Where an embedded cluster says its API server is: at a port that answers nothing."""
+
 _embedded: list[str] = []
 """Folders of clusters inside this process."""
 
@@ -52,6 +55,9 @@ def start_ray() -> None:
         # already are more than that on two cores.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # Nobody preempts us.
+        # It has none. Ray Train's guard of placement groups would wait for one for 12 s at the end
+        # of each fit, or ask that of another cluster on this machine whether our run is alive.
+        os.environ["RAY_API_SERVER_ADDRESS"] = _NO_API_SERVER
         folder = tempfile.mkdtemp(prefix="diccae-ray-", dir=_short_folder())
         _embedded.append(folder)
         atexit.register(_stop_embedded, folder)
