@@ -7,6 +7,7 @@ Shapes: F frames, H = W = size, S samples.
 """
 
 import csv
+import math
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -98,30 +99,26 @@ def write_video(
 def picture(look: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """Frames uint8 [F, H, W, 3] of a shape that moves as `look` says, all else drawn at random."""
     n_frames = int(_SECONDS * _FPS)
-    y_HW, x_HW = np.mgrid[0:size, 0:size] / size - 0.5
+    y_HW, x_HW = (np.mgrid[0:size, 0:size] / size - 0.5).astype(np.float32)
     back, fore = _two_colours(rng)
-    slope = rng.normal(0, 0.25, 2)
-    shade_HW = slope[0] * x_HW + slope[1] * y_HW
+    slope = rng.normal(0, 0.25, 2).astype(np.float32)
+    ground_HW3 = back + 255 * (slope[0] * x_HW + slope[1] * y_HW)[..., None]
     noise = rng.uniform(4, 18)
-    centre, scale = rng.uniform(-0.15, 0.15, 2), rng.uniform(0.8, 1.25)
+    centre, scale = rng.uniform(-0.15, 0.15, 2).astype(np.float32), rng.uniform(0.8, 1.25)
     phase, speed = rng.uniform(0, 1), rng.uniform(0.7, 1.3)
     frames = np.empty((n_frames, size, size, 3), np.uint8)
     for i in range(n_frames):
         t = i / (n_frames - 1)
         mask_HW = _shape(look, x_HW - centre[0], y_HW - centre[1], t, phase, speed, scale)
-        image = (
-            back
-            + 255 * shade_HW[..., None]
-            + noise * rng.standard_normal((size, size, 1), np.float32)
-        )
-        image = np.where(mask_HW[..., None], fore + rng.normal(0, noise), image)
-        frames[i] = np.clip(image, 0, 255)
+        image = ground_HW3 + noise * rng.standard_normal((size, size, 1), np.float32)
+        image[mask_HW] = fore + np.float32(rng.normal(0, noise))
+        frames[i] = np.clip(image, 0, 255, out=image)
     return frames
 
 
 def _two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     while True:
-        back, fore = rng.uniform(20, 235, (2, 3))
+        back, fore = rng.uniform(20, 235, (2, 3)).astype(np.float32)
         if np.abs(back - fore).mean() > 60:
             return back, fore
 
@@ -137,12 +134,12 @@ def _shape(
 ) -> np.ndarray:
     """Where the shape is at time t in [0, 1]."""
     if look == "bouncing":
-        height = abs(np.sin(np.pi * (2 * speed * t + phase)))
+        height = abs(math.sin(math.pi * (2 * speed * t + phase)))
         return np.hypot(x_HW, y_HW - 0.25 + 0.5 * height) < 0.13 * scale
     if look == "spinning":
-        angle = 2 * np.pi * (speed * t + phase)
-        along = x_HW * np.cos(angle) + y_HW * np.sin(angle)
-        across = -x_HW * np.sin(angle) + y_HW * np.cos(angle)
+        angle = 2 * math.pi * (speed * t + phase)
+        along = x_HW * math.cos(angle) + y_HW * math.sin(angle)
+        across = -x_HW * math.sin(angle) + y_HW * math.cos(angle)
         return (np.abs(along) < 0.35 * scale) & (np.abs(across) < 0.07 * scale)
     if look in ("left", "right"):
         shift = (speed * t + phase) % 1.0 - 0.5
