@@ -59,6 +59,7 @@ class Progress:
     failed: int
     by_reason: dict[str, int]
     clips_per_s: float
+    """Since the first clip was decoded."""
     eta_s: float | None
     committed: int
 
@@ -178,6 +179,7 @@ class _Run:
     n_done: int = 0
     n_committed: int = 0
     by_reason: Counter[str] = field(default_factory=Counter)
+    _first_decoded: datetime | None = None
     _waiting: list[pa.Table] = field(default_factory=list)
     _last_commit: float = field(default_factory=time.monotonic)
 
@@ -224,19 +226,20 @@ class _Run:
         """Decode all clips, committing as shards are finished."""
         from pipeline.ray_run import run_shards
 
-        decode_started = time.monotonic()
         discard_unfinished(self.store.location)
         try:
             for states in run_shards(self.store.uri, todo, self.spec, self.config, self.run_id):
                 self._take(states)
-                self._report(decode_started)
+                self._report()
         finally:
             discard_unfinished(self.store.location)
             self._commit()
-        self._report(decode_started)
+        self._report()
 
     def _take(self, states: pa.Table) -> None:
         self._waiting.append(states)
+        if self._first_decoded is None:
+            self._first_decoded = pc.min(states["decoded_at"]).as_py()
         failed = states.filter(pc.equal(states["status"], "failed"))
         self.by_reason.update(failed["reason"].to_pylist())
         self.n_ok += len(states) - len(failed)
@@ -254,8 +257,10 @@ class _Run:
             self._waiting = []
         self._last_commit = time.monotonic()
 
-    def _report(self, since: float) -> None:
-        rate = self.n_done / max(time.monotonic() - since, 1e-9)
+    def _report(self) -> None:
+        # From the first clip on: the start of Ray and of the actors says nothing of the pace.
+        since = self._first_decoded or datetime.now(UTC)
+        rate = self.n_done / max((datetime.now(UTC) - since).total_seconds(), 1e-3)
         left = (self.n_todo - self.n_done) / rate if rate else None
         self.on_progress(
             Progress(

@@ -3,17 +3,21 @@
 import os
 import shutil
 import tarfile
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from pipeline.config import IngestConfig
+from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import MassRemoval, PipelineError, SourceError, TooManyFailures
 from pipeline.extract import extract
 from pipeline.features import decode_jpegs, fbank_array
-from pipeline.ingest import plan_ingest
+from pipeline.ingest import Progress, _Run, plan_ingest
+from pipeline.lease import Lease
 from pipeline.maintenance import failures, status
+from pipeline.schema import CLIPS_SCHEMA
 from pipeline.store import FeatureStore, read_rows
 
 
@@ -210,3 +214,16 @@ def test_interrupt_commits_what_is_done(source):
 def test_opening_what_is_no_store_says_so(tmp_path):
     with pytest.raises(PipelineError, match="no feature store here"):
         FeatureStore.open(str(tmp_path / "nothing"))
+
+
+def test_pace_and_time_left_count_from_the_first_clip(tmp_path):
+    shown: list[Progress] = []
+    store = FeatureStore.create(str(tmp_path / "store"), FeatureSpec())
+    lease = Lease(store.location, 30.0, "me")
+    run = _Run(store, FeatureSpec(), IngestConfig(), lease, 30, shown.append)
+    first = datetime.now(UTC) - timedelta(seconds=5)
+    clip = dict.fromkeys(CLIPS_SCHEMA.names) | {"status": "ok", "decoded_at": first}
+    run._take(pa.Table.from_pylist([clip] * 10, CLIPS_SCHEMA))
+    run._report()
+    assert shown[0].clips_per_s == pytest.approx(2.0, rel=0.1)
+    assert shown[0].eta_s == pytest.approx(10.0, rel=0.1)
