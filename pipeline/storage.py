@@ -5,6 +5,7 @@ appears there whole or not at all.
 """
 
 import contextlib
+import json
 import os
 import uuid
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ _LIBRARIES = ("aiohttp", "botocore", "deltalake", "gcsfs", "google")
 class Location:
     """A folder at a URI: a local path, file://, s3://, gs:// or anything else fsspec opens.
 
-    Object stores take credentials and the endpoint (AWS_ENDPOINT_URL) from the environment.
+    Object stores take credentials and the endpoint (AWS_ENDPOINT_URL, STORAGE_EMULATOR_HOST) from
+    the environment.
     """
 
     def __init__(self, uri: str) -> None:
@@ -142,7 +144,16 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def delta_options() -> dict[str, str]:
-    """Storage options of the Delta library, which reads credentials from the environment itself."""
-    if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
-        return {"AWS_ALLOW_HTTP": "true"}
-    return {}
+    """Storage options of the Delta library, which reads credentials from the environment itself.
+
+    It needs to be told that an endpoint may be plain http, and knows no STORAGE_EMULATOR_HOST.
+    """
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
+    options = {}
+    if emulator:
+        nobody = {"client_email": "", "private_key": "", "private_key_id": ""}
+        account = {"gcs_base_url": emulator, "disable_oauth": True, **nobody}
+        options["google_service_account_key"] = json.dumps(account)
+    if emulator or os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+        options["allow_http"] = "true"
+    return options

@@ -29,6 +29,7 @@ from pipeline.storage import Location, delta_options
 
 __all__ = ["FeatureStore", "Snapshot", "read_rows"]
 
+_TABLE_KINDS = ("file", "s3", "s3a", "gs", "az", "abfs", "abfss", "hdfs")
 _STORE_FILE = "store.json"
 _CHECKPOINT_EVERY = 50
 _FOLD_EVERY = 64
@@ -142,10 +143,20 @@ class FeatureStore:
 
     @classmethod
     def create(cls, uri: str, spec: FeatureSpec) -> "FeatureStore":
-        """A new, empty store; an existing one is opened."""
+        """A new, empty store; an existing one is opened.
+
+        Raises: StoreError if there can be none at such a URI.
+        """
         if cls.exists(uri):
             return cls.open(uri)
         store = cls(uri)
+        kind = store.uri.partition("://")[0] if "://" in store.uri else "file"
+        if kind not in _TABLE_KINDS:
+            raise StoreError(
+                f"{uri}: a store holds a Delta table, and that cannot lie on {kind}://. Possible: "
+                f"a local path, {', '.join(f'{one}://' for one in _TABLE_KINDS[1:])}. Clips may "
+                "come from anywhere."
+            )
         store.location.fs.makedirs(store.location.path, exist_ok=True)
         store.write_spec(spec)
         DeltaTable.create(

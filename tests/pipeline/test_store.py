@@ -199,3 +199,8 @@ def test_commits_cost_the_same_however_many_there_were(store):
         seconds.append(time.process_time() - began)
     assert np.median(seconds[-40:]) < 3 * np.median(seconds[:40]) + 0.005
     assert len(store.snapshot().clips) == 1
+
+
+def test_a_place_that_cannot_hold_a_table_is_refused():
+    with pytest.raises(StoreError, match=r"cannot lie on memory://. Possible: a local path, s3://"):
+        FeatureStore.create("memory://a/store", FeatureSpec())
