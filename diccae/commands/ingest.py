@@ -9,7 +9,7 @@ from diccae.config import RunConfig, load_config
 from diccae.screen import say
 from pipeline.config import FeatureSpec
 
-SECTIONS = ("features", "ingest")
+SECTIONS = ("features", "ingest", "tracking")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     from pipeline.errors import TooManyFailures
 
     try:
-        summary = run_ingest(args.clips, args.videos, args.store, spec, config)
+        summary = run_ingest(args.clips, args.videos, args.store, spec, config, args.run.tracking)
     except TooManyFailures as error:
         if args.json:
             print(json.dumps(error.summary))

@@ -26,10 +26,11 @@ def diccae(ray_session: None, capsys: pytest.CaptureFixture[str]) -> Diccae:
 
 @pytest.fixture(scope="session")
 def store(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """208 clips, ingested with the features of the smoke config."""
+    """208 clips, ingested with the features of the smoke config; mlflow.db lies beside it."""
     place = tmp_path_factory.mktemp("ingested")
     clips, uri = place / "clips", str(place / "store")
     assert main(["synth", "--out", str(clips), "--train", "160", "--test", "48"]) == 0
     source = ["--clips", str(clips / "clips.csv"), "--videos", str(clips / "videos")]
-    assert main(["ingest", *source, "--store", uri, "--config", SMOKE]) == 0
+    tracked = ["--tracking.uri", f"sqlite:///{place}/mlflow.db"]
+    assert main(["ingest", *source, "--store", uri, "--config", SMOKE, *tracked]) == 0
     return uri
