@@ -36,6 +36,15 @@ def test_every_metric_has_one_panel_and_what_is_not_finite_no_point() -> None:
     assert found["Learning rate"][0].points == [(1, 0.1)]
 
 
+def test_the_number_of_workers_is_a_curve_where_it_changed() -> None:
+    def titles(*sizes: int) -> list[str]:
+        metrics = [{"step": step, "world_size": size} for step, size in enumerate(sizes)]
+        return [panel.title for panel in panels(metrics)]
+
+    assert titles(2, 2) == []
+    assert titles(2, 1, 2) == ["World size"]
+
+
 def test_seconds_of_a_step_are_a_mean_over_the_lines_that_have_them() -> None:
     metrics = [
         {"step": 1, "loss": 1.0},

@@ -1,7 +1,7 @@
 """Training metrics as panels of curves, thinned for the eye.
 
-Pure: lists and numbers. Knows nothing of HTML. Invariant: every metric that was logged has one
-place, and thinning keeps the extremes of each stretch.
+Pure: lists and numbers. Knows nothing of HTML. Invariant: every metric that was logged and can
+change has one place, and thinning keeps the extremes of each stretch.
 """
 
 import math
@@ -49,13 +49,16 @@ def panels(metrics: list[dict[str, Any]]) -> list[Panel]:
     """All curves of a run: the known panels first, the rest by the prefix of their names.
 
     The seconds of a step (`time/...`) and the health of rounds (`clustering/...`) have sections of
-    their own and are left out.
+    their own and are left out, and so is a number of workers that never changed.
     """
     series = {
         name: Series(name, thin(points))
         for name, points in _points(metrics).items()
         if not name.startswith(("time/", "clustering/"))
     }
+    workers = series.get("world_size")
+    if workers is not None and len({n for _, n in workers.points}) == 1:
+        del series["world_size"]
     found = []
     for title, names in _PANELS:
         known = [series.pop(name) for name in names if name in series]
