@@ -29,13 +29,13 @@ def run_pretrain(folder: RunFolder, config: RunConfig, store: str, say: Say) -> 
     data = _pin_for(folder, config, store)
     check(config, config.clustering, data)
     _remember(folder, config, store, data)
-    handle = _tracking_run(folder, config, data)
     n_clips = len(data.train)
     steps = BatchPlan.of(n_clips, config.pretrain.batch_size, config.data).steps(n_clips)
     total = steps * config.pretrain.epochs
     start_ray()
     labels = config.clustering if config.rounds.labels != "none" else None
     check_fits(training_demands(config, labels))
+    handle = _tracking_run(folder, config, data)
     scale_note(config.scale, say)
     say(
         f"pretrain  {len(data.train):,} clips of {store} version {data.snapshot.version}, "

@@ -159,7 +159,7 @@ def test_replaced_object_is_redone_and_nothing_else(s3):
 
 @pytest.mark.parametrize("status", [500, 503])
 def test_store_that_fails_now_and_then_and_is_slow_loses_nothing(s3, monkeypatch, status):
-    for name, value in {"fail_every": 7, "n_failed": 0, "status": status, "delay_s": 0.05}.items():
+    for name, value in {"fail_every": 7, "n_failed": 0, "status": status, "delay_s": 0.02}.items():
         monkeypatch.setattr(Unsteady, name, value)
     store = run(f"s3://data/store-{status}")
     monkeypatch.setattr(Unsteady, "fail_every", 0)
