@@ -19,9 +19,10 @@ from pipeline.config import IngestConfig
 from pipeline.parts import SEPARATOR, is_part, stream_members
 from pipeline.reasons import Reason, Rejected
 from pipeline.sources import File, local_file, remote_file, sha256_of
-from pipeline.storage import is_refusal
+from pipeline.storage import is_refusal, is_storage_failure
 
 _MOST_DOWNLOADS = 3
+_MOST_PROBES = 5
 
 
 @dataclass
@@ -90,7 +91,7 @@ def _fetch_files(clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[
                     ahead.append(Future())
                     ahead[-1].set_result(_local(clip, config))
                 else:
-                    ahead.append(pool.submit(_download, clip, config))
+                    ahead.append(pool.submit(_download, clip, clips))
                 if len(ahead) > config.prefetch:
                     yield ahead.popleft().result()
             while ahead:
@@ -118,7 +119,8 @@ def _local(clip: dict[str, Any], config: IngestConfig) -> Fetched:
     return Fetched(clip, path, hashes_content=hashes)
 
 
-def _download(clip: dict[str, Any], config: IngestConfig) -> Fetched:
+def _download(clip: dict[str, Any], clips: list[dict[str, Any]]) -> Fetched:
+    """A local copy of a clip; `clips` are those it is fetched with."""
     fs, remote = fsspec.core.url_to_fs(clip["uri"], use_listings_cache=False)
     handle, path = tempfile.mkstemp(suffix=os.path.splitext(remote)[1])
     os.close(handle)
@@ -135,11 +137,29 @@ def _download(clip: dict[str, Any], config: IngestConfig) -> Fetched:
     except FileNotFoundError:
         fetched.rejected = Rejected(Reason.MISSING, "the object vanished before it was read")
     except Exception as error:
-        if not is_refusal(error):
+        if not is_refusal(error) or not _others_open(clip, clips):
             fetched.release()
             raise
         fetched.rejected = Rejected(Reason.OPEN_FAILED, str(error))
     return fetched
+
+
+def _others_open(clip: dict[str, Any], clips: list[dict[str, Any]]) -> bool:
+    """Whether any of a few other clips may be read: keys that expired deny them all, and are no
+    reason to quarantine anything. True if there is no other."""
+    others = [one["uri"] for one in clips if one is not clip][:_MOST_PROBES]
+    return not others or any(map(_opens, others))
+
+
+def _opens(uri: str) -> bool:
+    fs, remote = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    try:
+        fs.cat_file(remote, 0, 1)
+    except Exception as error:
+        if not is_storage_failure(error):
+            raise
+        return False
+    return True
 
 
 def _describe(clip: dict[str, Any], file: File) -> None:

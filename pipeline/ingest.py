@@ -232,8 +232,8 @@ class _Run:
                 self._take(states)
                 self._report()
         finally:
-            discard_unfinished(self.store.location)
             self._commit()
+            discard_unfinished(self.store.location)
         self._report()
 
     def _take(self, states: pa.Table) -> None:

@@ -54,6 +54,7 @@ def run_shards(
     n_workers = config.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     fbank_key = secrets.token_bytes()
     left = todo
+    failures: list[str] = []
     for wave in range(_MOST_WAVES):
         if not len(left):
             return
@@ -66,7 +67,8 @@ def run_shards(
             "run_id": f"{run_id}-{wave}" if wave else run_id,
             "fbank_key": fbank_key,
         }
-        results = _results(shards, min(n_workers, len(shards)), arguments, config)
+        n_actors = min(n_workers, len(shards))
+        results = _results(shards, n_actors, arguments, config, failures)
         for states in _watched(results, config.stall_timeout_s):
             # A task that ran twice may hand out a clip again.
             ids = states["clip_id"].to_pylist()
@@ -74,6 +76,8 @@ def run_shards(
             returned.update(ids)
         done = pa.array(returned, pa.string())
         left = left.filter(pc.invert(pc.is_in(left["clip_id"], value_set=done)))
+    if len(left) and failures:
+        raise _storage_failed(failures)
     if len(left):
         raise PipelineError(
             f"{len(left)} clips (such as {left['clip_id'][0]}) did not come back from the cluster "
@@ -143,8 +147,13 @@ def _result(index: int, states: bytes, error: str) -> pa.Table:
 
 
 def _results(
-    shards: list[pa.Table], n_actors: int, arguments: dict[str, Any], config: IngestConfig
+    shards: list[pa.Table],
+    n_actors: int,
+    arguments: dict[str, Any],
+    config: IngestConfig,
+    failures: list[str],
 ) -> Iterator[pa.Table]:
+    """Finished shards. `failures` holds what storage said of the shards that failed in a row."""
     rows = [{"index": i, "clips": table_to_bytes(shard)} for i, shard in enumerate(shards)]
     with DataContext.current(_own_context()):
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -156,24 +165,27 @@ def _results(
             num_cpus=config.cpus_per_worker,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
         )
-    n_failed = 0
     for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for error, states in zip(
             block["error"].to_pylist(), block["states"].to_pylist(), strict=True
         ):
             if not error:
-                n_failed = 0
+                failures.clear()
                 yield table_from_bytes(states)
                 continue
-            n_failed += 1
+            failures.append(error)
             # A blink of the storage fails a shard of each actor; its clips go into the next wave.
-            if n_failed >= min(len(shards), max(_MOST_FAILURES, 2 * n_actors)):
-                raise PipelineError(
-                    f"{n_failed} shards in a row could not be written or their clips not be read: "
-                    f"{error}. Shards finished before are committed. Mend the storage, then run "
-                    "the same again."
-                )
+            if len(failures) >= max(_MOST_FAILURES, 2 * n_actors):
+                raise _storage_failed(failures)
             _LOG.warning("a shard failed, its clips are tried again: %s", error)
+
+
+def _storage_failed(failures: list[str]) -> PipelineError:
+    return PipelineError(
+        f"{len(failures)} shards in a row could not be written or their clips not be read: "
+        f"{failures[-1]}. Shards finished before are committed. Mend the storage, then run the "
+        "same again."
+    )
 
 
 def _watched(results: Iterator[pa.Table], stall_timeout_s: float) -> Iterator[pa.Table]:

@@ -6,7 +6,7 @@ import boto3
 import fsspec
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
+from support.s3 import s3_server
 
 from clustering import storage
 from clustering.config import ClusteringConfig
@@ -18,20 +18,17 @@ from clustering.vectors import cluster_vectors
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch):
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="run")
-    yield "s3://run"
-    server.stop()
+    with s3_server() as (host, port):
+        settings = {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="run")
+        yield "s3://run"
 
 
 def test_rounds_on_s3_have_the_bits_of_rounds_on_disk(

@@ -9,7 +9,7 @@ from urllib.parse import quote, unquote, urlsplit
 import boto3
 import pytest
 from gcp_storage_emulator.server import create_server
-from moto.server import ThreadedMotoServer
+from support.s3 import s3_server
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import StoreLocked
@@ -81,12 +81,9 @@ def videos(tmp_path_factory):
     BothApis.json_api = ("127.0.0.1", free_port())
     emulator = create_server(*BothApis.json_api, in_memory=True, default_bucket="data")
     emulator.start()
-    xml = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    xml.start()
-    BothApis.xml_api = xml.get_host_and_port()
     front = http.server.ThreadingHTTPServer(("127.0.0.1", 0), BothApis)
     threading.Thread(target=front.serve_forever, daemon=True).start()
-    with pytest.MonkeyPatch.context() as patch:
+    with s3_server() as BothApis.xml_api, pytest.MonkeyPatch.context() as patch:
         patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{front.server_port}")
         # gcsfs would ask a gRPC endpoint for the kind of the bucket, which this server has not.
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -100,7 +97,6 @@ def videos(tmp_path_factory):
         place.fs.put(f"{folder}/clips.csv", "data/clips.csv")
         yield folder / "videos"
     front.shutdown()
-    xml.stop()
     emulator.stop()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import boto3
 import pyarrow.compute as pc
 import pytest
-from moto.server import ThreadedMotoServer
+from support.s3 import s3_server
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import StoreLocked
@@ -31,7 +31,7 @@ CONFIG = IngestConfig(shard_clips=5, prefetch=3)
 
 class Unsteady(http.server.BaseHTTPRequestHandler):
     """Hands requests on to the server behind, after `delay_s`; every `fail_every`-th fails, and
-    all that ask for the object `refused`."""
+    all whose path holds `refused`."""
 
     protocol_version = "HTTP/1.1"
     behind = ("127.0.0.1", 0)
@@ -45,7 +45,7 @@ class Unsteady(http.server.BaseHTTPRequestHandler):
         kind = type(self)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         kind.n_requests += 1
-        if self.refused and self.path.endswith(self.refused):
+        if self.refused and self.refused in self.path:
             self.reply(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
             return
         if kind.fail_every and kind.n_requests % kind.fail_every == 0:
@@ -78,9 +78,6 @@ class Unsteady(http.server.BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
     """A bucket with 12 clips below videos/; yields the folder of the local originals."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    Unsteady.behind = server.get_host_and_port()
     proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unsteady)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     environment = {
@@ -90,7 +87,7 @@ def s3(tmp_path_factory):
         "AWS_REGION": "us-east-1",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    with pytest.MonkeyPatch.context() as patch:
+    with s3_server() as Unsteady.behind, pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
         folder = tmp_path_factory.mktemp("s3") / "clips"
@@ -102,7 +99,6 @@ def s3(tmp_path_factory):
         client.upload_file(str(folder / "clips.csv"), "data", "clips.csv")
         yield client, folder
         proxy.shutdown()
-        server.stop()
 
 
 def run(store_uri: str) -> FeatureStore:
@@ -177,6 +173,17 @@ def test_object_that_may_not_be_read_is_quarantined_alone(s3, monkeypatch):
     told = failures("s3://data/store-refused")["open_failed"]
     assert [example["clip_id"] for example in told["examples"]] == [first.removesuffix(".mp4")]
     assert re.search("AccessDenied|Forbidden", told["examples"][0]["detail"])
+
+
+def test_keys_that_open_nothing_any_more_end_the_shard_and_quarantine_nothing(s3, monkeypatch):
+    store = FeatureStore.create("s3://data/store-expired", SPEC)
+    plan = plan_ingest("s3://data/clips.csv", "s3://data/videos", store.uri, SPEC, CONFIG)
+    decoder = ShardDecoder(store.uri, SPEC, CONFIG, "r", fbanks_function(SPEC))
+    shards = decoder.decode(0, plan.todo)
+    assert next(shards)["status"].to_pylist() == ["ok"] * CONFIG.shard_clips
+    monkeypatch.setattr(Unsteady, "refused", "/videos/")
+    with pytest.raises(PermissionError):
+        list(shards)
 
 
 def test_lease_on_s3_lets_one_writer_in(s3):
