@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from diccae.resources import start_ray
+from diccae.resources import embedded_cores, start_ray
 from diccae.screen import ProgressLine, clock
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.ingest import IngestSummary, Progress, ingest
@@ -29,6 +29,9 @@ def run_ingest(
 
     Args: tracked: where to write the ingest down as an MLflow run of its own; None or no URI: not.
     """
+    if config.workers is None:
+        # One per core: the spare CPUs of an embedded cluster are none to decode on.
+        config = config.model_copy(update={"workers": embedded_cores()})
     line = ProgressLine()
     params = {"clips": clips, "videos": videos, "store": store, "ingest": config.model_dump()}
     if spec is not None:

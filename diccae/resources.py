@@ -27,12 +27,16 @@ _SPARE_CPUS = 2
 """Logical CPUs of an embedded cluster beyond the machine's cores: Ray's own light tasks and actors
 ask for whole ones, and on a small machine would otherwise wait for ever."""
 
-
 _NO_API_SERVER = "http://127.0.0.1:9"
 """Where an embedded cluster says its API server is: at a port that answers nothing."""
 
 _embedded: list[str] = []
 """Folders of clusters inside this process."""
+
+
+def embedded_cores() -> int | None:
+    """Cores of the cluster that `start_ray` starts in this process; None where it joins one."""
+    return None if os.environ.get("RAY_ADDRESS") else os.cpu_count() or 1
 
 
 def start_ray() -> None:
@@ -48,7 +52,8 @@ def start_ray() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     quiet = {"log_to_driver": False, "configure_logging": False}
     with _native_stderr_closed(), _sigterm_interrupts():
-        if os.environ.get("RAY_ADDRESS"):
+        cores = embedded_cores()
+        if cores is None:
             ray.init(address="auto", **quiet)
             return
         # Above four times this many workers Ray prints a notice to stdout; its own light actors
@@ -63,7 +68,7 @@ def start_ray() -> None:
         atexit.register(_stop_embedded, folder)
         ray.init(
             address="local",
-            num_cpus=(os.cpu_count() or 1) + _SPARE_CPUS,
+            num_cpus=cores + _SPARE_CPUS,
             include_dashboard=False,
             _temp_dir=folder,
             **quiet,

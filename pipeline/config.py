@@ -68,7 +68,7 @@ class IngestConfig(Frozen):
     shard_clips: int = Field(256, ge=1, le=4096)
     """Most clips in one shard, the unit of retry."""
     workers: int | None = Field(None, ge=1)
-    """Decode actors; None: one per CPU of the cluster."""
+    """Decode actors; None: one per CPU of the cluster, per core of a machine alone."""
     cpus_per_worker: float = Field(0.9, gt=0)
     """CPUs an actor reserves; below 1 so that Ray Data's own tasks always find room."""
     timeout_s: float = Field(60.0, gt=0)

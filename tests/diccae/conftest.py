@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from support.runs import SMOKE
+from support.runs import N_TEST, N_TRAIN, SMOKE
 
 from diccae.cli import main
 
@@ -26,10 +26,11 @@ def diccae(ray_session: None, capsys: pytest.CaptureFixture[str]) -> Diccae:
 
 @pytest.fixture(scope="session")
 def store(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """208 clips, ingested with the features of the smoke config; mlflow.db lies beside it."""
+    """N_TRAIN + N_TEST clips with the features of the smoke config; mlflow.db lies beside it."""
     place = tmp_path_factory.mktemp("ingested")
     clips, uri = place / "clips", str(place / "store")
-    assert main(["synth", "--out", str(clips), "--train", "160", "--test", "48"]) == 0
+    sizes = ["--train", str(N_TRAIN), "--test", str(N_TEST)]
+    assert main(["synth", "--out", str(clips), *sizes]) == 0
     source = ["--clips", str(clips / "clips.csv"), "--videos", str(clips / "videos")]
     tracked = ["--tracking.uri", f"sqlite:///{place}/mlflow.db"]
     assert main(["ingest", *source, "--store", uri, "--config", SMOKE, *tracked]) == 0

@@ -74,22 +74,3 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("diccae.commands.store.main", broken)
     with pytest.raises(KeyError):
         main(["store"])
-
-
-def test_an_ingest_is_a_run_in_mlflow_and_one_with_nothing_to_do_is_none(store: str) -> None:
-    from mlflow.tracking import MlflowClient
-
-    place = Path(store).parent
-    uri = f"sqlite:///{place}/mlflow.db"
-    source = ["--clips", f"{place}/clips/clips.csv", "--videos", f"{place}/clips/videos"]
-    assert main(["ingest", *source, "--store", store, "--tracking.uri", uri]) == 0
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("diccae").experiment_id
-    [run] = client.search_runs([experiment])
-    assert run.info.status == "FINISHED"
-    assert run.data.params["features.frame_size"] == "64"
-    assert run.data.tags["store.uri"] == store
-    assert (run.data.metrics["ok"], run.data.metrics["new"]) == (208, 208)
-    assert run.data.metrics["version"] >= 1
-    steps = [point.step for point in client.get_metric_history(run.info.run_id, "committed")]
-    assert steps[-1] == 208

@@ -1,4 +1,4 @@
-"""The main job: pretraining killed and taken up again, fine-tuning, evaluation, report."""
+"""The main job: ingest, pretraining killed and taken up again, fine-tuning, evaluation, report."""
 
 import json
 import os
@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import CONFIGS, SMOKE, lines
+from support.processes import ray_env
+from support.runs import CONFIGS, N_TEST, N_TRAIN, SMOKE, lines
 
 from diccae.cli import main
 
 BASELINE = str(CONFIGS / "cavmae-smoke.yaml")
 Diccae = Callable[..., str]
+EPOCHS = 6
+N_STEPS = EPOCHS * N_TRAIN // 32
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +26,36 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("whole")
 
 
+def test_an_ingest_is_a_run_in_mlflow_and_one_with_nothing_to_do_is_none(store: str) -> None:
+    from mlflow.tracking import MlflowClient
+
+    place = Path(store).parent
+    uri = f"sqlite:///{place}/mlflow.db"
+    source = ["--clips", f"{place}/clips/clips.csv", "--videos", f"{place}/clips/videos"]
+    assert main(["ingest", *source, "--store", store, "--tracking.uri", uri]) == 0
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("diccae").experiment_id
+    [run] = client.search_runs([experiment])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["features.frame_size"] == "64"
+    assert run.data.tags["store.uri"] == store
+    n_clips = N_TRAIN + N_TEST
+    assert (run.data.metrics["ok"], run.data.metrics["new"]) == (n_clips, n_clips)
+    assert run.data.metrics["version"] >= 1
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "committed")]
+    assert steps[-1] == n_clips
+
+
 def _kill_after_checkpoint(arguments: list[str], place: Path, out: Path) -> None:
-    """SIGKILL the driver once a checkpoint is on storage and steps go on."""
+    """SIGKILL a driver on this test's cluster once a checkpoint is on storage and steps go on."""
     process = subprocess.Popen(
         [sys.executable, "-m", "diccae", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=place,
+        env=ray_env(),
     )
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not any((out / "pretrain").glob("checkpoint_*/state.pt")):
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline, "no checkpoint in time"
@@ -46,12 +70,12 @@ def test_killed_pretraining_goes_on_and_the_run_is_finished(
     monkeypatch.chdir(place)
     out = place / "run"
     arguments = ["pretrain", "--config", SMOKE, "--store", os.path.relpath(store, place)]
-    arguments += ["--out", "run", "--pretrain.log-every", "1", "--pretrain.epochs", "6"]
+    arguments += ["--out", "run", "--pretrain.log-every", "1", "--pretrain.epochs", str(EPOCHS)]
     _kill_after_checkpoint(arguments, place, out)
     killed_at = int(lines(out / "metrics.jsonl")[-1]["step"])
     diccae(*arguments)
     steps = [int(line["step"]) for line in lines(out / "metrics.jsonl")]
-    assert steps == list(range(1, 31)), f"killed at {killed_at}"
+    assert steps == list(range(1, N_STEPS + 1)), f"killed at {killed_at}"
     assert any("clustering/nmi" in line for line in lines(out / "metrics.jsonl"))
 
     diccae("finetune", "--out", "run")
@@ -66,7 +90,7 @@ def _check_results(results: dict[str, Any]) -> None:
     for name in ("top1", "top5", "probe"):
         assert set(results[name]) == {"audio", "video", "fusion"}
         assert all(0 <= value <= 1 for value in results[name].values())
-    assert (results["n_train"], results["n_test"]) == (160, 48)
+    assert (results["n_train"], results["n_test"]) == (N_TRAIN, N_TEST)
     assert results["pseudo_labels"]["k"] == 8
     assert results["store"]["version"] >= 0
     assert set(results["seconds"]) >= {"pretrain", "cluster", "finetune", "evaluate"}
@@ -81,7 +105,7 @@ def _check_mlflow(out: Path) -> None:
     assert run.info.status == "FINISHED"
     assert run.data.params["clustering.k"] == "8"
     history = [m.step for m in client.get_metric_history(run.info.run_id, "loss")]
-    assert sorted(history) == list(range(1, 31)), "gaps or doubles"
+    assert sorted(history) == list(range(1, N_STEPS + 1)), "gaps or doubles"
 
 
 def test_another_config_in_the_same_folder_is_refused_by_key(
@@ -115,7 +139,7 @@ def test_baseline_recipe_runs_and_dry_run_says_what_it_costs(
         (["--clustering.k", "4000"], "clustering.k = 4000"),
         (["--data.frames-per-clip", "9"], "data.frames_per_clip = 9"),
         (["--pretrain.batch-size", "30"], "data.lanes = 4"),
-        (["--pretrain.batch-size", "400"], "only 160 clips"),
+        (["--pretrain.batch-size", "400"], f"only {N_TRAIN} clips"),
         (["--scale.num-workers", "5"], "data.lanes = 4 are too few for 5 workers"),
     ],
 )

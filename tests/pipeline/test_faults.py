@@ -17,7 +17,7 @@ import botocore.exceptions
 import psutil
 import pyarrow.compute as pc
 import pytest
-from support.processes import kill
+from support.processes import kill, ray_env
 
 from pipeline.config import FeatureSpec
 from pipeline.errors import PipelineError, StoreError, StoreLocked
@@ -28,14 +28,19 @@ from pipeline.store import FeatureStore, read_rows
 from pipeline.verify import verify
 
 DRIVER = """
+import os
 import sys
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.ingest import ingest
 
 def start_ray():
     import ray
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False,
-             configure_logging=False, object_store_memory=100 * 2**20, _temp_dir=sys.argv[6])
+    quiet = {"log_to_driver": False, "configure_logging": False}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(address="auto", **quiet)
+        return
+    ray.init(address="local", num_cpus=4, include_dashboard=False,
+             object_store_memory=100 * 2**20, _temp_dir=sys.argv[6], **quiet)
 
 def on_progress(progress):
     print(progress.done, flush=True)
@@ -48,9 +53,9 @@ if __name__ == "__main__":
 
 
 class Driver:
-    """An ingest in a process of its own, with a Ray of its own."""
+    """An ingest in a process of its own, with a Ray of its own unless `env` says which to join."""
 
-    def __init__(self, source, folder: Path) -> None:
+    def __init__(self, source, folder: Path, env=os.environ) -> None:
         folder.mkdir()
         script = folder / "driver.py"
         script.write_text(DRIVER)
@@ -65,7 +70,7 @@ class Driver:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={**env, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
 
     def wait_for_shard(self) -> None:
@@ -107,7 +112,7 @@ def undisturbed(done) -> list:
 
 def test_driver_killed_then_run_again_loses_and_doubles_nothing(source, undisturbed, ray_folder):
     source.store += "-again"
-    first = Driver(source, ray_folder / "a")
+    first = Driver(source, ray_folder / "a", ray_env())
     first.wait_for_shard()
     first.kill()
     n_kept = status(source.store)["ok"]

@@ -194,23 +194,6 @@ def test_probe_counts_timelines_that_frame_counting_gets_wrong(moving_clip, ffmp
     assert not store.exists()
 
 
-def test_interrupt_commits_what_is_done(source):
-    source.store += "-interrupted"
-
-    def interrupt(progress):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        source.ingest(source.spec, on_progress=interrupt)
-    n_kept = status(source.store)["ok"]
-    assert 0 < n_kept < 48
-    assert source.counts(source.ingest()) == {
-        "new": 48 - n_kept, "unchanged": n_kept, "ok": 48 - n_kept,
-    }  # fmt: skip
-    undisturbed = FeatureStore.open(source.store.removesuffix("-interrupted")).snapshot()
-    assert source.snapshot().digest == undisturbed.digest
-
-
 def test_opening_what_is_no_store_says_so(tmp_path):
     with pytest.raises(PipelineError, match="no feature store here"):
         FeatureStore.open(str(tmp_path / "nothing"))

@@ -1,6 +1,7 @@
 """Processes that tests look for and kill. Ray's come and go while they are looked at."""
 
 import contextlib
+import os
 
 import psutil
 
@@ -23,3 +24,10 @@ def kill(name: str, at_most: int | None = None) -> int:
             process.kill()
             n_killed += 1
     return n_killed
+
+
+def ray_env() -> dict[str, str]:
+    """The environment of a command that is to join the Ray of this process, as a job does."""
+    import ray
+
+    return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}

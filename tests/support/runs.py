@@ -9,6 +9,8 @@ from typing import Any
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMOKE = str(CONFIGS / "vggsound-smoke.yaml")
+N_TRAIN, N_TEST = 96, 32
+"""Clips of the store that such tests share."""
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
