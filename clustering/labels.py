@@ -9,7 +9,6 @@ Shapes: N rows, K clusters.
 from collections.abc import Mapping
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_matrix
 
 from clustering.config import GuardConfig
@@ -22,6 +21,9 @@ def agreement(labels: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     Args: integer arrays [N]; rows with a negative label or class are left out. Without rows all
         three are 0.
     """
+    # Takes longer to import than all else that an actor of this package needs.
+    from scipy.optimize import linear_sum_assignment
+
     known = (labels >= 0) & (truth >= 0)
     if not known.any():
         return {"nmi": 0.0, "purity": 0.0, "hungarian_accuracy": 0.0}

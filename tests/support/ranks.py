@@ -14,7 +14,9 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-_PRELOADED = ["torch", "torch.distributed", "numpy", "training.encoder", "training.losses"]
+_PRELOADED = ["torch.distributed", "numpy", "training.encoder", "training.losses"]
+# The first optimizer of a process imports it, which takes longer than what the ranks compute.
+_PRELOADED += ["torch._dynamo"]
 
 
 def run_ranks(n_ranks: int, fn: Callable[[int, int], Any]) -> list[Any]:

@@ -47,7 +47,7 @@ CLUSTERING = ClusteringConfig.model_validate(
 N_CLIPS = 90
 STEPS = 4 * (N_CLIPS // 18)
 ELASTIC = """
-import sys, threading, time
+import subprocess, sys, threading, time
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
@@ -67,12 +67,19 @@ def wait_for(text, out, timeout_s=180):
 def come_and_go(cluster, node, out):
     wait_for('"world_size": 2', out)
     time.sleep(3)  # Some checkpoints.
+    if NOTICE_S:
+        drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
+        drain += ["--address", cluster.address, "--node-id", node.node_id]
+        drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        subprocess.run([*drain, "--deadline-remaining-seconds", str(NOTICE_S)], check=True)
+        time.sleep(NOTICE_S)
     cluster.remove_node(node, allow_graceful=False)
     wait_for('"world_size": 1', out)
-    cluster.add_node(num_cpus=2)
+    if not NOTICE_S:
+        cluster.add_node(num_cpus=2)
 
 if __name__ == "__main__":
-    store, out = sys.argv[1], Path(sys.argv[2])
+    store, out, NOTICE_S = sys.argv[1], Path(sys.argv[2]), int(sys.argv[5])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False)
@@ -80,7 +87,7 @@ if __name__ == "__main__":
     node = next(node for node in nodes if node.node_id != mine)
     scale = {"num_workers": 2, "min_workers": 1, "cpus_per_worker": 1.5, "reader_cpus": 0.1}
     plain = CONFIG.model_dump() | {"scale": scale}
-    plain["pretrain"] |= {"epochs": int(sys.argv[3]), "checkpoint_every": 10}
+    plain["pretrain"] |= {"epochs": int(sys.argv[3]), "checkpoint_every": int(sys.argv[4])}
     config = type(CONFIG).model_validate(plain)
     data = pin(store, None, config)
     check(config, CLUSTERING, data)
@@ -157,27 +164,47 @@ def test_a_worker_that_dies_costs_no_bit_of_the_result(
     assert again == weights
 
 
-@pytest.mark.slow
-def test_a_lost_node_shrinks_training_and_a_new_one_lets_it_grow(
-    store: str, tmp_path: Path
-) -> None:
-    """A head and two nodes; Ray looks for room to grow once a minute."""
-    epochs = 180
-    script = tmp_path / "elastic.py"
+def _elastic(store: str, folder: Path, *arguments: int) -> list[dict[str, Any]]:
+    """The metrics of a run on a head and two nodes: one goes, and without notice another comes."""
+    script = folder / "elastic.py"
     script.write_text(ELASTIC)
     folders = [str(Path(__file__).parent), *sys.path]
     done = subprocess.run(
-        [sys.executable, script, store, tmp_path / "out", str(epochs)],
+        [sys.executable, script, store, folder / "out", *map(str, arguments)],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(folders),
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
+            "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
         },
-        capture_output=True, text=True, timeout=280,
+        capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    metrics = [json.loads(line) for line in lines]
+    metrics = (folder / "out" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in metrics]
+
+
+def _sizes(metrics: list[dict[str, Any]]) -> list[float]:
+    return [size for size, _ in itertools.groupby(line["world_size"] for line in metrics)]
+
+
+@pytest.mark.slow
+def test_a_lost_node_shrinks_training_and_a_new_one_lets_it_grow(
+    store: str, tmp_path: Path
+) -> None:
+    """Ray looks for room to grow once a minute."""
+    epochs = 180
+    metrics = _elastic(store, tmp_path, epochs, 10, 0)
     assert [line["step"] for line in metrics] == list(range(1, epochs * N_CLIPS // 18 + 1))
-    sizes = [size for size, _ in itertools.groupby(line["world_size"] for line in metrics)]
-    assert sizes == [2, 1, 2]
+    assert _sizes(metrics) == [2, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_node_that_is_announced_to_go_leaves_a_checkpoint_of_that_moment(tmp_path: Path) -> None:
+    """A real notice of preemption, 10 s ahead, in an epoch that writes no other checkpoint."""
+    n_steps = 900
+    store = noise_store(tmp_path / "store", SPEC, n_steps * 18)
+    metrics = _elastic(str(store.uri), tmp_path, 1, 10 * n_steps, 10)
+    assert [line["step"] for line in metrics] == list(range(1, n_steps + 1))
+    assert _sizes(metrics) == [2, 1]
