@@ -1,6 +1,7 @@
 """What tests share in one process: an embedded Ray cluster, private to them; never a filesystem."""
 
 import os
+import secrets
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ _RAY_ENV = {
     "LOG_NAME_UPDATE_INTERVAL_S": "3600",
     "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
@@ -37,6 +37,8 @@ def ray_session() -> Iterator[None]:
     import ray
 
     os.environ.update(_RAY_ENV)
+    # Else Ray writes one into the home, where sessions side by side would replace each other's.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
     # A short private folder: socket paths are limited to 107 bytes, and a shared one could make
     # this session join somebody else's cluster.
     with tempfile.TemporaryDirectory(prefix="dray", dir="/tmp", ignore_cleanup_errors=True) as tmp:

@@ -57,14 +57,14 @@ def _head_process(folder: Path, ports: list[int]) -> "subprocess.Popen[bytes]":
 
 
 def _wait_for(head: "subprocess.Popen[bytes]", address: str, log: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while True:
         try:
             connect(address)
             return
         except ClusterUnreachable:
             assert head.poll() is None, f"the head ended: {log.read_text()}"
-            assert time.monotonic() < deadline, f"no head after 120 s: {log.read_text()}"
+            assert time.monotonic() < deadline, f"no head after 400 s: {log.read_text()}"
             time.sleep(0.2)
 
 

@@ -40,7 +40,7 @@ def test_fbank_equals_the_reference_to_1e_4() -> None:
         [sys.executable, "-c", _COMPARE, str(recorded)],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         env={k: v for k, v in os.environ.items() if k != "MKL_CBWR"},
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -35,7 +35,7 @@ def run_ranks(n_ranks: int, fn: Callable[[int, int], Any]) -> list[Any]:
         for process in ranks:
             process.start()
         for process in ranks:
-            process.join(120)
+            process.join(400)
         codes = [process.exitcode for process in ranks]
         for process in ranks:
             process.kill()

@@ -116,7 +116,7 @@ def _pretrain(store: str, out: Path) -> tuple[bytes, list[dict[str, Any]]]:
 
 def _kill_a_worker(out: Path, killed: threading.Event) -> None:
     """SIGKILL one of the training workers once steps are taken and a checkpoint is written."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline and not killed.is_set():
         time.sleep(0.02)
         if any((out / "pretrain").glob("checkpoint_*/state.pt")) and kill("RayTrainWorker", 1):

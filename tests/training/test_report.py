@@ -360,7 +360,7 @@ def _open(page: Path, profile: Path) -> str:
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command += [f"--user-data-dir={profile}", "--window-size=1400,1000", "--dump-dom"]
     command += ["--virtual-time-budget=8000", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
     return done.stdout
 
 

@@ -194,7 +194,7 @@ def test_a_worker_killed_while_it_logs_leaves_one_whole_curve(out: Path) -> None
     worker.wait()
     resume = max(line["step"] for line in read_metrics(path)) - 20  # a checkpoint lies behind
     worker = start(resume)
-    assert worker.communicate(timeout=120)[0] == b"done\n"
+    assert worker.communicate(timeout=400)[0] == b"done\n"
     steps = list(range(1, 4001))
     assert [line["step"] for line in read_metrics(path)] == steps
     for key in ("loss", "lr"):
@@ -271,7 +271,7 @@ class Server:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
             )
-        _wait_until(self._answers, 90)
+        _wait_until(self._answers, 400)
 
     def _answers(self) -> bool:
         try:
@@ -315,11 +315,11 @@ def test_server_that_dies_and_comes_back_has_every_point_once(
     handle = _new_run(tmp_path, server.uri)
     tracker = Tracker(handle, tmp_path / "metrics.jsonl")
     tracker.log(1, {"loss": 1.0})
-    _wait_until(lambda: len(_history(handle, "loss")) == 1, 20)
+    _wait_until(lambda: len(_history(handle, "loss")) == 1, 200)
     server.kill()
     for step in range(2, 200):
         tracker.log(step, {"loss": float(step)})
-    _wait_until(lambda: "training goes on" in caplog.text, 30)
+    _wait_until(lambda: "training goes on" in caplog.text, 200)
     server.start()
     tracker.log(200, {"loss": 200.0})
     assert tracker.close(timeout_s=60)
