@@ -18,8 +18,18 @@ from diccae.runs import RunFolder, watched
 from pipeline.store import FeatureStore
 from training import tracking
 from training.batches import BatchPlan, RowIndex, clip_keys, index_rows
+from training.classifier import Classifier
+from training.encoder import Encoder
+from training.errors import WeightsError
 from training.metrics_copier import RunHandle
-from training.pretrain import Pinned, check, pin, pretrain
+from training.pretrain import Pinned, check, input_shape, pin, pretrain
+from training.weights import (
+    WeightsReport,
+    load_weights,
+    read_class_names,
+    save_classifier,
+    save_encoder,
+)
 
 Say = Callable[[str], None]
 
@@ -159,6 +169,33 @@ def open_run(folder: RunFolder, config: RunConfig, store: str | None) -> None:
     data = _pin_for(folder, config, store)
     _remember(folder, config, store, data)
     _tracking_run(folder, config, data)
+
+
+def import_weights(
+    folder: RunFolder, config: RunConfig, store: str, uri: str, label_list: str | None
+) -> WeightsReport:
+    """Published weights as this run's `encoder/`, and with a label list as its `classifier/`.
+
+    Raises: WeightsError if they do not fit, have no class head, or lack a class of the store.
+    """
+    train = _pin_for(folder, config, store).train
+    encoder = Encoder(config.encoder, input_shape(train.spec))
+    classifier = None
+    if label_list is None:
+        report = load_weights(encoder, uri)
+    else:
+        classifier = Classifier(encoder, len(train.classes), config.finetune.mode)
+        report = load_weights(classifier, uri, train.classes, read_class_names(label_list))
+        if any(key.startswith("mlp_head.") for key in report.missing):
+            raise WeightsError(f"{uri}: no class head in it; leave --classes out, then finetune")
+    open_run(folder, config, store)
+    provenance = _provenance(folder, config) | {"weights": uri}
+    saved = (train.classes, train.spec.model_dump(mode="json"), provenance)
+    save_encoder(encoder, str(folder.path / "encoder"), *saved)
+    if classifier is not None:
+        save_classifier(classifier, str(folder.path / "classifier"), *saved)
+    tracking.finish(_handle(folder), "FINISHED")
+    return report
 
 
 def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say: Say) -> None:

@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from training.cavmae import cavmae_state
 from training.classifier import Classifier
 from training.config import STREAMS, TrainingConfig
 from training.encoder import Encoder, InputShape, MaskNoise
-from training.weights import cavmae_state
 
 _ADAM_BYTES = 16
 """Bytes per trainable fp32 weight: itself, its gradient, two moments."""

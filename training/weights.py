@@ -111,8 +111,13 @@ def read_weights(uri: str) -> tuple[dict[str, Tensor], ModelCard | None]:
         return _read_pickled(uri), None
     if suffix == ".safetensors":
         return _parse_safetensors(_read(uri), uri), None
-    name = "classifier" if _exists(f"{uri.rstrip('/')}/classifier.json") else "encoder"
-    return _read_saved(uri, name)
+    return _read_saved(uri, saved_name(uri))
+
+
+def saved_name(uri: str) -> Literal["encoder", "classifier"]:
+    """What a saved model's folder holds."""
+    filesystem, path = fsspec.core.url_to_fs(f"{uri.rstrip('/')}/classifier.json")
+    return "classifier" if filesystem.exists(path) else "encoder"
 
 
 def read_class_names(uri: str) -> list[str]:
@@ -121,28 +126,6 @@ def read_class_names(uri: str) -> list[str]:
     if not rows or not {"index", "display_name"} <= set(rows[0]):
         raise WeightsError(f"{uri}: expected a CSV with columns index, mid, display_name")
     return [row["display_name"] for row in sorted(rows, key=lambda row: int(row["index"]))]
-
-
-def cavmae_state(model: Encoder | Classifier) -> dict[str, Tensor]:
-    """The model's own tensors under CAV-MAE's keys, norms it never uses added.
-
-    An encoder gives CAVMAE's keys (the decoder's if it has one), a classifier CAVMAEFT's.
-
-    Raises: WeightsError for conv stems, which CAV-MAE does not have.
-    """
-    encoder = model.encoder if isinstance(model, Classifier) else model
-    if not isinstance(encoder.patch_embed_a, PatchStem):
-        raise WeightsError("encoder.stem = conv has no counterpart in CAV-MAE; only patch has")
-    state = {key.removeprefix("encoder."): tensor for key, tensor in model.state_dict().items()}
-    if isinstance(model, Classifier):
-        state = {key: tensor for key, tensor in state.items() if not key.startswith("decoder.")}
-    return layouts.to_cavmae(state)
-
-
-def export_cavmae(model: Encoder | Classifier, prefix: str = "module.") -> dict[str, Tensor]:
-    """`cavmae_state` as CAV-MAE's files have it, ready for torch.save: copies on the CPU."""
-    state = cavmae_state(model)
-    return {prefix + key: tensor.detach().cpu().clone() for key, tensor in state.items()}
 
 
 def save_encoder(
@@ -368,8 +351,3 @@ def _read(uri: str) -> bytes:
 def absolute_uri(uri: str) -> str:
     """A local path made absolute, so that it means the same to workers in other folders."""
     return uri if "://" in uri else str(Path(uri).expanduser().resolve())
-
-
-def _exists(uri: str) -> bool:
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    return bool(filesystem.exists(path))

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from training.cavmae import export_cavmae
 from training.classifier import Classifier
 from training.config import EncoderConfig
 from training.encoder import Encoder, InputShape
 from training.losses import info_nce
-from training.weights import export_cavmae, load_weights
+from training.weights import load_weights
 
 _MODES = {
     "multimodal": "multimodal",

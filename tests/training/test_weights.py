@@ -13,13 +13,13 @@ import fsspec
 import pytest
 import torch
 
+from training.cavmae import export_cavmae
 from training.classifier import Classifier
 from training.config import EncoderConfig
 from training.encoder import Encoder, InputShape
 from training.errors import WeightsError
 from training.layouts import class_order, resize_positions
 from training.weights import (
-    export_cavmae,
     load_classifier,
     load_encoder,
     load_weights,

@@ -1,0 +1,66 @@
+"""`diccae weights`: published weights into a run, and a run's model into CAV-MAE's layout."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import tyro
+
+from diccae.args import parse
+from diccae.config import RunConfig
+from diccae.errors import UsageError
+from diccae.screen import say
+
+
+@dataclass(frozen=True)
+class WeightsArgs:
+    """Import published weights as a run that can be evaluated; export a model for CAV-MAE."""
+
+    action: tyro.conf.Positional[Literal["import", "export"]]
+    """What to do."""
+    model: str
+    """import: CAV-MAE, MAE or diccae weights; export: OUT/encoder or OUT/classifier. Any URI."""
+    out: str
+    """import: a new run folder; export: the file to write, such as cavmae.pth."""
+    store: str | None = None
+    """import: feature store whose spec and classes the run takes."""
+    classes: str | None = None
+    """import: label list of the weights (CSV: index, mid, display_name); takes their head too."""
+    config: str | None = None
+    """import: YAML config; its `encoder` section has to be that of the weights."""
+    json: bool = False
+    """Print one JSON line."""
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    args = parse("weights", WeightsArgs, argv, ("encoder", "loss", "data", "tracking"))
+    done = _export(args) if args.action == "export" else _import(args)
+    if args.json:
+        print(json.dumps(done))
+    else:
+        for name, value in done.items():
+            print(f"{name:<11} {', '.join(value) or '-' if isinstance(value, list) else value}")
+    return 0
+
+
+def _export(args: WeightsArgs) -> dict[str, Any]:
+    from training.cavmae import export_file
+
+    n_tensors, labels = export_file(args.model, args.out)
+    return {"tensors": n_tensors, "file": args.out, **({"classes": labels} if labels else {})}
+
+
+def _import(args: WeightsArgs) -> dict[str, Any]:
+    if args.store is None:
+        raise UsageError("diccae weights import: --store is needed, for the feature spec")
+    from diccae.runs import RunFolder
+    from diccae.stages import import_weights
+
+    folder = RunFolder(args.out)
+    folder.open(args.run, fresh=False)
+    report = import_weights(folder, args.run, args.store, args.model, args.classes)
+    say(f"next: diccae evaluate --out {args.out}, or finetune")
+    return {**report._asdict(), "run": args.out}

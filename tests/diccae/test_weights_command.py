@@ -1,0 +1,92 @@
+"""Published weights as a run, and a run's model for CAV-MAE, by command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.stores import noise_store
+
+from diccae.cli import main
+from pipeline.config import FeatureSpec
+from training.classifier import Classifier
+from training.config import EncoderConfig
+from training.encoder import Encoder, InputShape
+from training.weights import load_classifier, load_encoder, save_classifier, save_encoder
+
+SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=128, duration_s=1.0)
+SHAPE = InputShape(32, 128, 32)
+SIZES = {"preset": "base", "dim": 16, "depth": 2, "n_heads": 2, "projection": 8}
+CLASSES = ["class 2", "class 0", "class 3", "class 1"]
+"""In another order than the store's."""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: a store, a config and a classifier in `model/`."""
+    monkeypatch.chdir(tmp_path)
+    noise_store(tmp_path / "store", SPEC, 16)
+    config = {"encoder": SIZES, "loss": {"instance_on": "z"}, "rounds": {"labels": "none"}}
+    Path("run.yaml").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    classifier = Classifier(Encoder(EncoderConfig.model_validate(SIZES), SHAPE), 4)
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_classifier(classifier, "model", CLASSES)
+    save_encoder(classifier.encoder, "trunk")
+    return tmp_path
+
+
+def _import(*arguments: str) -> int:
+    return main(["weights", "import", "--store", "store", "--config", "run.yaml", *arguments])
+
+
+def test_exported_classifier_comes_back_in_the_order_of_the_store(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["weights", "export", "--model", "model", "--out", "to/cavmae.pth", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    written = torch.load("to/cavmae.pth", weights_only=True)
+    assert told["tensors"] == len(written)
+    assert "module.mlp_head.1.weight" in written
+    assert _import("--model", told["file"], "--classes", told["classes"], "--out", "run") == 0
+    assert "layout      cavmae" in capsys.readouterr().out
+    (before, _), (after, card) = load_classifier("model"), load_classifier("run/classifier")
+    assert card.classes == sorted(CLASSES)
+    assert card.provenance["weights"] == told["file"]
+    clips = torch.randn(3, 32, 128), torch.randn(3, 1, 3, 32, 32)
+    order = [CLASSES.index(name) for name in card.classes]
+    with torch.no_grad():
+        expected = before(*clips)["fusion"][:, order]
+        torch.testing.assert_close(after(*clips)["fusion"], expected)
+    assert json.loads(Path("run/run.json").read_text())["store"]["version"] >= 0
+
+
+def test_without_a_label_list_the_encoder_alone_is_taken(place: Path) -> None:
+    assert main(["weights", "export", "--model", "trunk", "--out", "cavmae.pth"]) == 0
+    assert not Path("cavmae.pth.csv").exists()
+    assert _import("--model", "cavmae.pth", "--out", "run") == 0
+    same = load_encoder("trunk")[0].state_dict(), load_encoder("run/encoder")[0].state_dict()
+    trunk = [key for key in same[0] if not key.startswith("class_heads.")]
+    assert all(torch.equal(same[0][key], same[1][key]) for key in trunk)
+    assert not Path("run/classifier").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ("0,m,class 0\n1,m,class 1\n2,m,class 2\n3,m,class 3\n", "no class head in it"),
+        ("0,m,dog\n", "4 of 4 classes are not in the source's list of 1"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_leaves_no_run(
+    place: Path, labels: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("labels.csv").write_text(f"index,mid,display_name\n{labels}")
+    model = "trunk" if "class 0" in labels else "model"
+    assert _import("--model", model, "--classes", "labels.csv", "--out", "run") == 1
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1
+    assert not Path("run/run.json").exists()
