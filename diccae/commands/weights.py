@@ -1,6 +1,7 @@
 """`diccae weights`: published weights into a run, and a run's model into CAV-MAE's layout."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -42,8 +43,13 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(done))
     else:
         for name, value in done.items():
-            print(f"{name:<11} {', '.join(value) or '-' if isinstance(value, list) else value}")
+            print(f"{name:<11} {_by_part(value) if isinstance(value, list) else value}")
     return 0
+
+
+def _by_part(keys: list[str]) -> str:
+    parts = Counter(key.split(".")[0] for key in keys)
+    return ", ".join(f"{part} ({n})" for part, n in parts.items()) or "-"
 
 
 def _export(args: WeightsArgs) -> dict[str, Any]:
@@ -55,7 +61,7 @@ def _export(args: WeightsArgs) -> dict[str, Any]:
 
 def _import(args: WeightsArgs) -> dict[str, Any]:
     if args.store is None:
-        raise UsageError("diccae weights import: --store is needed, for the feature spec")
+        raise UsageError("import: --store is needed, for its feature spec and classes")
     from diccae.runs import RunFolder
     from diccae.stages import import_weights
 
