@@ -94,11 +94,24 @@ def _with_status(
         folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
 
 
-def _pin_for(folder: RunFolder, config: RunConfig, store: str) -> Pinned:
-    """The data of the run: the version it pinned when it started."""
+def _pin_for(folder: RunFolder, config: RunConfig, store: str | None = None) -> Pinned:
+    """The data of the run: the version it pinned when it started, else that of `store`.
+
+    Raises: UsageError if the store is another one by now, or there is none to pin.
+    """
     known = folder.record.get("store")
-    version = config.data.version if known is None else int(known["version"])
-    return pin(known["uri"] if known else store, version, config)
+    if known is None:
+        if store is None:
+            raise UsageError(f"{folder.path}: no pretraining run in it; name the data with --store")
+        return pin(store, config.data.version, config)
+    data = pin(known["uri"], int(known["version"]), config)
+    if data.snapshot.digest != known["digest"]:
+        raise UsageError(
+            f"{known['uri']} version {known['version']} holds other clips than this run read "
+            f"(digest {data.snapshot.digest[:12]}, in run.json {known['digest'][:12]}): start the "
+            "command in the folder the run was started in, or put its store back"
+        )
+    return data
 
 
 def _remember(folder: RunFolder, config: RunConfig, store: str, data: Pinned) -> None:
@@ -164,9 +177,8 @@ def open_run(folder: RunFolder, config: RunConfig, store: str | None) -> None:
     """
     if folder.record.get("store"):
         return
-    if store is None:
-        raise UsageError(f"{folder.path}: no pretraining run in it; name the data with --store")
     data = _pin_for(folder, config, store)
+    assert store is not None
     _remember(folder, config, store, data)
     _tracking_run(folder, config, data)
 
@@ -202,8 +214,7 @@ def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say:
     """Fine-tune the folder's encoder (or another one) into `classifier/`."""
     from training.finetune import finetune
 
-    store = folder.record["store"]
-    data = pin(store["uri"], int(store["version"]), config)
+    data = _pin_for(folder, config)
     own = folder.path / "encoder"
     uri = encoder or (str(own) if (own / "encoder.json").exists() else None)
     steps = BatchPlan.of(len(data.train), config.finetune.batch_size, config.data).steps(
@@ -229,8 +240,7 @@ def run_evaluate(folder: RunFolder, config: RunConfig, say: Say) -> dict[str, An
     """Evaluate the folder's models on the test split into `results.json`."""
     from training.evaluate import evaluate
 
-    store = folder.record["store"]
-    data = pin(store["uri"], int(store["version"]), config)
+    data = _pin_for(folder, config)
     test = index_rows(data.snapshot, "test", data.train.classes)
     start_ray()
     say(f"evaluate  {len(test):,} test clips")

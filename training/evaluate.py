@@ -26,7 +26,7 @@ from training.evaluation.metrics import (
 )
 from training.evaluation.probes import knn_probe, linear_probe
 from training.evaluation.retrieval import class_retrieval, retrieval, subset_per_class
-from training.inference import Outputs, run_model
+from training.inference import Outputs, Part, run_parts
 
 _WORST_PAIRS = 10
 
@@ -50,8 +50,9 @@ def evaluate(
         raise TrainingError(f"{out}: no encoder/ in this run folder; run diccae pretrain first")
     has_classifier = (out / "classifier" / "classifier.json").exists()
     data, scale, frames = config.data, config.scale, config.evaluate.frames
-    on_test = run_model(test, encoder, classifier if has_classifier else None, data, scale, frames)
-    on_train = run_model(train, encoder, None, data, scale, frames)
+    parts = [Part(test), Part(train, classify=False)]
+    models = (encoder, classifier if has_classifier else None)
+    on_test, on_train = run_parts(parts, *models, data, scale, frames)
     results: dict[str, Any] = {"n_train": len(train), "n_test": len(test)}
     results |= _probes(config, train, test, on_train, on_test)
     space = embedding_space(config)

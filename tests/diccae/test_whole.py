@@ -117,6 +117,20 @@ def test_another_config_in_the_same_folder_is_refused_by_key(
     assert "loss.reconstruction: 0.0 -> 1.0" in capsys.readouterr().err
 
 
+def test_a_store_that_is_another_one_by_now_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    record = json.loads(Path("run/run.json").read_text())
+    record["store"]["digest"] = "0" * 64
+    Path("copy").mkdir()
+    Path("copy/run.json").write_text(json.dumps(record))
+    Path("copy/config.yaml").write_text(Path("run/config.yaml").read_text())
+    for command in ("finetune", "evaluate"):
+        assert main([command, "--out", "copy"]) == 2
+        assert "holds other clips than this run read" in capsys.readouterr().err
+
+
 def test_baseline_recipe_runs_and_dry_run_says_what_it_costs(
     place: Path, store: str, diccae: Diccae
 ) -> None:
