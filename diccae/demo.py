@@ -18,7 +18,7 @@ from pipeline.synth import write_clips
 
 Say = Callable[[str], None]
 
-_TRAIN, _TEST = 400, 160
+_TRAIN, _TEST = 360, 120
 
 
 def run_demo(config: RunConfig, out: Path, data: Path | None, fresh: bool, say: Say) -> str:
