@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from support.processes import ray_env
 from support.runs import CONFIGS, N_TEST, N_TRAIN, SMOKE, lines
@@ -80,10 +82,23 @@ def test_killed_pretraining_goes_on_and_the_run_is_finished(
 
     diccae("finetune", "--out", "run")
     diccae("evaluate", "--out", "run")
+    _check_vectors(diccae, store, out)
     page = Path(diccae("report", "--out", "run").strip())
     assert page.stat().st_size > 50_000
     _check_results(json.loads((out / "results.json").read_text()))
     _check_mlflow(out)
+
+
+def _check_vectors(diccae: Diccae, store: str, out: Path) -> None:
+    """`embed` writes the embeddings that `evaluate` kept, each of length 1."""
+    arguments = ["--store", store, "--encoder", str(out / "encoder"), "--config", SMOKE]
+    diccae("embed", *arguments, "--split", "test", "--out", "vectors.parquet")
+    table = pq.read_table("vectors.parquet")
+    kept = np.load(out / "evaluation" / "embeddings.npz")
+    assert table["id"].to_pylist() == kept["clip_ids"].tolist()
+    for stream in ("audio", "video", "fusion"):
+        unit = kept[stream] / np.linalg.norm(kept[stream], axis=1, keepdims=True)
+        np.testing.assert_allclose(np.stack(table[stream].to_numpy()), unit, atol=1e-5)
 
 
 def _check_results(results: dict[str, Any]) -> None:
