@@ -66,6 +66,8 @@ def _import(args: WeightsArgs) -> dict[str, Any]:
     from diccae.stages import import_weights
 
     folder = RunFolder(args.out)
+    if folder.record:
+        raise UsageError(f"import: {args.out} holds a run already; name a new folder with --out")
     folder.open(args.run, fresh=False)
     report = import_weights(folder, args.run, args.store, args.model, args.classes)
     say(f"next: diccae evaluate --out {args.out}, or finetune")

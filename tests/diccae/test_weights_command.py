@@ -63,7 +63,9 @@ def test_exported_classifier_comes_back_in_the_order_of_the_store(
     assert json.loads(Path("run/run.json").read_text())["store"]["version"] >= 0
 
 
-def test_without_a_label_list_the_encoder_alone_is_taken(place: Path) -> None:
+def test_without_a_label_list_the_encoder_alone_is_taken_into_a_new_folder(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["weights", "export", "--model", "trunk", "--out", "cavmae.pth"]) == 0
     assert not Path("cavmae.pth.csv").exists()
     assert _import("--model", "cavmae.pth", "--out", "run") == 0
@@ -71,6 +73,10 @@ def test_without_a_label_list_the_encoder_alone_is_taken(place: Path) -> None:
     trunk = [key for key in same[0] if not key.startswith("class_heads.")]
     assert all(torch.equal(same[0][key], same[1][key]) for key in trunk)
     assert not Path("run/classifier").exists()
+    before = Path("run/encoder/encoder.json").read_bytes()
+    assert _import("--model", "trunk", "--out", "run") == 2
+    assert "run holds a run already" in capsys.readouterr().err
+    assert Path("run/encoder/encoder.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
