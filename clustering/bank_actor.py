@@ -69,7 +69,7 @@ class BankActor:
 
     def restore(self, uri: str) -> None:
         """Hold the saved rows of this actor's virtual shards, whoever saved them."""
-        saved = saved_rows(uri, self._width)
+        saved = saved_rows(uri, self._streams)
         mine = vshard_of(saved.keys, self._vshards) % self._count == self._index
         rows = saved.take(mine)
         base = storage.join(self._folder, f"base-{uuid.uuid4().hex}.parquet")

@@ -14,6 +14,7 @@ import ray
 from clustering import storage
 from clustering.config import ClusteringConfig
 from clustering.making import RoundMaker, identity
+from clustering.passes import Table
 from clustering.publish import (
     begin,
     forget_vectors,
@@ -39,13 +40,14 @@ class Coordinator:
         seed: int,
         folder: str,
         names: tuple[list[str], list[str]],
+        given: Table | None,
     ) -> None:
         """Args: folder: where this pool keeps its own state; names of bank and compute actors."""
         self._config = config
         self._uri = uri
         self._width = sum(streams.values())
-        self._identity = identity(config, streams, seed)
-        self._maker = RoundMaker(config, streams, uri, seed)
+        self._identity = identity(config, streams, seed, given)
+        self._maker = RoundMaker(config, streams, uri, seed, given)
         # By name: handles among the arguments of an actor that restarts make Ray complain.
         self._banks, self._actors = ([ray.get_actor(name) for name in group] for group in names)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="clustering")

@@ -267,11 +267,11 @@ def label(
         counts_K,
         inertia_of(sums_KD, counts_K, centroids, sum_of_squares),
         tuple(state.inertia),
-        _mean_cosine(total_D, sum_of_squares, n),
+        mean_cosine(total_D, sum_of_squares, n),
     )
 
 
-def _mean_cosine(total_D: np.ndarray, sum_of_squares: float, n: int) -> float:
+def mean_cosine(total_D: np.ndarray, sum_of_squares: float, n: int) -> float:
     """Mean cosine of all pairs: |sum x|^2 holds every pair's product once each way."""
     if n < 2 or sum_of_squares == 0:
         return 1.0

@@ -15,7 +15,7 @@ from clustering.bank import Bank, BankRows, check_push
 from clustering.config import ClusteringConfig
 from clustering.errors import RoundTimeout
 from clustering.making import RoundMaker, identity
-from clustering.passes import LocalPasses
+from clustering.passes import LocalPasses, Table
 from clustering.publish import (
     begin,
     forget_vectors,
@@ -33,17 +33,26 @@ class LocalRounds:
     """Implements `Rounds`; rounds are written under `uri`."""
 
     def __init__(
-        self, config: ClusteringConfig, streams: Mapping[str, int], uri: str, seed: int = 0
+        self,
+        config: ClusteringConfig,
+        streams: Mapping[str, int],
+        uri: str,
+        seed: int = 0,
+        given: Table | None = None,
     ) -> None:
-        """Args: streams: name and width P of each slice of a bank row, in their order."""
+        """Args: streams: name and width P of each slice of a bank row, in their order.
+
+        given: keys and labels in 0..K-1 to publish instead of a clustering; clips not among them
+            have none.
+        """
         self._config = config
         self._streams = dict(streams)
         self._width = sum(streams.values())
         self._uri = uri
-        self._identity = identity(config, streams, seed)
+        self._identity = identity(config, streams, seed, given)
         self._bank = Bank(self._width)
         self._lock = threading.Lock()
-        self._maker = RoundMaker(config, streams, uri, seed)
+        self._maker = RoundMaker(config, streams, uri, seed, given)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="clustering")
         self._running: dict[int, Future[PublishedRound]] = {}
 
@@ -87,7 +96,7 @@ class LocalRounds:
 
     def restore(self, uri: str) -> None:
         """See `Rounds.restore`."""
-        rows = saved_rows(uri, self._width)
+        rows = saved_rows(uri, self._streams)
         with self._lock:
             self._bank.replace(rows)
 

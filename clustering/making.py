@@ -1,7 +1,8 @@
 """A round from frozen rows: cluster, prototypes, confusion, health, publish.
 
 Knows nothing of Ray or of who holds the rows (`Passes` does). Invariant: labels, prototypes,
-confusion and health (but for the seconds) are a function of snapshot, round before, config, seed.
+confusion and health (but for the seconds) are a function of snapshot, round before, config, seed
+and, where labels are given, of them.
 
 Shapes: N rows, K clusters, P width of a stream.
 """
@@ -15,6 +16,7 @@ from clustering import storage
 from clustering.config import ClusteringConfig
 from clustering.errors import MissingLabels
 from clustering.exact import grid_exponent
+from clustering.given import GivenLabels, check_given, digest, label_as_given
 from clustering.kmeans import Clustering, cluster
 from clustering.labels import churn, effective_clusters, merge_health, withheld_because
 from clustering.passes import Passes, Table
@@ -24,10 +26,15 @@ from clustering.shares import Preparation
 from clustering.snapshot import Snapshot
 from clustering.targets import Target, each_stream, stream_slices, targets_of
 
+Labelled = Clustering | GivenLabels
 
-def identity(config: ClusteringConfig, streams: Mapping[str, int], seed: int) -> dict[str, object]:
+
+def identity(
+    config: ClusteringConfig, streams: Mapping[str, int], seed: int, given: Table | None = None
+) -> dict[str, object]:
     """What two makers of the same round must share for a restart to go on with it."""
-    return {"config": config.result_fields(), "streams": dict(streams), "seed": seed}
+    same = {"config": config.result_fields(), "streams": dict(streams), "seed": seed}
+    return same if given is None else {**same, "given": digest(given)}
 
 
 class StateFile:
@@ -52,13 +59,22 @@ class RoundMaker:
     """Makes the rounds of one run, one after the other, under one URI."""
 
     def __init__(
-        self, config: ClusteringConfig, streams: Mapping[str, int], uri: str, seed: int
+        self,
+        config: ClusteringConfig,
+        streams: Mapping[str, int],
+        uri: str,
+        seed: int,
+        given: Table | None = None,
     ) -> None:
         self._config = config
         self._streams = dict(streams)
         self._uri = uri
         self._seed = seed
         self._targets = targets_of(config, streams)
+        self._given = given if given is None else check_given(given, config.k)
+        if given is not None:
+            # All streams learn the same labels: one head, measured in the space of the first.
+            self._targets = [Target("given", self._targets[0].view, 0, tuple(streams))]
 
     def make(self, passes: Passes, snapshot: Snapshot, request: RoundRequest) -> PublishedRound:
         """Cluster the snapshot and publish the round, or withhold it with its reason.
@@ -72,7 +88,7 @@ class RoundMaker:
         try:
             for target in self._targets:
                 old = _head_named(before, target.name)
-                clustering = self._cluster(passes, target, request, old)
+                clustering = self._labelled(passes, target, request, old)
                 health[target.name] = self._health(clustering, old)
                 heads.append(self._head(passes, snapshot, target, clustering, request))
         except MissingLabels as error:
@@ -97,9 +113,11 @@ class RoundMaker:
         self._forget_states(request.round)
         return published
 
-    def _cluster(
+    def _labelled(
         self, passes: Passes, target: Target, request: RoundRequest, old: HeadLabels | None
-    ) -> Clustering:
+    ) -> Labelled:
+        if self._given is not None:
+            return label_as_given(passes, target.view, self._config, self._seed, self._given)
         warm: Table | None = None
         if old is not None and not request.cold:
             warm = (old.keys_N, old.labels_N)
@@ -118,7 +136,7 @@ class RoundMaker:
         passes: Passes,
         snapshot: Snapshot,
         target: Target,
-        clustering: Clustering,
+        clustering: Labelled,
         request: RoundRequest,
     ) -> HeadLabels:
         """Prototypes and confusion of one clustering, from exact sums over the snapshot."""
@@ -145,7 +163,7 @@ class RoundMaker:
             confusion.astype(np.float32),
         )
 
-    def _health(self, clustering: Clustering, old: HeadLabels | None) -> dict[str, float]:
+    def _health(self, clustering: Labelled, old: HeadLabels | None) -> dict[str, float]:
         counts = clustering.counts_K
         table = (clustering.keys_N, clustering.labels_N)
         return {

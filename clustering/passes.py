@@ -51,6 +51,10 @@ class Passes(ABC):
         total_D, squares = self.reduce("totals", prep, square_exponent)
         return total_D, int(squares[0])
 
+    def keys(self) -> np.ndarray:
+        """Keys of all rows, uint64, sorted."""
+        return np.sort(np.concatenate(self.gather("keys")))
+
     def nth_hash(self, seed: int, n: int) -> int:
         """The n-th smallest hash of all keys."""
         hashes = np.concatenate(self.gather("smallest_hashes", seed, n))

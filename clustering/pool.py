@@ -19,6 +19,7 @@ from clustering.bank_actor import BankActor
 from clustering.client import PoolClient
 from clustering.config import ClusteringConfig
 from clustering.coordinator import Coordinator
+from clustering.passes import Table
 from clustering.ray_passes import FOREVER, compute_actors, stop
 
 
@@ -26,7 +27,12 @@ class ClusterPool:
     """The actors of one run. Ray must be initialised; `close` or the driver's end stops them."""
 
     def __init__(
-        self, config: ClusteringConfig, streams: Mapping[str, int], uri: str, seed: int = 0
+        self,
+        config: ClusteringConfig,
+        streams: Mapping[str, int],
+        uri: str,
+        seed: int = 0,
+        given: Table | None = None,
     ) -> None:
         """Args: as `LocalRounds`; `uri` must be reachable from all nodes."""
         self._config, self._streams = config, dict(streams)
@@ -41,7 +47,7 @@ class ClusterPool:
         self.coordinator = (
             ray.remote(Coordinator)
             .options(num_cpus=config.cpus_per_bank, **FOREVER)
-            .remote(config, self._streams, uri, seed, folder, (names, actor_names))
+            .remote(config, self._streams, uri, seed, folder, (names, actor_names), given)
         )
 
     def _bank(self, index: int, names: list[str]) -> Any:

@@ -1,7 +1,8 @@
 """What a training worker holds of the clustering: push features, ask for rounds, get labels.
 
 Types and the protocol only; clustering.local (one process) and clustering.pool (Ray actors) keep it
-with the same bits. Invariant: a round that is `ok` labels every row that was frozen for it.
+with the same bits. Invariant: a round that is `ok` labels every row that was frozen for it; where
+labels are given (clustering.given), every row that has one.
 
 Shapes: B clips of a batch, N clips of a round, K clusters, W width of a bank row, P of a stream.
 """

@@ -125,6 +125,10 @@ class Share:
             squares += fixed_point_sum(lengths, square_exponent)
         return total_D[0], np.array([squares], dtype=np.int64)
 
+    def keys(self) -> np.ndarray:
+        """Keys of this share's rows, uint64."""
+        return np.concatenate([np.empty(0, np.uint64), *(block.keys for block in self._blocks())])
+
     def smallest_hashes(self, seed: int, n: int) -> np.ndarray:
         """The n smallest hashes of this share's keys, uint64, sorted."""
         hashes = [hash64(block.keys, seed) for block in self._blocks()]
@@ -213,7 +217,8 @@ class Share:
         temperature: float,
         table: tuple[np.ndarray, np.ndarray],
     ) -> tuple[np.ndarray]:
-        """Posteriors added by label over streams, float64 [K, K] on the grid.
+        """Posteriors added by label over streams, float64 [K, K] on the grid; rows not in the
+        table are left out.
 
         Args: prototypes: per stream, its first column in the point and its prototypes [K, P].
         """
@@ -223,11 +228,9 @@ class Share:
         with one_blas_thread():
             for keys, x in self._prepared(prep):
                 labels = lookup(*table, keys, index=index)
-                if (labels < 0).any():
-                    raise BadVectors(
-                        f"{(labels < 0).sum()} frozen rows have no label; "
-                        "the confusion of a round needs all of them."
-                    )
+                known = labels >= 0
+                if not known.all():
+                    x, labels = x[known], labels[known]
                 for start, prototypes_KP in prototypes:
                     h = np.ascontiguousarray(x[:, start : start + prototypes_KP.shape[1]])
                     for at, scores in scores_by_block(h, prototypes_KP, None, self._block_rows):

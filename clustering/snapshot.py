@@ -21,6 +21,7 @@ from clustering.bank import BankRows
 from clustering.errors import ClusteringError
 from clustering.hashing import vshard_of
 from clustering.shares import Block
+from clustering.targets import stream_slices
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,32 @@ def read_rows(uri: str, width: int, row_groups: list[int] | None = None) -> Iter
             yield BankRows(keys.to_numpy(), steps.to_numpy(), values)
 
 
-def saved_rows(uri: str, width: int) -> BankRows:
-    """All rows that `Rounds.save` wrote under `uri`. Raises: ClusteringError if there are none."""
+def saved_rows(uri: str, streams: Mapping[str, int]) -> BankRows:
+    """All rows that `Rounds.save` wrote under `uri`, of them the slices named in `streams`.
+
+    Raises: ClusteringError if there are no rows, or rows without such a slice.
+    """
     files = [name for name in storage.names(uri) if name.startswith("bank-")]
     if not files:
         raise ClusteringError(
             f"{uri}: no saved bank (bank-*.parquet). Restore from a checkpoint that was saved."
         )
-    groups = [group for name in files for group in read_rows(storage.join(uri, name), width)]
-    return BankRows.concat([BankRows.empty(width), *groups])
+    groups = [rows for name in files for rows in _slices(storage.join(uri, name), streams)]
+    return BankRows.concat([BankRows.empty(sum(streams.values())), *groups])
+
+
+def _slices(uri: str, streams: Mapping[str, int]) -> Iterator[BankRows]:
+    with fsspec.open(uri, "rb") as handle:
+        saved = json.loads(pq.read_schema(handle).metadata[b"streams"])
+    if any(saved.get(name) != width for name, width in streams.items()):
+        raise ClusteringError(
+            f"{uri}: saved rows hold {saved}, the bank {dict(streams)}. Restore from a checkpoint "
+            "of a run with these streams."
+        )
+    slices = stream_slices(saved)
+    columns = np.concatenate([np.arange(*slices[name]) for name in streams])
+    for rows in read_rows(uri, sum(saved.values())):
+        yield rows if list(saved) == list(streams) else rows._replace(rows=rows.rows[:, columns])
 
 
 def column(values: np.ndarray) -> pa.Array:

@@ -36,12 +36,12 @@ class RunFolder:
     @property
     def record(self) -> dict[str, Any]:
         """`run.json`, or empty."""
-        return _read(self.path / "run.json")
+        return read_json(self.path / "run.json")
 
     @property
     def results(self) -> dict[str, Any]:
         """`results.json`, or empty."""
-        return _read(self.path / "results.json")
+        return read_json(self.path / "results.json")
 
     def config(self) -> RunConfig:
         """The resolved config the run was started with.
@@ -86,22 +86,24 @@ class RunFolder:
             **self.record,
             **fields,
         }
-        _write(self.path / "run.json", record)
+        write_json(self.path / "run.json", record)
 
     def write_results(self, **fields: Any) -> dict[str, Any]:
         """Merge fields into `results.json`; times of stages are kept beside each other."""
         old = self.results
         seconds = {**old.get("seconds", {}), **fields.pop("seconds", {})}
         results = {**old, **fields, "seconds": seconds}
-        _write(self.path / "results.json", results)
+        write_json(self.path / "results.json", results)
         return results
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; empty if there is none."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a JSON file whole."""
     scratch = path.with_suffix(".tmp")
     scratch.write_text(json.dumps(content, indent=1))
     os.replace(scratch, path)

@@ -6,7 +6,7 @@ Invariant: each stage reads what the stages before left in the folder, and leave
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from training.classifier import Classifier
 from training.encoder import Encoder
 from training.errors import WeightsError
 from training.metrics_copier import RunHandle
-from training.pretrain import Pinned, check, input_shape, pin, pretrain
+from training.pretrain import WHOLE, Pinned, Span, check, input_shape, pin, pretrain
 from training.weights import (
     WeightsReport,
     load_weights,
@@ -34,18 +34,28 @@ from training.weights import (
 Say = Callable[[str], None]
 
 
-def run_pretrain(folder: RunFolder, config: RunConfig, store: str, say: Say) -> dict[str, Any]:
-    """Pretrain into the folder, from its newest checkpoint if there is one."""
+def run_pretrain(
+    folder: RunFolder,
+    config: RunConfig,
+    store: str,
+    say: Say,
+    span: Span = WHOLE,
+    tags: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Pretrain into the folder, from its newest checkpoint if there is one.
+
+    Args: tags: of the MLflow run, besides the usual ones.
+    """
     data = _pin_for(folder, config, store)
     check(config, config.clustering, data)
     _remember(folder, config, store, data)
     n_clips = len(data.train)
     steps = BatchPlan.of(n_clips, config.pretrain.batch_size, config.data).steps(n_clips)
-    total = steps * config.pretrain.epochs
+    total = steps * (span.until_epoch or config.pretrain.epochs)
     start_ray()
     labels = config.clustering if config.rounds.labels != "none" else None
     check_fits(training_demands(config, labels))
-    handle = _tracking_run(folder, config, data)
+    handle = _tracking_run(folder, config, data, tags)
     scale_note(config.scale, say)
     say(
         f"pretrain  {len(data.train):,} clips of {store} version {data.snapshot.version}, "
@@ -57,7 +67,13 @@ def run_pretrain(folder: RunFolder, config: RunConfig, store: str, say: Say) -> 
             folder,
             handle,
             lambda: pretrain(
-                config, config.clustering, data, folder.path, handle, _provenance(folder, config)
+                config,
+                config.clustering,
+                data,
+                folder.path,
+                handle,
+                _provenance(folder, config),
+                span,
             ),
         )
     before = folder.results.get("seconds", {}).get("pretrain", 0.0)
@@ -126,7 +142,9 @@ def _remember(folder: RunFolder, config: RunConfig, store: str, data: Pinned) ->
     )
 
 
-def _tracking_run(folder: RunFolder, config: RunConfig, data: Pinned) -> RunHandle:
+def _tracking_run(
+    folder: RunFolder, config: RunConfig, data: Pinned, tags: Mapping[str, str] | None = None
+) -> RunHandle:
     """The MLflow run of the folder: made once, the same after every restart."""
     known = folder.record.get("mlflow")
     if known:
@@ -135,7 +153,7 @@ def _tracking_run(folder: RunFolder, config: RunConfig, data: Pinned) -> RunHand
         config.tracking,
         str(folder.path),
         config.model_dump(mode="json"),
-        {"mlflow.runName": folder.path.resolve().name, "config_hash": config.digest()},
+        {"mlflow.runName": folder.path.name, "config_hash": config.digest(), **(tags or {})},
         folder.record["store"] | {"name": Path(str(data.snapshot.uri)).name},
     )
     folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
@@ -241,17 +259,32 @@ def run_evaluate(folder: RunFolder, config: RunConfig, say: Say) -> dict[str, An
     from training.evaluate import evaluate
 
     data = _pin_for(folder, config)
-    test = index_rows(data.snapshot, "test", data.train.classes)
+    test = tested_rows(data, config)
     start_ray()
-    say(f"evaluate  {len(test):,} test clips")
+    say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
     started = time.monotonic()
     found = evaluate(config, data.train, test, folder.path, _clusters(folder.path, test))
     seconds = {"evaluate": round(time.monotonic() - started, 2)}
     results = folder.write_results(**found, seconds=seconds, config_hash=config.digest())
     handle = _handle(folder)
     if handle.run_id:
-        tracking.log_results(handle, dict(_scalars(found)))
+        tracking.log_results(handle, dict(scalars(found)))
     return results
+
+
+def tested_rows(data: Pinned, config: RunConfig) -> RowIndex:
+    """The clips of `evaluate.split`. Raises: UsageError if none were kept for validation."""
+    if config.evaluate.split == "test":
+        return index_rows(data.snapshot, "test", data.train.classes)
+    kept = data.validation
+    labelled = None if kept is None else kept.take(kept.labels_N >= 0)
+    if not labelled:
+        raise UsageError(
+            "evaluate.split = validation, but data.validation_frac = "
+            f"{config.data.validation_frac} kept no labelled clip out of training; pretrain with "
+            "--data.validation-frac 0.1, say"
+        )
+    return labelled
 
 
 def _clusters(out: Path, test: RowIndex) -> dict[str, int]:
@@ -267,11 +300,12 @@ def _clusters(out: Path, test: RowIndex) -> dict[str, int]:
     return dict(zip(test.clip_ids_N.tolist(), labels.tolist(), strict=True))
 
 
-def _scalars(found: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+def scalars(found: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """Numbers of nested results by their name in MLflow, such as `probe/audio`."""
     out: list[tuple[str, float]] = []
     for name, value in found.items():
         if isinstance(value, dict):
-            out += _scalars(value, f"{prefix}{name}/")
+            out += scalars(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)):
             out.append((f"{prefix}{name}", float(value)))
     return out

@@ -137,10 +137,18 @@ class LossConfig(Frozen):
     """lambda_conf, weight of L_conf; times the mean confusion degree with `share_by_degree`."""
     class_temperature: float = Field(0.1, gt=0)
     """tau_c of L_cls, L_conf and the confusion matrix."""
+    fusion: bool = True
+    """Whether the fusion stream takes part in L_cls and L_conf; without it audio and video alone
+    learn from labels, and nothing but `reconstruction` trains the fusion pass."""
     reconstruction: float = Field(0.0, ge=0)
     """Weight of L_rec, CAV-MAE's masked reconstruction; 0 builds no decoder."""
     mask_ratio: float = Field(0.75, ge=0, lt=1)
     """Share of tokens masked when `reconstruction` > 0."""
+
+    @property
+    def label_streams(self) -> tuple[Stream, ...]:
+        """Streams that learn from labels, and whose features make them."""
+        return STREAMS if self.fusion else STREAMS[:2]
 
 
 class ConfusionConfig(Frozen):
@@ -165,8 +173,10 @@ class ConfusionConfig(Frozen):
 class RoundsConfig(Frozen):
     """When pseudo-labels are made and how they reach training (DESIGN sections 5 and 6)."""
 
-    labels: Literal["clusters", "none"] = "clusters"
-    """`none` never labels: InfoNCE (and what else is on) alone."""
+    labels: Literal["clusters", "none", "random", "true"] = "clusters"
+    """`none` never labels: InfoNCE (and what else is on) alone. Controls, in the same slots and
+    with prototypes and confusion of their own: `random` draws one of K once for each clip, `true`
+    takes the store's classes."""
     warmup_epochs: int = Field(2, ge=0)
     """No round before this many epochs."""
     every_epochs: int = Field(1, ge=1)
@@ -257,6 +267,9 @@ class FinetuneConfig(Frozen):
 
 class EvaluateConfig(Frozen):
     """What evaluation measures."""
+
+    split: Literal["test", "validation"] = "test"
+    """Clips it is measured on; `validation`, to choose by, needs `data.validation_frac` > 0."""
 
     probe_epochs: int = Field(100, ge=1)
     """Iterations of the linear probe."""

@@ -1,4 +1,4 @@
-"""What a run is worth: outputs of its models on the test split to `results.json`.
+"""What a run is worth: outputs of its models on clips it never saw to `results.json`.
 
 Composes inference and the pure metrics of training.evaluation; knows nothing of the command line.
 Invariant: the test split chooses nothing (no epoch, no pair, no threshold), and the number of clips
@@ -26,7 +26,10 @@ from training.evaluation.metrics import (
 )
 from training.evaluation.probes import knn_probe, linear_probe
 from training.evaluation.retrieval import class_retrieval, retrieval, subset_per_class
-from training.inference import Outputs, Part, run_parts
+from training.inference import Outputs, Part, run_parts, unit
+
+BOTH_SIDES = "audio_video"
+"""Probe of audio and video side by side: fair to encoders whose fusion pass was never trained."""
 
 _WORST_PAIRS = 10
 
@@ -41,7 +44,8 @@ def evaluate(
     """Evaluate the encoder, and the classifier if there is one, of a run folder.
 
     Writes `evaluation/` (predictions, confusion counts, embeddings).
-    Args: clusters: last pseudo-label by clip id, for the predictions table.
+    Args: test: the clips of `evaluate.split`. clusters: last pseudo-label by clip id, for the
+        predictions table.
     Returns: the accuracies, as fractions, by the keys of `results.json`.
     Raises: TrainingError if the run folder has no encoder.
     """
@@ -53,7 +57,8 @@ def evaluate(
     parts = [Part(test), Part(train, classify=False)]
     models = (encoder, classifier if has_classifier else None)
     on_test, on_train = run_parts(parts, *models, data, scale, frames)
-    results: dict[str, Any] = {"n_train": len(train), "n_test": len(test)}
+    split = config.evaluate.split
+    results: dict[str, Any] = {"n_train": len(train), "n_test": len(test), "split": split}
     results |= _probes(config, train, test, on_train, on_test)
     space = embedding_space(config)
     results["retrieval"] = _retrieval(config, test, on_test, space)
@@ -63,7 +68,7 @@ def evaluate(
     results |= _accuracies(scores, test) if has_classifier else {}
     del results["probe_scores"]
     results["confusion"] = _confusion(scores, test)
-    _write(out / "evaluation", test, scores, on_test, space, clusters)
+    _write(out / "evaluation", test, split, scores, on_test, space, clusters)
     return results
 
 
@@ -84,18 +89,27 @@ def _accuracies(scores: dict[str, NDArray], test: RowIndex) -> dict[str, Any]:
 def _probes(
     config: TrainingConfig, train: RowIndex, test: RowIndex, on_train: Outputs, on_test: Outputs
 ) -> dict[str, Any]:
-    """Linear and nearest-neighbour accuracy of the frozen encoder, per stream."""
+    """Linear and nearest-neighbour accuracy of the frozen encoder, per stream and of both sides."""
     n_classes = len(train.classes)
     known = train.labels_N >= 0
+    y_N = train.labels_N[known]
     probe, knn, scores = {}, {}, {}
-    for stream in STREAMS:
-        x_ND, y_N = on_train[f"z.{stream}"][known], train.labels_N[known]
-        z_MD = on_test[f"z.{stream}"]
-        scores[stream] = linear_probe(x_ND, y_N, z_MD, n_classes, config.evaluate.probe_epochs)
-        probe[stream] = topk_accuracy(scores[stream], test.labels_N)
+    for name in (*STREAMS, BOTH_SIDES):
+        x_ND, z_MD = _features(on_train, name)[known], _features(on_test, name)
+        found = linear_probe(x_ND, y_N, z_MD, n_classes, config.evaluate.probe_epochs)
+        probe[name] = topk_accuracy(found, test.labels_N)
         k = min(config.evaluate.knn_k, len(x_ND))
-        knn[stream] = topk_accuracy(knn_probe(x_ND, y_N, z_MD, n_classes, k), test.labels_N)
+        knn[name] = topk_accuracy(knn_probe(x_ND, y_N, z_MD, n_classes, k), test.labels_N)
+        if name in STREAMS:
+            scores[name] = found
     return {"probe": probe, "knn": knn, "probe_scores": scores}
+
+
+def _features(outputs: Outputs, name: str) -> NDArray[np.float32]:
+    """Token means of a stream [N, D]; of both sides, unit vectors one after the other [N, 2 D]."""
+    if name != BOTH_SIDES:
+        return outputs[f"z.{name}"]
+    return np.concatenate([unit(outputs[f"z.{side}"]) for side in STREAMS[:2]], axis=1)
 
 
 def _retrieval(
@@ -129,6 +143,7 @@ def _main(scores: dict[str, NDArray]) -> str:
 def _write(
     folder: Path,
     test: RowIndex,
+    split: str,
     scores: dict[str, NDArray],
     on_test: Outputs,
     space: str,
@@ -140,7 +155,7 @@ def _write(
     columns = {
         "clip_id": test.clip_ids_N.tolist(),
         "label": test.labels_N,
-        "split": ["test"] * len(test),
+        "split": [split] * len(test),
         **{f"pred_{s}": p for s, p in predictions.items()},
         "p_fusion": scores[_main(scores)].max(1).astype(np.float32),
         "cluster": np.array([clusters.get(c, -100) for c in test.clip_ids_N], np.int32),

@@ -212,8 +212,8 @@ def write_vectors(index: RowIndex, outputs: Outputs, space: str, path: Path) -> 
         "id": pa.array(index.clip_ids_N.tolist()),
         "label": pa.array([index.classes[i] if i >= 0 else None for i in index.labels_N]),
     }
-    unit = {s: _unit(outputs[f"{space}.{s}"]) for s in STREAMS}
-    vectors = unit | {"embedding": _unit(unit["audio"] + unit["video"])}
+    units = {s: unit(outputs[f"{space}.{s}"]) for s in STREAMS}
+    vectors = units | {"embedding": unit(units["audio"] + units["video"])}
     for name, x_NP in vectors.items():
         flat = pa.array(np.ascontiguousarray(x_NP, np.float32).ravel())
         columns[name] = pa.FixedSizeListArray.from_arrays(flat, x_NP.shape[1])
@@ -221,5 +221,6 @@ def write_vectors(index: RowIndex, outputs: Outputs, space: str, path: Path) -> 
     pq.write_table(pa.table(columns), path)
 
 
-def _unit(x_NP: NDArray[np.float32]) -> NDArray[np.float32]:
+def unit(x_NP: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows scaled to unit length; rows of zeros stay."""
     return x_NP / np.maximum(np.linalg.norm(x_NP, axis=1, keepdims=True), 1e-12)

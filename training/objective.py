@@ -41,7 +41,7 @@ class Phase(NamedTuple):
     intra: bool
     """Two views and L_intra."""
     labelled: bool
-    """Pseudo-labels are in force: L_cls and L_conf, fusion stream trained."""
+    """Pseudo-labels are in force: L_cls and L_conf, on the fusion stream too if it takes part."""
     fusion: bool
     """The fusion stream is computed (for labels, or because its features go to the bank)."""
 
@@ -98,12 +98,13 @@ class PretrainPass(nn.Module):
 
     def set_phase(self, phase: Phase) -> None:
         """Freeze what no loss of this phase reaches, so that DDP expects only real gradients."""
-        with_fusion = phase.labelled or self.loss.reconstruction > 0
+        learns = phase.labelled and self.loss.fusion
+        with_fusion = learns or self.loss.reconstruction > 0
         self.encoder.train_only(STREAMS if with_fusion else STREAMS[:2])
         heads = self.encoder.class_heads
         for stream in STREAMS[:2]:
             heads[stream].requires_grad_(phase.labelled or self.loss.instance_on != "z")
-        heads["fusion"].requires_grad_(phase.labelled)
+        heads["fusion"].requires_grad_(learns)
 
 
 class Total(NamedTuple):
@@ -149,7 +150,7 @@ def total_loss(
         parts["loss_intra"] = intra
     posteriors: list[Tensor] = []
     if labels:
-        h: dict[str, Tensor] = {s: embeddings[f"h.{s}"] for s in STREAMS}
+        h: dict[str, Tensor] = {s: embeddings[f"h.{s}"] for s in config.label_streams}
         alignment, confusion, posteriors = _class_terms(h, labels, config)
         loss = loss + config.class_alignment * alignment + config.confusion * confusion
         parts |= {"loss_class_alignment": alignment, "loss_confusion": confusion}

@@ -20,7 +20,8 @@ from pipeline.config import FeatureSpec
 from pipeline.store import FeatureStore, Snapshot
 from training import ray_fit
 from training.batches import BatchPlan, RowIndex, index_rows, lanes_of, split_validation
-from training.config import STREAMS, TrainingConfig
+from training.config import TrainingConfig
+from training.controls import control_labels
 from training.encoder import Encoder, InputShape
 from training.errors import TrainingError
 from training.reader import RayReader, WindowPlan
@@ -39,6 +40,20 @@ class Pinned(NamedTuple):
 
     snapshot: Snapshot
     train: RowIndex
+    validation: RowIndex | None = None
+    """Clips that `data.validation_frac` keeps out of training."""
+
+
+class Span(NamedTuple):
+    """The part of a run's steps to take: runs that differ later can share their first epochs."""
+
+    start: Path | None = None
+    """Checkpoint of another run to go on from, while this one has none of its own."""
+    until_epoch: int | None = None
+    """Stop after this many epochs, before the round that follows them."""
+
+
+WHOLE = Span()
 
 
 def pin(store: str, version: int | None, config: TrainingConfig) -> Pinned:
@@ -49,7 +64,7 @@ def pin(store: str, version: int | None, config: TrainingConfig) -> Pinned:
     snapshot = FeatureStore.open(store).snapshot(version)
     index = index_rows(snapshot, "train")
     if config.data.validation_frac > 0:
-        index, _ = split_validation(index, config.data.validation_frac)
+        return Pinned(snapshot, *split_validation(index, config.data.validation_frac))
     return Pinned(snapshot, index)
 
 
@@ -71,6 +86,7 @@ def check(config: TrainingConfig, clustering: ClusteringConfig, data: Pinned) ->
             f"data.frames_per_clip = {config.data.frames_per_clip}, but the store holds "
             f"{spec.n_frames} frames a clip; lower it, or ingest with --features.n-frames"
         )
+    control_labels(config.rounds.labels, data.train, clustering.k, config.seed)
     if config.rounds.labels != "none" and clustering.k > n_clips:
         raise TrainingError(
             f"clustering.k = {clustering.k}, but the train split has {n_clips} clips; K is at most "
@@ -90,6 +106,7 @@ def pretrain(
     out: Path,
     handle: RunHandle,
     provenance: dict[str, Any],
+    span: Span = WHOLE,
 ) -> dict[str, Any]:
     """Train on the cluster Ray is connected to. Returns: the last metrics and times.
 
@@ -100,8 +117,7 @@ def pretrain(
     pool: ClusterPool | None = None
     rounds: Rounds | None = None
     if config.rounds.labels != "none":
-        widths: dict[str, int] = {stream: config.encoder.projection for stream in STREAMS}
-        pool = ClusterPool(clustering, widths, str(out / "rounds"), seed=config.seed)
+        pool = _pool(config, clustering, data.train, str(out / "rounds"))
         rounds = pool.client()
     settings = {
         "config": ray_fit.for_workers(config),
@@ -110,6 +126,7 @@ def pretrain(
         "out": str(out),
         "handle": tuple(handle),
         "provenance": provenance,
+        "span": tuple(span),
     }
     try:
         result = ray_fit.fit(_loop, settings, out, CHECKPOINTS, config.scale)
@@ -117,6 +134,17 @@ def pretrain(
         if pool is not None:
             pool.close()
     return dict(result or {})
+
+
+def _pool(
+    config: TrainingConfig, clustering: ClusteringConfig, train: RowIndex, uri: str
+) -> ClusterPool:
+    widths: dict[str, int] = {s: config.encoder.projection for s in config.loss.label_streams}
+    control = control_labels(config.rounds.labels, train, clustering.k, config.seed)
+    if control is None:
+        return ClusterPool(clustering, widths, uri, config.seed)
+    with_k = clustering.model_copy(update={"k": control.k})
+    return ClusterPool(with_k, widths, uri, config.seed, (control.keys_N, control.labels_N))
 
 
 def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -128,7 +156,10 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     index: RowIndex = ray.get(settings["index"][0])
     rounds: Rounds | None = settings["rounds"]
     out = Path(settings["out"])
+    span = Span(*settings["span"])
     state = ray_fit.last_state()
+    if state is None and span.start is not None:
+        state = ray_fit.state_in(span.start)
     encoder = make_encoder(config, index.spec)
     if state is None and config.encoder.init is not None:
         log.info("weights: %s", load_weights(encoder, config.encoder.init))
@@ -147,7 +178,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         world,
         _hooks(config, rounds, world, out, tracker),
     )
-    last = trainer.run(state)
+    last = trainer.run(state, span.until_epoch)
     if world.rank != 0:
         return None
     save_encoder(

@@ -149,9 +149,12 @@ def last_state() -> dict[str, Any] | None:
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as folder:
-        state: dict[str, Any] = torch.load(
-            Path(folder) / _STATE, map_location="cpu", weights_only=True
-        )
+        return state_in(Path(folder))
+
+
+def state_in(folder: Path) -> dict[str, Any]:
+    """The state a checkpoint holds."""
+    state: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
     return state
 
 
@@ -189,11 +192,11 @@ def leaving_notice() -> Callable[[], bool]:
     return is_news
 
 
-def newest_step(out: Path, name: str) -> int | None:
-    """Step of the newest checkpoint on storage, without starting Ray; None if there is none."""
-    steps = []
+def newest_checkpoint(out: Path, name: str) -> tuple[int, Path] | None:
+    """Step and folder of the newest checkpoint on storage, without starting Ray; None without."""
+    found = []
     for folder in (out / name).glob("checkpoint_*"):
         if (folder / _STATE).exists():
             state = torch.load(folder / _STATE, map_location="cpu", weights_only=True, mmap=True)
-            steps.append(int(state["step"]))
-    return max(steps, default=None)
+            found.append((int(state["step"]), folder))
+    return max(found, default=None)

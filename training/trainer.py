@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clustering.rounds import Rounds
 from training.augment import normalise_fbank, normalise_frames
 from training.batches import Batch, BatchPlan, RowIndex, Views, lanes_of
-from training.config import STREAMS, TrainingConfig
+from training.config import TrainingConfig
 from training.encoder import Encoder
 from training.errors import NonFiniteLoss
 from training.gather import Share
@@ -80,7 +80,7 @@ class Pretrainer:
         timed = functools.partial(self.meter.computed, "gather")
         self.share = Share(self.plan.rows_of_workers(world.size), world.rank, timed)
         self.steps_per_epoch = self.plan.steps(len(index))
-        self.total_steps = self.steps_per_epoch * config.pretrain.epochs
+        self.total_steps = self.last_step = self.steps_per_epoch * config.pretrain.epochs
         self.encoder = encoder.to(world.device)
         if config.pretrain.compile:
             self.encoder.compile_blocks()
@@ -97,17 +97,27 @@ class Pretrainer:
         self.wrapped: nn.Module = self.model
         self.clustering_s = 0.0
 
-    def run(self, state: dict[str, Any] | None = None) -> dict[str, float]:
-        """Train to the end, from `state` if given. Returns: the metrics of the last log."""
+    def run(
+        self, state: dict[str, Any] | None = None, until_epoch: int | None = None
+    ) -> dict[str, float]:
+        """Train to the end, from `state` if given. Returns: the metrics of the last log.
+
+        Args: until_epoch: stop after this many epochs, before their round: the last checkpoint is
+            then where runs with other labels can go on from.
+        """
+        last_epoch = self.config.pretrain.epochs if until_epoch is None else until_epoch
+        self.last_step = self.steps_per_epoch * last_epoch
         if state is not None:
             self.load_state_dict(state)
+        if self.step % self.steps_per_epoch == 0 and self.meter.epoch_counts:
+            self._maybe_start_round()  # That of the epoch after which another run stopped.
         first_epoch, first_step = divmod(self.step, self.steps_per_epoch)
         epochs = [
             EpochReads(epoch, first_step if epoch == first_epoch else 0, self._views(epoch))
-            for epoch in range(first_epoch, self.config.pretrain.epochs)
+            for epoch in range(first_epoch, last_epoch)
         ]
         batches = self.reader.stream(epochs)
-        while self.step < self.total_steps:
+        while self.step < self.last_step:
             with self.meter.timed("stall"):
                 self._switch_labels()
             with self.meter.timed("data_wait"):
@@ -182,7 +192,8 @@ class Pretrainer:
     def _enter_phase(self, epoch: int) -> None:
         """Freeze and thaw at the start of a phase, and wrap anew for DDP."""
         labelled = self.labelling.labelled
-        phase = Phase(self._intra(epoch), labelled, labelled or self._pushes())
+        fusion = self.config.loss.fusion and (labelled or self._pushes())
+        phase = Phase(self._intra(epoch), labelled, fusion)
         if phase == self.phase:
             return
         self.phase = phase
@@ -259,7 +270,8 @@ class Pretrainer:
 
     def _push(self, keys_B: np.ndarray, embeddings: Embeddings) -> None:
         assert self.rounds is not None
-        rows = torch.cat([embeddings[f"h.{s}"].detach() for s in STREAMS], dim=1)
+        streams = self.config.loss.label_streams
+        rows = torch.cat([embeddings[f"h.{s}"].detach() for s in streams], dim=1)
         self.rounds.push(keys_B, rows.half().cpu().numpy(), self.step)
 
     def _switch_labels(self) -> None:
@@ -269,6 +281,8 @@ class Pretrainer:
             log.info("step %d: labels of round %d apply", self.step, self.labelling.round)
 
     def _maybe_start_round(self) -> None:
+        if self.step == self.last_step:
+            return
         epochs_done = self.step // self.steps_per_epoch
         loss_instance = self.meter.epoch_mean("loss_instance")
         if not self.labelling.wants_round(epochs_done, loss_instance):
@@ -294,7 +308,9 @@ class Pretrainer:
             frames = torch.from_numpy(batch["frames"]).to(self.world.device)
             with self._autocast():
                 h = self.encoder(
-                    normalise_fbank(fbank, self.config.data), normalise_frames(frames)
+                    normalise_fbank(fbank, self.config.data),
+                    normalise_frames(frames),
+                    self.config.loss.label_streams,
                 ).h
             self._push(batch["key"], {f"h.{s}": x for s, x in h.items()})
         self.encoder.train()

@@ -38,11 +38,13 @@ def main(argv: Sequence[str]) -> int:
 def results_table(results: dict) -> str:
     """Accuracies of a run in per cent, one row per stream."""
     rows = []
+    split = results.get("split", "test")
     columns = [name for name in ("top1", "top5", "probe", "knn") if name in results]
-    for stream in ("audio", "video", "fusion"):
+    for stream in ("audio", "video", "fusion", "audio_video"):
         values = [results[name].get(stream) for name in columns]
-        rows.append([stream, *(f"{100 * v:.1f}" if v is not None else "-" for v in values)])
-    lines = [table(["% of test clips", *columns], rows)]
+        if values.count(None) < len(values):
+            rows.append([stream, *(f"{100 * v:.1f}" if v is not None else "-" for v in values)])
+    lines = [table([f"% of {split} clips", *columns], rows)]
     found = results.get("retrieval", {})
     if found:
         lines.append(
@@ -53,5 +55,5 @@ def results_table(results: dict) -> str:
     if pairs:
         worst = "; ".join(f"{a} / {b} {100 * degree:.0f} %" for a, b, degree in pairs)
         lines.append(f"most confused   {worst}")
-    lines.append(f"test clips      {results['n_test']:,}")
+    lines.append(f"{f'{split} clips':<15} {results['n_test']:,}")
     return "\n".join(lines)

@@ -254,3 +254,49 @@ def test_a_round_of_too_few_clips_is_an_error(features, push_all, streams, tmp_p
     push_all(rounds, features(n=7), 100)
     with pytest.raises(BadVectors, match="7 rows for k = 8 clusters"):
         _run(rounds)
+
+
+def test_given_labels_are_published_with_prototypes_and_confusion_of_their_own(
+    features, push_all, streams, round_digest, tmp_path: Path
+) -> None:
+    data = features(noise=1.0)
+    given = data.keys[:-5], (data.truth[:-5] % 8).astype(np.int32)
+    rounds = LocalRounds(CONFIG, streams, str(tmp_path / "given"), given=given)
+    push_all(rounds, data, 100)
+    made = _run(rounds, posterior_temperature=0.2)
+    [head] = made.heads
+    np.testing.assert_array_equal(head.lookup(data.keys[:-5]), given[1])
+    assert (head.lookup(data.keys[-5:]) == -100).all(), "rows without a label got one"
+    start, stop = stream_slices(streams)["audio"]
+    h = data.rows[:-5, start:stop].astype(np.float64)
+    h /= np.linalg.norm(h, axis=1, keepdims=True)
+    prototypes = np.stack([h[given[1] == c].sum(axis=0) for c in range(8)])
+    prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
+    np.testing.assert_allclose(head.prototypes["audio"], prototypes, atol=1e-6)
+    np.testing.assert_allclose(head.confusion_KK.sum(axis=1), 1, atol=1e-6)
+    assert round_digest(load_round(str(tmp_path / "given"), 1)) == round_digest(made)
+
+
+def test_labels_of_a_clustering_given_again_are_the_same_round(
+    features, push_all, streams, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"iterations": 200, "tol": 0.0})
+    clustered = LocalRounds(config, streams, str(tmp_path / "clustered"))
+    data = features(noise=1.0)
+    push_all(clustered, data, 100)
+    found = _run(clustered)
+    given = found.heads[0].keys_N, found.heads[0].labels_N
+    again = LocalRounds(config, streams, str(tmp_path / "given"), given=given)
+    push_all(again, data, 100)
+    made = _run(again)
+    for stream, prototypes_KP in found.heads[0].prototypes.items():
+        np.testing.assert_array_equal(made.heads[0].prototypes[stream], prototypes_KP)
+    np.testing.assert_array_equal(made.heads[0].confusion_KK, found.heads[0].confusion_KK)
+    for name in ("inertia", "effective_clusters", "mean_cosine", "size_min", "size_max"):
+        assert made.health[name] == pytest.approx(found.health[name], rel=1e-6), name
+
+
+def test_labels_outside_k_are_refused(streams, tmp_path: Path) -> None:
+    given = np.arange(3, dtype=np.uint64), np.array([0, 8, 1], np.int32)
+    with pytest.raises(ClusteringError, match="found 8, allowed are 0 to 7"):
+        LocalRounds(CONFIG, streams, str(tmp_path), given=given)

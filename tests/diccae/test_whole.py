@@ -102,8 +102,9 @@ def _check_vectors(diccae: Diccae, store: str, out: Path) -> None:
 
 
 def _check_results(results: dict[str, Any]) -> None:
-    for name in ("top1", "top5", "probe"):
-        assert set(results[name]) == {"audio", "video", "fusion"}
+    for name in ("top1", "top5", "probe", "knn"):
+        both = {"audio_video"} if name in ("probe", "knn") else set()
+        assert set(results[name]) == {"audio", "video", "fusion"} | both
         assert all(0 <= value <= 1 for value in results[name].values())
     assert (results["n_train"], results["n_test"]) == (N_TRAIN, N_TEST)
     assert results["pseudo_labels"]["k"] == 8

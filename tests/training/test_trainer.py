@@ -14,8 +14,10 @@ from support.ranks import run_ranks
 
 from clustering.config import ClusteringConfig
 from clustering.local import LocalRounds
+from clustering.passes import Table
 from training.batches import Batch, BatchPlan, lanes_of
-from training.config import STREAMS, TrainingConfig
+from training.config import TrainingConfig
+from training.controls import control_labels
 from training.encoder import Encoder
 from training.errors import NonFiniteLoss, TrainingError
 from training.reader import WindowPlan
@@ -74,15 +76,16 @@ def _trainer(
     world: World = _ALONE,
     rounds: bool = True,
     poison: int | None = None,
+    given: Table | None = None,
 ) -> tuple[Pretrainer, Recorder]:
     index = memory_index()
     torch.manual_seed(config.seed)
     encoder = Encoder(config.encoder, SHAPE)
-    widths = {s: config.encoder.projection for s in STREAMS}
+    widths = {s: config.encoder.projection for s in config.loss.label_streams}
     clusters = None
     if rounds:
         clustering = ClusteringConfig.model_validate({"k": 4, "guard": _NO_GUARD})
-        clusters = LocalRounds(clustering, widths, str(folder / "rounds"), seed=0)
+        clusters = LocalRounds(clustering, widths, str(folder / "rounds"), seed=0, given=given)
     recorder = recorder or Recorder(clusters, str(folder))
     plan = BatchPlan.of(len(index), config.pretrain.batch_size, config.data)
     lanes = lanes_of(world.rank, world.size, plan.lanes)
@@ -120,6 +123,33 @@ def test_resumed_run_equals_uninterrupted_run(features: str, tmp_path: Path) -> 
         assert _same(_weights(whole), _weights(resumed)), f"resumed at step {state['step']}"
         later = [(s, m["loss"]) for s, m in recorder.logged if s > state["step"]]
         assert [(s, m["loss"]) for s, m in again.logged] == later
+
+
+@pytest.mark.parametrize("features", ["train", "pass"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"loss": {"fusion": False}}, {"rounds": {"labels": "none"}}]
+)
+def test_a_variant_from_a_shared_warmup_equals_one_trained_alone(
+    changes: dict[str, Any], features: str, tmp_path: Path
+) -> None:
+    recipe = _config(rounds={"features": features})
+    rounds = {"features": features, **changes.get("rounds", {})}
+    variant = _config(**{**changes, "rounds": rounds})
+    labelled = variant.rounds.labels != "none"
+    alone, log = _trainer(variant, tmp_path / "alone", rounds=labelled)
+    alone.run()
+    warmup, recorder = _trainer(recipe, tmp_path / "warmup")
+    warmup.run(until_epoch=1)
+    assert not (tmp_path / "warmup" / "rounds" / "round-0001").exists(), "a round no one waits for"
+    state = recorder.states[-1]
+    branch, again = _trainer(variant, tmp_path / "branch", rounds=labelled)
+    if branch.rounds is not None:
+        branch.rounds.restore(state["bank"])
+    branch.run(state)
+    assert _same(_weights(alone), _weights(branch))
+    assert bool(branch.labelling.heads) == labelled
+    later = [(s, m["loss"]) for s, m in log.logged if s > state["step"]]
+    assert [(s, m["loss"]) for s, m in again.logged] == later
 
 
 def _copy_rounds(source: Path, target: Path, state: dict[str, Any]) -> None:
@@ -175,6 +205,36 @@ def test_labels_apply_at_the_announced_step_and_not_before(tmp_path: Path) -> No
     last = recorder.logged[-1][1]
     assert last["labelled_frac"] == 1.0
     assert 0.0 <= last["clustering/nmi"] <= 1.0
+
+
+@pytest.mark.parametrize("labels", ["true", "random"])
+def test_controls_are_the_labels_of_the_losses(labels: str, tmp_path: Path) -> None:
+    control = control_labels(labels, memory_index(), 4, seed=0)
+    assert control is not None
+    given = (control.keys_N, control.labels_N)
+    trainer, recorder = _trainer(_config(), tmp_path, given=given)
+    trainer.run()
+    index = memory_index()
+    [head] = trainer.labelling.of(index.keys_N)
+    used = dict(zip(*(a.tolist() for a in given), strict=True))
+    assert head.labels_B.tolist() == [used[key] for key in index.keys_N.tolist()]
+    assert head.teaches == ("audio", "video", "fusion")
+    last = recorder.logged[-1][1]
+    assert last["loss_confusion"] > 0
+    assert (last["clustering/nmi"] == 1.0) == (labels == "true")
+    assert last["clustering/churn"] == 0.0
+
+
+def test_without_the_fusion_stream_nothing_trains_its_pass(tmp_path: Path) -> None:
+    trainer, _ = _trainer(_config(loss={"fusion": False}), tmp_path)
+    before = _weights(trainer)
+    trainer.run()
+    [head] = trainer.labelling.of(memory_index().keys_N)
+    assert set(head.prototypes) == {"audio", "video"}
+    after = _weights(trainer)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("class_heads.audio") for name in moved)
+    assert not any("class_heads.fusion" in name for name in moved)
 
 
 def test_first_round_waits_until_infonce_has_left_its_plateau(tmp_path: Path) -> None:

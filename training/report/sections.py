@@ -72,7 +72,8 @@ def results(run: RunFolder) -> str:
     if retrieval:
         parts.append(f'<div class="card">{_retrieval_table(retrieval)}</div>')
     n_test = number(found.get("n_test", "?"))
-    lead = f"On {n_test} test clips that no training step has seen; the best of a column is green."
+    clips = f"{n_test} {text(found.get('split', 'test'))} clips"
+    lead = f"On {clips} that no training step has seen; the best of a column is green."
     return section("results", "Results", lead, f'<div class="cards">{"".join(parts)}</div>')
 
 
@@ -80,10 +81,11 @@ def _accuracy_table(found: dict[str, Any], measures: list[tuple[str, str]]) -> s
     best = {key: max((v for v in found[key].values() if v is not None), default=None)
             for key, _ in measures}  # fmt: skip
     rows = []
-    for stream in STREAMS:
-        cells = [
-            f'<th scope="row"><i class="dot" style="background:var(--{stream})"></i>{stream}</th>'
-        ]
+    named = {name for key, _ in measures for name in found[key]}
+    for stream in (*STREAMS, *sorted(named - set(STREAMS))):
+        colour = f"--{stream}" if stream in STREAMS else "--s0"
+        dot = f'<i class="dot" style="background:var({colour})"></i>'
+        cells = [f'<th scope="row">{dot}{text(stream)}</th>']
         for key, _ in measures:
             value = found[key].get(stream)
             best_class = ' class="best"' if value is not None and value == best[key] else ""
