@@ -34,6 +34,9 @@ _SHARDS_PER_WORKER = 4
 _MOST_WAVES = 3
 _MOST_FAILURES = 3
 """Shards in a row that storage may fail, however few the actors."""
+_PAUSE_S = 2.0
+"""What an actor waits after storage has failed it: a short outage would otherwise fail every shard
+before the first failure is heard of."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -133,6 +136,7 @@ class _DecodeActor(ShardDecoder):
                 if not is_storage_failure(failure):
                     raise
                 yield _result(index, b"", f"{type(failure).__name__}: {failure}")
+                time.sleep(_PAUSE_S)
 
 
 def _pick_service() -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from support.processes import ray_env
 
 from clustering.client import PoolClient
 from clustering.config import ClusteringConfig
@@ -186,7 +187,7 @@ from clustering.rounds import RoundRequest
 
 with open(sys.argv[1], "rb") as handle:
     settings, streams, uri, keys, rows = pickle.load(handle)
-ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=150 * 2**20)
+ray.init(address="auto")
 pool = ClusterPool(ClusteringConfig(**settings), streams, uri, seed=1)
 
 
@@ -220,7 +221,7 @@ def test_a_killed_driver_is_resumed_by_the_next_one(
         [sys.executable, "-c", _DRIVER, str(tmp_path / "input")],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**ray_env(), "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     state = uri / "round-0001" / "state" / "mean.npz"
     try:

@@ -15,11 +15,13 @@ from diccae.cli import main
 from pipeline.maintenance import status
 from pipeline.synth import write_clips
 
+N_CLIPS = 96
+
 
 @pytest.fixture(scope="module")
 def csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 128 clips in the folder `videos` beside it."""
-    return write_clips(tmp_path_factory.mktemp("data") / "synth", 112, 16, seed=1, size=64)
+    """Of N_CLIPS clips in the folder `videos` beside it."""
+    return write_clips(tmp_path_factory.mktemp("data") / "synth", N_CLIPS - 16, 16, seed=1, size=64)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -52,9 +54,10 @@ def test_interrupted_ingest_commits_what_is_done(
     assert "interrupted; run the same command again" in run.communicate(timeout=200)[1]
     assert run.returncode == 130
     kept = status(store)["ok"]
-    assert n_done <= kept < 128
+    assert n_done <= kept < N_CLIPS
     if name == "SIGTERM":
         capsys.readouterr()
         assert main([*command[3:], "--json"]) == 0
         counts = json.loads(capsys.readouterr().out)
-        assert (counts["new"], counts["ok"], counts["unchanged"]) == (128 - kept, 128 - kept, kept)
+        left = N_CLIPS - kept
+        assert (counts["new"], counts["ok"], counts["unchanged"]) == (left, left, kept)

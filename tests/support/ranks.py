@@ -23,7 +23,7 @@ def run_ranks(n_ranks: int, fn: Callable[[int, int], Any]) -> list[Any]:
     """Run fn(rank, n_ranks) on n gloo ranks; returns what each rank returned."""
     multiprocessing.set_forkserver_preload(_PRELOADED)
     context = multiprocessing.get_context("forkserver")
-    module = sys.modules[fn.__module__]
+    module = sys.modules[getattr(fn, "func", fn).__module__]
     cloudpickle.register_pickle_by_value(module)
     payload = cloudpickle.dumps(fn)
     cloudpickle.unregister_pickle_by_value(module)

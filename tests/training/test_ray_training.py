@@ -1,5 +1,6 @@
 """Pretraining over Ray Train: workers that die are replaced, and nothing changes."""
 
+import functools
 import itertools
 import json
 import os
@@ -11,16 +12,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 from support.processes import kill
+from support.ranks import run_ranks
 from support.stores import noise_store
 
 from clustering.config import ClusteringConfig
+from clustering.local import LocalRounds
+from clustering.rounds import PublishedRound
 from pipeline.config import FeatureSpec
-from training.config import TrainingConfig
+from training.batches import BatchPlan, lanes_of
+from training.config import STREAMS, TrainingConfig
 from training.metrics_copier import RunHandle
-from training.pretrain import check, pin, pretrain
+from training.pretrain import check, make_encoder, pin, pretrain
 from training.ray_fit import interruptible
+from training.reader import LocalReader, WindowPlan
+from training.trainer import Hooks, Pretrainer, World
 
 SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
 CONFIG = TrainingConfig.model_validate(
@@ -105,13 +116,44 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(noise_store(tmp_path_factory.mktemp("noise") / "store", SPEC, N_CLIPS).uri)
 
 
-def _pretrain(store: str, out: Path) -> tuple[bytes, list[dict[str, Any]]]:
+def _pretrain(store: str, out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """The weights and the metrics of a run of two workers that share three lanes."""
     data = pin(store, None, CONFIG)
     check(CONFIG, CLUSTERING, data)
     pretrain(CONFIG, CLUSTERING, data, out, RunHandle("", "", str(out)), {})
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    return (out / "encoder" / "encoder.safetensors").read_bytes(), [json.loads(x) for x in lines]
+    weights = load_file(out / "encoder" / "encoder.safetensors")
+    return weights, [json.loads(line) for line in lines]
+
+
+class OneBank(LocalRounds):
+    """Rounds of two ranks in rank 0: what the pool's actors do, without Ray."""
+
+    def push(self, keys_B: np.ndarray, features_BW: np.ndarray, step: int) -> None:
+        pushed: list[Any] = [None, None]
+        dist.all_gather_object(pushed, (keys_B, features_BW))
+        for keys, features in pushed:
+            super().push(keys, features, step)
+
+    def wait(self, round: int, timeout_s: float) -> PublishedRound:
+        found = [super().wait(round, timeout_s) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(found)
+        return found[0]
+
+
+def _plain_ranks(store: str, folder: Path, rank: int, size: int) -> tuple[Any, Any]:
+    """The same run in two plain processes that know nothing of Ray."""
+    index = pin(store, None, CONFIG).train
+    metrics: list[dict[str, Any]] = []
+    hooks = Hooks(lambda step, m: metrics.append({"step": step, **m}), lambda _: None, str)
+    plan = BatchPlan.of(len(index), CONFIG.pretrain.batch_size, CONFIG.data)
+    windows = WindowPlan(index, plan, lanes_of(rank, size, plan.lanes), CONFIG.seed)
+    widths = dict.fromkeys(STREAMS, CONFIG.encoder.projection)
+    rounds = OneBank(CLUSTERING, widths, str(folder / f"rounds-{rank}"), CONFIG.seed)
+    encoder = make_encoder(CONFIG, index.spec)
+    reader = LocalReader(windows)
+    Pretrainer(CONFIG, encoder, index, reader, rounds, World(rank, size), hooks).run()
+    return dict(encoder.state_dict()), metrics
 
 
 def _kill_a_worker(out: Path, killed: threading.Event) -> None:
@@ -148,7 +190,7 @@ def test_an_interrupt_ends_the_wait_and_not_only_the_training() -> None:
 def test_a_worker_that_dies_costs_no_bit_of_the_result(
     ray_session: None, store: str, tmp_path: Path
 ) -> None:
-    weights, metrics = _pretrain(store, tmp_path / "undisturbed")
+    weights, metrics = run_ranks(2, functools.partial(_plain_ranks, store, tmp_path))[0]
     killed = threading.Event()
     out = tmp_path / "disturbed"
     killer = threading.Thread(target=_kill_a_worker, args=(out, killed), daemon=True)
@@ -161,7 +203,8 @@ def test_a_worker_that_dies_costs_no_bit_of_the_result(
     for a, b in zip(metrics, resumed, strict=True):
         same = {name for name in a if not name.startswith(TIMES)}
         assert {name: a[name] for name in same} == {name: b[name] for name in same}
-    assert again == weights
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
 
 
 def _elastic(store: str, folder: Path, *arguments: int) -> list[dict[str, Any]]:
