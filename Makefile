@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/diccae demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: $(STAMP) browser lint types
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadgroup \
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile \
 	  --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)

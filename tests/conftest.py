@@ -31,13 +31,6 @@ _RAY_ENV = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process runs a whole file, and all files that are marked as one `xdist_group`."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
-
-
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """An embedded Ray cluster of 4 logical CPUs, shut down after the last test."""

@@ -217,7 +217,7 @@ class OptimConfig(Frozen):
 
 
 class PretrainConfig(Frozen):
-    """Length and numerics of pretraining."""
+    """Length of pretraining; numerics of pretraining and fine-tuning."""
 
     epochs: int = Field(25, ge=1)
     """Passes over the train split."""
@@ -230,6 +230,8 @@ class PretrainConfig(Frozen):
     """Autocast type of the trunk; logits and softmax stay fp32."""
     compile: bool = False
     """torch.compile of the blocks."""
+    sdpa: bool = True
+    """Fused attention kernels; off: softmax(q k') v in steps, to see whether one is at fault."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints; one more at the end of each epoch."""
     log_every: int = Field(10, ge=1)

@@ -13,6 +13,7 @@ from training.batches import BatchPlan
 from training.budget import budget_table, pretraining_budget
 from training.config import TrainingConfig
 from training.encoder import MaskNoise
+from training.numerics import trunk_numerics
 from training.objective import Phase, PretrainPass, View, total_loss
 from training.pretrain import input_shape, make_encoder
 
@@ -57,10 +58,9 @@ def _step_seconds(
         masks = MaskNoise(audio, video, config.loss.mask_ratio)
     phase = Phase(intra=False, labelled=False, fusion=False)
     model.set_phase(phase)
-    bf16 = config.pretrain.precision == "bf16"
     for _ in range(2):
         started = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with trunk_numerics(config.pretrain, device):
             embeddings, reconstruction = model([view], phase, masks)
         loss = total_loss(embeddings, [], config.loss).loss
         (loss + config.loss.reconstruction * reconstruction).backward()

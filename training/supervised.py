@@ -23,6 +23,7 @@ from training.errors import TrainingError
 from training.gather import Share
 from training.losses import soft_targets, supervised_loss
 from training.meter import Meter
+from training.numerics import trunk_numerics
 from training.reader import EpochReads, Reader
 from training.schedule import learning_rate, make_optimizer, set_learning_rate
 from training.trainer import Hooks, World, stop_if_not_finite
@@ -74,6 +75,8 @@ class Finetuner:
         self.steps_per_epoch = self.plan.steps(len(index))
         self.total_steps = self.steps_per_epoch * self.tuning.epochs
         self.classifier = classifier.to(world.device).train()
+        if config.pretrain.compile:
+            self.classifier.encoder.compile_blocks()
         self.model: nn.Module = classifier
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
@@ -121,11 +124,7 @@ class Finetuner:
         set_learning_rate(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
         with self.meter.computed("forward"):
-            with torch.autocast(
-                self.world.device.type,
-                torch.bfloat16,
-                enabled=self.config.pretrain.precision == "bf16",
-            ):
+            with trunk_numerics(self.config.pretrain, self.world.device):
                 logits = self.model(fbank, frames)
             weights_CC = None
             if self.tuning.confusion > 0 and epoch >= self.tuning.confusion_after_epochs:

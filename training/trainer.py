@@ -29,6 +29,7 @@ from training.errors import NonFiniteLoss
 from training.gather import Share
 from training.labelling import Labelling
 from training.meter import Meter
+from training.numerics import trunk_numerics
 from training.objective import Embeddings, Labels, Phase, PretrainPass, Total, total_loss
 from training.reader import EpochReads, Reader
 from training.schedule import learning_rate, make_optimizer, set_learning_rate
@@ -203,14 +204,12 @@ class Pretrainer:
             ids = [self.world.device.index] if self.world.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(self.model, device_ids=ids)
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.config.pretrain.precision == "bf16":
-            return torch.autocast(self.world.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
+    def _numerics(self) -> contextlib.AbstractContextManager:
+        return trunk_numerics(self.config.pretrain, self.world.device)
 
     def _whole(self, chunks: list[Chunk], labels: list[Labels]) -> tuple[Embeddings, Total, Tensor]:
         views, masks = chunks[0]
-        with self.meter.computed("forward"), self._autocast():
+        with self.meter.computed("forward"), self._numerics():
             embeddings, reconstruction = self.wrapped(views, self.phase, masks)
         with self.meter.computed("loss"):
             reconstruction = reconstruction * self.share.weight
@@ -224,7 +223,7 @@ class Pretrainer:
     ) -> tuple[Embeddings, Total, Tensor]:
         """Cached gradients: embed all chunks without a graph, take the loss's gradient on the
         embeddings, then run each chunk again with it."""
-        with self.meter.computed("forward"), torch.no_grad(), self._autocast():
+        with self.meter.computed("forward"), torch.no_grad(), self._numerics():
             parts = [self.model(views, self.phase, masks)[0] for views, masks in chunks]
         leaves = {name: torch.cat([p[name] for p in parts]).requires_grad_() for name in parts[0]}
         with self.meter.computed("loss"):
@@ -242,7 +241,7 @@ class Pretrainer:
             last = i == len(chunks) - 1
             quiet = contextlib.nullcontext() if last else _no_sync(self.wrapped)
             with quiet:
-                with self._autocast():
+                with self._numerics():
                     embeddings, error = self.wrapped(views, self.phase, masks)
                 n = len(embeddings["z.audio"])
                 share = n / len(leaves["z.audio"]) * self.share.weight
@@ -306,7 +305,7 @@ class Pretrainer:
         for batch in self.reader.sweep(Views(self.config.data.frames_per_clip, random=False)):
             fbank = torch.from_numpy(batch["fbank"]).to(self.world.device)
             frames = torch.from_numpy(batch["frames"]).to(self.world.device)
-            with self._autocast():
+            with self._numerics():
                 h = self.encoder(
                     normalise_fbank(fbank, self.config.data),
                     normalise_frames(frames),

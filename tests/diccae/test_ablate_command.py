@@ -9,8 +9,6 @@ from support.runs import N_TEST, N_TRAIN, SMOKE, lines
 
 from diccae.cli import main
 
-pytestmark = pytest.mark.xdist_group("store")
-
 Diccae = Callable[..., str]
 
 

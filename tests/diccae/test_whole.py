@@ -17,8 +17,6 @@ from support.runs import CONFIGS, N_TEST, N_TRAIN, SMOKE, lines
 
 from diccae.cli import main
 
-pytestmark = pytest.mark.xdist_group("store")
-
 BASELINE = str(CONFIGS / "cavmae-smoke.yaml")
 Diccae = Callable[..., str]
 EPOCHS = 4

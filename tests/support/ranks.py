@@ -1,9 +1,10 @@
-"""A function on several gloo ranks, each a process forked from a server that never ran autograd.
+"""A function on several gloo ranks: forked processes, or tasks of the session's Ray.
 
-Forking pytest itself fails once any test has used autograd, and a fresh interpreter per rank would
-import torch each time.
+The forks come from a server that never ran autograd: forking pytest itself fails once any test has
+used it, and a fresh interpreter per rank would import torch each time.
 """
 
+import functools
 import multiprocessing
 import sys
 import tempfile
@@ -23,10 +24,7 @@ def run_ranks(n_ranks: int, fn: Callable[[int, int], Any]) -> list[Any]:
     """Run fn(rank, n_ranks) on n gloo ranks; returns what each rank returned."""
     multiprocessing.set_forkserver_preload(_PRELOADED)
     context = multiprocessing.get_context("forkserver")
-    module = sys.modules[getattr(fn, "func", fn).__module__]
-    cloudpickle.register_pickle_by_value(module)
-    payload = cloudpickle.dumps(fn)
-    cloudpickle.unregister_pickle_by_value(module)
+    payload = _pickled(fn)
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             context.Process(target=_rank, args=(payload, rank, n_ranks, folder))
@@ -43,9 +41,36 @@ def run_ranks(n_ranks: int, fn: Callable[[int, int], Any]) -> list[Any]:
         return [torch.load(f"{folder}/{r}.pt", weights_only=False) for r in range(n_ranks)]
 
 
+def run_ray_ranks(n_ranks: int, fn: Callable[[int, int], Any]) -> list[Any]:
+    """The same in Ray's worker processes, without Ray Train."""
+    import ray
+
+    # A lambda travels by value: Ray's workers do not find the modules of tests.
+    task = ray.remote(num_cpus=0.3)(lambda pickled: cloudpickle.loads(pickled)())
+    payload = _pickled(fn)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [functools.partial(_called, payload, r, n_ranks, folder) for r in range(n_ranks)]
+        return ray.get([task.remote(_pickled(rank)) for rank in ranks])
+
+
+def _pickled(fn: Callable[..., Any]) -> bytes:
+    """With its module, which other processes may not find."""
+    module = sys.modules[getattr(fn, "func", fn).__module__]
+    cloudpickle.register_pickle_by_value(module)
+    payload = cloudpickle.dumps(fn)
+    cloudpickle.unregister_pickle_by_value(module)
+    return payload
+
+
 def _rank(payload: bytes, rank: int, n_ranks: int, folder: str) -> None:
+    torch.save(_called(payload, rank, n_ranks, folder), f"{folder}/{rank}.pt")
+
+
+def _called(payload: bytes, rank: int, n_ranks: int, folder: str) -> Any:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", n_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks)
-    torch.save(cloudpickle.loads(payload)(rank, n_ranks), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    try:
+        return cloudpickle.loads(payload)(rank, n_ranks)
+    finally:
+        dist.destroy_process_group()

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 
 from training.config import EncoderConfig
 from training.encoder import InputShape
@@ -49,3 +51,17 @@ def parity() -> Parity:
         expected["audio"].double(),
         expected["img"].double()[:, None],
     )
+
+
+@pytest.fixture
+def attentions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, torch.dtype]]:
+    """Whether a fused kernel is chosen, and the dtype, of every attention computed in the test."""
+    seen: list[tuple[bool, torch.dtype]] = []
+    computed = F.scaled_dot_product_attention
+
+    def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        seen.append((torch._fused_sdp_choice(q, k, v) != SDPBackend.MATH.value, q.dtype))
+        return computed(q, k, v)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    return seen

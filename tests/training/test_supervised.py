@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from training.batches import BatchPlan, lanes_of
 from training.classifier import Classifier
-from training.config import TrainingConfig
+from training.config import PretrainConfig, TrainingConfig
 from training.encoder import Encoder
 from training.errors import TrainingError
 from training.reader import WindowPlan
@@ -84,6 +84,30 @@ def test_averaged_weights_are_the_mean_of_the_epochs() -> None:
     ]
     for mean, weight in zip(means, _weights(tuner), strict=True):
         torch.testing.assert_close(weight, mean)
+
+
+@pytest.mark.parametrize("sdpa", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_switches_of_numerics_reach_fine_tuning(
+    precision: str, sdpa: bool, attentions: list[tuple[bool, torch.dtype]]
+) -> None:
+    switches = PretrainConfig.model_validate({"precision": precision, "sdpa": sdpa})
+    tuner = _tuner(_config(epochs=1).model_copy(update={"pretrain": switches}))
+    tuner.run()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert set(attentions) == {(sdpa, dtype)}
+
+
+@pytest.mark.slow
+def test_compiled_fine_tuning_takes_the_same_steps() -> None:
+    plain = _tuner(_config(epochs=1))
+    plain.run()
+    compiled = _tuner(
+        _config(epochs=1).model_copy(update={"pretrain": PretrainConfig(compile=True)})
+    )
+    compiled.run()
+    for a, b in zip(_weights(plain), _weights(compiled), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
 def test_with_every_addition_off_the_loss_is_plain_cross_entropy() -> None:

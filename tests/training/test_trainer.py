@@ -170,6 +170,20 @@ def test_a_node_that_is_announced_to_go_costs_no_steps(tmp_path: Path) -> None:
     assert [state["step"] for state in recorder.states] == [2, 3, 6, 9]
 
 
+@pytest.mark.parametrize("sdpa", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_switches_of_numerics_reach_every_pass(
+    precision: str, sdpa: bool, attentions: list[tuple[bool, torch.dtype]], tmp_path: Path
+) -> None:
+    switches = {"precision": precision, "sdpa": sdpa}
+    config = _config(pretrain={"epochs": 2, **switches}, rounds={"features": "pass"})
+    trainer, _ = _trainer(config, tmp_path)
+    trainer.run()
+    assert trainer.labelling.round == 1, "no evaluation pass"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert set(attentions) == {(sdpa, dtype)}
+
+
 def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
     first, _ = _trainer(_config(), tmp_path / "a")
     second, _ = _trainer(_config().model_copy(update={"seed": 1}), tmp_path / "b")

@@ -1,0 +1,24 @@
+"""In which precision, and by which attention kernels, the trunk computes.
+
+Knows nothing of what is computed. Invariant: pretraining and fine-tuning read the same switches;
+losses are outside of them and stay in fp32.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from training.config import PretrainConfig
+
+
+@contextlib.contextmanager
+def trunk_numerics(config: PretrainConfig, device: torch.device) -> Iterator[None]:
+    """Autocast and attention kernels of a forward pass; its backward pass follows them."""
+    with contextlib.ExitStack() as switches:
+        if config.precision == "bf16":
+            switches.enter_context(torch.autocast(device.type, torch.bfloat16))
+        if not config.sdpa:
+            switches.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
