@@ -39,6 +39,8 @@ from training.report.ablation import (
 Say = Callable[[str], None]
 
 _NOT_PINNED = ("scale.", "tracking.", "ingest.")
+_FROZEN, _FINETUNED = ("probe", "knn", "retrieval"), ("top1", "top5", "map")
+"""What is measured of an encoder, and of a classifier."""
 
 
 class Plan(NamedTuple):
@@ -109,6 +111,12 @@ def run_ablation(
 
     Returns: the runs, and what pins them. Raises: UsageError if `out` holds another ablation.
     """
+    sections = _FROZEN + (_FINETUNED if plan.finetune else ())
+    if plan.metric.split("/")[0] not in sections:
+        raise UsageError(
+            f"--metric {plan.metric}: not among what is measured; it starts with one of "
+            f"{', '.join(f'{section}/' for section in sections)}"
+        )
     out.mkdir(parents=True, exist_ok=True)
     record = _pinned(config, plan, store, out)
     pinned = config.model_copy(
@@ -253,7 +261,7 @@ def _tags(parent: RunHandle, name: str) -> dict[str, str]:
 def _measured(folder: RunFolder) -> dict[str, float]:
     """Metrics of an evaluated run; none before it is evaluated."""
     results = folder.results
-    shown = ("probe", "knn", "top1", "top5", "map", "retrieval", "pseudo_labels", "n_test")
+    shown = (*_FROZEN, *_FINETUNED, "pseudo_labels", "n_test")
     return dict(scalars({k: v for k, v in results.items() if k in shown}))
 
 

@@ -135,7 +135,8 @@ def _remember(folder: RunFolder, config: RunConfig, store: str, data: Pinned) ->
     if folder.record.get("store"):
         return
     snapshot = data.snapshot
-    FeatureStore.open(store).pin(snapshot.version, f"run-{folder.path.resolve().name}")
+    # With the version: folders of one name elsewhere must not let go of each other's.
+    FeatureStore.open(store).pin(snapshot.version, f"run-{folder.path.name}-v{snapshot.version}")
     folder.write_record(
         store={"uri": store, "version": snapshot.version, "digest": snapshot.digest},
         config_hash=config.digest(),

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import FeatureSpec
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, StoreError
 from pipeline.features import fbank_array
 from pipeline.lease import Lease
 from pipeline.schema import CLIPS_SCHEMA, ROW_GROUP_ROWS, SHARD_SCHEMA
@@ -34,8 +34,8 @@ _TAR_CLIPS = 1000
 def status(uri: str, version: int | None = None) -> dict[str, Any]:
     """What is in a store.
 
-    Returns: {"clips", "ok", "failed", "by_reason", "by_split" (ok clips), "version", "shards",
-        "bytes"} of the live shards.
+    Returns: {"clips", "ok", "failed", "by_reason", "by_split" (ok clips), "version", "pins" (all
+        pinned versions by name), "shards", "bytes"} of the live shards.
     Raises: StoreError.
     """
     store = FeatureStore.open(uri)
@@ -52,9 +52,23 @@ def status(uri: str, version: int | None = None) -> dict[str, Any]:
         "by_reason": dict(Counter(failed["reason"].to_pylist()).most_common()),
         "by_split": dict(sorted(Counter(live["split"].to_pylist()).items())),
         "version": snapshot.version,
+        "pins": store.pins(),
         "shards": len(shards),
         "bytes": sum(sizes.get(shard, (0, 0.0))[0] for shard in shards),
     }
+
+
+def unpin(uri: str, name: str) -> dict[str, int]:
+    """Let go of a pin: the next vacuum may remove what only its version needs.
+
+    Returns: the pins that are left. Raises: StoreError if there is no such pin.
+    """
+    store = FeatureStore.open(uri)
+    pins = store.pins()
+    if name not in pins:
+        raise StoreError(f"{uri}: no pin {name!r}; there are {', '.join(sorted(pins)) or 'none'}")
+    store.unpin(name)
+    return store.pins()
 
 
 def failures(uri: str, reason: str | None = None, examples: int = 3) -> dict[str, Any]:

@@ -31,6 +31,12 @@ _RAY_ENV = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that need Ray take longest: first they, then what evens out the processes' shares."""
+    with_ray = {item.path for item in items if "ray_session" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in with_ray)
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """An embedded Ray cluster of 4 logical CPUs, shut down after the last test."""

@@ -13,10 +13,10 @@ from diccae.screen import say
 
 @dataclass(frozen=True)
 class StoreArgs:
-    """Status, failures, verify, compact, vacuum or export of a feature store."""
+    """Look after a feature store: what is in it, what failed, what is damaged or not needed."""
 
     action: tyro.conf.Positional[
-        Literal["status", "failures", "verify", "compact", "vacuum", "export"]
+        Literal["status", "failures", "verify", "compact", "vacuum", "unpin", "export"]
     ]
     """What to do."""
     store: str
@@ -29,6 +29,8 @@ class StoreArgs:
     """verify: mark damaged clips, so that the next ingest decodes them again."""
     retention_hours: float = 168.0
     """vacuum: keep unreferenced shards this long."""
+    pin: str | None = None
+    """unpin: the pin to let go of, as `status` names it; until then a run's version is kept."""
     out: str | None = None
     """export: target folder or URI."""
     format: Literal["folder", "webdataset"] = "folder"
@@ -52,6 +54,11 @@ def main(argv: Sequence[str]) -> int:
         return _show(maintenance.compact(args.store), args.json)
     if args.action == "vacuum":
         return _show(maintenance.vacuum(args.store, args.retention_hours), args.json)
+    if args.action == "unpin":
+        if args.pin is None:
+            say("diccae store unpin: --pin NAME is needed; diccae store status names them")
+            return 2
+        return _show({"pins": maintenance.unpin(args.store, args.pin)}, args.json)
     if args.out is None:
         say("diccae store export: --out DIR is needed")
         return 2

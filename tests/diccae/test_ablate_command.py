@@ -93,6 +93,8 @@ def test_what_cannot_be_trained_is_said_before_anything_is(
         own.write_text(content)
         assert main([*arguments, "--variants-file", str(own)]) == 2
         assert said in capsys.readouterr().err
+    assert main([*arguments, "--metric", "top1/fusion"]) == 2
+    assert "starts with one of probe/, knn/, retrieval/" in capsys.readouterr().err
     assert main([*arguments, "--variants", "fulll"]) == 2
     assert "no variant fulll; there are instance" in capsys.readouterr().err
     assert main([*arguments, "--evaluate.split", "validation", "--variants", "full"]) == 2

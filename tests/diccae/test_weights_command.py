@@ -3,12 +3,17 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from support.stores import noise_store
 
 from diccae.cli import main
 from pipeline.config import FeatureSpec
+from pipeline.errors import StoreError
+from pipeline.maintenance import status, unpin
+from pipeline.schema import CLIPS_SCHEMA
+from pipeline.store import FeatureStore
 from training.classifier import Classifier
 from training.config import EncoderConfig
 from training.encoder import Encoder, InputShape
@@ -96,3 +101,21 @@ def test_what_does_not_fit_is_one_line_and_leaves_no_run(
     assert said in printed
     assert printed.count("\n") == 1
     assert not Path("run/run.json").exists()
+
+
+def test_runs_of_one_name_keep_the_versions_of_each_other(place: Path) -> None:
+    store = FeatureStore.open("store")
+    first = store.version()
+    arguments = ["weights", "import", "--config", "run.yaml", "--store", "store"]
+    arguments += ["--model", "trunk"]
+    assert main([*arguments, "--out", "a/run"]) == 0
+    broken = {"clip_id": "clip9000000_000000", "split": "train", "status": "failed"}
+    broken["spec_hash"] = SPEC.spec_hash()
+    store.append(pa.Table.from_pylist([{**broken, "reason": "timeout"}], CLIPS_SCHEMA), {})
+    assert main([*arguments, "--out", "b/run"]) == 0
+    old, new = f"run-run-v{first}", f"run-run-v{first + 1}"
+    assert status("store")["pins"] == {old: first, new: first + 1}
+    with pytest.raises(StoreError, match=f"no pin 'run-run'; there are {old}, {new}"):
+        unpin("store", "run-run")
+    assert main(["store", "unpin", "--store", "store", "--pin", old]) == 0
+    assert status("store")["pins"] == {new: first + 1}
