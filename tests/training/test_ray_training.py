@@ -66,18 +66,23 @@ from test_ray_training import CLUSTERING, CONFIG
 from training.metrics_copier import RunHandle
 from training.pretrain import check, pin, pretrain
 
-def wait_for(text, out, timeout_s=180):
+def wait_for(what, is_there, timeout_s=180):
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
+    while not is_there():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"no {what}")
         time.sleep(0.2)
-        path = out / "metrics.jsonl"
-        if path.exists() and text in "".join(path.read_text().splitlines()[-1:]):
-            return
-    raise SystemExit(f"no line with {text}")
+
+def wait_for_workers(n, out):
+    path = out / "metrics.jsonl"
+    line = f'"world_size": {n}'
+    wait_for(line, lambda: path.exists() and line in "".join(path.read_text().splitlines()[-1:]))
 
 def come_and_go(cluster, node, out):
-    wait_for('"world_size": 2', out)
-    time.sleep(3)  # Some checkpoints.
+    wait_for_workers(2, out)
+    if not NOTICE_S:
+        wait_for("checkpoint", lambda: any((out / "pretrain").glob("checkpoint_*/state.pt")))
+    time.sleep(1)  # Ray Train has to hear of it.
     if NOTICE_S:
         drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
         drain += ["--address", cluster.address, "--node-id", node.node_id]
@@ -85,7 +90,7 @@ def come_and_go(cluster, node, out):
         subprocess.run([*drain, "--deadline-remaining-seconds", str(NOTICE_S)], check=True)
         time.sleep(NOTICE_S)
     cluster.remove_node(node, allow_graceful=False)
-    wait_for('"world_size": 1', out)
+    wait_for_workers(1, out)
     if not NOTICE_S:
         cluster.add_node(num_cpus=2)
 

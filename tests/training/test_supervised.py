@@ -107,7 +107,8 @@ def test_compiled_fine_tuning_takes_the_same_steps() -> None:
     )
     compiled.run()
     for a, b in zip(_weights(plain), _weights(compiled), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+        # Adam turns the last bits of a tiny gradient into a whole step of 2e-3.
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
 def test_with_every_addition_off_the_loss_is_plain_cross_entropy() -> None:
