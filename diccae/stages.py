@@ -22,9 +22,19 @@ from training.classifier import Classifier
 from training.encoder import Encoder
 from training.errors import WeightsError
 from training.metrics_copier import RunHandle
-from training.pretrain import WHOLE, Pinned, Span, check, input_shape, pin, pretrain
+from training.pretrain import (
+    WHOLE,
+    Pinned,
+    Span,
+    check,
+    input_shape,
+    make_encoder,
+    pin,
+    pretrain,
+)
 from training.weights import (
     WeightsReport,
+    by_part,
     load_weights,
     read_class_names,
     save_classifier,
@@ -48,6 +58,8 @@ def run_pretrain(
     """
     data = _pin_for(folder, config, store)
     check(config, config.clustering, data)
+    if config.encoder.init is not None and span.start is None and not folder.record:
+        _say_what_weights_give(config, data, say)
     _remember(folder, config, store, data)
     n_clips = len(data.train)
     steps = BatchPlan.of(n_clips, config.pretrain.batch_size, config.data).steps(n_clips)
@@ -91,6 +103,19 @@ def run_pretrain(
         },
     )
     return result
+
+
+def _say_what_weights_give(config: RunConfig, data: Pinned, say: Say) -> None:
+    """Which keys of `encoder.init` fit, before the cluster is used.
+
+    Raises: WeightsError if the file cannot be read or gives nothing.
+    """
+    assert config.encoder.init is not None
+    report = load_weights(make_encoder(config, data.train.spec), config.encoder.init)
+    say(f"weights   {config.encoder.init}, read as {report.layout}")
+    for name in ("missing", "unexpected", "resized"):
+        if keys := getattr(report, name):
+            say(f"          {name}: {by_part(keys)}")
 
 
 def _with_status(

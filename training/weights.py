@@ -13,6 +13,7 @@ import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -48,6 +49,12 @@ class WeightsReport(NamedTuple):
     """Keys of the file the model has no place for."""
     resized: list[str]
     """Position tables that were interpolated to another grid."""
+
+
+def by_part(keys: list[str]) -> str:
+    """Keys counted by the part of the model they are of, such as `blocks_a (132), norm_v (2)`."""
+    parts = Counter(key.split(".")[0] for key in keys)
+    return ", ".join(f"{part} ({n})" for part, n in parts.items()) or "-"
 
 
 class ModelCard(NamedTuple):

@@ -1,7 +1,6 @@
 """`diccae weights`: published weights into a run, and a run's model into CAV-MAE's layout."""
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -38,18 +37,15 @@ class WeightsArgs:
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("weights", WeightsArgs, argv, ("encoder", "loss", "data", "tracking"))
+    from training.weights import by_part
+
     done = _export(args) if args.action == "export" else _import(args)
     if args.json:
         print(json.dumps(done))
     else:
         for name, value in done.items():
-            print(f"{name:<11} {_by_part(value) if isinstance(value, list) else value}")
+            print(f"{name:<11} {by_part(value) if isinstance(value, list) else value}")
     return 0
-
-
-def _by_part(keys: list[str]) -> str:
-    parts = Counter(key.split(".")[0] for key in keys)
-    return ", ".join(f"{part} ({n})" for part, n in parts.items()) or "-"
 
 
 def _export(args: WeightsArgs) -> dict[str, Any]:

@@ -119,3 +119,23 @@ def test_runs_of_one_name_keep_the_versions_of_each_other(place: Path) -> None:
         unpin("store", "run-run")
     assert main(["store", "unpin", "--store", "store", "--pin", old]) == 0
     assert status("store")["pins"] == {new: first + 1}
+
+
+def test_pretraining_says_what_the_weights_give_before_the_cluster_is_used(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diccae.stages.start_ray", interrupted)
+    assert main(["weights", "export", "--model", "trunk", "--out", "trunk.pth"]) == 0
+    arguments = ["pretrain", "--config", "run.yaml", "--store", "store"]
+    arguments += ["--pretrain.batch-size", "8"]
+    assert main([*arguments, "--out", "new", "--init", "trunk.pth"]) == 130
+    said = capsys.readouterr().err
+    assert "weights   trunk.pth, read as cavmae\n" in said
+    assert "missing: class_heads (18)\n" in said
+    Path("bad.pth").write_text("no weights")
+    assert main([*arguments, "--out", "bad", "--init", "bad.pth"]) == 1
+    assert "bad.pth cannot be read as tensors alone" in capsys.readouterr().err
+    assert not Path("bad/run.json").exists(), "the folder is taken"
