@@ -7,6 +7,8 @@ never made again, so the same command goes on where it stopped.
 out/  config.yaml  ablation.{json,md,png}  mlflow.db  seed-0/warmup/  seed-0/full/ ...
 """
 
+import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +40,8 @@ from training.report.ablation import (
 
 Say = Callable[[str], None]
 
+_WARMUP = "warmup"
+"""Folder of a seed's warm-up, beside those of its variants."""
 _NOT_PINNED = ("scale.", "tracking.", "ingest.")
 _FROZEN, _FINETUNED = ("probe", "knn", "retrieval"), ("top1", "top5", "map")
 """What is measured of an encoder, and of a classifier."""
@@ -72,17 +76,9 @@ class Finished(NamedTuple):
 def read_variants(names: Sequence[str], file: str | None) -> dict[str, Variant]:
     """Variants by name, those of a YAML file (`name: {section: {key: value}}`) among them.
 
-    Raises: UsageError for an unknown name.
+    Raises: UsageError for an unknown name, or a file that does not hold variants.
     """
-    own: dict[str, Variant] = {}
-    if file is not None:
-        content = yaml.safe_load(Path(file).read_text()) or {}
-        if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
-            raise UsageError(f"{file}: expected NAME: {{section: {{key: value}}}} for each variant")
-        own = {str(name): Variant(f"of {Path(file).name}", c) for name, c in content.items()}
-    taken = sorted(own.keys() & VARIANTS.keys())
-    if taken:
-        raise UsageError(f"{file}: {', '.join(taken)} is a built-in variant; give it another name")
+    own = {} if file is None else _own_variants(file)
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
         raise UsageError(
@@ -90,6 +86,22 @@ def read_variants(names: Sequence[str], file: str | None) -> dict[str, Variant]:
             "--variants-file"
         )
     return {name: VARIANTS[name] for name in dict.fromkeys(names)} | own
+
+
+def _own_variants(file: str) -> dict[str, Variant]:
+    try:
+        content = yaml.safe_load(Path(file).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{file}: not readable as YAML: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+        raise UsageError(f"{file}: expected NAME: {{section: {{key: value}}}} for each variant")
+    for name in map(str, content):
+        if name in VARIANTS or name == _WARMUP or not re.fullmatch(r"[\w-]+", name):
+            raise UsageError(
+                f"{file}: variant {name!r}: a name is letters, digits, _ and -, and none of "
+                f"{', '.join([*VARIANTS, _WARMUP])}"
+            )
+    return {str(name): Variant(f"of {Path(file).name}", c) for name, c in content.items()}
 
 
 def variant_config(config: RunConfig, name: str, variant: Variant, seed: int) -> RunConfig:
@@ -221,7 +233,7 @@ def _branch(
     epochs = config.rounds.warmup_epochs
     if not variant.shares_warmup or epochs == 0 or epochs >= config.pretrain.epochs:
         return WHOLE
-    folder = RunFolder(out / f"seed-{seed}" / "warmup")
+    folder = RunFolder(out / f"seed-{seed}" / _WARMUP)
     if not folder.results.get("warmup_epochs"):
         own = config.model_copy(update={"seed": seed})
         folder.open(own, fresh=False)
@@ -265,6 +277,14 @@ def _measured(folder: RunFolder) -> dict[str, float]:
     return dict(scalars({k: v for k, v in results.items() if k in shown}))
 
 
+def _without_nan(fields: dict[str, Any]) -> dict[str, Any]:
+    """NaN, which strict JSON does not know, as None."""
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in fields.items()
+    }
+
+
 class Summary(NamedTuple):
     """An ablation as it is shown and as it is kept."""
 
@@ -290,10 +310,10 @@ def write_results(
         **read_json(out / "ablation.json"),
         "n_test": n_test,
         "variants": {
-            name: {**variant._asdict(), **spread(values[name])._asdict()}
+            name: {**variant._asdict(), **_without_nan(spread(values[name])._asdict())}
             for name, variant in plan.variants.items()
         },
-        "contrasts": [difference._asdict() for difference in differences],
+        "contrasts": [_without_nan(difference._asdict()) for difference in differences],
         "runs": [run._asdict() for run in done],
     }
     write_json(out / "ablation.json", content)

@@ -16,8 +16,8 @@ from diccae.screen import say, table
 class AblateArgs:
     """Train variants of a recipe from shared warm-ups and compare them, paired by seed.
 
-    The same command on the same --out goes on where it stopped; more seeds or variants can be
-    added to it later.
+    The same command on the same --out goes on where it stopped. It can name more seeds or variants
+    later: what is done is read, not run again, and the table shows what the last call named.
     """
 
     store: str

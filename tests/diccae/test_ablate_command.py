@@ -37,7 +37,8 @@ def test_a_variant_starts_where_the_warmup_ended(
     assert steps["no_fusion"] == list(range(per_epoch + 1, 3 * per_epoch + 1))
     last = lines(out / "seed-0" / "no_fusion" / "metrics.jsonl")[-1]
     assert last["labelled_frac"] == 1.0, "the round of the warm-up's features never came"
-    content = json.loads((out / "ablation.json").read_text())
+    content = json.loads((out / "ablation.json").read_text(), parse_constant=pytest.fail)
+    assert content["variants"]["no_fusion"]["sd"] is None, "one seed has no deviation"
     assert content["pinned"]["metric"] == "probe/audio_video"
     assert 0 <= content["variants"]["no_fusion"]["mean"] <= 1
     assert (out / "ablation.png").exists()
@@ -87,12 +88,17 @@ def test_what_cannot_be_trained_is_said_before_anything_is(
     for content, said in (
         ("k64: {clustering: {k: 4000}}", "variant k64: clustering.k = 4000"),
         ("deep: {encoder: {depht: 3}}", "variant deep: unknown key encoder.depht"),
-        ("full: {}", "full is a built-in variant"),
+        ("full: {}", "variant 'full': a name is"),
+        ("warmup: {}", "variant 'warmup': a name is"),
+        ("../up: {}", "variant '../up': a name is"),
+        ("a: [", "not readable as YAML"),
         ("[1]", "expected NAME: {section: {key: value}}"),
     ):
         own.write_text(content)
         assert main([*arguments, "--variants-file", str(own)]) == 2
         assert said in capsys.readouterr().err
+    assert main([*arguments, "--variants-file", str(tmp_path / "none.yaml")]) == 2
+    assert "No such file" in capsys.readouterr().err
     assert main([*arguments, "--metric", "top1/fusion"]) == 2
     assert "starts with one of probe/, knn/, retrieval/" in capsys.readouterr().err
     assert main([*arguments, "--variants", "fulll"]) == 2
