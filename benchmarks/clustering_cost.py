@@ -23,14 +23,14 @@ import threadpoolctl
 from matplotlib.figure import Figure
 
 from clustering.config import ClusteringConfig
-from clustering.kmeans import fit, kmeans
-from clustering.passes import LocalPasses, Passes
-from clustering.pool import ClusterPool
-from clustering.prepare import prepare
-from clustering.ray_passes import RayPasses, compute_actors, stop
-from clustering.rounds import HeadLabels, RoundRequest
-from clustering.shares import Block, Share
-from clustering.targets import View
+from clustering.kmeans.grid import prepare
+from clustering.kmeans.lloyd import fit, kmeans
+from clustering.kmeans.passes import LocalPasses, Passes
+from clustering.kmeans.share import Block, Share
+from clustering.kmeans.views import View
+from clustering.pool.compute import RayPasses, compute_actors, stop
+from clustering.pool.pool import ClusterPool
+from clustering.rounds.protocol import HeadLabels, RoundRequest
 
 ITERATIONS = 5
 

@@ -36,12 +36,12 @@ import imageio_ffmpeg
 import numpy as np
 
 from pipeline.config import FeatureSpec, IngestConfig
-from pipeline.extract import extract
-from pipeline.features import fbank_function, fbank_payload, fbanks_function
-from pipeline.ingest import ingest
-from pipeline.plan import STATE_COLUMNS, make_plan
-from pipeline.schema import CLIPS_SCHEMA
-from pipeline.sources import list_sources
+from pipeline.decode.clip import extract
+from pipeline.decode.payload import fbank_function, fbank_payload, fbanks_function
+from pipeline.ingest.plan import STATE_COLUMNS, make_plan
+from pipeline.ingest.run import ingest
+from pipeline.source.listing import list_sources
+from pipeline.store.schema import CLIPS_SCHEMA
 
 
 def cpu_seconds() -> float:
@@ -132,7 +132,7 @@ def pool_worker(
     config: IngestConfig,
 ) -> None:
     """A process of the plain pool: shards from one queue, times to the other."""
-    from pipeline.worker import ShardDecoder
+    from pipeline.ingest.shard_decoder import ShardDecoder
 
     decoder = ShardDecoder(store, spec, config, "pool", fbanks_function(spec))
     while (task := tasks.get()) is not None:
@@ -148,7 +148,7 @@ def steady_rate(finished: list[tuple[float, int]]) -> float:
 
 
 def run_pool(csv: str, videos: str, spec: FeatureSpec, config: IngestConfig) -> float:
-    from pipeline.ray_run import cut_tasks
+    from pipeline.ingest.on_ray import cut_tasks
 
     context = multiprocessing.get_context("spawn")
     no_states = CLIPS_SCHEMA.empty_table().select(STATE_COLUMNS)

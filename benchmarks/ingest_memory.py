@@ -22,12 +22,12 @@ import psutil
 import ray
 
 from pipeline.config import FeatureSpec, IngestConfig
-from pipeline.ingest import ingest
+from pipeline.ingest.run import ingest
 
 KINDS = {
     "decode actor": "_DecodeActor",
-    "decode child": "pipeline.sandbox",
-    "fbank service": "pipeline.fbank_service",
+    "decode child": "pipeline.decode.sandbox",
+    "fbank service": "pipeline.decode.fbank_service",
 }
 
 

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import FeatureSpec
-from pipeline.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
-from pipeline.store import FeatureStore
+from pipeline.store.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
+from pipeline.store.store import FeatureStore
 
 CLIPS_PER_COMMIT = 2048
 
@@ -31,8 +31,8 @@ import json, resource, sys, time
 began = time.monotonic()
 import pyarrow.parquet as pq
 from pipeline.config import FeatureSpec, IngestConfig
-from pipeline.plan import STATE_COLUMNS, make_plan
-from pipeline.store import FeatureStore
+from pipeline.ingest.plan import STATE_COLUMNS, make_plan
+from pipeline.store.store import FeatureStore
 snapshot = FeatureStore.open(sys.argv[1]).snapshot()
 sources = pq.read_table(sys.argv[2])
 plan = make_plan(sources, snapshot.states(STATE_COLUMNS), snapshot.spec_hash, IngestConfig())

@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 
 from training.config import STREAMS, ConfusionConfig, EncoderConfig
-from training.confusion import ConfusionState
-from training.encoder import Encoder, InputShape
-from training.losses import class_alignment, confusion_loss, info_nce, labelled_rows
+from training.losses.confusion import ConfusionState
+from training.losses.terms import class_alignment, confusion_loss, info_nce, labelled_rows
+from training.model.encoder import Encoder, InputShape
 
 _SHAPE = InputShape(fbank_frames=1024, n_mels=128, frame_size=224)
 _WIDTH, _PROJECTION, _UPDATE_EVERY = 768, 256, 10

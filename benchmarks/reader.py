@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.features import decode_jpegs, fbank_array
-from pipeline.store import FeatureStore
-from training.batches import BatchPlan, RowIndex, Views, WindowReader, epoch_order, index_rows
+from pipeline.decode.payload import decode_jpegs, fbank_array
+from pipeline.store.store import FeatureStore
 from training.config import DataConfig
+from training.data.batches import BatchPlan, RowIndex, Views, WindowReader, epoch_order, index_rows
 
 
 class RowDataset(Dataset):

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.classifier import Classifier
 from training.config import STREAMS, EncoderConfig
-from training.encoder import Encoder, InputShape
-from training.losses import info_nce
-from training.weights import load_weights
+from training.losses.terms import info_nce
+from training.model.classifier import Classifier
+from training.model.encoder import Encoder, InputShape
+from training.weights.files import load_weights
 
 Step = Callable[[], Tensor]
 _SHAPE = InputShape(fbank_frames=1024, n_mels=128, frame_size=224)

@@ -335,7 +335,7 @@ def check_disk(store: str | None) -> Check:
 @_never_raises("store", "check the URI and your keys (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)")
 def check_store(uri: str) -> Check:
     """The feature store can be opened and its clips table read."""
-    from pipeline.store import FeatureStore
+    from pipeline.store.store import FeatureStore
 
     snapshot = FeatureStore.open(uri).snapshot()
     rows = snapshot.rows(None)

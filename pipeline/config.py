@@ -73,7 +73,7 @@ class IngestConfig(Frozen):
     """CPUs an actor reserves; below 1 so that Ray Data's own tasks always find room."""
     timeout_s: float = Field(60.0, gt=0)
     """Longest time one clip may take in the decode child."""
-    extractor: str = Field("pipeline.extract:extract", pattern=r"[\w.]+:\w+")
+    extractor: str = Field("pipeline.decode.clip:extract", pattern=r"[\w.]+:\w+")
     """What the decode child runs, `module:function`: another decoder with the same result."""
     child_clips: int = Field(500, ge=1)
     """The decode child is replaced after this many clips."""

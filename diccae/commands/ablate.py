@@ -45,8 +45,8 @@ class AblateArgs:
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("ablate", AblateArgs, argv, (*SECTIONS, "finetune", "evaluate"))
-    from diccae.ablation import Plan, read_variants, run_ablation, write_results
-    from diccae.runs import log_to_screen
+    from diccae.run_folder import log_to_screen
+    from diccae.stages.ablate import Plan, read_variants, run_ablation, write_results
     from training.evaluation.ablate import DEFAULT_VARIANTS
 
     if args.seeds < 1:

@@ -37,7 +37,7 @@ class ClusterArgs:
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("cluster", ClusterArgs, argv, ("clustering",))
-    from clustering.vectors import cluster_vectors
+    from clustering.vectors.cluster import cluster_vectors
 
     summary = cluster_vectors(
         args.vectors,

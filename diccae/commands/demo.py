@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> int:
     if args.config is None:
         name = "smoke.yaml" if args.data is None else "av-digits.yaml"
         args = parse("demo", DemoArgs, argv, run=load_config(_CONFIGS / name))
-    from diccae.demo import run_demo
-    from diccae.runs import log_to_screen
+    from diccae.run_folder import log_to_screen
+    from diccae.stages.demo import run_demo
 
     log_to_screen()
     data = None if args.data is None else Path(args.data)

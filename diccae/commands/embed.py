@@ -34,9 +34,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("embed", EmbedArgs, argv, ("data", "evaluate", "scale"))
     from diccae.resources import start_ray
-    from pipeline.store import FeatureStore
-    from training.batches import index_rows
-    from training.inference import run_model, write_vectors
+    from pipeline.store.store import FeatureStore
+    from training.data.batches import index_rows
+    from training.on_ray.inference import run_model, write_vectors
 
     snapshot = FeatureStore.open(args.store).snapshot(args.version)
     index = index_rows(snapshot, args.split)

@@ -22,13 +22,13 @@ class EvaluateArgs:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    from diccae.runs import RunFolder, log_to_screen
+    from diccae.run_folder import RunFolder, log_to_screen
 
     sections = ("evaluate", "scale")
     folder = RunFolder(parse("evaluate", EvaluateArgs, argv, sections).out)
     args = parse("evaluate", EvaluateArgs, argv, sections, folder.config())
     log_to_screen()
-    from diccae.stages import run_evaluate
+    from diccae.stages.evaluate import run_evaluate
 
     results = run_evaluate(folder, args.run, say)
     print(json.dumps(results) if args.json else results_table(results))

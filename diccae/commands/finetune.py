@@ -25,7 +25,7 @@ class FinetuneArgs:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    from diccae.runs import RunFolder, log_to_screen
+    from diccae.run_folder import RunFolder, log_to_screen
 
     first = parse("finetune", FinetuneArgs, argv, ("finetune", "scale", "data"))
     folder = RunFolder(first.out)
@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
     args = parse("finetune", FinetuneArgs, argv, ("finetune", "scale", "data"), base)
     log_to_screen()
     folder.open(args.run, fresh=False)
-    from diccae.stages import open_run, run_finetune
+    from diccae.stages.finetune import run_finetune
+    from diccae.stages.run_record import open_run
 
     open_run(folder, args.run, args.store)
     run_finetune(folder, args.run, args.encoder, say)

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     spec = wanted_spec(args, argv)
     if args.plan:
         return _plan(args, spec, config)
-    from diccae.ingesting import run_ingest
+    from diccae.stages.ingest import run_ingest
     from pipeline.errors import TooManyFailures
 
     try:
@@ -75,7 +75,7 @@ def wanted_spec(args: IngestArgs, argv: Sequence[str]) -> FeatureSpec | None:
         return args.run.features
     if not any(arg.startswith("--features.") for arg in argv):
         return None
-    from pipeline.store import FeatureStore
+    from pipeline.store.store import FeatureStore
 
     if not FeatureStore.exists(args.store):
         return args.run.features
@@ -86,7 +86,7 @@ def wanted_spec(args: IngestArgs, argv: Sequence[str]) -> FeatureSpec | None:
 
 def _plan(args: IngestArgs, spec: FeatureSpec | None, config: object) -> int:
     from pipeline.config import IngestConfig
-    from pipeline.ingest import plan_ingest
+    from pipeline.ingest.run import plan_ingest
 
     assert isinstance(config, IngestConfig)
     plan = plan_ingest(args.clips, args.videos, args.store, spec, config)

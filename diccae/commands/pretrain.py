@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
         config = config.model_copy(update={"encoder": encoder})
     if args.dry_run:
         return _dry_run(config, args.store)
-    from diccae.runs import RunFolder, log_to_screen
-    from diccae.stages import run_pretrain
+    from diccae.run_folder import RunFolder, log_to_screen
+    from diccae.stages.pretrain import run_pretrain
 
     log_to_screen()
     folder = RunFolder(args.out)
@@ -69,8 +69,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _dry_run(config: RunConfig, store: str) -> int:
-    from training.dry_run import dry_run
-    from training.pretrain import check, pin
+    from training.loop.dry_run import dry_run
+    from training.on_ray.pretrain import check, pin
 
     data = pin(store, config.data.version, config)
     check(config, config.clustering, data)

@@ -19,8 +19,8 @@ class ReportArgs:
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("report", ReportArgs, argv)
-    from diccae.runs import RunFolder
-    from diccae.stages import run_report
+    from diccae.run_folder import RunFolder
+    from diccae.stages.report import run_report
 
     print(run_report(RunFolder(args.out), args.store))
     return 0

@@ -42,7 +42,7 @@ class StoreArgs:
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("store", StoreArgs, argv)
-    from pipeline import maintenance
+    from pipeline.ingest import maintenance
 
     if args.action == "status":
         return _show(maintenance.status(args.store, args.version), args.json)
@@ -80,7 +80,7 @@ def _show(result: dict, as_json: bool) -> int:
 
 
 def _verify(args: StoreArgs) -> int:
-    from pipeline.verify import verify
+    from pipeline.ingest.verify import verify
 
     result = verify(args.store, sample=args.sample, repair=args.repair)
     if args.json:

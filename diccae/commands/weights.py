@@ -37,7 +37,7 @@ class WeightsArgs:
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("weights", WeightsArgs, argv, ("encoder", "loss", "data", "tracking"))
-    from training.weights import by_part
+    from training.weights.files import by_part
 
     done = _export(args) if args.action == "export" else _import(args)
     if args.json:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _export(args: WeightsArgs) -> dict[str, Any]:
-    from training.cavmae import export_file
+    from training.weights.export import export_file
 
     n_tensors, labels = export_file(args.model, args.out)
     return {"tensors": n_tensors, "file": args.out, **({"classes": labels} if labels else {})}
@@ -58,8 +58,8 @@ def _export(args: WeightsArgs) -> dict[str, Any]:
 def _import(args: WeightsArgs) -> dict[str, Any]:
     if args.store is None:
         raise UsageError("import: --store is needed, for its feature spec and classes")
-    from diccae.runs import RunFolder
-    from diccae.stages import import_weights
+    from diccae.run_folder import RunFolder
+    from diccae.stages.weights import import_weights
 
     folder = RunFolder(args.out)
     if folder.record:

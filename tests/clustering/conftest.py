@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from clustering.passes import Passes, Sums, merge
-from clustering.rounds import PublishedRound, Rounds
-from clustering.shares import Block, Share
+from clustering.kmeans.passes import Passes, Sums, merge
+from clustering.kmeans.share import Block, Share
+from clustering.rounds.protocol import PublishedRound, Rounds
 
 WIDTH = 32
 STREAMS = {"audio": WIDTH, "video": WIDTH, "fusion": WIDTH}

@@ -10,10 +10,10 @@ from support.s3 import s3_server
 
 from clustering import storage
 from clustering.config import ClusteringConfig
-from clustering.local import LocalRounds
-from clustering.publish import load_round
-from clustering.rounds import RoundRequest
-from clustering.vectors import cluster_vectors
+from clustering.rounds.files import load_round
+from clustering.rounds.local import LocalRounds
+from clustering.rounds.protocol import RoundRequest
+from clustering.vectors.cluster import cluster_vectors
 
 
 @pytest.fixture

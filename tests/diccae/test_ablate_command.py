@@ -70,7 +70,9 @@ def test_what_is_done_is_not_done_again_and_the_metric_stays(
 ) -> None:
     assert (out / "ablation.json").exists(), "needs the test above"
     trained: list[str] = []
-    monkeypatch.setattr("diccae.ablation.run_pretrain", lambda folder, *_: trained.append(folder))
+    monkeypatch.setattr(
+        "diccae.stages.ablate.run_pretrain", lambda folder, *_: trained.append(folder)
+    )
     same = [*arguments, "--variants", "no_fusion", "--pretrain.log-every", "1"]
     assert "no_fusion" in diccae(*same)
     assert main([*same, "--metric", "knn/fusion"]) == 2

@@ -10,7 +10,7 @@ from diccae.commands.pretrain import SECTIONS, PretrainArgs
 from diccae.config import RunConfig, differing_keys, load_config, save_config
 from diccae.errors import UsageError
 from pipeline.config import FeatureSpec
-from pipeline.store import FeatureStore
+from pipeline.store.store import FeatureStore
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 

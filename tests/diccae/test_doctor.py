@@ -13,7 +13,7 @@ import pytest
 from diccae import doctor
 from diccae.doctor import Check
 from pipeline.config import FeatureSpec
-from pipeline.store import FeatureStore
+from pipeline.store.store import FeatureStore
 
 
 def test_this_machine_is_well() -> None:

@@ -11,13 +11,13 @@ from support.stores import noise_store
 from diccae.cli import main
 from pipeline.config import FeatureSpec
 from pipeline.errors import StoreError
-from pipeline.maintenance import status, unpin
-from pipeline.schema import CLIPS_SCHEMA
-from pipeline.store import FeatureStore
-from training.classifier import Classifier
+from pipeline.ingest.maintenance import status, unpin
+from pipeline.store.schema import CLIPS_SCHEMA
+from pipeline.store.store import FeatureStore
 from training.config import EncoderConfig
-from training.encoder import Encoder, InputShape
-from training.weights import load_classifier, load_encoder, save_classifier, save_encoder
+from training.model.classifier import Classifier
+from training.model.encoder import Encoder, InputShape
+from training.weights.files import load_classifier, load_encoder, save_classifier, save_encoder
 
 SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=128, duration_s=1.0)
 SHAPE = InputShape(32, 128, 32)
@@ -127,7 +127,7 @@ def test_pretraining_says_what_the_weights_give_before_the_cluster_is_used(
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diccae.stages.start_ray", interrupted)
+    monkeypatch.setattr("diccae.stages.pretrain.start_ray", interrupted)
     assert main(["weights", "export", "--model", "trunk", "--out", "trunk.pth"]) == 0
     arguments = ["pretrain", "--config", "run.yaml", "--store", "store"]
     arguments += ["--pretrain.batch-size", "8"]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from pipeline.config import FeatureSpec, IngestConfig
-from pipeline.ingest import ingest
-from pipeline.store import FeatureStore
+from pipeline.ingest.run import ingest
+from pipeline.store.store import FeatureStore
 from pipeline.synth import write_clips
 
 SMALL_SPEC = FeatureSpec(n_frames=4, frame_size=48, duration_s=2.0, fbank_frames=200)

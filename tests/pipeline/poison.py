@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 from pipeline.config import FeatureSpec
-from pipeline.extract import Clip
-from pipeline.extract import extract as decode
+from pipeline.decode.clip import Clip
+from pipeline.decode.clip import extract as decode
 
 
 def extract(path: str, start_s: float | None, end_s: float | None, spec: FeatureSpec) -> Clip:
-    """Like pipeline.extract, but for the 4th, 12th and 20th file of the folder."""
+    """Like pipeline.decode.clip, but for the 4th, 12th and 20th file of the folder."""
     rank = sorted(os.listdir(Path(path).parent)).index(Path(path).name)
     if rank == 3:
         # Native code that never returns and never lets go of the GIL.
@@ -28,7 +28,7 @@ def extract(path: str, start_s: float | None, end_s: float | None, spec: Feature
 def extract_and_replace(
     path: str, start_s: float | None, end_s: float | None, spec: FeatureSpec
 ) -> Clip:
-    """Like pipeline.extract, but every fifth file is replaced by another once it was read."""
+    """Like pipeline.decode.clip, but every fifth file is replaced by another once it was read."""
     names = sorted(os.listdir(Path(path).parent))
     rank = names.index(Path(path).name)
     clip = decode(path, start_s, end_s, spec)

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from pipeline.config import FeatureSpec
-from training.batches import Batch, RowIndex, Views, choose_frames
-from training.encoder import InputShape
-from training.reader import EpochReads, WindowPlan
+from training.data.batches import Batch, RowIndex, Views, choose_frames
+from training.data.reader import EpochReads, WindowPlan
+from training.model.encoder import InputShape
 
 SPEC = FeatureSpec(n_frames=2, frame_size=32, n_mels=16, fbank_frames=32, duration_s=1.0)
 SHAPE = InputShape(SPEC.fbank_frames, SPEC.n_mels, SPEC.frame_size)

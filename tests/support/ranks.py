@@ -15,7 +15,7 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-_PRELOADED = ["torch.distributed", "numpy", "training.encoder", "training.losses"]
+_PRELOADED = ["torch.distributed", "numpy", "training.model.encoder", "training.losses.terms"]
 # The first optimizer of a process imports it, which takes longer than what the ranks compute.
 _PRELOADED += ["torch._dynamo"]
 

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import FeatureSpec
-from pipeline.features import encode_jpeg, fbank_payload
-from pipeline.schema import CLIPS_SCHEMA
-from pipeline.shards import ShardWriter
-from pipeline.store import FeatureStore
+from pipeline.decode.payload import encode_jpeg, fbank_payload
+from pipeline.store.schema import CLIPS_SCHEMA
+from pipeline.store.shards import ShardWriter
+from pipeline.store.store import FeatureStore
 
 N_SHARDS = 2
 

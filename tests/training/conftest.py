@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 from training.config import EncoderConfig
-from training.encoder import InputShape
+from training.model.encoder import InputShape
 
 
 class Parity(NamedTuple):

@@ -7,7 +7,7 @@ Shapes: N clips of a round.
 
 import numpy as np
 
-from clustering.labels import agreement
+from clustering.rounds.health import agreement
 from training.report.folder import Round
 
 UNLABELLED = -100

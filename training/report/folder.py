@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from training.config import STREAMS
 from training.errors import TrainingError
-from training.metrics_copier import read_metrics
+from training.tracking.copier import read_metrics
 
 
 class Confusion(NamedTuple):

@@ -1,0 +1,1 @@
+"""Exact spherical k-means: shares of vectors to labels and centroids."""

@@ -1,0 +1,1 @@
+"""The Ray actors that make rounds beside training."""

@@ -1,0 +1,1 @@
+"""Clustering rounds: features as they are pushed, to labels that training reads."""

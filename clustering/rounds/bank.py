@@ -1,0 +1,185 @@
+"""The newest row of each clip, and its frozen state for a round.
+
+Pure numpy: knows nothing of Ray or files. Invariant: the rows at a freeze depend on what was
+pushed, not on the order or the grouping of the pushes; rows of later steps wait for the next round.
+
+Shapes: N clips, B rows of a push, W width of a row.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from clustering.errors import BadVectors
+from clustering.kmeans.views import stream_slices
+
+_FOLD_ROWS = 65536
+_LOCKSTEP = 16
+"""Steps that one rank may be ahead of another: more than synchronous training allows."""
+
+
+class BankRows(NamedTuple):
+    """Rows by key."""
+
+    keys: np.ndarray
+    """uint64 [N]; sorted where the rows come from a freeze."""
+    steps: np.ndarray
+    """int64 [N], training step at which a row was computed."""
+    rows: np.ndarray
+    """float16 [N, W]."""
+
+    @classmethod
+    def empty(cls, width: int) -> "BankRows":
+        """No rows."""
+        return cls(
+            np.empty(0, dtype=np.uint64),
+            np.empty(0, dtype=np.int64),
+            np.empty((0, width), dtype=np.float16),
+        )
+
+    @classmethod
+    def concat(cls, parts: "list[BankRows]") -> "BankRows":
+        """All rows of the parts, at least one, in their order."""
+        return cls(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def take(self, index: np.ndarray) -> "BankRows":
+        """The rows at `index`."""
+        return BankRows(self.keys[index], self.steps[index], self.rows[index])
+
+
+def check_push(
+    keys_B: np.ndarray, features_BW: np.ndarray, streams: Mapping[str, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A push as uint64 [B] and float16 [B, W], in memory of its own.
+
+    Raises: BadVectors, naming the keys, for a wrong width, NaN, infinity, or a stream of zeros.
+    """
+    width = sum(streams.values())
+    keys = np.array(keys_B, dtype=np.uint64).reshape(-1)
+    rows = np.array(features_BW, dtype=np.float16)
+    if rows.shape != (len(keys), width):
+        raise BadVectors(
+            f"pushed features have shape {rows.shape} for {len(keys)} keys; the bank holds rows of "
+            f"{width} = {dict(streams)}. Push all streams side by side."
+        )
+    for name, (start, stop) in stream_slices(streams).items():
+        part = rows[:, start:stop].astype(np.float32)
+        energy = np.einsum("bw,bw->b", part, part)
+        good = (energy > 0) & np.isfinite(energy)
+        if not good.all():
+            shown = ", ".join(str(key) for key in keys[~good][:5])
+            raise BadVectors(
+                f"{(~good).sum()} of {len(keys)} rows hold NaN, infinity or only zeros in stream "
+                f"{name}: keys {shown}. The encoder's output is broken; look at its loss."
+            )
+    return keys, rows
+
+
+class Bank:
+    """Rows of the clips whose virtual shards one process owns."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._live = BankRows.empty(width)
+        self._pending: list[BankRows] = []
+        self._n_pending = 0
+        self._fold_above = _FOLD_ROWS
+
+    def push(self, keys_B: np.ndarray, steps_B: np.ndarray, rows_BW: np.ndarray) -> None:
+        """Take rows over; they are sorted in later."""
+        if len(keys_B) == 0:
+            return
+        self._pending.append(BankRows(keys_B, steps_B, rows_BW))
+        self._n_pending += len(keys_B)
+        if self._n_pending > self._fold_above:
+            self._shrink()
+
+    def freeze(self, step: int) -> BankRows:
+        """Rows pushed at `step` or before, sorted by key; later ones stay pending."""
+        self._live, later = self._merged(step)
+        self._pending = [later] if len(later.keys) else []
+        self._n_pending = len(later.keys)
+        return self._live
+
+    def everything(self) -> BankRows:
+        """Newest row of every clip, sorted by key; changes nothing that a freeze will see."""
+        return self._merged(None)[0]
+
+    def replace(self, rows: BankRows) -> None:
+        """Forget everything and hold these rows."""
+        self._live, self._pending, self._n_pending = BankRows.empty(self._width), [], 0
+        self.push(*rows)
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the rows."""
+        row_bytes = 16 + 2 * self._width
+        return (len(self._live.keys) + self._n_pending) * row_bytes
+
+    def ages(self) -> tuple[int, int, int, int]:
+        """Clips, sum of steps, oldest and newest step; zeros without clips."""
+        steps = self.everything().steps
+        if not len(steps):
+            return 0, 0, 0, 0
+        return len(steps), int(steps.sum()), int(steps.min()), int(steps.max())
+
+    def _shrink(self) -> None:
+        """Drop older versions, so that epochs between freezes do not pile up in memory.
+
+        The last steps stay pending: a freeze asked for a moment ago must still find its rows.
+        """
+        newest = max(int(part.steps.max()) for part in self._pending)
+        self.freeze(newest - _LOCKSTEP)
+        self._fold_above = max(_FOLD_ROWS, 2 * (len(self._live.keys) + self._n_pending))
+
+    def _merged(self, step: int | None) -> tuple[BankRows, BankRows]:
+        """Live rows with the pending ones up to `step`, and the pending ones after it."""
+        if not self._pending:
+            return self._live, BankRows.empty(self._width)
+        pushed = BankRows.concat(self._pending)
+        due = np.ones(len(pushed.keys), bool) if step is None else pushed.steps <= step
+        if due.all():
+            return _update(self._live, _newest(pushed)), BankRows.empty(self._width)
+        return _update(self._live, _newest(pushed.take(due))), pushed.take(~due)
+
+
+def _newest(rows: BankRows) -> BankRows:
+    """One row per key, sorted: the greatest step; of equal steps the greatest content."""
+    order = np.lexsort((rows.steps, rows.keys))
+    keys, steps = rows.keys[order], rows.steps[order]
+    again = keys[1:] == keys[:-1]
+    if (again & (steps[1:] == steps[:-1])).any():
+        order = np.lexsort((_content(rows.rows), rows.steps, rows.keys))
+    elif not again.any():
+        return rows.take(order)
+    return rows.take(order[np.append(~again, True)])
+
+
+def _content(rows_NW: np.ndarray) -> np.ndarray:
+    """A 64-bit number per row that depends on its bits alone: breaks ties without an order."""
+    bits = rows_NW.view(np.uint16).astype(np.uint64)
+    weights = np.arange(1, rows_NW.shape[1] + 1, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        weights = weights * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)
+        return (bits * weights).sum(axis=1, dtype=np.uint64)
+
+
+def _update(live: BankRows, newest: BankRows) -> BankRows:
+    """Live rows with the newest ones in; both have sorted, distinct keys."""
+    if not len(live.keys):
+        return newest
+    if not len(newest.keys):
+        return live
+    position = np.minimum(np.searchsorted(live.keys, newest.keys), len(live.keys) - 1)
+    known = live.keys[position] == newest.keys
+    contested = BankRows.concat([live.take(position[known]), newest.take(known)])
+    winners = _newest(contested)
+    at = np.searchsorted(live.keys, winners.keys)
+    steps, rows = live.steps.copy(), live.rows.copy()
+    steps[at], rows[at] = winners.steps, winners.rows
+    merged = BankRows(live.keys, steps, rows)
+    if known.all():
+        return merged
+    merged = BankRows.concat([merged, newest.take(~known)])
+    return merged.take(np.argsort(merged.keys, kind="stable"))

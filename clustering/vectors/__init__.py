@@ -1,0 +1,1 @@
+"""Clustering of vector files: what `diccae cluster` does."""

@@ -1,0 +1,187 @@
+"""k-means over any Parquet of vectors: the `diccae cluster` command.
+
+Knows nothing of clips or training. Invariant: labels, centroids and digest are the same for any
+number of actors, and for a run that was killed and started again.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from clustering import storage
+from clustering.config import ClusteringConfig
+from clustering.errors import BadVectors, ClusteringError
+from clustering.kmeans.lloyd import Clustering, cluster
+from clustering.kmeans.passes import LocalPasses, Passes
+from clustering.kmeans.share import Share
+from clustering.kmeans.views import View
+from clustering.rounds.maker import StateFile
+from clustering.vectors.source import VectorFile, VectorSource, find_files, shares_of, width_of
+
+_ID_NAMES = ("id", "clip_id", "key")
+
+
+def cluster_vectors(
+    vectors_uri: str,
+    column: str,
+    k: int,
+    n_actors: int,
+    seed: int,
+    out: str,
+    config: ClusteringConfig,
+    start_ray: Callable[[], None] | None = None,
+    id_column: str | None = None,
+) -> dict[str, Any]:
+    """Cluster the vectors of a Parquet file or folder and write the result under `out`.
+
+    Writes labels.parquet (id, label, distance: Euclidean, or 1 - cosine when spherical),
+    centroids.parquet (cluster, count, centroid) and summary.json. The id is `id_column`, or the
+    first of id, clip_id, key, or the row's number. One actor means this process, without Ray;
+    otherwise `start_ray` is called first (None: Ray is already up).
+    Returns: the summary {"inertia", "iterations", "counts", "digest", "seconds"}.
+    Raises: BadVectors, naming file and row; ClusteringError.
+    """
+    started = time.perf_counter()
+    config = _config_for(config, k, n_actors)
+    files = find_files(vectors_uri)
+    width = width_of(files, column)
+    ids = _read_ids(files, id_column)
+    token = _token(files, column)
+    shares = enumerate(shares_of(files, n_actors))
+    sources = [VectorSource(f"{token}-{i}", pieces, column, width) for i, pieces in shares]
+    state = storage.join(out, f"state-{_fingerprint(token, config, seed)}.npz")
+    with _passes(sources, config, start_ray) as passes:
+        try:
+            view = View("vectors", ((0, width),), "concat", config.spherical)
+            made = cluster(passes, view, config, seed, checkpoint=StateFile(state))
+        except BadVectors as error:
+            raise _with_place(error, files, ids) from None
+    summary = _summary(made, time.perf_counter() - started)
+    _write(out, made, ids, summary)
+    storage.remove(state)
+    return summary
+
+
+def _config_for(config: ClusteringConfig, k: int, n_actors: int) -> ClusteringConfig:
+    # Rows are shared out by blocks of the files; here vshards only bounds the number of actors.
+    options = {"k": k, "n_actors": n_actors, "vshards": 4096}
+    return ClusteringConfig(**{**config.model_dump(), **options})
+
+
+@contextmanager
+def _passes(
+    sources: list[VectorSource],
+    config: ClusteringConfig,
+    start_ray: Callable[[], None] | None,
+) -> Iterator[Passes]:
+    if len(sources) == 1:
+        yield LocalPasses(Share(sources[0], config.block_rows, config.device))
+        return
+    if start_ray is not None:
+        start_ray()
+    from clustering.pool.compute import RayPasses, compute_actors, stop
+
+    actors = compute_actors(config, len(sources))
+    try:
+        yield RayPasses(actors, sources, config.reducer, config.fan_in)
+    finally:
+        stop(actors)
+
+
+def _read_ids(files: list[VectorFile], id_column: str | None) -> pa.ChunkedArray | None:
+    """Ids of all rows in order, or None: number the rows. Raises: BadVectors for duplicates."""
+    shared = set.intersection(*(set(file.columns) for file in files))
+    name = id_column or next((known for known in _ID_NAMES if known in shared), None)
+    if name is None:
+        return None
+    if name not in shared:
+        raise BadVectors(f"no column {name!r} in every file; they share {sorted(shared)}.")
+    chunks = []
+    for file in files:
+        with fsspec.open(file.uri, "rb") as handle:
+            chunks += pq.read_table(handle, columns=[name])[name].chunks
+    ids = pa.chunked_array(chunks) if chunks else pa.chunked_array([pa.array([])])
+    if ids.null_count or pc.count_distinct(ids).as_py() != len(ids):
+        counts = pc.value_counts(ids)
+        twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+        raise BadVectors(
+            f"column {name!r} is no id: {ids.null_count} nulls, {len(twice)} values occur more "
+            f"than once: {twice[:5].to_pylist()}. Name an id column, or leave it out of the file."
+        )
+    return ids
+
+
+def _token(files: list[VectorFile], column: str) -> str:
+    """Name of the input's content, as far as the listing tells."""
+    facts: list[Any] = [column]
+    for file in files:
+        filesystem, path = fsspec.core.url_to_fs(file.uri)
+        info = filesystem.info(path)
+        facts.append([file.uri, file.group_rows, info["size"], str(info.get("mtime"))])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _fingerprint(token: str, config: ClusteringConfig, seed: int) -> str:
+    facts = json.dumps([token, config.result_fields(), seed], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def _with_place(
+    error: BadVectors, files: list[VectorFile], ids: pa.ChunkedArray | None
+) -> BadVectors:
+    """The same error with file, row and id of the first bad row, where its key is known."""
+    if not error.keys:
+        return error
+    row = error.keys[0]
+    first = 0
+    for file in files:
+        if row < first + file.n_rows:
+            known = "" if ids is None else f", id {ids[row].as_py()!r}"
+            return BadVectors(f"{file.uri}, row {row - first}{known}: {error}")
+        first += file.n_rows
+    raise ClusteringError(f"row {row} of {first}: {error}")
+
+
+def _summary(made: Clustering, seconds: float) -> dict[str, Any]:
+    return {
+        "inertia": made.inertia,
+        "iterations": made.iterations,
+        "counts": made.counts_K.tolist(),
+        "digest": made.digest,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _write(
+    out: str, made: Clustering, ids: pa.ChunkedArray | None, summary: dict[str, Any]
+) -> None:
+    labels = pa.table(
+        {
+            "id": pa.array(made.keys_N) if ids is None else ids,
+            "label": pa.array(made.labels_N),
+            "distance": pa.array(made.distances_N),
+        }
+    )
+    k, width = made.centroids_KD.shape
+    flat = pa.array(made.centroids_KD.reshape(-1))
+    centroids = pa.table(
+        {
+            "cluster": pa.array(np.arange(k, dtype=np.int32)),
+            "count": pa.array(made.counts_K),
+            "centroid": pa.FixedSizeListArray.from_arrays(flat, width),
+        }
+    )
+    for name, table in (("labels", labels), ("centroids", centroids)):
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        storage.write_bytes(storage.join(out, f"{name}.parquet"), memoryview(sink.getvalue()))
+    storage.write_json(storage.join(out, "summary.json"), summary)

@@ -1,0 +1,1 @@
+"""The stages a command runs: work on run folders and stores."""

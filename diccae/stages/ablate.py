@@ -1,0 +1,334 @@
+"""The runs behind an ablation: one warm-up a seed, and every variant from its checkpoint.
+
+Composes the stages; variants and statistics are in training.evaluation.ablate. Invariants: the
+metric is written down before the first run and is not changed afterwards; a run that is done is
+never made again, so the same command goes on where it stopped.
+
+out/  config.yaml  ablation.{json,md,png}  mlflow.db  seed-0/warmup/  seed-0/full/ ...
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import ValidationError
+
+from diccae.config import RunConfig, differing_keys, explain, load_config, save_config
+from diccae.errors import UsageError
+from diccae.run_folder import RunFolder, read_json, write_json
+from diccae.screen import clock
+from diccae.stages.evaluate import run_evaluate, scalars, tested_rows
+from diccae.stages.finetune import run_finetune
+from diccae.stages.pretrain import run_pretrain
+from pipeline.store.store import FeatureStore
+from training.errors import TrainingError
+from training.evaluation.ablate import VARIANTS, Variant, contrasts, spread
+from training.on_ray.fit import newest_checkpoint
+from training.on_ray.pretrain import CHECKPOINTS, WHOLE, Span, check, pin
+from training.report.ablation import (
+    contrast_rows,
+    draw,
+    markdown,
+    note,
+    values_of,
+    variant_rows,
+)
+from training.tracking import tracker as tracking
+from training.tracking.copier import RunHandle
+
+Say = Callable[[str], None]
+
+_WARMUP = "warmup"
+"""Folder of a seed's warm-up, beside those of its variants."""
+_NOT_PINNED = ("scale.", "tracking.", "ingest.")
+_FROZEN, _FINETUNED = ("probe", "knn", "retrieval"), ("top1", "top5", "map")
+"""What is measured of an encoder, and of a classifier."""
+
+
+class Plan(NamedTuple):
+    """What an ablation runs."""
+
+    variants: dict[str, Variant]
+    seeds: tuple[int, ...]
+    metric: str
+    """Name in MLflow of the one number the variants are judged by, such as `probe/audio_video`."""
+    finetune: bool
+    """Whether each variant is fine-tuned as well."""
+
+    @property
+    def n_runs(self) -> int:
+        """Variants times seeds."""
+        return len(self.variants) * len(self.seeds)
+
+
+class Finished(NamedTuple):
+    """One run that was evaluated."""
+
+    variant: str
+    seed: int
+    metrics: dict[str, float]
+    """By MLflow name."""
+    run_id: str
+
+
+def read_variants(names: Sequence[str], file: str | None) -> dict[str, Variant]:
+    """Variants by name, those of a YAML file (`name: {section: {key: value}}`) among them.
+
+    Raises: UsageError for an unknown name, or a file that does not hold variants.
+    """
+    own = {} if file is None else _own_variants(file)
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        raise UsageError(
+            f"no variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}, and those of "
+            "--variants-file"
+        )
+    return {name: VARIANTS[name] for name in dict.fromkeys(names)} | own
+
+
+def _own_variants(file: str) -> dict[str, Variant]:
+    try:
+        content = yaml.safe_load(Path(file).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{file}: not readable as YAML: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+        raise UsageError(f"{file}: expected NAME: {{section: {{key: value}}}} for each variant")
+    for name in map(str, content):
+        if name in VARIANTS or name == _WARMUP or not re.fullmatch(r"[\w-]+", name):
+            raise UsageError(
+                f"{file}: variant {name!r}: a name is letters, digits, _ and -, and none of "
+                f"{', '.join([*VARIANTS, _WARMUP])}"
+            )
+    return {str(name): Variant(f"of {Path(file).name}", c) for name, c in content.items()}
+
+
+def variant_config(config: RunConfig, name: str, variant: Variant, seed: int) -> RunConfig:
+    """The recipe with a variant's changes. Raises: UsageError naming the key that is wrong."""
+    content = config.model_dump(mode="json") | {"seed": seed}
+    for section, values in variant.changes.items():
+        changed = {**content.get(section, {}), **values} if isinstance(values, Mapping) else values
+        content[section] = changed
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"variant {name}: {explain(error, RunConfig)}") from None
+
+
+def run_ablation(
+    config: RunConfig, plan: Plan, store: str, out: Path, say: Say
+) -> tuple[list[Finished], dict[str, Any]]:
+    """Train and evaluate every variant with every seed.
+
+    Returns: the runs, and what pins them. Raises: UsageError if `out` holds another ablation.
+    """
+    sections = _FROZEN + (_FINETUNED if plan.finetune else ())
+    if plan.metric.split("/")[0] not in sections:
+        raise UsageError(
+            f"--metric {plan.metric}: not among what is measured; it starts with one of "
+            f"{', '.join(f'{section}/' for section in sections)}"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    record = _pinned(config, plan, store, out)
+    pinned = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"version": record["store"]["version"]}),
+            "tracking": config.tracking.model_copy(
+                update={"uri": tracking.tracking_uri(config.tracking, str(out))}
+            ),
+        }
+    )
+    _check_all(pinned, plan, store)
+    save_config(config, out / "config.yaml")
+    write_json(out / "ablation.json", {**read_json(out / "ablation.json"), "pinned": record})
+    parent = _parent_run(pinned, record, out)
+    started, made = time.monotonic(), 0
+    done: list[Finished] = []
+    for seed in plan.seeds:
+        for name, variant in plan.variants.items():
+            folder = RunFolder(out / f"seed-{seed}" / name)
+            if plan.metric not in _measured(folder):
+                per_run_s = (time.monotonic() - started) / made if made else None
+                left = clock(per_run_s and per_run_s * (plan.n_runs - len(done)))
+                at = f"run {len(done) + 1}/{plan.n_runs}"
+                say(f"ablate    {at}: {name}, seed {seed}, left {left}")
+                own = variant_config(pinned, name, variant, seed)
+                span = _branch(pinned, variant, seed, store, out, parent, say)
+                _run(folder, own, plan, store, span, parent, say)
+                made += 1
+            run_id = folder.record.get("mlflow", {}).get("run_id", "")
+            done.append(Finished(name, seed, _measured(folder), run_id))
+            if plan.metric not in done[-1].metrics:
+                raise UsageError(
+                    f"--metric {plan.metric}: {folder.path} has none; it has "
+                    f"{', '.join(sorted(done[-1].metrics))}"
+                )
+    return done, record | {"mlflow": {"uri": parent.uri, "run_id": parent.run_id}}
+
+
+def _pinned(config: RunConfig, plan: Plan, store: str, out: Path) -> dict[str, Any]:
+    """What may not change between two calls, as the first call that could start wrote it down."""
+    known = read_json(out / "ablation.json").get("pinned")
+    version = known["store"]["version"] if known else config.data.version
+    snapshot = FeatureStore.open(store).snapshot(version)
+    pinned = {
+        "store": {"uri": store, "version": snapshot.version, "digest": snapshot.digest},
+        "config_hash": config.digest(),
+        "metric": plan.metric,
+        "split": config.evaluate.split,
+        "finetune": plan.finetune,
+    }
+    if known and known != pinned:
+        old = load_config(out / "config.yaml")
+        changed = [f"{k}: {known[k]} -> {pinned[k]}" for k in pinned if known[k] != pinned[k]]
+        keys = [key for key in differing_keys(old, config) if not key.startswith(_NOT_PINNED)]
+        raise UsageError(
+            f"{out} holds another ablation: {'; '.join(changed + keys)}. Use the old values or "
+            "another --out: what is compared is fixed before the first run."
+        )
+    return pinned
+
+
+def _check_all(config: RunConfig, plan: Plan, store: str) -> None:
+    """Refuse a variant that cannot be trained before any of them is."""
+    for name, variant in plan.variants.items():
+        own = variant_config(config, name, variant, plan.seeds[0])
+        data = pin(store, own.data.version, own)
+        tested_rows(data, own)
+        try:
+            check(own, own.clustering, data)
+        except TrainingError as error:
+            raise UsageError(f"variant {name}: {error}") from None
+
+
+def _parent_run(config: RunConfig, record: dict[str, Any], out: Path) -> RunHandle:
+    """The MLflow run under which those of the variants stand: made once."""
+    known = read_json(out / "ablation.json").get("mlflow")
+    if known and known["run_id"]:
+        return RunHandle(known["uri"], known["run_id"], str(out))
+    handle = tracking.create_run(
+        config.tracking,
+        str(out),
+        config.model_dump(mode="json"),
+        {"mlflow.runName": f"{out.name} ablation", "ablation.metric": record["metric"]},
+        record["store"] | {"name": Path(record["store"]["uri"]).name},
+    )
+    content = read_json(out / "ablation.json")
+    mlflow = {"uri": handle.uri, "run_id": handle.run_id}
+    write_json(out / "ablation.json", {**content, "mlflow": mlflow})
+    return handle
+
+
+def _branch(
+    config: RunConfig,
+    variant: Variant,
+    seed: int,
+    store: str,
+    out: Path,
+    parent: RunHandle,
+    say: Say,
+) -> Span:
+    """Where the variant starts: the end of the seed's warm-up, which is run if it is not there."""
+    epochs = config.rounds.warmup_epochs
+    if not variant.shares_warmup or epochs == 0 or epochs >= config.pretrain.epochs:
+        return WHOLE
+    folder = RunFolder(out / f"seed-{seed}" / _WARMUP)
+    if not folder.results.get("warmup_epochs"):
+        own = config.model_copy(update={"seed": seed})
+        folder.open(own, fresh=False)
+        tags = _tags(parent, f"seed-{seed} warmup")
+        run_pretrain(folder, own, store, say, Span(until_epoch=epochs), tags)
+        folder.write_results(warmup_epochs=epochs)
+    newest = newest_checkpoint(folder.path, CHECKPOINTS)
+    if newest is None:
+        raise UsageError(
+            f"{folder.path}: its checkpoints are gone; delete {folder.path} to run it again"
+        )
+    return Span(start=newest[1])
+
+
+def _run(
+    folder: RunFolder,
+    config: RunConfig,
+    plan: Plan,
+    store: str,
+    span: Span,
+    parent: RunHandle,
+    say: Say,
+) -> None:
+    folder.open(config, fresh=False)
+    tags = _tags(parent, f"{folder.path.parent.name} {folder.path.name}")
+    run_pretrain(folder, config, store, say, span, tags)
+    if plan.finetune:
+        run_finetune(folder, config, None, say)
+    run_evaluate(folder, config, say)
+
+
+def _tags(parent: RunHandle, name: str) -> dict[str, str]:
+    nested = {"mlflow.parentRunId": parent.run_id} if parent.run_id else {}
+    return {"mlflow.runName": name, **nested}
+
+
+def _measured(folder: RunFolder) -> dict[str, float]:
+    """Metrics of an evaluated run; none before it is evaluated."""
+    results = folder.results
+    shown = (*_FROZEN, *_FINETUNED, "pseudo_labels", "n_test")
+    return dict(scalars({k: v for k, v in results.items() if k in shown}))
+
+
+def _without_nan(fields: dict[str, Any]) -> dict[str, Any]:
+    """NaN, which strict JSON does not know, as None."""
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in fields.items()
+    }
+
+
+class Summary(NamedTuple):
+    """An ablation as it is shown and as it is kept."""
+
+    content: dict[str, Any]
+    """Of ablation.json."""
+    tables: list[tuple[list[str], list[list[str]]]]
+    """Header and rows: variants, then differences."""
+    note: str
+
+
+def write_results(
+    out: Path, plan: Plan, done: Sequence[Finished], record: dict[str, Any]
+) -> Summary:
+    """Write ablation.json, .md and .png into `out`, and hand them to MLflow."""
+    metrics: dict[str, dict[int, dict[str, float]]] = {name: {} for name in plan.variants}
+    for run in done:
+        metrics[run.variant][run.seed] = run.metrics
+    values = values_of(metrics, plan.metric)
+    own = [name for name in plan.variants if name not in VARIANTS]
+    differences = contrasts(values, own)
+    n_test = int(done[0].metrics["n_test"])
+    content = {
+        **read_json(out / "ablation.json"),
+        "n_test": n_test,
+        "variants": {
+            name: {**variant._asdict(), **_without_nan(spread(values[name])._asdict())}
+            for name, variant in plan.variants.items()
+        },
+        "contrasts": [_without_nan(difference._asdict()) for difference in differences],
+        "runs": [run._asdict() for run in done],
+    }
+    write_json(out / "ablation.json", content)
+    page = markdown(metrics, plan.metric, differences, plan.variants, record, n_test)
+    (out / "ablation.md").write_text(page)
+    draw(metrics, plan.metric, differences, out / "ablation.png")
+    handle = RunHandle(record["mlflow"]["uri"], record["mlflow"]["run_id"], str(out))
+    if handle.run_id:
+        means = {f"mean/{name}": spread(found).mean for name, found in values.items()}
+        points = {f"difference/{d.variant}-{d.reference}": d.mean for d in differences}
+        tracking.log_results(handle, means | points)
+        files = [out / f"ablation.{kind}" for kind in ("json", "md", "png")]
+        tracking.log_artifacts(handle, files)
+    tracking.finish(handle, "FINISHED")
+    tables = [variant_rows(metrics, plan.metric), contrast_rows(differences)]
+    return Summary(content, tables, note(differences, n_test, record["split"]))

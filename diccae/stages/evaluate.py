@@ -1,0 +1,74 @@
+"""The evaluation stage: the models of a run folder to the numbers of `results.json`.
+
+Knows nothing of how they are computed. Invariant: test clips are read here and nowhere before.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from clustering.rounds.files import load_round, rounds_at
+from diccae.config import RunConfig
+from diccae.errors import UsageError
+from diccae.resources import start_ray
+from diccae.run_folder import RunFolder
+from diccae.stages.run_record import Say, pin_for, tracking_handle
+from training.data.batches import RowIndex, clip_keys, index_rows
+from training.on_ray.evaluate import evaluate
+from training.on_ray.pretrain import Pinned
+from training.tracking import tracker as tracking
+
+
+def run_evaluate(folder: RunFolder, config: RunConfig, say: Say) -> dict[str, Any]:
+    """Evaluate the folder's models on the test split into `results.json`."""
+    data = pin_for(folder, config)
+    test = tested_rows(data, config)
+    start_ray()
+    say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
+    started = time.monotonic()
+    found = evaluate(config, data.train, test, folder.path, _clusters(folder.path, test))
+    seconds = {"evaluate": round(time.monotonic() - started, 2)}
+    results = folder.write_results(**found, seconds=seconds, config_hash=config.digest())
+    handle = tracking_handle(folder)
+    if handle.run_id:
+        tracking.log_results(handle, dict(scalars(found)))
+    return results
+
+
+def tested_rows(data: Pinned, config: RunConfig) -> RowIndex:
+    """The clips of `evaluate.split`. Raises: UsageError if none were kept for validation."""
+    if config.evaluate.split == "test":
+        return index_rows(data.snapshot, "test", data.train.classes)
+    kept = data.validation
+    labelled = None if kept is None else kept.take(kept.labels_N >= 0)
+    if not labelled:
+        raise UsageError(
+            "evaluate.split = validation, but data.validation_frac = "
+            f"{config.data.validation_frac} kept no labelled clip out of training; pretrain with "
+            "--data.validation-frac 0.1, say"
+        )
+    return labelled
+
+
+def _clusters(out: Path, test: RowIndex) -> dict[str, int]:
+    """Last pseudo-label of the test clips; none, unless they were trained on."""
+    uri = str(out / "rounds")
+    rounds = rounds_at(uri)
+    if not rounds:
+        return {}
+    last = load_round(uri, rounds[-1])
+    if not last.ok:
+        return {}
+    labels = last.heads[0].lookup(clip_keys(test.clip_ids_N.tolist()))
+    return dict(zip(test.clip_ids_N.tolist(), labels.tolist(), strict=True))
+
+
+def scalars(found: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """Numbers of nested results by their name in MLflow, such as `probe/audio`."""
+    out: list[tuple[str, float]] = []
+    for name, value in found.items():
+        if isinstance(value, dict):
+            out += scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            out.append((f"{prefix}{name}", float(value)))
+    return out

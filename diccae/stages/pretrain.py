@@ -1,0 +1,108 @@
+"""The pretraining stage: store and config to `encoder/` and `rounds/` of a run folder.
+
+Composes pipeline, clustering and training; knows nothing of the command line. Invariant: the same
+call goes on from the newest checkpoint.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clustering.rounds.files import load_round, rounds_at
+from diccae.config import RunConfig
+from diccae.resources import check_fits, scale_note, start_ray, training_demands
+from diccae.run_folder import RunFolder, watched
+from diccae.stages.run_record import Say, pin_for, provenance, remember, tracking_run, with_status
+from training.data.batches import BatchPlan
+from training.on_ray.pretrain import WHOLE, Pinned, Span, check, make_encoder, pretrain
+from training.tracking import tracker as tracking
+from training.weights.files import by_part, load_weights
+
+
+def run_pretrain(
+    folder: RunFolder,
+    config: RunConfig,
+    store: str,
+    say: Say,
+    span: Span = WHOLE,
+    tags: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Pretrain into the folder, from its newest checkpoint if there is one.
+
+    Args: tags: of the MLflow run, besides the usual ones.
+    """
+    data = pin_for(folder, config, store)
+    check(config, config.clustering, data)
+    if config.encoder.init is not None and span.start is None and not folder.record:
+        _say_what_weights_give(config, data, say)
+    remember(folder, config, store, data)
+    n_clips = len(data.train)
+    steps = BatchPlan.of(n_clips, config.pretrain.batch_size, config.data).steps(n_clips)
+    total = steps * (span.until_epoch or config.pretrain.epochs)
+    start_ray()
+    labels = config.clustering if config.rounds.labels != "none" else None
+    check_fits(training_demands(config, labels))
+    handle = tracking_run(folder, config, data, tags)
+    scale_note(config.scale, say)
+    say(
+        f"pretrain  {len(data.train):,} clips of {store} version {data.snapshot.version}, "
+        f"{total:,} steps of {config.pretrain.batch_size}, encoder {config.encoder.preset}"
+    )
+    started = time.monotonic()
+    with watched(folder.path / "metrics.jsonl", total, "pretrain"):
+        result = with_status(
+            folder,
+            handle,
+            lambda: pretrain(
+                config,
+                config.clustering,
+                data,
+                folder.path,
+                handle,
+                provenance(folder, config),
+                span,
+            ),
+        )
+    before = folder.results.get("seconds", {}).get("pretrain", 0.0)
+    metrics = result.get("metrics", {})
+    folder.write_results(
+        encoder=config.encoder.preset,
+        n_train=len(data.train),
+        config_hash=config.digest(),
+        store=folder.record["store"],
+        pseudo_labels=_pseudo_labels(folder.path, config),
+        pretraining={name: metrics[name] for name in sorted(metrics) if "/" not in name},
+        seconds={
+            "pretrain": round(before + time.monotonic() - started, 2),
+            "cluster": round(result.get("clustering_s", 0.0), 2),
+        },
+    )
+    return result
+
+
+def _say_what_weights_give(config: RunConfig, data: Pinned, say: Say) -> None:
+    """Which keys of `encoder.init` fit, before the cluster is used.
+
+    Raises: WeightsError if the file cannot be read or gives nothing.
+    """
+    assert config.encoder.init is not None
+    report = load_weights(make_encoder(config, data.train.spec), config.encoder.init)
+    say(f"weights   {config.encoder.init}, read as {report.layout}")
+    for name in ("missing", "unexpected", "resized"):
+        if keys := getattr(report, name):
+            say(f"          {name}: {by_part(keys)}")
+
+
+def _pseudo_labels(out: Path, config: RunConfig) -> dict[str, Any]:
+    """Quality and stability of the rounds, from what clustering and training wrote down."""
+    uri = str(out / "rounds")
+    rounds = [load_round(uri, r) for r in rounds_at(uri)] if config.rounds.labels != "none" else []
+    lines = list(tracking.read_metrics(out / "metrics.jsonl"))
+    nmi = [line["clustering/nmi"] for line in lines if line.get("clustering/nmi") is not None]
+    return {
+        "k": config.clustering.k,
+        "rounds": len(rounds),
+        "nmi": nmi[-1] if nmi else None,
+        "churn": [r.health.get("churn") for r in rounds],
+    }

@@ -1,0 +1,116 @@
+"""What the stages of one run share: the store version it pinned, its MLflow run, its provenance.
+
+Knows nothing of what a stage computes. Invariant: a run reads one version of one store for its
+whole life, and is one MLflow run however often it is started.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diccae.config import RunConfig
+from diccae.errors import UsageError
+from diccae.run_folder import RunFolder
+from pipeline.store.store import FeatureStore
+from training.on_ray.pretrain import Pinned, pin
+from training.tracking import tracker as tracking
+from training.tracking.copier import RunHandle
+
+Say = Callable[[str], None]
+
+
+def pin_for(folder: RunFolder, config: RunConfig, store: str | None = None) -> Pinned:
+    """The data of the run: the version it pinned when it started, else that of `store`.
+
+    Raises: UsageError if the store is another one by now, or there is none to pin.
+    """
+    known = folder.record.get("store")
+    if known is None:
+        if store is None:
+            raise UsageError(f"{folder.path}: no pretraining run in it; name the data with --store")
+        return pin(store, config.data.version, config)
+    data = pin(known["uri"], int(known["version"]), config)
+    if data.snapshot.digest != known["digest"]:
+        raise UsageError(
+            f"{known['uri']} version {known['version']} holds other clips than this run read "
+            f"(digest {data.snapshot.digest[:12]}, in run.json {known['digest'][:12]}): start the "
+            "command in the folder the run was started in, or put its store back"
+        )
+    return data
+
+
+def remember(folder: RunFolder, config: RunConfig, store: str, data: Pinned) -> None:
+    """Write down what the run reads, and keep that version from `store vacuum`."""
+    if folder.record.get("store"):
+        return
+    snapshot = data.snapshot
+    # With the version: folders of one name elsewhere must not let go of each other's.
+    FeatureStore.open(store).pin(snapshot.version, f"run-{folder.path.name}-v{snapshot.version}")
+    folder.write_record(
+        store={"uri": store, "version": snapshot.version, "digest": snapshot.digest},
+        config_hash=config.digest(),
+    )
+
+
+def open_run(folder: RunFolder, config: RunConfig, store: str | None) -> None:
+    """Pin data and make the MLflow run of a folder that has none yet.
+
+    Raises: UsageError without a store to pin.
+    """
+    if folder.record.get("store"):
+        return
+    data = pin_for(folder, config, store)
+    assert store is not None
+    remember(folder, config, store, data)
+    tracking_run(folder, config, data)
+
+
+def tracking_run(
+    folder: RunFolder, config: RunConfig, data: Pinned, tags: Mapping[str, str] | None = None
+) -> RunHandle:
+    """The MLflow run of the folder: made once, the same after every restart."""
+    known = folder.record.get("mlflow")
+    if known:
+        return RunHandle(known["uri"], known["run_id"], str(folder.path))
+    handle = tracking.create_run(
+        config.tracking,
+        str(folder.path),
+        config.model_dump(mode="json"),
+        {"mlflow.runName": folder.path.name, "config_hash": config.digest(), **(tags or {})},
+        folder.record["store"] | {"name": Path(str(data.snapshot.uri)).name},
+    )
+    folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
+    return handle
+
+
+def tracking_handle(folder: RunFolder) -> RunHandle:
+    """The folder's MLflow run; one without an id where none was made yet."""
+    known = folder.record.get("mlflow") or {"uri": "", "run_id": ""}
+    return RunHandle(known["uri"], known["run_id"], str(folder.path))
+
+
+def provenance(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """What a saved model says of where it comes from."""
+    return {
+        "run": folder.record["name"],
+        "store": folder.record["store"],
+        "config_hash": config.digest(),
+        "mlflow": folder.record.get("mlflow"),
+    }
+
+
+def with_status(
+    folder: RunFolder, handle: RunHandle, stage: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Run a stage and tell MLflow how it ended; an MLflow that was away gets the run now."""
+    status = "FAILED"
+    try:
+        result = stage()
+        status = "FINISHED"
+        return result
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        handle = tracking.finish(handle, status)
+        folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})

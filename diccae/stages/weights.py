@@ -1,0 +1,47 @@
+"""Published weights into a run folder, as if this project had trained them.
+
+Knows nothing of their layouts. Invariant: what is imported evaluates and fine-tunes like a run.
+"""
+
+from diccae.config import RunConfig
+from diccae.run_folder import RunFolder
+from diccae.stages.run_record import open_run, pin_for, provenance, tracking_handle
+from training.errors import WeightsError
+from training.model.classifier import Classifier
+from training.model.encoder import Encoder
+from training.on_ray.pretrain import input_shape
+from training.tracking import tracker as tracking
+from training.weights.files import (
+    WeightsReport,
+    load_weights,
+    read_class_names,
+    save_classifier,
+    save_encoder,
+)
+
+
+def import_weights(
+    folder: RunFolder, config: RunConfig, store: str, uri: str, label_list: str | None
+) -> WeightsReport:
+    """Published weights as this run's `encoder/`, and with a label list as its `classifier/`.
+
+    Raises: WeightsError if they do not fit, have no class head, or lack a class of the store.
+    """
+    train = pin_for(folder, config, store).train
+    encoder = Encoder(config.encoder, input_shape(train.spec))
+    classifier = None
+    if label_list is None:
+        report = load_weights(encoder, uri)
+    else:
+        classifier = Classifier(encoder, len(train.classes), config.finetune.mode)
+        report = load_weights(classifier, uri, train.classes, read_class_names(label_list))
+        if any(key.startswith("mlp_head.") for key in report.missing):
+            raise WeightsError(f"{uri}: no class head in it; leave --classes out, then finetune")
+    open_run(folder, config, store)
+    made_from = provenance(folder, config) | {"weights": uri}
+    saved = (train.classes, train.spec.model_dump(mode="json"), made_from)
+    save_encoder(encoder, str(folder.path / "encoder"), *saved)
+    if classifier is not None:
+        save_classifier(classifier, str(folder.path / "classifier"), *saved)
+    tracking.finish(tracking_handle(folder), "FINISHED")
+    return report

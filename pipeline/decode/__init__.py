@@ -1,0 +1,1 @@
+"""One clip to frames and fbank, in a sandbox."""

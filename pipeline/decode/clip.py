@@ -1,0 +1,72 @@
+"""What the decode child does with one clip: container to JPEGs, times and waveform.
+
+Knows nothing of Ray, fbank or the store; imports no torch, so that a child starts in half a second.
+Invariant: returns a Clip or raises Rejected; a damaged file is never another exception.
+"""
+
+from dataclasses import dataclass
+
+import av
+import numpy as np
+
+from pipeline.config import FeatureSpec
+from pipeline.decode.frames import FLAG_SILENT, decode_frames
+from pipeline.decode.payload import encode_jpeg
+from pipeline.decode.sound import decode_sound
+from pipeline.decode.timeline import read_timeline
+from pipeline.reasons import Reason, Rejected
+
+
+@dataclass
+class Clip:
+    """One clip's features but for the fbank, which is made from the waveform outside."""
+
+    frames: list[bytes]
+    frame_ts_ms: list[int]
+    waveform: np.ndarray
+    audio_s: float
+    video_s: float
+    width: int
+    height: int
+    fps: float
+    codec: str
+    decoder: str
+    flags: int
+
+
+def extract(path: str, start_s: float | None, end_s: float | None, spec: FeatureSpec) -> Clip:
+    """Decode the clip in [start_s, end_s) of a local file; None means its whole.
+
+    Raises: Rejected.
+    """
+    duration_s = spec.duration_s
+    if end_s is not None:
+        duration_s = min(duration_s, end_s - (start_s or 0.0))
+    try:
+        with av.open(path, metadata_errors="replace") as container:
+            is_window = start_s is not None or end_s is not None
+            container_s = (container.duration or 0) / av.time_base
+            if not is_window and container_s > spec.max_clip_s:
+                raise Rejected(
+                    Reason.TOO_LONG,
+                    f"the file lasts {container_s:.0f} s, more than {spec.max_clip_s:.0f} s",
+                )
+            timeline = read_timeline(container, start_s or 0.0, duration_s)
+            sound = decode_sound(timeline, spec)
+            frames = decode_frames(path, timeline, spec)
+    except av.FFmpegError as error:
+        raise Rejected(Reason.OPEN_FAILED, error.strerror or str(error)) from error
+    unique = {id(image): encode_jpeg(image, spec.jpeg_quality) for image in frames.images_NHW3}
+    return Clip(
+        [unique[id(image)] for image in frames.images_NHW3],
+        [round(1000 * time_s) for time_s in frames.times_s],
+        sound.waveform,
+        sound.seconds,
+        frames.seconds,
+        frames.width,
+        frames.height,
+        frames.fps,
+        frames.codec,
+        frames.decoder,
+        frames.flags | (FLAG_SILENT if sound.is_silent else 0),
+    )

@@ -1,0 +1,1 @@
+"""Sources to store: plan, decode, commit, keep in order."""

@@ -1,0 +1,272 @@
+"""Looking after a store: status, failures, compact, vacuum, export.
+
+Knows nothing of decoding (`verify` does). Invariant: what a pinned or young version needs is never
+deleted; a failure half-way leaves every version as readable as before.
+"""
+
+import io
+import itertools
+import json
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config import FeatureSpec
+from pipeline.decode.payload import fbank_array
+from pipeline.errors import SourceError, StoreError
+from pipeline.store.lease import Lease
+from pipeline.store.schema import CLIPS_SCHEMA, ROW_GROUP_ROWS, SHARD_SCHEMA
+from pipeline.store.shards import ShardWriter, read_rows
+from pipeline.store.store import FeatureStore, Snapshot
+
+_LEASE_STALE_S = 60.0
+_SPARSE_FRAC = 0.5
+_TAR_CLIPS = 1000
+
+
+def status(uri: str, version: int | None = None) -> dict[str, Any]:
+    """What is in a store.
+
+    Returns: {"clips", "ok", "failed", "by_reason", "by_split" (ok clips), "version", "pins" (all
+        pinned versions by name), "shards", "bytes"} of the live shards.
+    Raises: StoreError.
+    """
+    store = FeatureStore.open(uri)
+    snapshot = store.snapshot(version)
+    states = snapshot.states(["status", "reason"])
+    live = snapshot.rows(None)
+    shards = set(pc.unique(live["shard"]).to_pylist())
+    sizes = shard_sizes(store)
+    failed = states.filter(pc.equal(states["status"], "failed"))
+    return {
+        "clips": len(states),
+        "ok": len(live),
+        "failed": len(failed),
+        "by_reason": dict(Counter(failed["reason"].to_pylist()).most_common()),
+        "by_split": dict(sorted(Counter(live["split"].to_pylist()).items())),
+        "version": snapshot.version,
+        "pins": store.pins(),
+        "shards": len(shards),
+        "bytes": sum(sizes.get(shard, (0, 0.0))[0] for shard in shards),
+    }
+
+
+def unpin(uri: str, name: str) -> dict[str, int]:
+    """Let go of a pin: the next vacuum may remove what only its version needs.
+
+    Returns: the pins that are left. Raises: StoreError if there is no such pin.
+    """
+    store = FeatureStore.open(uri)
+    pins = store.pins()
+    if name not in pins:
+        raise StoreError(f"{uri}: no pin {name!r}; there are {', '.join(sorted(pins)) or 'none'}")
+    store.unpin(name)
+    return store.pins()
+
+
+def failures(uri: str, reason: str | None = None, examples: int = 3) -> dict[str, Any]:
+    """Failed clips by reason: {reason: {"clips": n, "examples": [{clip_id, uri, detail}]}}.
+
+    Raises: StoreError.
+    """
+    columns = ["clip_id", "uri", "status", "reason", "detail"]
+    states = FeatureStore.open(uri).snapshot().states(columns)
+    failed = states.filter(pc.equal(states["status"], "failed")).sort_by("clip_id")
+    counts = Counter(failed["reason"].to_pylist())
+    report = {}
+    for name, n_clips in counts.most_common():
+        if reason in (None, name):
+            rows = failed.filter(pc.equal(failed["reason"], name)).slice(0, examples)
+            report[name] = {
+                "clips": n_clips,
+                "examples": rows.select(["clip_id", "uri", "detail"]).to_pylist(),
+            }
+    return report
+
+
+def shard_sizes(store: FeatureStore) -> dict[str, tuple[int, float]]:
+    """Bytes and time of modification (Unix, s) of each shard file."""
+    found = {}
+    for entry in store.location.ls("features"):
+        name = entry["name"].rsplit("/", 1)[-1]
+        if name.endswith(".parquet"):
+            found[f"features/{name}"] = (int(entry["size"]), store.location.modified(entry))
+    return found
+
+
+def compact(uri: str, shard_clips: int = 256) -> dict[str, Any]:
+    """Rewrite shards of which less than half is live, and fold the log to one row per clip.
+
+    Older versions keep their shards until `vacuum`. Returns {"shards_before", "shards_after",
+    "clips_moved", "version"}.
+
+    Raises: StoreLocked, StoreError.
+    """
+    store = FeatureStore.open(uri)
+    with Lease(store.location, _LEASE_STALE_S, "store compact") as lease:
+        snapshot = store.snapshot()
+        live = snapshot.rows(None)
+        sparse = live.filter(
+            pc.is_in(live["shard"], value_set=pa.array(_sparse_shards(live, uri), pa.string()))
+        )
+        moved = list(_move(store, snapshot.spec, sparse, shard_clips))
+        states = _point_at(snapshot.clips, moved)
+        lease.check()
+        version = store.rewrite_log(states)
+    after = store.snapshot().rows(None)
+    return {
+        "shards_before": len(pc.unique(live["shard"])),
+        "shards_after": len(pc.unique(after["shard"])),
+        "clips_moved": len(moved),
+        "version": version,
+    }
+
+
+def _sparse_shards(live: pa.Table, uri: str) -> list[str]:
+    counts = Counter(live["shard"].to_pylist())
+    rows_of = {shard: len(read_rows(uri, shard, None, ["row_key"])) for shard in counts}
+    return [shard for shard, n in counts.items() if n < _SPARSE_FRAC * rows_of[shard]]
+
+
+def _move(
+    store: FeatureStore, spec: FeatureSpec, rows: pa.Table, shard_clips: int
+) -> Iterator[tuple[str, str, int]]:
+    """Copy rows to new shards. Yields (clip_id, shard, row)."""
+    run = f"compact{time.time_ns():x}"
+    writer: ShardWriter | None = None
+    for shard in pc.unique(rows["shard"]).to_pylist():
+        wanted = rows.filter(pc.equal(rows["shard"], shard))["row"].to_numpy()
+        for begin in range(0, len(wanted), ROW_GROUP_ROWS):
+            part = wanted[begin : begin + ROW_GROUP_ROWS]
+            for row in read_rows(store.uri, shard, part, SHARD_SCHEMA.names).to_pylist():
+                if writer is None or writer.n_rows == shard_clips:
+                    if writer is not None:
+                        writer.publish()
+                    index = 0 if writer is None else int(writer.name.split("-")[2]) + 1
+                    name = f"features/part-{run}-{index:06d}-0.parquet"
+                    writer = ShardWriter(store.location, name, spec)
+                yield row["clip_id"], writer.name, writer.add(row)
+    if writer is not None:
+        writer.publish()
+
+
+def _point_at(states: pa.Table, moved: list[tuple[str, str, int]]) -> pa.Table:
+    place = {clip_id: (shard, row) for clip_id, shard, row in moved}
+    old = zip(
+        states["clip_id"].to_pylist(),
+        states["shard"].to_pylist(),
+        states["row"].to_pylist(),
+        strict=True,
+    )
+    new = [place.get(clip_id, (shard, row)) for clip_id, shard, row in old]
+    for name, position in (("shard", 0), ("row", 1)):
+        index = CLIPS_SCHEMA.get_field_index(name)
+        column = pa.array([pair[position] for pair in new], CLIPS_SCHEMA.field(index).type)
+        states = states.set_column(index, CLIPS_SCHEMA.field(index), column)
+    return states
+
+
+def vacuum(uri: str, retention_hours: float = 168.0, dry_run: bool = False) -> dict[str, Any]:
+    """Delete shards and log files that no kept version needs.
+
+    Kept are the newest version, pinned ones and all younger than the retention, which must be
+    longer than a run lasts: younger files are never touched. Returns {"shards", "bytes", "kept"}.
+
+    Raises: StoreLocked, StoreError.
+    """
+    store = FeatureStore.open(uri)
+    with Lease(store.location, _LEASE_STALE_S, "store vacuum") as lease:
+        oldest = time.time() - 3600 * retention_hours
+        young = store.versions_since(oldest)
+        kept = sorted({*young, *store.pins().values(), store.version()})
+        # A shard that only a version in between needs is younger than the retention.
+        referenced = set[str]()
+        for version in {*store.pins().values(), young[0], store.version()}:
+            shards = store.snapshot(version).states(["shard"])["shard"]
+            referenced.update(shard for shard in pc.unique(shards).to_pylist() if shard)
+        garbage = {
+            shard: size
+            for shard, (size, modified) in shard_sizes(store).items()
+            if shard not in referenced and modified < oldest
+        }
+        if not dry_run:
+            lease.check()
+            for shard in garbage:
+                store.location.remove(shard)
+            store.drop_log_files(retention_hours, kept)
+    return {"shards": len(garbage), "bytes": sum(garbage.values()), "kept": kept}
+
+
+def export(
+    uri: str, out: str, format: Literal["folder", "webdataset"], version: int | None = None
+) -> dict[str, Any]:
+    """Write a version for other tools. Returns {"clips", "format", "out", "version"}.
+
+    folder: `<out>/<split>/<clip_id>/frame_00.jpg ..., fbank.npy, clip.json`;
+    webdataset: `<out>/<split>-000000.tar` of `<clip_id>.frame_00.jpg`, `.fbank.npy`, `.json`.
+
+    Raises: SourceError if `out` is not empty; StoreError.
+    """
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise SourceError(f"{out}: not empty; name a new folder for the export")
+    snapshot = FeatureStore.open(uri).snapshot(version)
+    write = _write_folder if format == "folder" else _write_tars
+    n_clips = 0
+    for split in pc.unique(snapshot.rows(None)["split"]).to_pylist():
+        n_clips += write(folder, split, _exported(snapshot, split))
+    return {"clips": n_clips, "format": format, "out": out, "version": snapshot.version}
+
+
+def _exported(snapshot: Snapshot, split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Clips as small files: name -> content."""
+    rows = snapshot.rows(split)
+    for shard in pc.unique(rows["shard"]).to_pylist():
+        mine = rows.filter(pc.equal(rows["shard"], shard))
+        for begin in range(0, len(mine), ROW_GROUP_ROWS):
+            part = mine.slice(begin, ROW_GROUP_ROWS)
+            table = read_rows(snapshot.uri, shard, part["row"].to_numpy(), SHARD_SCHEMA.names)
+            for row, label in zip(table.to_pylist(), part["label"].to_pylist(), strict=True):
+                frames, fbank = row.pop("frames"), row.pop("fbank")
+                files = {f"frame_{i:02d}.jpg": jpeg for i, jpeg in enumerate(frames)}
+                buffer = io.BytesIO()
+                np.save(buffer, fbank_array(fbank, snapshot.spec))
+                files["fbank.npy"] = buffer.getvalue()
+                about = row | {"label": label, "split": split}
+                files["json"] = json.dumps(about, ensure_ascii=False).encode()
+                yield row["clip_id"], files
+
+
+def _write_folder(folder: Path, split: str, clips: Iterator[tuple[str, dict[str, bytes]]]) -> int:
+    n_clips = 0
+    for clip_id, files in clips:
+        n_clips += 1
+        place = folder / split / clip_id
+        place.mkdir(parents=True)
+        for name, content in files.items():
+            (place / ("clip.json" if name == "json" else name)).write_bytes(content)
+    return n_clips
+
+
+def _write_tars(folder: Path, split: str, clips: Iterator[tuple[str, dict[str, bytes]]]) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    n_clips = 0
+    for index, first in enumerate(clips):
+        # The first clip of each file is drawn by the loop, the others here.
+        rest = itertools.islice(clips, _TAR_CLIPS - 1)
+        with tarfile.open(folder / f"{split}-{index:06d}.tar", "w") as tar:
+            for clip_id, files in itertools.chain([first], rest):
+                n_clips += 1
+                for name, content in files.items():
+                    # A webdataset key ends at the first dot.
+                    member = tarfile.TarInfo(f"{clip_id.replace('.', '_')}.{name}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return n_clips

@@ -1,0 +1,1 @@
+"""Which clips there are, and their bytes."""

@@ -1,0 +1,166 @@
+"""Clips as local files, with the fingerprint of the bytes that are really read.
+
+Knows nothing of decoding. Invariant: the fingerprint a clip is stored with is that of the bytes it
+was decoded from, also when its file is replaced meanwhile.
+"""
+
+import os
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from pipeline.config import IngestConfig
+from pipeline.reasons import Reason, Rejected
+from pipeline.source.listing import File, local_file, remote_file, sha256_of
+from pipeline.source.tar_parts import SEPARATOR, is_part, stream_members
+from pipeline.storage import is_refusal, is_storage_failure
+
+_MOST_DOWNLOADS = 3
+_MOST_PROBES = 5
+
+
+@dataclass
+class Fetched:
+    """A clip and where its bytes lie now."""
+
+    clip: dict[str, Any]
+    """Row of a plan's todo; its fingerprint follows the file."""
+    path: str
+    rejected: Rejected | None = None
+    is_temporary: bool = False
+    hashes_content: bool = False
+
+    def changed(self) -> bool:
+        """Whether the file was replaced since its fingerprint was taken, which is then renewed.
+
+        Raises: Rejected if it vanished.
+        """
+        if self.is_temporary:
+            return False
+        try:
+            now = local_file(self.path, os.stat(self.path))
+        except FileNotFoundError:
+            raise Rejected(Reason.MISSING, "the file vanished while it was read") from None
+        if (now.size, now.mtime_ns) == (self.clip["size"], self.clip["mtime_ns"]):
+            return False
+        _describe(self.clip, now)
+        if self.hashes_content:
+            self.clip |= {"fp": sha256_of(self.path), "fp_kind": "sha256"}
+        return True
+
+    def release(self) -> None:
+        """Delete a temporary file."""
+        if self.is_temporary:
+            Path(self.path).unlink(missing_ok=True)
+
+
+def part_of(uri: str) -> str | None:
+    """The tar part a clip lies in, if it does."""
+    part, separator, _ = uri.rpartition(SEPARATOR)
+    return part if separator and is_part(part) else None
+
+
+def fetch_all(clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[Fetched]:
+    """Clips as local files: of one tar part in the order they stand there, others as given."""
+    part = part_of(clips[0]["uri"]) if clips else None
+    return _fetch_part(part, clips) if part else _fetch_files(clips, config)
+
+
+def _fetch_part(part: str, clips: list[dict[str, Any]]) -> Iterator[Fetched]:
+    by_member = {clip["uri"].removeprefix(part + SEPARATOR): clip for clip in clips}
+    for member, path in stream_members(part, set(by_member)):
+        yield Fetched(by_member.pop(member), path, is_temporary=True)
+    for clip in by_member.values():
+        rejected = Rejected(Reason.MISSING, f"{part} is damaged before this clip")
+        yield Fetched(clip, "", rejected, is_temporary=False)
+
+
+def _fetch_files(clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[Fetched]:
+    """Remote clips are downloaded ahead, `config.prefetch` at a time."""
+    with ThreadPoolExecutor(max(1, config.prefetch)) as pool:
+        ahead: deque[Future[Fetched]] = deque()
+        try:
+            for clip in clips:
+                if is_local_file(clip["uri"]):
+                    ahead.append(Future())
+                    ahead[-1].set_result(_local(clip, config))
+                else:
+                    ahead.append(pool.submit(_download, clip, clips))
+                if len(ahead) > config.prefetch:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                if future.exception() is None:
+                    future.result().release()
+
+
+def is_local_file(uri: str) -> bool:
+    """Whether a clip is a file of its own on this machine's file system."""
+    return part_of(uri) is None and ("://" not in uri or uri.startswith("file://"))
+
+
+def _local(clip: dict[str, Any], config: IngestConfig) -> Fetched:
+    path = clip["uri"].removeprefix("file://")
+    hashes = config.fingerprint == "sha256"
+    try:
+        if hashes:
+            clip |= {"fp": sha256_of(path), "fp_kind": "sha256"}
+    except OSError as error:
+        rejected = Rejected(Reason.OPEN_FAILED, error.strerror or str(error))
+        return Fetched(clip, path, rejected)
+    return Fetched(clip, path, hashes_content=hashes)
+
+
+def _download(clip: dict[str, Any], clips: list[dict[str, Any]]) -> Fetched:
+    """A local copy of a clip; `clips` are those it is fetched with."""
+    fs, remote = fsspec.core.url_to_fs(clip["uri"], use_listings_cache=False)
+    handle, path = tempfile.mkstemp(suffix=os.path.splitext(remote)[1])
+    os.close(handle)
+    fetched = Fetched(clip, path, is_temporary=True)
+    try:
+        for _ in range(_MOST_DOWNLOADS):
+            fs.get_file(remote, path)
+            now = remote_file(clip["uri"], fs.info(remote))
+            if now.fp == clip["fp"]:
+                break
+            _describe(clip, now)
+        else:
+            fetched.rejected = Rejected(Reason.OPEN_FAILED, "the object keeps changing")
+    except FileNotFoundError:
+        fetched.rejected = Rejected(Reason.MISSING, "the object vanished before it was read")
+    except Exception as error:
+        if not is_refusal(error) or not _others_open(clip, clips):
+            fetched.release()
+            raise
+        fetched.rejected = Rejected(Reason.OPEN_FAILED, str(error))
+    return fetched
+
+
+def _others_open(clip: dict[str, Any], clips: list[dict[str, Any]]) -> bool:
+    """Whether any of a few other clips may be read: keys that expired deny them all, and are no
+    reason to quarantine anything. True if there is no other."""
+    others = [one["uri"] for one in clips if one is not clip][:_MOST_PROBES]
+    return not others or any(map(_opens, others))
+
+
+def _opens(uri: str) -> bool:
+    fs, remote = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    try:
+        fs.cat_file(remote, 0, 1)
+    except Exception as error:
+        if not is_storage_failure(error):
+            raise
+        return False
+    return True
+
+
+def _describe(clip: dict[str, Any], file: File) -> None:
+    clip.update(fp=file.fp, fp_kind=file.fp_kind, size=file.size, mtime_ns=file.mtime_ns)

@@ -1,0 +1,130 @@
+"""Feature shards: one immutable Parquet file of about 256 clips.
+
+Knows nothing of the clips table or of decoding. Invariant: a shard appears in `features/` whole or
+not at all, and is never changed.
+"""
+
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import FeatureSpec
+from pipeline.errors import StoreError
+from pipeline.storage import Location
+from pipeline.store.schema import ROW_GROUP_ROWS, SHARD_SCHEMA, SPEC_KEY
+
+# Frames are JPEG: compressing them again gains 3 % at best.
+_COMPRESSION = {
+    name: "ZSTD" for name in SHARD_SCHEMA.names if name not in ("frames", "frame_ts_ms")
+} | {"frames.list.element": "NONE", "frame_ts_ms.list.element": "ZSTD"}
+
+
+_UNFINISHED = ".part-"
+
+
+def discard_unfinished(location: Location) -> None:
+    """Delete what writers that were killed left in a local store; only for who holds its lease."""
+    for entry in location.ls("features") if location.is_local else []:
+        if os.path.basename(entry["name"]).startswith(_UNFINISHED):
+            Path(entry["name"]).unlink(missing_ok=True)
+
+
+class ShardWriter:
+    """Writes rows to a temporary file, row group by row group; `publish` makes it a shard."""
+
+    def __init__(self, location: Location, name: str, spec: FeatureSpec) -> None:
+        """Args: name: `features/part-....parquet`."""
+        self._location, self.name = location, name
+        folder = os.path.dirname(location.join(name)) if location.is_local else None
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+        handle, self._scratch = tempfile.mkstemp(prefix=_UNFINISHED, suffix=".tmp", dir=folder)
+        os.close(handle)
+        self._writer = pq.ParquetWriter(
+            self._scratch,
+            SHARD_SCHEMA.with_metadata({SPEC_KEY: spec.canonical_json().encode()}),
+            compression=_COMPRESSION,
+            compression_level={"fbank": 1},
+            use_dictionary=["label", "split", "codec", "decoder"],
+            write_statistics=["clip_id"],
+        )
+        self._rows: list[dict[str, Any]] = []
+        self.n_rows = 0
+
+    def add(self, row: dict[str, Any]) -> int:
+        """Append a row. Returns its position in the shard."""
+        self._rows.append(row)
+        self.n_rows += 1
+        if len(self._rows) == ROW_GROUP_ROWS:
+            self._flush()
+        return self.n_rows - 1
+
+    def publish(self) -> None:
+        """Finish the file and make it visible under its name."""
+        if self._rows:
+            self._flush()
+        self._writer.close()
+        self._location.publish(self._scratch, self.name)
+
+    def discard(self) -> None:
+        """Give up and delete what was written; nothing happens after `publish`."""
+        self._writer.close()
+        Path(self._scratch).unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        self._writer.write_table(
+            pa.Table.from_pylist(self._rows, SHARD_SCHEMA), row_group_size=ROW_GROUP_ROWS
+        )
+        self._rows = []
+
+
+def read_rows(store_uri: str, shard: str, rows: np.ndarray | None, columns: list[str]) -> pa.Table:
+    """Rows of one shard, reading only the row groups and columns needed.
+
+    Args: shard: as in the clips table; rows: positions in the order wanted, None for all.
+    Raises: StoreError if the shard is missing or has fewer rows.
+    """
+    location = _location(store_uri)
+    path = location.join(shard)
+    try:
+        with location.fs.open(path, "rb") as file:
+            parquet = pq.ParquetFile(file)
+            if rows is None:
+                return parquet.read(columns, use_threads=False)
+            return _take(parquet, np.asarray(rows, np.int64), columns, path)
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{path}: the clips table points at this shard and it is not there. The store was "
+            f'changed outside diccae; run "diccae store verify --store {store_uri} --repair".'
+        ) from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StoreError(
+            f"{path}: not a whole Parquet file ({error}). Run "
+            f'"diccae store verify --store {store_uri} --repair", then ingest again.'
+        ) from error
+
+
+def _take(parquet: pq.ParquetFile, rows: np.ndarray, columns: list[str], path: str) -> pa.Table:
+    meta = parquet.metadata
+    if len(rows) and rows.max() >= meta.num_rows:
+        raise StoreError(
+            f"{path}: {meta.num_rows} rows, the clips table points at row {rows.max()}. The store "
+            "was changed outside diccae; run store verify --repair, then ingest again."
+        )
+    starts = np.cumsum([0] + [meta.row_group(i).num_rows for i in range(meta.num_row_groups)])
+    group_of_row = np.searchsorted(starts, rows, side="right") - 1
+    groups = np.unique(group_of_row)
+    table = parquet.read_row_groups(groups.tolist(), columns, use_threads=False)
+    kept = np.concatenate([[0], np.cumsum(np.diff(starts)[groups])])
+    return table.take(rows - starts[group_of_row] + kept[np.searchsorted(groups, group_of_row)])
+
+
+@lru_cache(maxsize=8)
+def _location(store_uri: str) -> Location:
+    return Location(store_uri)

@@ -1,0 +1,321 @@
+"""Rounds over Ray actors have the bits of one process, through deaths at every moment."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from support.processes import ray_env
+
+from clustering.config import ClusteringConfig
+from clustering.errors import BadVectors, ClusteringError, RoundTimeout
+from clustering.pool.client import PoolClient
+from clustering.pool.compute import RayPasses, compute_actors, stop
+from clustering.pool.pool import ClusterPool
+from clustering.rounds.local import LocalRounds
+from clustering.rounds.maker import RoundMaker
+from clustering.rounds.protocol import RoundRequest
+from clustering.rounds.snapshot import Snapshot
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+SETTINGS = {
+    "k": 8,
+    "vshards": 16,
+    "tol": 0.0,
+    "init": "random",
+    "cpus_per_actor": 0.1,
+    "cpus_per_bank": 0.1,
+    "coalesce_rows": 256,
+}
+CONFIG = ClusteringConfig(**SETTINGS)
+
+
+@pytest.fixture
+def make_pool(streams, tmp_path: Path):
+    pools = []
+
+    def make(name: str = "pool", **options) -> ClusterPool:
+        config = ClusteringConfig(**{**SETTINGS, **options})
+        pools.append(ClusterPool(config, streams, str(tmp_path / name), seed=1))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+@pytest.fixture(scope="module")
+def shared_pool(ray_session, streams, tmp_path_factory):
+    """One pool for the tests that do not compare bits; each takes round numbers of its own."""
+    pool = ClusterPool(CONFIG, streams, str(tmp_path_factory.mktemp("shared")), seed=1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def expected(features, push_all, round_digest, streams, tmp_path_factory) -> list[str]:
+    """Digests of two rounds made in one process."""
+    rounds = LocalRounds(CONFIG, streams, str(tmp_path_factory.mktemp("local")), seed=1)
+    return _two_rounds([rounds], features, push_all, round_digest)
+
+
+def _two_rounds(ranks, features, push_all, round_digest) -> list[str]:
+    digests = []
+    for number in (1, 2):
+        for rank, rounds in enumerate(ranks):
+            # Ranks overlap, as with a sampler that pads: equal rows must not count twice.
+            data = features(noise=2.0, drift=number)
+            data = data._replace(
+                keys=data.keys[rank :: len(ranks)] if rank else data.keys,
+                rows=data.rows[rank :: len(ranks)] if rank else data.rows,
+            )
+            push_all(rounds, data, 100 * number, seed=rank + number)
+        for rounds in ranks:
+            rounds.flush(60)
+        ranks[0].start(RoundRequest(number, 100 * number, 100 * number + 20, expected_rows=1500))
+        digests.append(round_digest(ranks[-1].wait(number, 120)))
+    return digests
+
+
+def test_a_pool_has_the_bits_of_one_process(
+    make_pool, features, push_all, round_digest, expected
+) -> None:
+    pool = make_pool(n_actors=3, n_banks=2, reducer="tree", fan_in=2)
+    clients = [pool.client() for _ in range(3)]
+    assert _two_rounds(clients, features, push_all, round_digest) == expected
+
+
+def test_any_number_of_actors_and_any_reducer_give_the_same_bits(
+    features, push_all, streams, round_digest, expected, tmp_path: Path
+) -> None:
+    rounds = LocalRounds(CONFIG, streams, str(tmp_path / "local"), seed=1)
+    push_all(rounds, features(noise=2.0, drift=1), 100)
+    request = RoundRequest(1, 100, 120, expected_rows=1500)
+    rounds.start(request)
+    rounds.wait(1, 60)
+    snapshot = Snapshot.load(str(tmp_path / "local" / "round-0001" / "vectors"))
+    actors = compute_actors(CONFIG, 5)
+    try:
+        for count, reducer in [
+            (1, "driver"),
+            (2, "tree"),
+            (3, "driver"),
+            (5, "tree"),
+            (5, "driver"),
+        ]:
+            sources = [snapshot.source(index, count) for index in range(count)]
+            passes = RayPasses(actors[:count], sources, reducer, fan_in=2)
+            maker = RoundMaker(CONFIG, streams, str(tmp_path / f"{count}-{reducer}"), seed=1)
+            assert round_digest(maker.make(passes, snapshot, request)) == expected[0]
+    finally:
+        stop(actors)
+
+
+def _die_once(owner: str, function: str, marker: str, call: int):
+    """A function for an actor: its process dies at the n-th call of a function, once."""
+
+    def arm(_actor) -> None:
+        import os
+        import pydoc
+        import signal
+
+        place = pydoc.locate(owner)
+        original = getattr(place, function)
+        calls = []
+
+        def dying(*args):
+            calls.append(function)
+            if len(calls) == call and not os.path.exists(marker):
+                with open(marker, "w"):
+                    pass
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args)
+
+        setattr(place, function, dying)
+
+    return arm
+
+
+# A pool loses several actors on its way through two rounds: (kind, number, where, which call).
+DEATHS = {
+    "push, then between writing a freeze and committing to it": [
+        ("banks", 0, "clustering.rounds.bank.Bank", "push", 3),
+        ("banks", 1, "clustering.storage", "write_json", 2),
+    ],
+    "acknowledgement, then freeze": [
+        ("banks", 0, "clustering.storage", "write_bytes", 1),
+        ("banks", 1, "clustering.rounds.bank.Bank", "freeze", 2),
+    ],
+    "iteration, then labelling, then checkpoint": [
+        ("actors", 0, "clustering.kmeans.share.Share", "lloyd_sums", 3),
+        ("actors", 1, "clustering.kmeans.share.Share", "label", 1),
+        ("coordinator", 0, "clustering.storage", "write_arrays", 4),
+    ],
+}
+
+
+@pytest.mark.parametrize("deaths", DEATHS)
+def test_actors_killed_at_any_moment_change_no_bit(
+    make_pool, features, push_all, round_digest, expected, tmp_path: Path, deaths: str
+) -> None:
+    pool = make_pool(n_banks=2)
+    actors = {"banks": pool.banks, "actors": pool.actors, "coordinator": [pool.coordinator]}
+    markers = []
+    for kind, number, owner, function, call in DEATHS[deaths]:
+        markers.append(tmp_path / f"{kind}-{number}")
+        arm = _die_once(owner, function, str(markers[-1]), call)
+        ray.get(actors[kind][number].__ray_call__.remote(arm))
+    assert _two_rounds([pool.client()], features, push_all, round_digest) == expected
+    assert all(marker.exists() for marker in markers)
+
+
+_DRIVER = """
+import pickle, sys
+import ray
+from clustering.config import ClusteringConfig
+from clustering.rounds.maker import RoundMaker
+from clustering.pool.pool import ClusterPool
+from clustering.pool.compute import RayPasses, compute_actors, stop
+from clustering.rounds.protocol import RoundRequest
+
+with open(sys.argv[1], "rb") as handle:
+    settings, streams, uri, keys, rows = pickle.load(handle)
+ray.init(address="auto")
+pool = ClusterPool(ClusteringConfig(**settings), streams, uri, seed=1)
+
+
+def slow(_actor):
+    import time
+    from clustering.rounds.maker import StateFile
+    save = StateFile.save
+    def slowly(self, arrays):
+        save(self, arrays)
+        time.sleep(0.3)
+    StateFile.save = slowly
+
+
+ray.get(pool.coordinator.__ray_call__.remote(slow))
+client = pool.client()
+client.push(keys, rows, 100)
+client.flush(60)
+client.start(RoundRequest(1, 100, 120, expected_rows=1500))
+client.wait(1, 120)
+"""
+
+
+def test_a_killed_driver_is_resumed_by_the_next_one(
+    make_pool, features, streams, round_digest, expected, tmp_path: Path
+) -> None:
+    data = features(noise=2.0, drift=1)
+    uri = tmp_path / "killed"
+    with open(tmp_path / "input", "wb") as handle:
+        pickle.dump((SETTINGS, streams, str(uri), data.keys, data.rows), handle)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", _DRIVER, str(tmp_path / "input")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**ray_env(), "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    state = uri / "round-0001" / "state" / "mean.npz"
+    try:
+        _until(lambda: driver.poll() is not None or _iterations(state) >= 2, 90)
+        assert driver.poll() is None
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    assert not (uri / "round-0001" / "round.json").exists()
+    made = make_pool("killed").client().wait(1, 60)
+    assert round_digest(made) == expected[0]
+
+
+def _iterations(state: Path) -> int:
+    try:
+        with np.load(state) as arrays:
+            return len(arrays["inertia"])
+    except (FileNotFoundError, OSError):
+        return 0
+
+
+def _until(condition, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+
+
+def test_a_stalled_bank_never_makes_training_wait(shared_pool, features, streams) -> None:
+    config = CONFIG.model_copy(update={"coalesce_rows": 64, "buffer_rows": 1000})
+    client = PoolClient(config, streams, shared_pool.banks, shared_pool.coordinator)
+    data = features()
+    client.push(data.keys[:64], data.rows[:64], 1)
+    client.flush(60)
+    pids = [ray.get(bank.__ray_call__.remote(lambda _: os.getpid())) for bank in shared_pool.banks]
+    seconds = []
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        for step in range(2, 102):
+            started = time.perf_counter()
+            client.push(data.keys[:64], data.rows[:64], step)
+            seconds.append(time.perf_counter() - started)
+        with pytest.raises(RoundTimeout, match=r"not yet on storage after 0\.2 s"):
+            client.flush(0.2)
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    # The machine may take the processor away from any single push: the 95th percentile counts.
+    assert np.quantile(seconds, 0.95) < 0.005
+    client.flush(60)
+    stats = client.stats()
+    assert stats.dropped >= 3000  # of 6,400: 1,000 may wait, some loads are already on their way
+    assert stats.rows == 64
+    assert stats.age_max == 0
+
+
+def test_labels_reach_workers_in_other_processes(
+    shared_pool, features, push_all, streams, tmp_path: Path
+) -> None:
+    data = features(noise=0.5)
+    saved = LocalRounds(CONFIG, streams, str(tmp_path))
+    push_all(saved, data, 5)
+    saved.save(str(tmp_path / "checkpoint"))
+    client = shared_pool.client()
+    client.restore(str(tmp_path / "checkpoint"))
+    assert client.stats().rows == 1500
+
+    @ray.remote(num_cpus=0.1)
+    def rank(client, number: int) -> np.ndarray:
+        client.push(data.keys[number::2], data.rows[number::2], 6)
+        client.flush(60)
+        if number == 1:
+            client.start(RoundRequest(11, 6, 9))
+        [head] = client.wait(11, 60).heads
+        return head.lookup(data.keys)
+
+    labels = ray.get([rank.remote(client, number) for number in (0, 1)])
+    assert np.array_equal(*labels)
+    assert (labels[0] >= 0).all()
+
+
+def test_errors_of_a_round_arrive_as_they_are(
+    shared_pool, features, push_all, streams, tmp_path: Path
+) -> None:
+    client = shared_pool.client()
+    with pytest.raises(RoundTimeout, match=r"round 21 is not ready after 0\.1 s"):
+        client.wait(21, 0.1)
+    few = LocalRounds(CONFIG, streams, str(tmp_path))
+    push_all(few, features(n=7), 5)
+    few.save(str(tmp_path / "checkpoint"))
+    client.restore(str(tmp_path / "checkpoint"))
+    client.start(RoundRequest(21, 5, 6))
+    with pytest.raises(BadVectors, match="7 rows for k = 8 clusters"):
+        client.wait(21, 60)
+    with pytest.raises(ClusteringError, match="no saved bank"):
+        client.restore(str(tmp_path / "nowhere"))

@@ -1,0 +1,69 @@
+"""Many ask, one process makes the fbanks; it may die, and it goes when nobody needs it."""
+
+import os
+import time
+
+import numpy as np
+import psutil
+import pytest
+from support.processes import below, kill
+
+from pipeline.config import FeatureSpec
+from pipeline.decode.fbank_service import SharedFbanks
+from pipeline.decode.payload import fbank_function
+from pipeline.errors import PipelineError
+
+SPEC = FeatureSpec(n_mels=32)
+SERVICE = "pipeline.decode.fbank_service"
+WAVEFORMS = [
+    np.random.default_rng(i).uniform(-0.5, 0.5, n).astype(np.float32)
+    for i, n in enumerate([16000, 32000, 8000])
+]
+
+
+@pytest.fixture
+def shared(request):
+    """Makes clients of one service."""
+    name, key = f"test-{os.getpid()}-{request.node.name}", os.urandom(16)
+    yield lambda: SharedFbanks(SPEC, name, key)
+    kill(SERVICE)
+
+
+def test_one_service_for_all_who_share_its_name_and_it_ends_after_them(shared):
+    ours = [shared() for _ in range(3)]
+    answers = [fbanks(WAVEFORMS) for fbanks in ours]
+    (service,) = below(SERVICE)
+    fbank = fbank_function(SPEC)
+    for waveform, *made in zip(WAVEFORMS, *answers, strict=True):
+        assert made[0].dtype == np.float16
+        assert made[0].tobytes() == made[1].tobytes() == made[2].tobytes()
+        np.testing.assert_allclose(made[0], fbank(waveform), atol=0.01)
+    ours.clear()
+    deadline = time.monotonic() + 60
+    while service.is_running() and service.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_killed_service_is_started_again_and_gives_the_same_bits(shared):
+    fbanks = shared()
+    before = fbanks(WAVEFORMS)
+    assert kill(SERVICE) == 1
+    for one, other in zip(before, fbanks(WAVEFORMS), strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+def test_a_waveform_that_cannot_be_used_is_told_and_the_service_stays(shared):
+    fbanks = shared()
+    with pytest.raises(PipelineError, match="the fbank service failed: TypeError"):
+        fbanks(["not a waveform"])
+    assert len(fbanks(WAVEFORMS)) == 3
+
+
+def test_without_the_key_there_are_no_fbanks(shared):
+    fbanks = shared()
+    fbanks(WAVEFORMS[:1])
+    stranger = SharedFbanks(SPEC, fbanks._name, b"guessed")
+    with pytest.raises(PipelineError, match="refused the key"):
+        stranger(WAVEFORMS[:1])
+    assert len(fbanks(WAVEFORMS)) == 3

@@ -1,0 +1,212 @@
+"""An ingest over real Ray Data: exact counts, pinned versions, nothing done twice."""
+
+import os
+import shutil
+import tarfile
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.config import FeatureSpec, IngestConfig
+from pipeline.decode.clip import extract
+from pipeline.decode.payload import decode_jpegs, fbank_array
+from pipeline.errors import MassRemoval, PipelineError, SourceError, TooManyFailures
+from pipeline.ingest.maintenance import failures, status
+from pipeline.ingest.run import Progress, _Run, plan_ingest
+from pipeline.store.lease import Lease
+from pipeline.store.schema import CLIPS_SCHEMA
+from pipeline.store.store import FeatureStore, read_rows
+
+
+def test_first_ingest_stores_every_clip(done):
+    summary = done.summary
+    assert done.counts(summary) == {"new": 48, "ok": 48}
+    assert list(summary.to_json()) == [
+        "new", "changed", "spec_changed", "removed", "unchanged", "retried", "ok", "failed",
+        "seconds", "version",
+    ]  # fmt: skip
+    assert done.progress[-1].done == done.progress[-1].committed == 48
+    about = status(done.store)
+    assert (about["clips"], about["ok"], about["failed"]) == (48, 48, 0)
+    assert about["by_split"] == {"test": 8, "train": 40}
+    assert about["bytes"] == sum(f.stat().st_size for f in Path(done.store, "features").iterdir())
+
+
+def test_stored_rows_are_what_the_decoder_gives(done):
+    snapshot = done.snapshot()
+    rows = snapshot.rows(None)
+    assert len(set(rows["clip_id"].to_pylist())) == 48
+    assert len(snapshot.classes) == 8
+    for row in rows.slice(0, 5).to_pylist():
+        columns = ["clip_id", "frames", "frame_ts_ms", "fbank", "fbank_frames"]
+        at = np.array([row["row"]])
+        stored = read_rows(done.store, row["shard"], at, columns).to_pylist()[0]
+        assert stored["clip_id"] == row["clip_id"]
+        clip = extract(str(done.videos / f"{row['clip_id']}.mp4"), None, None, done.spec)
+        assert stored["frames"] == clip.frames
+        assert stored["frame_ts_ms"] == clip.frame_ts_ms
+        assert decode_jpegs(stored["frames"]).shape == (4, 48, 48, 3)
+        assert fbank_array(stored["fbank"], done.spec).shape == (200, 128)
+        assert stored["fbank_frames"] == 198
+
+
+def test_rows_can_be_read_in_any_order(done):
+    shard = done.snapshot().rows(None)["shard"][0].as_py()
+    everything = read_rows(done.store, shard, None, ["clip_id"])["clip_id"].to_pylist()
+    order = np.random.default_rng(0).permutation(len(everything))
+    shuffled = read_rows(done.store, shard, order, ["clip_id"])["clip_id"].to_pylist()
+    assert shuffled == [everything[i] for i in order]
+
+
+def test_second_ingest_does_nothing_and_starts_no_ray(source):
+    again = source.ingest()
+    assert source.counts(again) == {"unchanged": 48}
+    assert source.n_ray_starts == 0
+    assert again.version == source.summary.version
+
+
+def test_touched_added_and_deleted_files_are_counted_exactly(source):
+    before = source.snapshot()
+    pinned = (before.version, before.digest, before.rows(None))
+    touched, deleted, *rest = source.files()
+    os.utime(touched, ns=(1, 1))
+    deleted.unlink()
+    with source.csv.open("a") as csv:
+        for i in range(2):
+            shutil.copy(rest[i], source.videos / f"-added0000{i}_000007.mp4")
+            csv.write(f'-added0000{i},7,"a new, odd label",test\n')
+    bytes_before = status(source.store)["bytes"]
+    summary = source.ingest()
+    assert source.counts(summary) == {
+        "new": 2, "changed": 1, "removed": 1, "unchanged": 46, "ok": 3, "failed": 1,
+    }  # fmt: skip
+    written = status(source.store)["bytes"] - bytes_before
+    assert written <= 1.2 * 3 * bytes_before / 48, "more was written than the three clips decoded"
+    assert source.counts(source.ingest()) == {"unchanged": 50}
+    after = source.snapshot()
+    assert "a new, odd label" in after.classes
+    assert deleted.stem not in after.rows(None)["clip_id"].to_pylist()
+    assert failures(source.store)["missing"]["examples"][0]["clip_id"] == deleted.stem
+    # The older version still is what it was.
+    old = source.snapshot(pinned[0])
+    assert (old.digest, old.rows(None)) == pinned[1:]
+    assert after.digest != old.digest
+
+
+def test_another_spec_redoes_all_and_the_old_version_keeps_its_own(source):
+    old = source.snapshot()
+    spec = source.spec.model_copy(update={"n_frames": 2})
+    summary = source.ingest(spec)
+    assert source.counts(summary) == {"spec_changed": 48, "ok": 48}
+    assert source.snapshot().spec == spec
+    pinned = source.snapshot(old.version)
+    assert pinned.spec == source.spec
+    row = pinned.rows("test").to_pylist()[0]
+    stored = read_rows(source.store, row["shard"], np.array([row["row"]]), ["frames"])
+    assert len(stored["frames"][0].as_py()) == 4
+    assert source.counts(source.ingest()) == {"unchanged": 48}
+
+
+def test_broken_clips_are_rows_with_reasons_and_too_many_of_them_exit_3(source):
+    for file, content in zip(source.files()[:6], [b"", b"text", b"\0" * 9999] * 2, strict=False):
+        file.write_bytes(content)
+    with pytest.raises(TooManyFailures) as caught:
+        source.ingest()
+    assert caught.value.exit_code == 3
+    assert (caught.value.summary["changed"], caught.value.summary["failed"]) == (6, 6)
+    about = status(source.store)
+    assert (about["ok"], about["by_reason"]) == (42, {"open_failed": 6})
+    # Quarantined: not tried again until asked or changed.
+    assert source.counts(source.ingest()) == {"unchanged": 48}
+    retry = source.config.model_copy(update={"retry_failed": True})
+    plan = plan_ingest(str(source.csv), str(source.videos), source.store, None, retry)
+    assert plan.counts["retried"] == 6
+
+
+def test_relabelled_clip_is_not_decoded_again(source):
+    lines = source.csv.read_text().splitlines()
+    ytid, start, _ = lines[0].split(",", 2)
+    source.csv.write_text("\n".join([f"{ytid},{start},renamed,test", *lines[1:]]))
+    assert source.counts(source.ingest()) == {"changed": 1, "unchanged": 47}
+    assert source.n_ray_starts == 0
+    assert "renamed" in source.snapshot().classes
+
+
+def test_a_touch_costs_only_a_hash_with_content_fingerprints(source):
+    source.store += "-sha"
+    source.ingest(source.spec, fingerprint="sha256")
+    touched, changed, *_ = source.files()
+    os.utime(touched, ns=(1, 1))
+    shutil.copy(touched, changed)
+    source.n_ray_starts = 0
+    summary = source.ingest(fingerprint="sha256")
+    assert source.counts(summary) == {"changed": 1, "unchanged": 47, "ok": 1}
+    assert source.counts(source.ingest(fingerprint="sha256")) == {"unchanged": 48}
+    assert source.n_ray_starts == 1
+
+
+def test_empty_source_changes_nothing(source):
+    before = source.snapshot()
+    for file in source.files()[:30]:
+        file.unlink()
+    with pytest.raises(MassRemoval, match="30 of the 48"):
+        source.ingest()
+    for file in source.files():
+        file.unlink()
+    with pytest.raises(SourceError, match="mounted"):
+        source.ingest()
+    assert source.snapshot().version == before.version
+    assert source.snapshot().digest == before.digest
+
+
+def test_plan_says_what_would_be_done_and_changes_nothing(source):
+    os.utime(source.files()[0], ns=(1, 1))
+    plan = plan_ingest(str(source.csv), str(source.videos), source.store, None, source.config)
+    assert plan.todo.select(["clip_id", "why"]).to_pylist() == [
+        {"clip_id": source.files()[0].stem, "why": "changed"}
+    ]
+    assert source.snapshot().version == source.summary.version
+
+
+def test_probe_counts_timelines_that_frame_counting_gets_wrong(moving_clip, ffmpeg, tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    shutil.copy(moving_clip, videos / "clean000000_000000.mp4")
+    ffmpeg("-ss", "3.3", "-i", moving_clip, "-c", "copy", videos / "cut00000000_000001.mp4")
+    (videos / "broken00000_000002.mp4").write_bytes(b"no video")
+    shutil.copy(moving_clip, tmp_path / "inpart00000_000003.mp4")
+    with tarfile.open(videos / "part_00.tar", "w") as tar:
+        tar.add(tmp_path / "inpart00000_000003.mp4")
+    csv = tmp_path / "clips.csv"
+    names = ["clean000000", "cut00000000", "broken00000", "inpart00000"]
+    csv.write_text("".join(f"{name},{i},dog,train\n" for i, name in enumerate(names)))
+    store = tmp_path / "store"
+    plan = plan_ingest(str(csv), str(videos), str(store), None, IngestConfig(probe=True))
+    assert plan.counts["new"] == 4
+    found = plan.timelines
+    examples = found.pop("examples")
+    assert found == {"clean": 1, "unclean": 1, "unreadable": 1, "in_parts": 1}
+    assert list(examples) == ["cut00000000_000001"]
+    assert "discard" in examples["cut00000000_000001"]
+    assert not store.exists()
+
+
+def test_opening_what_is_no_store_says_so(tmp_path):
+    with pytest.raises(PipelineError, match="no feature store here"):
+        FeatureStore.open(str(tmp_path / "nothing"))
+
+
+def test_pace_and_time_left_count_from_the_first_clip(tmp_path):
+    shown: list[Progress] = []
+    store = FeatureStore.create(str(tmp_path / "store"), FeatureSpec())
+    lease = Lease(store.location, 30.0, "me")
+    run = _Run(store, FeatureSpec(), IngestConfig(), lease, 30, shown.append)
+    first = datetime.now(UTC) - timedelta(seconds=5)
+    clip = dict.fromkeys(CLIPS_SCHEMA.names) | {"status": "ok", "decoded_at": first}
+    run._take(pa.Table.from_pylist([clip] * 10, CLIPS_SCHEMA))
+    run._report()
+    assert shown[0].clips_per_s == pytest.approx(2.0, rel=0.1)
+    assert shown[0].eta_s == pytest.approx(10.0, rel=0.1)

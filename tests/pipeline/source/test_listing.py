@@ -1,0 +1,264 @@
+"""Lists of clips as they come: nasty CSVs, manifests, tar parts; one clear line per problem."""
+
+import gzip
+import io
+import os
+import random
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import IngestConfig
+from pipeline.errors import SourceError
+from pipeline.source.fetch import fetch_all
+from pipeline.source.listing import list_sources
+from pipeline.storage import Location
+
+
+@pytest.fixture
+def videos(tmp_path) -> Path:
+    folder = tmp_path / "videos"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("-abc_def_12_000030.mp4", "deep/_zzzzzzzzzz_000001.webm", "untrimmed00.mkv"):
+        (folder / name).write_bytes(b"x" * len(name))
+    return folder
+
+
+def listed(csv: bytes, videos: Path) -> list[dict]:
+    path = videos.parent / "clips.csv"
+    path.write_bytes(csv)
+    return list_sources(str(path), str(videos)).to_pylist()
+
+
+def refused(csv: bytes, videos: Path) -> list[str]:
+    with pytest.raises(SourceError) as caught:
+        listed(csv, videos)
+    assert caught.value.exit_code == 2
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["lf", "crlf"])
+def test_vggsound_csv_with_quotes_bom_and_crlf(mark, end, videos):
+    lines = [
+        b'-abc_def_12,30,"playing guitar, electric",train',
+        b"",
+        b"_zzzzzzzzzz,1,dog,test",
+        b"",
+    ]
+    first, second = listed(mark + end.join(lines), videos)
+    assert (first["clip_id"], first["label"]) == ("-abc_def_12_000030", "playing guitar, electric")
+    assert first["uri"].endswith("/-abc_def_12_000030.mp4")
+    assert first["start_s"] is None
+    assert (second["clip_id"], second["split"]) == ("_zzzzzzzzzz_000001", "test")
+    assert second["size"] == 28
+
+
+def test_untrimmed_video_is_cut_at_its_start_for_each_clip(videos):
+    rows = listed(b"untrimmed00,5,dog,train\nuntrimmed00,77,cat,train", videos)
+    assert [(row["clip_id"], row["start_s"]) for row in rows] == [
+        ("untrimmed00_000005", 5.0), ("untrimmed00_000077", 77.0),
+    ]  # fmt: skip
+    assert len({row["uri"] for row in rows}) == 1
+
+
+def test_clip_without_a_file_is_listed_without_fingerprint(videos):
+    rows = listed(b"nothere0000,5,dog,train\n-abc_def_12,30,dog,train", videos)
+    assert [row["fp"] is None for row in rows] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b"../../etc/pw,1,dog,train", "line 2: '../../etc/pw' is not a video id"),
+        (b"abc/def,1,dog,train", "line 2: 'abc/def' is not a video id"),
+        (b"abc,x,dog,train", "line 2: start 'x' is not a whole number"),
+        (b"abc,-3,dog,train", "line 2: start '-3'"),
+        (b"abc,1,,train", "line 2: the label is empty"),
+        (b"abc,1,dog,", "line 2: the split is empty"),
+        (b"abc,1,dog, big,train", "line 2: 5 columns, expected 4"),
+        (b"-abc_def_12,30,cat,test", "line 2: clip -abc_def_12_000030 is already on line 1"),
+    ],
+)
+def test_bad_line_is_one_clear_line(line, told, videos):
+    (message,) = refused(b"-abc_def_12,30,dog,train\n" + line, videos)
+    assert told in message
+
+
+def test_label_that_training_does_not_know_is_one_warning_each(videos, caplog):
+    lines = ["-abc_def_12,30,barking dog,train", "_zzzzzzzzzz,1,barking dgo,test",
+             "untrimmed00,1,barking dgo,test", "untrimmed00,9,barking dog,test"]  # fmt: skip
+    assert len(listed("\n".join(lines).encode(), videos)) == 4
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.endswith(
+        "line 2: no training clip has label 'barking dgo'; did you mean 'barking dog'?"
+    )
+
+
+def test_all_bad_lines_are_told_at_once_and_capped(videos):
+    messages = refused(b"-abc_def_12,30,dog,train\n" + b"a/b,1,dog,train\n" * 50, videos)
+    assert len(messages) == 21
+    assert messages[-1] == "... and 30 more"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe\x00", b"PAR1"])
+def test_what_is_no_list_is_refused(content, videos):
+    assert len(refused(content, videos)) == 1
+
+
+def test_missing_list_folder_and_files_are_told_apart(videos, tmp_path):
+    with pytest.raises(SourceError, match="no such file"):
+        list_sources(str(tmp_path / "no.csv"), str(videos))
+    (tmp_path / "a.csv").write_text("nothere0000,5,dog,train\n")
+    with pytest.raises(SourceError, match="no such folder"):
+        list_sources(str(tmp_path / "a.csv"), str(tmp_path / "no"))
+    with pytest.raises(SourceError, match="mounted"):
+        list_sources(str(tmp_path / "a.csv"), str(videos))
+
+
+def test_files_named_alike_are_refused(videos):
+    (videos / "deep" / "-abc_def_12_000030.mkv").write_bytes(b"x")
+    (message,) = refused(b"-abc_def_12,30,dog,train", videos)
+    assert "named alike" in message
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_manifest_of_another_data_set(kind, videos, tmp_path):
+    rows = {
+        "uri": ["deep/_zzzzzzzzzz_000001.webm", str(videos / "untrimmed00.mkv"), "gone.mp4"],
+        "start_s": [None, 2.5, None],
+        "end_s": [None, 4.0, None],
+        "label": ["a, b", "c", "d"],
+        "split": ["train", "test", "train"],
+    }
+    path = tmp_path / f"manifest.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table(rows), path)
+    else:
+        lines = ["uri,start_s,end_s,label,split"]
+        for row in pa.table(rows).to_pylist():
+            cells = ("" if value is None else f'"{value}"' for value in row.values())
+            lines.append(",".join(cells))
+        path.write_text("\n".join(lines))
+    first, second, third = list_sources(str(path), str(videos)).to_pylist()
+    assert (first["clip_id"], first["label"], first["start_s"]) == (
+        "_zzzzzzzzzz_000001", "a, b", None,
+    )  # fmt: skip
+    assert (second["clip_id"], second["start_s"], second["end_s"]) == (
+        "untrimmed00_000002.500", 2.5, 4.0,
+    )  # fmt: skip
+    assert third["fp"] is None
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ("../x.mp4,,,dog,train,", "outside the folder"),
+        ("x.mp4,5,3,dog,train,", "end_s 3 is not after start_s 5"),
+        ("x.mp4,abc,,dog,train,", "start_s 'abc' is not a number"),
+        ("x.mp4,nan,,dog,train,", "start_s 'nan' is not a time"),
+        ("x.mp4,,,dog,train,../../a", "it holds a path"),
+        (",,,dog,train,", "the uri is empty"),
+    ],
+)
+def test_bad_manifest_row_is_one_clear_line(row, told, videos, tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text(f"uri,start_s,end_s,label,split,clip_id\n{row}\n")
+    with pytest.raises(SourceError, match=told):
+        list_sources(str(path), str(videos))
+
+
+def test_manifest_with_a_misspelt_column_is_refused(videos, tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text("uri,lable,split\nx.mp4,dog,train\n")
+    with pytest.raises(SourceError, match="uri, lable, split"):
+        list_sources(str(path), str(videos))
+
+
+CLIP_BYTES = 100_000
+"""Far more than what is read of a part at a time: only so is the clip before damage spared."""
+
+
+def write_part(path: Path, names: list[str]) -> None:
+    """A part of clips that gzip can make smaller, so that damage is seen where it is."""
+    noise = random.Random(path.name)
+    with tarfile.open(path, "w:gz") as tar:
+        for name in names:
+            member = tarfile.TarInfo(f"scratch/train_data/video/{name}.mp4")
+            member.size = CLIP_BYTES
+            tar.addfile(member, io.BytesIO(bytes(noise.choices(range(64), k=CLIP_BYTES))))
+
+
+@pytest.fixture
+def parts(tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    names = [f"clip{i:07d}_{i:06d}" for i in range(20)]
+    write_part(folder / "vgg_00.tar.gz", names[:10])
+    write_part(folder / "vgg_01.tar.gz", names[10:])
+    csv = tmp_path / "clips.csv"
+    csv.write_text("".join(f"clip{i:07d},{i},dog,train\n" for i in range(20)))
+    return csv, folder
+
+
+def test_clips_are_found_in_tar_parts_and_read_as_a_stream(parts):
+    csv, folder = parts
+    rows = list_sources(str(csv), str(folder)).to_pylist()
+    assert [row["fp"] is not None for row in rows] == [True] * 20
+    fetched = []
+    for one in fetch_all(rows[3:6], IngestConfig()):
+        fetched.append((one.clip["clip_id"], Path(one.path).stat().st_size))
+        one.release()
+        assert not Path(one.path).exists()
+    assert fetched == [(f"clip{i:07d}_{i:06d}", CLIP_BYTES) for i in (3, 4, 5)]
+
+
+def test_damage_in_a_part_costs_only_what_is_behind_it(parts):
+    csv, folder = parts
+    path = folder / "vgg_00.tar.gz"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    rows = list_sources(str(csv), str(folder)).to_pylist()
+    found = [row["fp"] is not None for row in rows]
+    assert found[:4] == [True] * 4
+    assert found[5:10] == [False] * 5
+    assert found[10:] == [True] * 10
+
+
+def test_damage_after_the_listing_rejects_the_clips_behind_it(parts):
+    csv, folder = parts
+    rows = list_sources(str(csv), str(folder)).to_pylist()[:10]
+    path = folder / "vgg_00.tar.gz"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 2000] = b"\0" * 2000
+    path.write_bytes(data)
+    fetched = list(fetch_all(rows, IngestConfig()))
+    assert sorted(one.clip["clip_id"] for one in fetched) == [row["clip_id"] for row in rows]
+    rejected = [one.rejected is not None for one in fetched]
+    assert rejected[:4] == [False] * 4
+    assert rejected[-3:] == [True] * 3
+    for one in fetched:
+        one.release()
+
+
+def test_a_part_is_read_through_once(parts, tmp_path, monkeypatch):
+    csv, folder = parts
+    cache = Location(str(tmp_path / "store"))
+    first = list_sources(str(csv), str(folder), cache)
+    # A second listing could not read the parts: it must know them.
+    monkeypatch.setattr(tarfile, "open", None)
+    assert list_sources(str(csv), str(folder), cache) == first
+    stat = (folder / "vgg_00.tar.gz").stat()
+    os.utime(folder / "vgg_00.tar.gz", ns=(1, stat.st_mtime_ns + 1))
+    with pytest.raises(TypeError):
+        list_sources(str(csv), str(folder), cache)
+
+
+def test_gzip_that_is_no_tar_is_damage_from_the_start(parts):
+    csv, folder = parts
+    (folder / "vgg_00.tar.gz").write_bytes(gzip.compress(b"no tar"))
+    rows = list_sources(str(csv), str(folder)).to_pylist()
+    assert sum(row["fp"] is not None for row in rows) == 10

@@ -1,0 +1,213 @@
+"""Sources and stores on a real S3 API on 127.0.0.1, also one that fails now and then."""
+
+import http.client
+import http.server
+import os
+import re
+import threading
+import time
+from pathlib import Path
+
+import boto3
+import pyarrow.compute as pc
+import pytest
+from support.s3 import s3_server
+
+from pipeline.config import FeatureSpec, IngestConfig
+from pipeline.decode.payload import fbanks_function
+from pipeline.errors import StoreLocked
+from pipeline.ingest.maintenance import compact, failures, vacuum
+from pipeline.ingest.maintenance import status as store_status
+from pipeline.ingest.run import plan_ingest
+from pipeline.ingest.shard_decoder import ShardDecoder
+from pipeline.ingest.verify import verify
+from pipeline.store.lease import Lease
+from pipeline.store.store import FeatureStore, read_rows
+from pipeline.synth import write_clips
+
+SPEC = FeatureSpec(n_frames=2, frame_size=32, duration_s=1.0, fbank_frames=100)
+CONFIG = IngestConfig(shard_clips=5, prefetch=3)
+
+
+class Unsteady(http.server.BaseHTTPRequestHandler):
+    """Hands requests on to the server behind, after `delay_s`; every `fail_every`-th fails, and
+    all whose path holds `refused`."""
+
+    protocol_version = "HTTP/1.1"
+    behind = ("127.0.0.1", 0)
+    fail_every = 0
+    status = 503
+    delay_s = 0.0
+    refused = ""
+    n_requests = n_failed = 0
+
+    def answer(self) -> None:
+        kind = type(self)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        kind.n_requests += 1
+        if self.refused and self.refused in self.path:
+            self.reply(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
+            return
+        if kind.fail_every and kind.n_requests % kind.fail_every == 0:
+            kind.n_failed += 1
+            self.reply(self.status, {}, b"<Error><Code>Unsteady</Code></Error>")
+            return
+        time.sleep(self.delay_s)
+        connection = http.client.HTTPConnection(*self.behind, timeout=30)
+        connection.request(self.command, self.path, body, dict(self.headers))
+        answer = connection.getresponse()
+        self.reply(answer.status, dict(answer.getheaders()), answer.read())
+        connection.close()
+
+    def reply(self, code: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(code)
+        for name, value in headers.items():
+            if name.lower() not in ("transfer-encoding", "connection", "content-length", "date"):
+                self.send_header(name, value)
+        length = headers.get("Content-Length") if self.command == "HEAD" else None
+        self.send_header("Content-Length", length or str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
+
+    def log_message(self, *args: object) -> None:
+        return
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory):
+    """A bucket with 12 clips below videos/; yields the folder of the local originals."""
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unsteady)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with s3_server() as Unsteady.behind, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        folder = tmp_path_factory.mktemp("s3") / "clips"
+        write_clips(folder, 10, 2, seed=1, size=32)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="data")
+        for path in (folder / "videos").iterdir():
+            client.upload_file(str(path), "data", f"videos/{path.name}")
+        client.upload_file(str(folder / "clips.csv"), "data", "clips.csv")
+        yield client, folder
+        proxy.shutdown()
+
+
+def run(store_uri: str) -> FeatureStore:
+    """An ingest from s3:// to s3://, decoded in this process instead of by Ray."""
+    store = FeatureStore.create(store_uri, SPEC)
+    plan = plan_ingest("s3://data/clips.csv", "s3://data/videos", store_uri, SPEC, CONFIG)
+    decoder = ShardDecoder(store_uri, SPEC, CONFIG, "r", fbanks_function(SPEC))
+    for states in decoder.decode(0, plan.todo):
+        store.append(states, {})
+    return store
+
+
+def test_s3_to_s3_equals_local_files(s3):
+    client, folder = s3
+    uri = "s3://data/store"
+    store = run(uri)
+    rows = store.snapshot().rows(None)
+    assert len(rows) == 12
+    local = str(folder.parent / "local-store")
+    decoder = ShardDecoder(local, SPEC, CONFIG, "r", fbanks_function(SPEC))
+    here = FeatureStore.create(local, SPEC)
+    plan = plan_ingest(str(folder / "clips.csv"), str(folder / "videos"), local, SPEC, CONFIG)
+    for states in decoder.decode(0, plan.todo):
+        here.append(states, {})
+
+    def payloads(store: FeatureStore) -> list:
+        found = []
+        rows = store.snapshot().rows(None)
+        for shard in pc.unique(rows["shard"]).to_pylist():
+            table = read_rows(store.uri, shard, None, ["clip_id", "frames", "fbank"])
+            found += [tuple(row.values()) for row in table.to_pylist()]
+        return sorted(found, key=lambda row: row[0])
+
+    assert payloads(store) == payloads(here)
+    assert verify(uri, sample=12)["problems"] == []
+    about = store_status(uri)
+    listed = client.list_objects_v2(Bucket="data", Prefix="store/features/")["Contents"]
+    assert about["bytes"] == sum(entry["Size"] for entry in listed)
+
+
+def test_replaced_object_is_redone_and_nothing_else(s3):
+    client, folder = s3
+    uri = "s3://data/store2"
+    run(uri)
+    first, second, *_ = sorted((folder / "videos").iterdir())
+    client.upload_file(str(second), "data", f"videos/{first.name}")
+    plan = plan_ingest("s3://data/clips.csv", "s3://data/videos", uri, None, CONFIG)
+    assert plan.todo["clip_id"].to_pylist() == [first.stem]
+    assert plan.counts["changed"] == 1
+    client.upload_file(str(first), "data", f"videos/{first.name}")
+    again = plan_ingest("s3://data/clips.csv", "s3://data/videos", uri, None, CONFIG)
+    assert again.is_empty  # The etag speaks of the content, not of the time.
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_store_that_fails_now_and_then_and_is_slow_loses_nothing(s3, monkeypatch, status):
+    for name, value in {"fail_every": 7, "n_failed": 0, "status": status, "delay_s": 0.02}.items():
+        monkeypatch.setattr(Unsteady, name, value)
+    store = run(f"s3://data/store-{status}")
+    monkeypatch.setattr(Unsteady, "fail_every", 0)
+    assert Unsteady.n_failed > 3
+    assert len(store.snapshot().rows(None)) == 12
+    assert verify(store.uri, sample=3)["problems"] == []
+
+
+def test_object_that_may_not_be_read_is_quarantined_alone(s3, monkeypatch):
+    _, folder = s3
+    first = min(path.name for path in (folder / "videos").iterdir())
+    monkeypatch.setattr(Unsteady, "refused", first)
+    run("s3://data/store-refused")
+    assert store_status("s3://data/store-refused")["ok"] == 11
+    told = failures("s3://data/store-refused")["open_failed"]
+    assert [example["clip_id"] for example in told["examples"]] == [first.removesuffix(".mp4")]
+    assert re.search("AccessDenied|Forbidden", told["examples"][0]["detail"])
+
+
+def test_keys_that_open_nothing_any_more_end_the_shard_and_quarantine_nothing(s3, monkeypatch):
+    store = FeatureStore.create("s3://data/store-expired", SPEC)
+    plan = plan_ingest("s3://data/clips.csv", "s3://data/videos", store.uri, SPEC, CONFIG)
+    decoder = ShardDecoder(store.uri, SPEC, CONFIG, "r", fbanks_function(SPEC))
+    shards = decoder.decode(0, plan.todo)
+    assert next(shards)["status"].to_pylist() == ["ok"] * CONFIG.shard_clips
+    monkeypatch.setattr(Unsteady, "refused", "/videos/")
+    with pytest.raises(PermissionError):
+        list(shards)
+
+
+def test_lease_on_s3_lets_one_writer_in(s3):
+    location = FeatureStore.create("s3://data/store4", SPEC).location
+    with Lease(location, 30.0, "the first"):
+        with pytest.raises(StoreLocked, match="the first"), Lease(location, 30.0, "the second"):
+            pass
+        assert not location.create_bytes("lease/00000001.json", b"{}")
+    with Lease(location, 30.0, "the third"):
+        pass
+
+
+def test_pinned_version_on_s3_survives_compact_and_vacuum(s3):
+    store = run("s3://data/store5")
+    old = store.snapshot()
+    digest = old.digest
+    store.pin(old.version, "run-1")
+    compact(store.uri)
+    vacuum(store.uri, retention_hours=0.0)
+    assert store.pins() == {"run-1": old.version}
+    assert store.snapshot(old.version).digest == digest == store.snapshot().digest
+
+
+def test_temporary_downloads_are_gone(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run("s3://data/store6")
+    assert os.listdir(Path(tmp_path)) == []

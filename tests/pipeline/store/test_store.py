@@ -1,0 +1,206 @@
+"""The clips table pins data sets; compact and vacuum lose nothing that anybody needs."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.config import FeatureSpec
+from pipeline.errors import SourceError, StoreError
+from pipeline.ingest.maintenance import compact, export, failures, status, vacuum
+from pipeline.ingest.verify import verify
+from pipeline.store.schema import CLIPS_SCHEMA
+from pipeline.store.shards import ShardWriter, read_rows
+from pipeline.store.store import FeatureStore
+
+SPEC = FeatureSpec(n_frames=1, frame_size=16, fbank_frames=8, n_mels=8)
+
+
+def commit(store: FeatureStore, ids: list[str], shard: str | None = None, **changes) -> int:
+    """One shard with these clips and its commit."""
+    rows = []
+    name = shard or f"features/part-run-{len(os.listdir(store.uri)):06d}-{ids[0]}.parquet"
+    writer = ShardWriter(store.location, name, SPEC)
+    for clip_id in ids:
+        row = writer.add(
+            {
+                "clip_id": clip_id, "row_key": f"key-{clip_id}", "frames": [b"jpeg"],
+                "frame_ts_ms": [0], "fbank": bytes(128), "fbank_frames": 8,
+            }
+        )  # fmt: skip
+        rows.append(
+            {
+                "clip_id": clip_id, "status": "ok", "label": "dog", "split": "train",
+                "row_key": f"key-{clip_id}", "shard": name, "row": row,
+                "spec_hash": SPEC.spec_hash(), **changes,
+            }
+        )  # fmt: skip
+    writer.publish()
+    return store.append(pa.Table.from_pylist(rows, CLIPS_SCHEMA), {})
+
+
+@pytest.fixture
+def store(tmp_path) -> FeatureStore:
+    return FeatureStore.create(str(tmp_path / "store"), SPEC)
+
+
+def live(store: FeatureStore, version: int | None = None) -> set[str]:
+    return set(store.snapshot(version).rows(None)["clip_id"].to_pylist())
+
+
+def test_newest_row_of_a_clip_counts_and_a_version_stays_what_it_was(store):
+    first = commit(store, ["a", "b"])
+    second = commit(store, ["a"], label="cat")
+    third = commit(store, ["b"], status="removed")
+    assert live(store, first) == {"a", "b"}
+    assert store.snapshot(first).classes == ["dog"]
+    assert store.snapshot(second).classes == ["cat", "dog"]
+    assert live(store, third) == {"a"}
+    with pytest.raises(StoreError, match="version 99"):
+        store.snapshot(99)
+
+
+def test_digest_speaks_of_content_not_of_shards_or_order(store, tmp_path):
+    commit(store, ["a", "b", "c"])
+    other = FeatureStore.create(str(tmp_path / "other"), SPEC)
+    commit(other, ["c"])
+    commit(other, ["b", "a"])
+    assert store.snapshot().digest == other.snapshot().digest
+    for change in ({"label": "cat"}, {"split": "test"}, {"row_key": "other"}):
+        commit(other, ["a"])
+        assert store.snapshot().digest == other.snapshot().digest
+        commit(other, ["a"], **change)
+        assert store.snapshot().digest != other.snapshot().digest
+
+
+def test_rows_of_another_spec_are_not_part_of_the_data_set(store):
+    commit(store, ["a", "b"])
+    newer = SPEC.model_copy(update={"jpeg_quality": 50})
+    store.write_spec(newer)
+    commit(store, ["a"], spec_hash=newer.spec_hash())
+    assert live(store) == {"a"}
+    assert store.snapshot().spec == newer
+    assert store.snapshot(1).spec == SPEC
+
+
+def test_spec_hash_changes_with_every_field():
+    seen = {FeatureSpec().spec_hash()}
+    changes = {
+        "n_frames": 9, "frame_size": 112, "resize": "squash", "jpeg_quality": 90,
+        "sample_rate_hz": 8000, "n_mels": 64, "fbank_frames": 512, "duration_s": 5.0,
+        "audio_channel": "first", "decoder": "pyav", "min_audio_s": 1.0, "min_video_s": 1.0,
+        "max_clip_s": 60.0, "version": 2,
+    }  # fmt: skip
+    assert set(changes) == set(FeatureSpec.model_fields)
+    for name, value in changes.items():
+        seen.add(FeatureSpec(**{name: value}).spec_hash())
+    assert len(seen) == 1 + len(changes)
+    assert FeatureSpec(n_frames=10).spec_hash() == FeatureSpec().spec_hash()
+
+
+def test_shards_without_a_clips_row_do_not_exist(store):
+    commit(store, ["a"])
+    writer = ShardWriter(store.location, "features/part-dead-000000-0.parquet", SPEC)
+    writer.publish()
+    assert status(store.uri)["shards"] == 1
+
+
+def test_compact_keeps_every_live_row_and_the_digest(store):
+    commit(store, [f"c{i}" for i in range(100)])
+    for i in range(70):
+        commit(store, [f"c{i}"], status="removed")
+    before = store.snapshot()
+    report = compact(store.uri)
+    after = store.snapshot()
+    assert (report["clips_moved"], report["shards_after"]) == (30, 1)
+    assert after.digest == before.digest
+    assert len(after.clips) == 30
+    for row in after.rows(None).to_pylist():
+        stored = read_rows(store.uri, row["shard"], np.array([row["row"]]), ["clip_id"])
+        assert stored["clip_id"].to_pylist() == [row["clip_id"]]
+    assert store.snapshot(before.version).digest == before.digest
+
+
+def test_vacuum_keeps_what_is_pinned_and_young_and_drops_the_rest(store):
+    pinned = commit(store, ["a", "b"])
+    pinned_digest = store.snapshot(pinned).digest
+    store.pin(pinned, "run-1")
+    commit(store, ["a"], shard="features/part-x-000001-0.parquet")
+    current = commit(store, ["a"], shard="features/part-x-000002-0.parquet")
+    files = lambda: set(os.listdir(Path(store.uri, "features")))  # noqa: E731
+    assert vacuum(store.uri, retention_hours=1.0)["shards"] == 0
+    dry = vacuum(store.uri, retention_hours=0.0, dry_run=True)
+    assert dry["shards"] == 1
+    assert len(files()) == 3
+    assert vacuum(store.uri, retention_hours=0.0)["shards"] == 1
+    assert "part-x-000001-0.parquet" not in files()
+    assert store.snapshot(pinned).digest == pinned_digest
+    assert live(store) == live(store, current) == {"a", "b"}
+    store.unpin("run-1")
+    assert store.pins() == {}
+
+
+def test_verify_finds_a_row_of_another_clip_and_forgets_it_on_demand(store):
+    commit(store, ["a", "b"])
+    commit(store, ["c"], shard="features/part-x-000009-0.parquet", row=5)
+    report = verify(store.uri, sample=0)
+    assert [p["clip_id"] for p in report["problems"]] == ["c"]
+    assert store.snapshot().version == report["version"]
+    assert verify(store.uri, sample=0, repair=True)["repaired"] == 1
+    assert live(store) == {"a", "b"}
+
+
+def test_failures_tell_counts_and_examples(store):
+    for i in range(5):
+        commit(store, [f"f{i}"], status="failed", reason="no_audio", detail="silent film")
+    commit(store, ["g"], status="failed", reason="timeout")
+    report = failures(store.uri, examples=2)
+    assert list(report) == ["no_audio", "timeout"]
+    assert report["no_audio"]["clips"] == 5
+    assert [e["clip_id"] for e in report["no_audio"]["examples"]] == ["f0", "f1"]
+    assert list(failures(store.uri, reason="timeout")) == ["timeout"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+def test_export_holds_every_clip_for_other_tools(kind, store, tmp_path):
+    commit(store, ["a", "b"])
+    commit(store, ["c"], split="test")
+    out = tmp_path / "out"
+    assert export(store.uri, str(out), kind)["clips"] == 3
+    if kind == "folder":
+        assert np.load(out / "train" / "a" / "fbank.npy").shape == (8, 8)
+        assert json.loads((out / "test" / "c" / "clip.json").read_text())["label"] == "dog"
+    else:
+        with tarfile.open(out / "train-000000.tar") as tar:
+            names = tar.getnames()
+            fbank = np.load(io.BytesIO(tar.extractfile("a.fbank.npy").read()))
+        assert names[:3] == ["a.frame_00.jpg", "a.fbank.npy", "a.json"]
+        assert fbank.shape == (8, 8)
+    with pytest.raises(SourceError, match="not empty"):
+        export(store.uri, str(out), kind)
+
+
+def test_commits_cost_the_same_however_many_there_were(store):
+    import time
+
+    rows = pa.Table.from_pylist(
+        [{"clip_id": "a", "status": "failed", "reason": "missing", "spec_hash": SPEC.spec_hash()}],
+        CLIPS_SCHEMA,
+    )
+    seconds = []
+    for _ in range(192):
+        began = time.process_time()
+        store.append(rows, {})
+        seconds.append(time.process_time() - began)
+    assert np.median(seconds[-40:]) < 3 * np.median(seconds[:40]) + 0.005
+    assert len(store.snapshot().clips) == 1
+
+
+def test_a_place_that_cannot_hold_a_table_is_refused():
+    with pytest.raises(StoreError, match=r"cannot lie on memory://. Possible: a local path, s3://"):
+        FeatureStore.create("memory://a/store", FeatureSpec())

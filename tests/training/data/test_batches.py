@@ -1,0 +1,136 @@
+"""The order of clips: complete, repeatable, and the same for any number of workers."""
+
+import numpy as np
+import pytest
+
+from pipeline.config import FeatureSpec
+from training.config import DataConfig
+from training.data.batches import (
+    BatchPlan,
+    RowIndex,
+    Views,
+    choose_frames,
+    clip_keys,
+    epoch_order,
+    lanes_of,
+    split_validation,
+)
+from training.data.reader import EpochReads, WindowPlan
+from training.errors import TrainingError
+from training.loop.finetuner import balanced_draws
+
+
+def _index(n: int, shard_rows: int = 256) -> RowIndex:
+    ids = [f"video{i // 2:06d}_{i:06d}" for i in range(n)]
+    return RowIndex(
+        "memory",
+        FeatureSpec(),
+        [f"shard-{i}" for i in range(-(-n // shard_rows))],
+        ["x", "y"],
+        np.array(ids, dtype=object),
+        clip_keys(ids),
+        (np.arange(n) % 10 == 0).astype(np.int64),
+        (np.arange(n) // shard_rows).astype(np.int32),
+        (np.arange(n) % shard_rows).astype(np.int32),
+    )
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1000, 64), (4096, 256), (333, 32)])
+def test_an_epoch_visits_no_clip_twice_and_drops_less_than_a_batch(n: int, batch_size: int) -> None:
+    plan = BatchPlan.of(n, batch_size, DataConfig(lanes=8))
+    order = epoch_order(_index(n), plan, seed=0, epoch=0)
+    assert order.size == n // batch_size * batch_size
+    assert len(np.unique(order)) == order.size
+
+
+def test_epochs_and_seeds_differ_and_repeat() -> None:
+    index, plan = _index(1024), BatchPlan.of(1024, 64, DataConfig())
+    first = epoch_order(index, plan, 0, 0)
+    assert np.array_equal(first, epoch_order(index, plan, 0, 0))
+    assert not np.array_equal(first, epoch_order(index, plan, 0, 1))
+    assert not np.array_equal(first, epoch_order(index, plan, 1, 0))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+def test_workers_together_read_the_same_global_batches(size: int) -> None:
+    index, plan = _index(1024), BatchPlan.of(1024, 64, DataConfig(lanes=8))
+    whole = epoch_order(index, plan, 0, 3)
+    for step in (0, 7, len(whole) - 1):
+        parts = []
+        for rank in range(size):
+            windows = WindowPlan(index, plan, lanes_of(rank, size, 8), 0)
+            rows = np.concatenate(
+                [w.positions_SVb for w in windows.windows(EpochReads(3, 0, Views(1)))]
+            )
+            parts.append(rows[step].ravel())
+        assert np.array_equal(np.concatenate(parts), whole[step].ravel())
+
+
+def test_reading_can_start_at_any_step() -> None:
+    index, plan = _index(2048), BatchPlan.of(2048, 64, DataConfig(shuffle_window=32))
+    windows = WindowPlan(index, plan, range(8), 0)
+    whole = np.concatenate([w.positions_SVb for w in windows.windows(EpochReads(1, 0, Views(1)))])
+    for first in (1, 5, 17, len(whole) - 1):
+        tail = [w.positions_SVb for w in windows.windows(EpochReads(1, first, Views(1)))]
+        assert np.array_equal(np.concatenate(tail), whole[first:])
+
+
+def test_a_window_touches_few_row_groups() -> None:
+    index = _index(64 * 512)
+    plan = BatchPlan.of(len(index), 256, DataConfig(lanes=8, shuffle_window=256))
+    order = epoch_order(index, plan, 0, 0)
+    window = order[: plan.window_steps].transpose(1, 0, 2).reshape(8, -1)
+    for lane in window:
+        groups = set(zip(index.shards_N[lane], index.rows_N[lane] // 64, strict=True))
+        assert len(groups) <= len(lane) // 64 + 2
+
+
+def test_a_sweep_visits_every_clip_once() -> None:
+    index, plan = _index(1003), BatchPlan.of(1003, 64, DataConfig(lanes=8))
+    seen = [
+        w.positions_SVb.ravel()
+        for rank in range(4)
+        for w in WindowPlan(index, plan, lanes_of(rank, 4, 8), 0).sweep(Views(1, random=False))
+    ]
+    assert np.array_equal(np.sort(np.concatenate(seen)), np.arange(1003))
+
+
+def test_any_number_of_workers_shares_out_the_lanes() -> None:
+    for size in range(1, 9):
+        shares = [lanes_of(rank, size, 8) for rank in range(size)]
+        assert [lane for share in shares for lane in share] == list(range(8))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert BatchPlan(24, 8, 1).rows_of_workers(3) == (6, 9, 9)
+
+
+def test_more_workers_than_lanes_are_refused() -> None:
+    with pytest.raises(TrainingError, match=r"data.lanes = 8 are too few for 9 workers"):
+        lanes_of(0, 9, 8)
+
+
+def test_validation_clips_share_no_video_with_training() -> None:
+    index = _index(2000)
+    train, held = split_validation(index, 0.1)
+    assert len(train) + len(held) == 2000
+    assert 120 < len(held) < 280
+    videos = [{c.rsplit("_", 1)[0] for c in part.clip_ids_N} for part in (train, held)]
+    assert not videos[0] & videos[1]
+
+
+def test_frames_come_from_each_segment_and_views_differ() -> None:
+    keys = clip_keys([f"c{i}" for i in range(200)])
+    chosen = choose_frames(keys, 10, Views(frames_per_clip=2, n_views=2), seed=0, epoch=0)
+    assert chosen.shape == (200, 4)
+    assert (chosen[:, [0, 2]] < 5).all()
+    assert (chosen[:, [1, 3]] >= 5).all()
+    assert (chosen[:, 0] != chosen[:, 2]).any()
+    assert set(np.unique(chosen)) == set(range(10))
+    fixed = choose_frames(keys, 10, Views(frames_per_clip=1, random=False), 0, 5)
+    assert (fixed == 5).all()
+
+
+def test_balanced_draws_even_out_the_classes() -> None:
+    index = _index(5000)
+    drawn = index.labels_N[balanced_draws(index, seed=0)(epoch=0)]
+    assert 0.45 < drawn.mean() < 0.55
+    assert index.labels_N.mean() == pytest.approx(0.1)

@@ -1,0 +1,73 @@
+"""Batches decoded in Ray tasks are those decoded here, whatever happens to the tasks."""
+
+import time
+
+import numpy as np
+import pytest
+from support.processes import below, kill
+from support.stores import noise_store
+
+from pipeline.config import FeatureSpec
+from training.config import DataConfig
+from training.data.batches import Batch, BatchPlan, RowIndex, Views, index_rows
+from training.data.reader import EpochReads, LocalReader, RayReader, WindowPlan
+
+SPEC = FeatureSpec(n_frames=3, frame_size=32, fbank_frames=16, n_mels=8)
+N_CLIPS = 300
+READING = "ray::read"
+"""Title of a process that decodes a window now; idle ones have another."""
+EPOCHS = [EpochReads(0, 5, Views(1)), EpochReads(1, 0, Views(2, 2))]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> RowIndex:
+    store = noise_store(tmp_path_factory.mktemp("reader") / "store", SPEC, N_CLIPS)
+    return index_rows(store.snapshot(), "train")
+
+
+@pytest.fixture
+def windows(index: RowIndex) -> WindowPlan:
+    data = DataConfig(lanes=4, shuffle_window=16)
+    return WindowPlan(index, BatchPlan.of(len(index), 16, data), range(1, 3), seed=3)
+
+
+def _same(found: list[Batch], expected: list[Batch]) -> bool:
+    return len(found) == len(expected) and all(
+        a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_tasks_give_the_batches_of_one_process(
+    ray_session: None, windows: WindowPlan, tasks: int
+) -> None:
+    ours, local = RayReader(windows, tasks, cpus=0.5), LocalReader(windows)
+    expected = list(local.stream(EPOCHS))
+    assert len(expected) == 2 * windows.plan.steps(N_CLIPS) - 5
+    assert _same(list(ours.stream(EPOCHS)), expected)
+    assert _same(list(ours.sweep(Views(1))), list(local.sweep(Views(1))))
+
+
+def test_a_reader_killed_on_the_way_changes_nothing(ray_session: None, windows: WindowPlan) -> None:
+    found: list[Batch] = []
+    n_killed = 0
+    for batch in RayReader(windows, 2, cpus=0.5).stream(EPOCHS):
+        found.append(batch)
+        if n_killed < 2:
+            n_killed += kill(READING)
+    assert n_killed, "no reader was running"
+    assert _same(found, list(LocalReader(windows).stream(EPOCHS)))
+
+
+def test_reading_that_is_given_up_leaves_no_task_behind(
+    ray_session: None, windows: WindowPlan
+) -> None:
+    stream = RayReader(windows, 2, cpus=0.5).stream(EPOCHS)
+    next(stream)
+    assert below(READING)
+    stream.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 60
+    while below(READING):
+        assert time.monotonic() < deadline, "a reader still runs"
+        time.sleep(0.1)

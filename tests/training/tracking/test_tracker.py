@@ -1,0 +1,367 @@
+"""A run's two records agree, and no MLflow trouble stops or doubles anything."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.config import TrackingConfig
+from training.tracking.tracker import (
+    RunHandle,
+    Tracker,
+    create_run,
+    finish,
+    log_artifacts,
+    log_child_run,
+    read_metrics,
+    register_encoder,
+)
+
+STORE = {"uri": "s3://bucket/store", "version": 7, "digest": "ab" * 32}
+
+
+def _client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _history(handle: RunHandle, key: str) -> list[tuple[int, float]]:
+    points = _client(handle.uri).get_metric_history(handle.run_id, key)
+    return sorted((point.step, point.value) for point in points)
+
+
+@pytest.fixture(scope="session")
+def migrated_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables made once (4 s); tests copy it."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    _client(f"sqlite:///{folder}/mlflow.db").search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def out(migrated_db: Path, tmp_path: Path) -> Path:
+    shutil.copy(migrated_db, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def _new_run(out: Path, uri: str | None = None, **tags: str) -> RunHandle:
+    params = {"seed": 0, "optim": {"lr": 2e-4, "betas": [0.9, 0.95]}, "empty": {}}
+    return create_run(TrackingConfig(uri=uri), str(out), params, tags, STORE)
+
+
+def test_run_holds_flat_params_tags_and_the_pinned_store(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = out / "cwd"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    handle = finish(_new_run(out, **{"mlflow.runName": "demo", "config_hash": "c0ffee"}))
+    run = _client(handle.uri).get_run(handle.run_id)
+    assert run.data.params["optim.lr"] == "0.0002"
+    assert run.data.params["optim.betas"] == "[0.9, 0.95]"
+    assert run.info.run_name == "demo"
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["store.digest"] == STORE["digest"]
+    (dataset,) = run.inputs.dataset_inputs
+    assert json.loads(dataset.dataset.source) == {**STORE, "version": "7"}
+    assert handle.uri == f"sqlite:///{out}/mlflow.db"
+    assert list(elsewhere.iterdir()) == []  # MLflow's defaults would leave folders here
+
+
+def test_every_line_reaches_mlflow_once_and_strict_json_holds_nan(out: Path) -> None:
+    handle = _new_run(out)
+    tracker = Tracker(handle, out / "metrics.jsonl")
+    for step in range(0, 300, 10):
+        tracker.log(step, {"loss": 1.0 / (step + 1), "clustering/nmi": float("nan"), "odd@key": 1})
+    tracker.log(290, {"loss": 99.0})  # a doubled step of the same metric is no second point
+    tracker.log(290, {"clustering/churn": 0.25})  # another metric of that step is
+    assert tracker.close()
+    assert _history(handle, "loss") == [(s, 1.0 / (s + 1)) for s in range(0, 300, 10)]
+    assert _history(handle, "clustering/churn") == [(290, 0.25)]
+    assert len(_history(handle, "odd_key")) == 30
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    parsed = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert len(parsed) == 31
+    assert parsed[0]["clustering/nmi"] is None
+
+
+def test_resumed_curve_equals_the_uninterrupted_one(out: Path) -> None:
+    """Killed at step 57 with a torn line and points MLflow never saw; goes on from step 40."""
+    handle = _new_run(out)
+    path = out / "metrics.jsonl"
+    first = Tracker(handle, path)
+    for step in range(1, 51):
+        first.log(step, {"loss": float(step)})
+    assert first.close()
+    with open(path, "a") as file:  # written, but killed before MLflow had them
+        file.writelines(json.dumps({"step": s, "time": 0.0, "loss": s}) + "\n" for s in (51, 52))
+        file.write('{"step": 53, "ti')
+
+    second = Tracker(handle, path, resume_step=40)
+    for step in range(41, 81):
+        second.log(step, {"loss": float(step)})
+    assert second.close()
+    expected = [(step, float(step)) for step in range(1, 81)]
+    assert _history(handle, "loss") == expected
+    assert [(line["step"], line["loss"]) for line in read_metrics(path)] == expected
+    assert _client(handle.uri).get_run(handle.run_id).data.tags["resumed_from_step"] == "40"
+
+
+def test_what_mlflow_missed_before_the_kill_is_sent_on_resume(out: Path) -> None:
+    handle = _new_run(out)
+    path = out / "metrics.jsonl"
+    offline = Tracker(RunHandle(handle.uri, ""), path)  # nothing of this reaches MLflow
+    for step in range(1, 11):
+        offline.log(step, {"loss": float(step)})
+    assert offline.close()
+    assert _history(handle, "loss") == []
+    resumed = Tracker(handle, path, resume_step=10)
+    resumed.log(11, {"loss": 11.0})
+    assert resumed.close()
+    assert _history(handle, "loss") == [(step, float(step)) for step in range(1, 12)]
+
+
+def test_a_full_disk_costs_the_lines_it_could_not_take(
+    out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    handle = _new_run(out)
+    tracker = Tracker(handle, out / "metrics.jsonl")
+    tracker.log(1, {"loss": 1.0})
+    real = tracker._file
+
+    class Full:
+        """Takes ten bytes of a line, then none."""
+
+        room = 10
+
+        def write(self, data: bytes) -> int:
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            self.room = 0
+            return real.write(data[:10])
+
+    monkeypatch.setattr(tracker, "_file", Full())
+    tracker.log(2, {"loss": 2.0})
+    tracker.log(3, {"loss": 3.0})
+    monkeypatch.setattr(tracker, "_file", real)
+    tracker.log(4, {"loss": 4.0})
+    assert tracker.close()
+    assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == [1, 4]
+    assert _history(handle, "loss") == [(1, 1.0), (4, 4.0)]
+    assert caplog.text.count("metrics are lost") == 1
+
+
+WORKER = """
+import sys, time
+from training.tracking.tracker import RunHandle, Tracker
+uri, run_id, path, resume = sys.argv[1:]
+tracker = Tracker(RunHandle(uri, run_id), path, int(resume))
+for step in range(int(resume) + 1, 4001):
+    tracker.log(step, {"loss": 1.0 / step, "lr": 0.5})
+    time.sleep(0.0005)
+tracker.close()
+print("done", flush=True)
+"""
+
+
+def test_a_worker_killed_while_it_logs_leaves_one_whole_curve(out: Path) -> None:
+    handle = _new_run(out)
+    path = out / "metrics.jsonl"
+
+    def start(resume: int) -> "subprocess.Popen[bytes]":
+        args = [sys.executable, "-c", WORKER, handle.uri, handle.run_id, str(path), str(resume)]
+        return subprocess.Popen(args, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3])
+
+    worker = start(0)
+    _wait_until(lambda: len(_history(handle, "loss")) > 50, 60)
+    worker.kill()
+    worker.wait()
+    resume = max(line["step"] for line in read_metrics(path)) - 20  # a checkpoint lies behind
+    worker = start(resume)
+    assert worker.communicate(timeout=400)[0] == b"done\n"
+    steps = list(range(1, 4001))
+    assert [line["step"] for line in read_metrics(path)] == steps
+    for key in ("loss", "lr"):
+        assert [step for step, _ in _history(handle, key)] == steps
+
+
+def test_the_end_of_a_run_sends_what_any_stage_left_unsent(out: Path) -> None:
+    handle = _new_run(out)
+    for name, key in (("metrics.jsonl", "loss"), ("finetune.jsonl", "finetune/loss")):
+        offline = Tracker(RunHandle(handle.uri, ""), out / name)
+        offline.log(1, {key: 0.5})
+        offline.close()
+    finish(handle, "KILLED")
+    finish(handle, "FINISHED")
+    assert _history(handle, "loss") == _history(handle, "finetune/loss") == [(1, 0.5)]
+
+
+def test_a_fresh_start_in_an_old_folder_begins_the_file_anew(out: Path) -> None:
+    (out / "metrics.jsonl").write_text('{"step": 0, "time": 0, "loss": 5}\n')
+    tracker = Tracker(RunHandle("", ""), out / "metrics.jsonl")
+    tracker.log(0, {"loss": 1.0})
+    tracker.close()
+    assert [line["loss"] for line in read_metrics(out / "metrics.jsonl")] == [1.0]
+
+
+def test_artifacts_children_and_the_candidate_alias(out: Path) -> None:
+    handle = _new_run(out)
+    folder = out / "encoder"
+    folder.mkdir()
+    (folder / "encoder.safetensors").write_bytes(b"weights")
+    (out / "report.html").write_text("<html>")
+    assert log_artifacts(handle, [out / "report.html", folder])
+    assert register_encoder(handle, folder, "diccae-encoder") == "1"
+    assert register_encoder(handle, folder, "diccae-encoder") == "2"
+    child = log_child_run(handle, "probe", {"knn": {"k": 20}}, {"top1": 0.9})
+    client = _client(handle.uri)
+    version = client.get_model_version_by_alias("diccae-encoder", "candidate")
+    assert str(version.version) == "2"
+    assert {file.path for file in client.list_artifacts(handle.run_id)} == {
+        "encoder",
+        "report.html",
+    }
+    assert client.get_run(child).data.tags["mlflow.parentRunId"] == handle.run_id
+
+
+def test_a_deleted_run_is_one_warning(out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    handle = _new_run(out)
+    _client(handle.uri).delete_run(handle.run_id)
+    with caplog.at_level(logging.WARNING):
+        tracker = Tracker(handle, out / "metrics.jsonl")
+        for step in range(20):
+            tracker.log(step, {"loss": 1.0})
+        assert not tracker.close(timeout_s=10)
+    assert caplog.text.count("must be in the 'active' state") == 1
+    assert len(list(read_metrics(out / "metrics.jsonl"))) == 20
+
+
+class Server:
+    """An MLflow server on 127.0.0.1 that a test can kill and start again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        database = f"sqlite:///{self.folder}/mlflow.db"
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers=1"]
+        command += ["--port", str(self.port), "--backend-store-uri", database]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
+            )
+        _wait_until(self._answers, 400)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+def _wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {timeout_s} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def server(migrated_db: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(migrated_db, folder / "mlflow.db")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    server = Server(folder)
+    server.start()
+    yield server
+    server.kill()
+    patch.undo()
+
+
+def test_server_that_dies_and_comes_back_has_every_point_once(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    handle = _new_run(tmp_path, server.uri)
+    tracker = Tracker(handle, tmp_path / "metrics.jsonl")
+    tracker.log(1, {"loss": 1.0})
+    _wait_until(lambda: len(_history(handle, "loss")) == 1, 200)
+    server.kill()
+    for step in range(2, 200):
+        tracker.log(step, {"loss": float(step)})
+    _wait_until(lambda: "training goes on" in caplog.text, 200)
+    server.start()
+    tracker.log(200, {"loss": 200.0})
+    assert tracker.close(timeout_s=60)
+    assert _history(handle, "loss") == [(step, float(step)) for step in range(1, 201)]
+    assert caplog.text.count("training goes on") == 1
+    assert caplog.text.count("answers again") == 1
+    assert log_artifacts(handle, [tmp_path / "metrics.jsonl"])
+    assert register_encoder(handle, _encoder_folder(tmp_path), "over-http") == "1"
+
+
+def _encoder_folder(tmp_path: Path) -> Path:
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "encoder.json").write_text("{}")
+    return tmp_path / "encoder"
+
+
+def test_a_run_begun_without_mlflow_is_written_when_it_ends(server: Server, tmp_path: Path) -> None:
+    server.kill()
+    handle = _new_run(tmp_path, server.uri, **{"mlflow.runName": "late"})
+    assert handle.run_id == ""
+    tracker = Tracker(handle, tmp_path / "metrics.jsonl")
+    tracker.log(1, {"loss": 0.5})
+    assert tracker.close()
+    assert finish(handle).run_id == ""  # still away: nothing raises, the record stays
+    server.start()
+    handle = finish(handle, "FAILED")
+    run = _client(server.uri).get_run(handle.run_id)
+    assert run.info.run_name == "late"
+    assert run.info.status == "FAILED"
+    assert run.data.params["optim.lr"] == "0.0002"
+    assert _history(handle, "loss") == [(1, 0.5)]
+
+
+def test_a_warning_after_ctrl_c_tells_the_servers_trouble_not_the_interrupt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = TrackingConfig(uri="http://127.0.0.1:1")
+    handle = create_run(away, str(tmp_path), {}, {}, STORE)
+    caplog.clear()
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        finish(handle, "KILLED")
+    assert "Connection refused" in caplog.text
+    assert "KeyboardInterrupt" not in caplog.text

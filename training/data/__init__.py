@@ -1,0 +1,1 @@
+"""Rows of a feature store to augmented batches."""

@@ -1,0 +1,1 @@
+"""The training loops, without Ray: steps, schedule, labels, meters."""

@@ -1,0 +1,1 @@
+"""What is minimised: loss terms, confusion, and the gather they share."""

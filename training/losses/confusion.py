@@ -1,0 +1,120 @@
+"""How much each pair of pseudo-classes is confused now, and the weights L_conf makes of it.
+
+Knows nothing of streams, prototypes or how labels were made. Invariants: after `update` every rank
+holds the same bits; weights are finite and >= 1 with ones on the diagonal, also for classes without
+a clip; gamma = 0 makes every weight exactly 1; how often `update` is called within an epoch does
+not change what an epoch of steady posteriors leads to.
+
+Shapes: B clips, K classes. C_kl: mean posterior of class l over clips labelled k; rows sum to 1.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training.config import ConfusionConfig
+from training.losses.gather import of_every_rank, of_this_rank, world
+from training.losses.terms import IGNORED
+
+
+def relative_degrees(confusion_KK: Tensor) -> Tensor:
+    """d_kl: symmetrised confusion without its diagonal, each row scaled to mean 1.
+
+    A row without confusion is all zeros. Source: DESIGN section 5.
+    """
+    n_classes = confusion_KK.shape[0]
+    degrees_KK = (confusion_KK + confusion_KK.T) / 2
+    degrees_KK.fill_diagonal_(0)
+    mean_K1 = degrees_KK.sum(1, keepdim=True) / max(n_classes - 1, 1)
+    return torch.where(mean_K1 > 0, degrees_KK / mean_K1.clamp_min(1e-300), 0.0)
+
+
+def confusion_weights(confusion_KK: Tensor, gamma: float, w_max: float) -> Tensor:
+    """How much harder class k must push away class l, from how often they are confused now.
+
+    w_kl = clip(d_kl^gamma, 1, w_max) of `relative_degrees`.
+
+    Returns: [K, K], w >= 1, w_kk = 1; a row with no confusion is all ones.
+    Raises: ValueError if gamma < 0 or w_max < 1.
+    Source: DESIGN section 5; pairwise margins of Menon et al. 2021 (arXiv 2007.07314).
+    """
+    if gamma < 0 or w_max < 1:
+        raise ValueError(f"gamma = {gamma}, w_max = {w_max}: need gamma >= 0 and w_max >= 1")
+    return relative_degrees(confusion_KK.double()).pow(gamma).clamp(1.0, w_max).fill_diagonal_(1.0)
+
+
+def mean_offdiagonal(confusion_KK: Tensor) -> float:
+    """The mean confusion degree: share of posterior mass on wrong classes, in [0, 1]."""
+    return float(1.0 - confusion_KK.double().diagonal().mean())
+
+
+class ConfusionState:
+    """The running confusion matrix of one clustering head, and its weights.
+
+    Args: confusion_KK: the estimate published with the round, from the whole bank under the new
+        prototypes; it stands until training has seen enough to move it.
+    """
+
+    def __init__(self, confusion_KK: Tensor, config: ConfusionConfig) -> None:
+        self.config = config
+        self.confusion_KK = confusion_KK.detach().double().clone()
+        n_classes = confusion_KK.shape[0]
+        # sums of posteriors by label, the last column counts clips: one tensor, one all-reduce
+        self.sums_KK1 = self.confusion_KK.new_zeros(n_classes, n_classes + 1)
+        self.unseen_epochs_K = self.confusion_KK.new_zeros(n_classes)
+        self.weights_KK = torch.ones_like(self.confusion_KK, dtype=torch.float32)
+        self.mean_offdiagonal = mean_offdiagonal(self.confusion_KK)
+
+    @torch.no_grad()
+    def accumulate(self, posteriors_BK: Tensor, labels_B: Tensor) -> None:
+        """Add this rank's clips; rows labelled -100 are left out. No communication."""
+        labelled_B = (labels_B != IGNORED).double()
+        rows = torch.cat([posteriors_BK.double(), labelled_B.new_ones(len(labels_B), 1)], dim=1)
+        self.sums_KK1.index_add_(0, labels_B.long().clamp_min(0), rows * labelled_B[:, None])
+
+    @torch.no_grad()
+    def update(self, elapsed_epochs: float, since_labels_epochs: float) -> None:
+        """Move the estimate by what all ranks have accumulated and renew the weights; collective.
+
+        C_k <- m C_k + (1 - m) (mean posterior of its clips), m = ema_per_epoch ^ (epochs since
+        class k was last seen); classes not seen stay as they are. `static` keeps the first matrix.
+
+        Args: elapsed_epochs: since the last update. since_labels_epochs: since the first labels of
+            the run, for the ramp of gamma.
+        """
+        if world()[1] > 1:
+            dist.all_reduce(self.sums_KK1)
+        self.unseen_epochs_K += elapsed_epochs
+        counts_K = self.sums_KK1[:, -1]
+        if self.config.update == "dynamic":
+            seen_K = counts_K > 0
+            means_KK = self.sums_KK1[:, :-1] / counts_K.clamp_min(1)[:, None]
+            kept_K = self.config.ema_per_epoch**self.unseen_epochs_K
+            share_K1 = torch.where(seen_K, 1 - kept_K, 0.0)[:, None]
+            self.confusion_KK += share_K1 * (means_KK - self.confusion_KK)
+            self.unseen_epochs_K[seen_K] = 0
+        self.sums_KK1.zero_()
+        ramp = since_labels_epochs / self.config.ramp_epochs if self.config.ramp_epochs else 1.0
+        gamma = self.config.gamma * min(max(ramp, 0.0), 1.0)
+        self.weights_KK = confusion_weights(self.confusion_KK, gamma, self.config.w_max).float()
+        self.mean_offdiagonal = mean_offdiagonal(self.confusion_KK)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that `load_state_dict` needs to go on exactly; tensors only. Collective."""
+        return {
+            "confusion_KK": self.confusion_KK.clone(),
+            "sums_WKK1": of_every_rank(self.sums_KK1),
+            "unseen_epochs_K": self.unseen_epochs_K.clone(),
+            "weights_KK": self.weights_KK.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a `state_dict`, moved to the device of this state; ranks may be others now."""
+        device = self.confusion_KK.device
+        for name in ("confusion_KK", "unseen_epochs_K", "weights_KK"):
+            setattr(self, name, state[name].to(device).clone())
+        sums_WKK1 = state["sums_WKK1"].to(device)
+        self.sums_KK1 = of_this_rank(sums_WKK1) * (len(sums_WKK1) / world()[1])
+        self.mean_offdiagonal = mean_offdiagonal(self.confusion_KK)

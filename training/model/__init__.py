@@ -1,0 +1,1 @@
+"""The network: encoder, its stems and blocks, decoder and class head."""

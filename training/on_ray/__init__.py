@@ -1,0 +1,1 @@
+"""The loops on Ray: workers, readers, inference over a cluster."""

@@ -1,0 +1,202 @@
+"""A training loop on Ray Train: workers, devices, checkpoints that survive any of them.
+
+The edge to Ray Train v2: knows nothing of what is trained. Invariant: `ray.train.report` is called
+at checkpoints only, by all workers at the same step; what a checkpoint holds loads with
+weights_only=True.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from training.config import ScaleConfig, TrainingConfig
+from training.errors import TrainingError
+from training.loop.pretrainer import World
+from training.weights.files import absolute_uri
+
+_STATE = "state.pt"
+_CONTROLLER_POLL_S = "0.2"
+_RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
+
+
+def fit(
+    loop: Callable[[dict[str, Any]], Any],
+    settings: dict[str, Any],
+    out: Path,
+    name: str,
+    scale: ScaleConfig,
+) -> Any:
+    """Run `loop(settings)` on the workers; goes on from the newest checkpoint under `out`/`name`.
+
+    Returns: what rank 0 returned.
+    Raises: the loop's own TrainingError; TrainingError for a worker that failed too often;
+        KeyboardInterrupt.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    # A checkpoint counts once the controller has polled it; its default of 2 s would cost a small
+    # run more than training.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _CONTROLLER_POLL_S)
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    trainer = TorchTrainer(
+        _caught,
+        train_loop_config={"loop": loop, "settings": settings},
+        scaling_config=_scaling(scale),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(out.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        result = interruptible(trainer.fit).return_value
+    except ray.train.TrainingFailedError as error:
+        raise _explained(error, out) from error
+    if isinstance(result, _Failure):
+        raise result.error
+    return result
+
+
+def for_workers(config: TrainingConfig) -> dict[str, Any]:
+    """The training config as plain values, its local paths absolute."""
+    plain = config.model_dump(mode="json", include=set(TrainingConfig.model_fields))
+    init = plain["encoder"]["init"]
+    plain["encoder"]["init"] = init and absolute_uri(init)
+    return plain
+
+
+def interruptible(call: Callable[[], Any]) -> Any:
+    """The call's result. Ctrl-C raises KeyboardInterrupt here and leaves the call behind: in the
+    main thread Ray Train would take the signal over and end the process with a code of its own."""
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["result"] = call()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]
+
+
+def _scaling(scale: ScaleConfig) -> Any:
+    import ray.train
+
+    workers: int | tuple[int, int] = scale.num_workers
+    if scale.min_workers is not None:
+        workers = (scale.min_workers, scale.num_workers)
+    resources = {"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.use_gpu else {})}
+    return ray.train.ScalingConfig(
+        num_workers=workers, use_gpu=scale.use_gpu, resources_per_worker=resources
+    )
+
+
+class _Failure(NamedTuple):
+    error: TrainingError
+
+
+def _caught(config: dict[str, Any]) -> Any:
+    """A TrainingError is a result: Ray would otherwise repeat what can only fail again."""
+    try:
+        return config["loop"](config["settings"])
+    except TrainingError as error:
+        return _Failure(error)
+
+
+def _explained(error: BaseException, out: Path) -> TrainingError:
+    """The line that says what went wrong in a worker, and where all of it is written."""
+    path = out / "failed" / "traceback.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = str(error)
+    path.write_text(text)
+    lines = [line for line in text.splitlines() if _RAISED.match(line)]
+    said = lines[-1] if lines else type(error).__name__
+    return TrainingError(f"training workers failed: {said} (the whole traceback is in {path})")
+
+
+def this_world(scale: ScaleConfig) -> World:
+    """This worker; sets its number of threads."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(scale.threads_per_worker or max(1, int(scale.cpus_per_worker)))
+    return World(context.get_world_rank(), context.get_world_size(), device)
+
+
+def last_state() -> dict[str, Any] | None:
+    """The newest checkpoint of this run, or None."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        return state_in(Path(folder))
+
+
+def state_in(folder: Path) -> dict[str, Any]:
+    """The state a checkpoint holds."""
+    state: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    return state
+
+
+def report_state(state: dict[str, Any], rank: int) -> None:
+    """Checkpoint: written by rank 0, reported by all."""
+    import ray.train
+
+    metrics = {"step": state["step"]}
+    if rank != 0:
+        ray.train.report(metrics)
+        return
+    folder = tempfile.mkdtemp(prefix="diccae-checkpoint-")
+    try:
+        torch.save(state, Path(folder) / _STATE)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def leaving_notice() -> Callable[[], bool]:
+    """A function that is true once for every node of this run that is about to be taken away.
+
+    All workers call it equally often: it is a barrier.
+    """
+    import ray.train
+
+    known: set[str] = set()
+
+    def is_news() -> bool:
+        info = ray.train.get_preemption_info()
+        leaving = set(info.preempted_node_ids) - known if info is not None else set()
+        known.update(leaving)
+        return bool(leaving)
+
+    return is_news
+
+
+def newest_checkpoint(out: Path, name: str) -> tuple[int, Path] | None:
+    """Step and folder of the newest checkpoint on storage, without starting Ray; None without."""
+    found = []
+    for folder in (out / name).glob("checkpoint_*"):
+        if (folder / _STATE).exists():
+            state = torch.load(folder / _STATE, map_location="cpu", weights_only=True, mmap=True)
+            found.append((int(state["step"]), folder))
+    return max(found, default=None)

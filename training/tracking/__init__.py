@@ -1,0 +1,1 @@
+"""Metrics from a run's folder to MLflow."""

@@ -1,0 +1,313 @@
+"""A run written down twice: lines in `metrics.jsonl`, and a copy of them in MLflow.
+
+Knows nothing of what is trained. The file is the truth and the buffer: a thread copies whole lines
+from it to MLflow, so an MLflow that is slow, down or gone costs training nothing but a warning.
+Invariant: the points of a (metric, step) are one in either place, however often the run is killed,
+resumed or cut off from MLflow, and no call of this module raises because of MLflow.
+"""
+
+import functools
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from training.config import TrackingConfig
+from training.tracking.copier import (
+    MetricsCopier,
+    RunHandle,
+    legal_name,
+    mlflow_client,
+    one_line,
+    read_metrics,
+)
+
+log = logging.getLogger(__name__)
+
+_MAX_PARAMS = 100
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _never_fatal(what: str) -> Callable[[Callable[P, T]], Callable[P, T | None]]:
+    """Turn any failure of MLflow into one warning and None."""
+
+    def decorate(call: Callable[P, T]) -> Callable[P, T | None]:
+        @functools.wraps(call)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> T | None:
+            try:
+                return call(*args, **kwargs)
+            except Exception as error:
+                log.warning("MLflow could not %s (%s); the run goes on", what, one_line(error))
+                return None
+
+        return wrapped
+
+    return decorate
+
+
+def tracking_uri(config: TrackingConfig, out: str) -> str:
+    """The MLflow URI of a run: the configured one, or an SQLite file in the run folder."""
+    return config.uri or f"sqlite:///{Path(out).resolve() / 'mlflow.db'}"
+
+
+def create_run(
+    config: TrackingConfig,
+    out: str,
+    params: dict[str, Any],
+    tags: dict[str, str],
+    dataset: dict[str, Any],
+) -> RunHandle:
+    """Make the MLflow run of a training run: params once, tags, and the data it reads.
+
+    Args: params: nested dicts are flattened to dotted names. tags: `mlflow.runName` names the run.
+        dataset: uri, version and digest of the pinned feature store.
+    Returns: a handle; with an empty run_id if MLflow does not answer now.
+    """
+    uri = tracking_uri(config, out)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    request = {
+        "experiment": config.experiment,
+        "params": {key: str(value) for key, value in flatten(params)},
+        "tags": {key: str(value) for key, value in tags.items()},
+        "dataset": dataset,
+        "started_ms": int(time.time() * 1000),
+    }
+    run_id = _request_run(uri, request)
+    if not run_id:
+        _pending(out).write_text(json.dumps(request))
+    return RunHandle(uri, run_id or "", str(out))
+
+
+@_never_fatal("create the run: metrics.jsonl is written, and sent when the run ends")
+def _request_run(uri: str, request: dict[str, Any]) -> str:
+    from mlflow.entities import Param
+
+    client = mlflow_client(uri)
+    run = client.create_run(
+        _experiment_id(client, uri, request["experiment"]),
+        start_time=request["started_ms"],
+        tags=request["tags"],
+        run_name=request["tags"].get("mlflow.runName"),
+    )
+    run_id: str = run.info.run_id
+    params = [Param(key, value) for key, value in request["params"].items()]
+    for start in range(0, len(params), _MAX_PARAMS):
+        client.log_batch(run_id, params=params[start : start + _MAX_PARAMS])
+    _log_dataset(client, run_id, request["dataset"])
+    return run_id
+
+
+def _experiment_id(client: Any, uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            created: str = client.create_experiment(name, artifact_location=_artifacts_of(uri))
+            return created
+        except MlflowException:  # another run made it just now
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    experiment_id: str = found.experiment_id
+    return experiment_id
+
+
+def _artifacts_of(uri: str) -> str | None:
+    """Artifacts of an SQLite file lie beside it; MLflow's own default is the current folder."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
+
+
+def _log_dataset(client: Any, run_id: str, dataset: dict[str, Any]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    if not dataset:
+        return
+    store = {key: str(dataset[key]) for key in ("uri", "version", "digest") if key in dataset}
+    entity = Dataset(
+        name=str(dataset.get("name", "feature-store")),
+        digest=store.get("digest", "")[:36],  # MLflow's limit; the tag holds all of it
+        source_type="diccae-store",
+        source=json.dumps(store),
+        profile=json.dumps({key: value for key, value in dataset.items() if key not in store}),
+    )
+    client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+    for key, value in store.items():
+        client.set_tag(run_id, f"store.{key}", value)
+
+
+def flatten(params: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dicts as (dotted name, value)."""
+    for key, value in params.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@_never_fatal("write a child run")
+def log_child_run(
+    parent: RunHandle, name: str, params: dict[str, Any], metrics: dict[str, float]
+) -> str:
+    """A finished run nested under `parent`, for a probe or an ablation; returns its run id."""
+    from mlflow.entities import Metric, Param
+
+    client = mlflow_client(parent.uri)
+    experiment = client.get_run(parent.run_id).info.experiment_id
+    tags = {"mlflow.parentRunId": parent.run_id}
+    run_id: str = client.create_run(experiment, tags=tags, run_name=name).info.run_id
+    now_ms = int(time.time() * 1000)
+    client.log_batch(
+        run_id,
+        metrics=[
+            Metric(legal_name(key), float(value), now_ms, 0) for key, value in metrics.items()
+        ],
+        params=[Param(key, str(value)) for key, value in flatten(params)],
+    )
+    client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+@_never_fatal("store results")
+def log_results(handle: RunHandle, metrics: dict[str, float]) -> bool:
+    """Final numbers of an evaluation, as metrics of the run without a curve; True if sent."""
+    from mlflow.entities import Metric
+
+    now_ms = int(time.time() * 1000)
+    mlflow_client(handle.uri).log_batch(
+        handle.run_id,
+        metrics=[Metric(legal_name(key), value, now_ms, 0) for key, value in metrics.items()],
+    )
+    return True
+
+
+@_never_fatal("store artifacts")
+def log_artifacts(handle: RunHandle, paths: Iterable[str | Path]) -> bool:
+    """Copy files, and folders under their own name, to the run; True if all arrived."""
+    client = mlflow_client(handle.uri)
+    for path in map(Path, paths):
+        if path.is_dir():
+            client.log_artifacts(handle.run_id, str(path), artifact_path=path.name)
+        else:
+            client.log_artifact(handle.run_id, str(path))
+    return True
+
+
+@_never_fatal("register the encoder")
+def register_encoder(
+    handle: RunHandle, folder: str | Path, name: str, alias: str = "candidate"
+) -> str:
+    """Register an encoder folder (safetensors + json) as the next version of model `name`.
+
+    Returns: the version. The files are plain artifacts of the run: MLflow's own model flavour
+    traces the network and fixes its batch size.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow_client(handle.uri)
+    client.log_artifacts(handle.run_id, str(folder), artifact_path="encoder")
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = f"{client.get_run(handle.run_id).info.artifact_uri}/encoder"
+    version = str(client.create_model_version(name, source, run_id=handle.run_id).version)
+    client.set_registered_model_alias(name, alias, version)
+    return version
+
+
+def finish(handle: RunHandle, status: str = "FINISHED", timeout_s: float = 60.0) -> RunHandle:
+    """Send what MLflow still lacks and end the run as FINISHED, FAILED or KILLED.
+
+    Returns: the handle, with its run id if the run could only be created now.
+    """
+    if not handle.run_id and handle.out and _pending(handle.out).exists():
+        run_id = _request_run(handle.uri, json.loads(_pending(handle.out).read_text()))
+        if run_id:
+            handle = handle._replace(run_id=run_id)
+            _pending(handle.out).unlink()
+    if handle.run_id:
+        # One file per stage: metrics.jsonl, finetune.jsonl.
+        for metrics_path in sorted(Path(handle.out).glob("*.jsonl")) if handle.out else []:
+            MetricsCopier(handle, metrics_path).drain(timeout_s)
+        _end(handle, status)
+    return handle
+
+
+@_never_fatal("end the run")
+def _end(handle: RunHandle, status: str) -> None:
+    mlflow_client(handle.uri).set_terminated(handle.run_id, status)
+
+
+def _pending(out: str) -> Path:
+    return Path(out) / "mlflow-pending.json"
+
+
+class Tracker:
+    """Writes the metrics of one worker (rank 0); `log` costs microseconds and never raises.
+
+    Args: metrics_path: `<out>/metrics.jsonl`. resume_step: the step training goes on from; lines
+        beyond it are cut, since those steps come again, and points up to it are never doubled.
+    """
+
+    def __init__(self, handle: RunHandle, metrics_path: str | Path, resume_step: int = 0) -> None:
+        self._path = Path(metrics_path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._last_step_of = _cut(self._path, resume_step)
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._torn = False
+        self._copier: MetricsCopier | None = None
+        if handle.run_id:
+            self._copier = MetricsCopier(handle, self._path, resume_step)
+            self._copier.start()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write metrics of a step, best all in one dict; a metric's step counts once, in order."""
+        values = {
+            key: float(value)
+            for key, value in metrics.items()
+            if step > self._last_step_of.get(key, -1)
+        }
+        if not values:
+            return
+        self._last_step_of.update(dict.fromkeys(values, step))
+        line: dict[str, float | None] = {"step": int(step), "time": round(time.time(), 3)}
+        line |= {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._write(json.dumps(line).encode() + b"\n")
+        if self._copier is not None:
+            self._copier.wake()
+
+    def _write(self, line: bytes) -> None:
+        """One unbuffered write, so that a kill leaves no line of two halves; a full disk may."""
+        try:
+            whole = self._file.write(b"\n" * self._torn + line) == len(line) + self._torn
+            problem = "" if whole else "the disk is full"
+        except OSError as error:
+            whole, problem = False, str(error)
+        if not whole and not self._torn:
+            log.warning("%s: %s; training goes on, metrics are lost", self._path, problem)
+        self._torn = not whole
+
+    def close(self, timeout_s: float = 30.0) -> bool:
+        """Send what is left; True if MLflow has every line. The file keeps what it lacks."""
+        self._file.close()
+        return True if self._copier is None else self._copier.stop(timeout_s)
+
+
+def _cut(path: Path, resume_step: int) -> dict[str, int]:
+    """Keep the lines of steps up to `resume_step` (none at 0); the last step of each metric."""
+    lines = list(read_metrics(path)) if path.exists() and resume_step > 0 else []
+    kept = [line for line in lines if line["step"] <= resume_step]
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(fresh, path)
+    return {key: int(line["step"]) for line in kept for key in line}

@@ -1,0 +1,360 @@
+"""Weights of an encoder or classifier: read from any URI, written with all that explains them.
+
+The edge of storage (fsspec) for weights: knows nothing of training. Invariants: nothing but tensors
+is ever unpickled; a trunk is loaded whole or not at all; an imported class head is never used in an
+order that was not checked by name.
+
+A saved model is a folder: `<name>.safetensors` and `<name>.json` (config, input shape, classes,
+feature spec, provenance, digest of the tensors), name = encoder or classifier.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+import fsspec
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from training.config import EncoderConfig
+from training.errors import WeightsError
+from training.model.blocks import PATCH, PatchStem
+from training.model.classifier import Classifier
+from training.model.encoder import Encoder, InputShape
+from training.weights import layouts
+
+_OPTIONAL = ("class_heads.", "decoder.", "mlp_head.", "auxiliary_heads.")
+"""Parts a file may lack, or have beyond what the model has; anything else is the trunk."""
+
+
+_PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+"""Endings of files that torch.save wrote; anything but these and .safetensors is a folder."""
+
+
+class WeightsReport(NamedTuple):
+    """What a file gave to a model."""
+
+    layout: layouts.Layout
+    missing: list[str]
+    """Keys of the model the file does not have; they keep their initial values."""
+    unexpected: list[str]
+    """Keys of the file the model has no place for."""
+    resized: list[str]
+    """Position tables that were interpolated to another grid."""
+
+
+def by_part(keys: list[str]) -> str:
+    """Keys counted by the part of the model they are of, such as `blocks_a (132), norm_v (2)`."""
+    parts = Counter(key.split(".")[0] for key in keys)
+    return ", ".join(f"{part} ({n})" for part, n in parts.items()) or "-"
+
+
+class ModelCard(NamedTuple):
+    """What stands beside saved weights."""
+
+    config: EncoderConfig
+    shape: InputShape
+    classes: list[str]
+    """Names of the classifier's classes in the order of its logits; of an encoder: may be empty."""
+    feature_spec: dict[str, Any]
+    """The feature spec the model was trained on."""
+    provenance: dict[str, Any]
+    """Run, store version, config hash: whatever pins where the weights come from."""
+    mode: Literal["multimodal", "audio", "video"]
+    """What a classifier was trained for."""
+    auxiliary: bool
+    """Whether a classifier has heads for its audio and video streams."""
+
+
+def load_weights(
+    model: Encoder | Classifier,
+    uri: str,
+    classes: Sequence[str] = (),
+    source_classes: Sequence[str] = (),
+) -> WeightsReport:
+    """Start from published or own weights: CAV-MAE, MAE ViT, or a diccae model's file or folder.
+
+    Args: classes: the classifier's classes. source_classes: those of the file in its order
+        (`read_class_names`); a diccae classifier's folder knows its own. Without them a class head
+        in the file is left alone and reported as unexpected.
+    Raises: WeightsError if the file cannot be read, or a part of the trunk is missing, left over
+        or of another shape.
+    """
+    raw, card = read_weights(uri)
+    layout = layouts.detect(raw)
+    encoder = model.encoder if isinstance(model, Classifier) else model
+    optional: tuple[str, ...] = _OPTIONAL
+    if layout == "cavmae":
+        state = layouts.from_cavmae(raw)
+    elif layout == "mae":
+        state = layouts.from_mae(raw, encoder.config.depth, encoder.config.joint_depth)
+        optional += ("pos_embed_a", "modality_a", "modality_v")
+    else:
+        state = {key.removeprefix("encoder."): tensor for key, tensor in raw.items()}
+    resized = _fit_positions(encoder, state, card.shape.n_mels // PATCH if card else 8)
+    heads = _take_heads(state, classes, source_classes or (card.classes if card else ()))
+    try:
+        missing, unexpected = _fill(model, state, optional)
+    except WeightsError as error:
+        raise WeightsError(f"{uri}: {error}") from error
+    return WeightsReport(layout, missing, unexpected + heads, resized)
+
+
+def read_weights(uri: str) -> tuple[dict[str, Tensor], ModelCard | None]:
+    """Tensors of a file or of a saved model's folder, on the CPU, and the card of the latter.
+
+    Raises: WeightsError if there is none, it is damaged, or it holds more than tensors.
+    """
+    suffix = PurePosixPath(urlsplit(uri).path).suffix  # published links end in .pth?dl=1
+    if suffix in _PICKLED:
+        return _read_pickled(uri), None
+    if suffix == ".safetensors":
+        return _parse_safetensors(_read(uri), uri), None
+    return _read_saved(uri, saved_name(uri))
+
+
+def saved_name(uri: str) -> Literal["encoder", "classifier"]:
+    """What a saved model's folder holds."""
+    filesystem, path = fsspec.core.url_to_fs(f"{uri.rstrip('/')}/classifier.json")
+    return "classifier" if filesystem.exists(path) else "encoder"
+
+
+def read_class_names(uri: str) -> list[str]:
+    """Class names of CAV-MAE's label file (CSV with index, mid, display_name), in index order."""
+    rows = list(csv.DictReader(io.StringIO(_read(uri).decode("utf-8-sig"))))
+    if not rows or not {"index", "display_name"} <= set(rows[0]):
+        raise WeightsError(f"{uri}: expected a CSV with columns index, mid, display_name")
+    return [row["display_name"] for row in sorted(rows, key=lambda row: int(row["index"]))]
+
+
+def save_encoder(
+    encoder: Encoder,
+    uri: str,
+    classes: Sequence[str] = (),
+    feature_spec: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `encoder.safetensors` and `encoder.json` into a folder; a decoder is not kept."""
+    state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("decoder.")}
+    details = _details(classes, feature_spec, provenance)
+    _save(state, encoder, uri, "encoder", details)
+
+
+def load_encoder(uri: str) -> tuple[Encoder, ModelCard]:
+    """The encoder of a saved folder and its card; in eval mode, on the CPU."""
+    state, card = _read_saved(uri, "encoder")
+    encoder = Encoder(card.config, card.shape)
+    encoder.load_state_dict(state)
+    return encoder.eval(), card
+
+
+def save_classifier(
+    classifier: Classifier,
+    uri: str,
+    classes: Sequence[str],
+    feature_spec: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `classifier.safetensors` and `classifier.json` into a folder.
+
+    Raises: ValueError if there is not one name for each logit.
+    """
+    if len(classes) != classifier.n_classes:
+        raise ValueError(f"{len(classes)} class names for {classifier.n_classes} logits")
+    state = {k: v for k, v in classifier.state_dict().items() if ".decoder." not in k}
+    details = _details(classes, feature_spec, provenance)
+    details |= {"mode": classifier.mode, "auxiliary": bool(classifier.auxiliary_heads)}
+    _save(state, classifier.encoder, uri, "classifier", details)
+
+
+def load_classifier(uri: str) -> tuple[Classifier, ModelCard]:
+    """The classifier of a saved folder and its card; in eval mode, on the CPU."""
+    state, card = _read_saved(uri, "classifier")
+    encoder = Encoder(card.config, card.shape)
+    classifier = Classifier(encoder, len(card.classes), card.mode, card.auxiliary)
+    classifier.load_state_dict(state)
+    return classifier.eval(), card
+
+
+def _details(
+    classes: Sequence[str],
+    feature_spec: Mapping[str, Any] | None,
+    provenance: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    return {
+        "classes": list(classes),
+        "feature_spec": dict(feature_spec or {}),
+        "provenance": dict(provenance or {}),
+    }
+
+
+def _fill(
+    model: nn.Module, state: Mapping[str, Tensor], optional: tuple[str, ...]
+) -> tuple[list[str], list[str]]:
+    """Copy what fits; raise if the trunk does not. Returns (missing, unexpected)."""
+    own = {key.removeprefix("encoder."): tensor for key, tensor in model.state_dict().items()}
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    torn = [key for key in missing if not key.startswith(optional)]
+    left = [key for key in unexpected if key.startswith(("blocks_", "patch_embed_"))]
+    if torn or left:
+        raise WeightsError(
+            f"does not fit this encoder: {len(torn)} keys are missing {torn[:3]}, {len(left)} are "
+            f"left over {left[:3]}; check encoder.depth, joint_depth and stem"
+        )
+    both = [key for key in own if key in state]
+    for key in both:
+        if state[key].shape != own[key].shape:
+            raise WeightsError(
+                f"{key} has shape {list(state[key].shape)}, this model's has "
+                f"{list(own[key].shape)}; check encoder.dim, projection and decoder sizes"
+            )
+        if not torch.isfinite(state[key]).all():
+            raise WeightsError(f"{key} holds NaN or infinite values: the file is damaged")
+    with torch.no_grad():
+        for key in both:
+            own[key].copy_(state[key])
+    return missing, unexpected
+
+
+def _fit_positions(encoder: Encoder, state: dict[str, Tensor], audio_rows: int) -> list[str]:
+    """Interpolate the state's position tables to the encoder's grids, in place."""
+    resized = []
+    for side, stem in (("a", encoder.patch_embed_a), ("v", encoder.patch_embed_v)):
+        for key in (f"pos_embed_{side}", f"decoder.pos_embed_{side}"):
+            if key not in state:
+                continue
+            length = state[key].shape[1]
+            if isinstance(stem, PatchStem):
+                rows = audio_rows if side == "a" else layouts.square_rows(length)
+                grid = stem.grid
+            else:
+                rows = 1 if side == "a" else layouts.square_rows(length)
+                own_rows = 1 if side == "a" else layouts.square_rows(stem.n_tokens)
+                grid = (own_rows, stem.n_tokens // own_rows)
+            fitted = layouts.resize_positions(state[key], rows, grid)
+            if fitted is not state[key]:
+                state[key] = fitted
+                resized.append(key)
+    return resized
+
+
+def _take_heads(
+    state: dict[str, Tensor], classes: Sequence[str], source_classes: Sequence[str]
+) -> list[str]:
+    """Reorder class heads by name in place; without names take them out and return their keys."""
+    keys = [key for key in state if key.startswith(("mlp_head.", "auxiliary_heads."))]
+    if not (keys and classes and source_classes):
+        for key in keys:
+            del state[key]
+        return keys
+    order = layouts.class_order(classes, source_classes)
+    for key in keys:
+        if key.endswith((".1.weight", ".1.bias")):
+            if len(state[key]) != len(source_classes):
+                raise WeightsError(
+                    f"{key} has {len(state[key])} classes, {len(source_classes)} names were given"
+                )
+            state[key] = state[key][order]
+    return []
+
+
+def _save(
+    state: Mapping[str, Tensor],
+    encoder: Encoder,
+    uri: str,
+    kind: Literal["encoder", "classifier"],
+    details: Mapping[str, Any],
+) -> None:
+    """Tensors first, then the card with their digest: a card never stands beside other tensors."""
+    payload = safetensors.torch.save(
+        {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    )
+    card = {
+        "kind": kind,
+        "config": encoder.config.model_dump(mode="json"),
+        "shape": encoder.shape._asdict(),
+        **details,
+        "sha256": hashlib.sha256(payload).hexdigest(),
+    }
+    filesystem, folder = fsspec.core.url_to_fs(uri.rstrip("/"))
+    filesystem.makedirs(folder, exist_ok=True)
+    filesystem.pipe_file(f"{folder}/{kind}.safetensors", payload)
+    text = json.dumps(card, indent=2, ensure_ascii=False)
+    filesystem.pipe_file(f"{folder}/{kind}.json", text.encode())
+
+
+def _read_saved(uri: str, kind: str) -> tuple[dict[str, Tensor], ModelCard]:
+    """Tensors and card of a saved folder; the digest must agree."""
+    uri = uri.rstrip("/")
+    payload = _read(f"{uri}/{kind}.safetensors")
+    try:
+        stored = json.loads(_read(f"{uri}/{kind}.json"))
+        card = ModelCard(
+            EncoderConfig(**stored["config"]),
+            InputShape(**stored["shape"]),
+            stored["classes"],
+            stored["feature_spec"],
+            stored["provenance"],
+            stored.get("mode", "multimodal"),
+            stored.get("auxiliary", False),
+        )
+        digest = stored["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{uri}/{kind}.json is no card of a diccae {kind}: {error}") from error
+    if hashlib.sha256(payload).hexdigest() != digest:
+        raise WeightsError(
+            f"{uri}/{kind}.safetensors is not what {kind}.json was written with (sha256 differs): "
+            "the copy is damaged or mixed; copy or save both files again"
+        )
+    return _parse_safetensors(payload, uri), card
+
+
+def _read_pickled(uri: str) -> dict[str, Tensor]:
+    """A torch.save file: a state dict, or one under `model` or `state_dict`; tensors only."""
+    data = io.BytesIO(_read(uri))
+    try:
+        # MAE's own checkpoints keep their command line beside the weights: plain attributes
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(data, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle fails in any way: KeyError, Unicode, Type, ...
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise WeightsError(
+            f"{uri} cannot be read as tensors alone ({reason}); it is damaged, or holds more than "
+            "a state dict: save that by itself with torch.save"
+        ) from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, Mapping):
+        raise WeightsError(f"{uri} holds a {type(loaded).__name__}, expected a state dict")
+    tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+    return layouts.strip_wrappers(tensors)
+
+
+def _parse_safetensors(payload: bytes, uri: str) -> dict[str, Tensor]:
+    try:
+        return layouts.strip_wrappers(safetensors.torch.load(payload))
+    except safetensors.SafetensorError as error:
+        raise WeightsError(f"{uri} is no safetensors file: {error}") from error
+
+
+def _read(uri: str) -> bytes:
+    try:
+        with fsspec.open(uri, "rb") as file:
+            return file.read()
+    except (OSError, ValueError, ImportError) as error:
+        raise WeightsError(f"{uri} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def absolute_uri(uri: str) -> str:
+    """A local path made absolute, so that it means the same to workers in other folders."""
+    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
