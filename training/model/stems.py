@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.model.numerics import convolution_numerics
+
 _AUDIO_CHANNELS = (32, 64, 128)
 _VIDEO_CHANNELS = (16, 32, 64, 128)
 
@@ -39,7 +41,8 @@ class AudioConvStem(nn.Module):
 
     def forward(self, fbank_BTM: Tensor) -> Tensor:
         """fbank_BTM [B, T, M] float, normalised -> [B, L, D]."""
-        x_BCtm = self.blocks(fbank_BTM.unsqueeze(1))
+        with convolution_numerics(fbank_BTM.device):
+            x_BCtm = self.blocks(fbank_BTM.unsqueeze(1))
         return self.proj(x_BCtm.transpose(1, 2).flatten(2))
 
 
@@ -61,5 +64,6 @@ class VideoConvStem(nn.Module):
         half = F.avg_pool2d(frames_BCHW, 2)
         around = F.avg_pool2d(half, 8, ceil_mode=True)
         around = F.interpolate(around, size=half.shape[-2:], mode="bilinear")
-        x_BChw = self.blocks(torch.cat([half, half - around], dim=1))
+        with convolution_numerics(frames_BCHW.device):
+            x_BChw = self.blocks(torch.cat([half, half - around], dim=1))
         return self.proj(x_BChw.flatten(2).transpose(1, 2))
