@@ -18,6 +18,7 @@ _ACTS_AFTER_LABELS = (
     "loss.class_temperature",
     "loss.confusion",
     "loss.fusion",
+    "pool.",
     "rounds.cold_every",
     "rounds.labels",
 )

@@ -9,7 +9,7 @@ from clustering.errors import BadVectors, ClusteringError
 from clustering.kmeans.hashing import vshard_of
 from clustering.pool.bank_actor import BankActor
 from clustering.rounds.bank import Bank, BankRows, check_push
-from clustering.rounds.snapshot import read_rows
+from clustering.rounds.frozen import read_rows
 
 STREAMS = {"audio": 2, "video": 3}
 
@@ -64,7 +64,7 @@ def test_rows_of_later_steps_wait_for_the_next_round() -> None:
 def test_looking_at_the_bank_does_not_change_the_next_freeze() -> None:
     bank = Bank(5)
     bank.push(*_rows([1, 2], [10, 12]))
-    assert bank.ages() == (2, 22, 10, 12)
+    assert bank.ages() == (2, 22, 10, 12, bank.n_bytes)
     assert bank.everything().keys.tolist() == [1, 2]
     assert bank.freeze(10).keys.tolist() == [1]
 

@@ -12,8 +12,8 @@ import torch
 from support.memory import N_CLIPS, SHAPE, MemoryReader, memory_index
 from support.ranks import run_ranks
 
-from clustering.config import ClusteringConfig
-from clustering.kmeans.passes import Table
+from clustering.config import KMeansConfig
+from clustering.kmeans.label_table import LabelTable
 from clustering.rounds.local import LocalRounds
 from training.config import TrainingConfig
 from training.data.batches import Batch, BatchPlan, lanes_of
@@ -76,7 +76,7 @@ def _trainer(
     world: World = _ALONE,
     rounds: bool = True,
     poison: int | None = None,
-    given: Table | None = None,
+    given: LabelTable | None = None,
 ) -> tuple[Pretrainer, Recorder]:
     index = memory_index()
     torch.manual_seed(config.seed)
@@ -84,7 +84,7 @@ def _trainer(
     widths = {s: config.encoder.projection for s in config.loss.label_streams}
     clusters = None
     if rounds:
-        clustering = ClusteringConfig.model_validate({"k": 4, "guard": _NO_GUARD})
+        clustering = KMeansConfig.model_validate({"k": 4, "guard": _NO_GUARD})
         clusters = LocalRounds(clustering, widths, str(folder / "rounds"), seed=0, given=given)
     recorder = recorder or Recorder(clusters, str(folder))
     plan = BatchPlan.of(len(index), config.pretrain.batch_size, config.data)
@@ -225,7 +225,7 @@ def test_labels_apply_at_the_announced_step_and_not_before(tmp_path: Path) -> No
 def test_controls_are_the_labels_of_the_losses(labels: str, tmp_path: Path) -> None:
     control = control_labels(labels, memory_index(), 4, seed=0)
     assert control is not None
-    given = (control.keys_N, control.labels_N)
+    given = LabelTable(control.keys_N, control.labels_N)
     trainer, recorder = _trainer(_config(), tmp_path, given=given)
     trainer.run()
     index = memory_index()
