@@ -1,16 +1,18 @@
 """One-process k-means: equal to faiss and scikit-learn, never rising, sane on odd input."""
 
 import itertools
+from typing import get_args
 
 import faiss
 import numpy as np
 import pytest
 import sklearn.cluster
 
-from clustering.config import KMeansConfig
+from clustering.config import Init, KMeansConfig
 from clustering.errors import BadVectors, ClusteringError
 from clustering.kmeans.label_table import LabelTable
 from clustering.kmeans.lloyd import kmeans
+from clustering.kmeans.start import STARTS
 from clustering.rounds.health import effective_clusters, nmi
 
 
@@ -217,3 +219,7 @@ def test_scale_of_euclidean_rows_changes_no_label(mixture, scale: float) -> None
     config = KMeansConfig(k=6, spherical=False)
     plain, scaled = kmeans(data.x, config), kmeans(data.x * np.float32(scale), config)
     assert (plain.labels_N == scaled.labels_N).all()
+
+
+def test_every_start_that_a_config_may_name_is_there() -> None:
+    assert set(STARTS) == set(get_args(Init))

@@ -168,6 +168,48 @@ def test_actors_killed_at_any_moment_change_no_bit(
     assert all(marker.exists() for marker in markers)
 
 
+def _fold_soon(bank) -> None:
+    bank._bank._fold_above = 64
+
+
+def _freeze_late(gate: str):
+    def arm(_actor) -> None:
+        import os
+        import time
+
+        from clustering.pool.coordinator import Coordinator
+
+        freeze = Coordinator._freeze
+
+        def late(self, request):
+            while not os.path.exists(gate):
+                time.sleep(0.02)
+            return freeze(self, request)
+
+        Coordinator._freeze = late
+
+    return arm
+
+
+def test_rows_pushed_before_a_late_freeze_do_not_reach_its_round(
+    make_pool, features, push_all, round_digest, expected, tmp_path: Path
+) -> None:
+    pool = make_pool()
+    gate = tmp_path / "gate"
+    ray.get([bank.__ray_call__.remote(_fold_soon) for bank in pool.banks])
+    ray.get(pool.coordinator.__ray_call__.remote(_freeze_late(str(gate))))
+    client = pool.client()
+    push_all(client, features(noise=2.0, drift=1), 100, seed=1)
+    client.flush(60)
+    client.start(RoundRequest(1, 100, 120, expected_rows=1500))
+    # Many more steps than ranks are apart, and more rows than a bank leaves unsorted.
+    for step in (130, 160):
+        push_all(client, features(noise=2.0, drift=2), step)
+        client.flush(60)
+    gate.touch()
+    assert round_digest(client.wait(1, 60)) == expected[0]
+
+
 _DRIVER = """
 import pickle, sys
 import ray

@@ -258,6 +258,26 @@ def test_a_round_of_too_few_clips_is_an_error(features, push_all, streams, tmp_p
         _run(rounds)
 
 
+def test_rows_lost_before_their_freeze_can_be_pushed_again(
+    features, push_all, streams, round_digest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver died between asking for a round and its freeze; its bank was not saved."""
+    undisturbed = LocalRounds(CONFIG, streams, str(tmp_path / "undisturbed"))
+    push_all(undisturbed, features(), 100)
+    expected = round_digest(_run(undisturbed))
+    killed = LocalRounds(CONFIG, streams, str(tmp_path / "killed"))
+    push_all(killed, features(), 100)
+    with monkeypatch.context() as patch:
+        patch.setattr("clustering.rounds.local.write_rows", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            _run(killed)
+    resumed = LocalRounds(CONFIG, streams, str(tmp_path / "killed"))
+    with pytest.raises(ClusteringError, match="no rows to cluster, the feature bank is empty"):
+        _run(resumed)
+    push_all(resumed, features(), 100)
+    assert round_digest(_run(resumed)) == expected
+
+
 def test_given_labels_are_published_with_prototypes_and_confusion_of_their_own(
     features, push_all, streams, round_digest, tmp_path: Path
 ) -> None:
