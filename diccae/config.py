@@ -105,6 +105,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 def _explain_one(item: Any, model: type[BaseModel]) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
+    if item["type"] == "value_error":  # Ours, of several fields together: it names what it found.
+        return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
     if item["type"] != "extra_forbidden":
         return f"{key}: {item['msg']}, found {item['input']!r}"
     known = _fields_at(model, location[:-1])

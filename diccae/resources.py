@@ -148,10 +148,6 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-LOWER = "scale.num_workers, scale.cpus_per_worker or pool.n_actors"
-"""What makes a training run smaller."""
-
-
 class Demand(NamedTuple):
     """What one part of a run reserves."""
 
@@ -203,10 +199,12 @@ def left_over(demands: list[Demand], nodes: list[Node]) -> list[Demand]:
     return missing
 
 
-def check_fits(demands: list[Demand], lower: str) -> None:
+def check_fits(
+    demands: list[Demand], lower: str = "scale.num_workers, scale.cpus_per_worker or pool.n_actors"
+) -> None:
     """Compare with the nodes of the cluster Ray is connected to.
 
-    Args: lower: the options that make the run smaller, for the message.
+    Args: lower: the keys that make the run smaller, for the message.
     Raises: ResourceError with a table of who wants what.
     """
     import ray

@@ -6,7 +6,7 @@ Knows nothing of pretraining. Invariant: the same call goes on from the newest c
 import time
 
 from diccae.config import RunConfig
-from diccae.resources import LOWER, check_fits, start_ray, training_demands
+from diccae.resources import check_fits, start_ray, training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.run_record import Say, pin_for, provenance, tracking_handle, with_status
 from training.data.batches import BatchPlan
@@ -22,7 +22,7 @@ def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say:
         len(data.train)
     )
     start_ray()
-    check_fits(training_demands(config, None), LOWER)
+    check_fits(training_demands(config, None))
     say(f"finetune  {len(data.train.classes)} classes, from {uri or 'nothing'}")
     started = time.monotonic()
     handle = tracking_handle(folder)

@@ -11,7 +11,7 @@ from typing import Any
 
 from clustering.rounds.files import load_round, rounds_at
 from diccae.config import RunConfig
-from diccae.resources import LOWER, check_fits, scale_note, start_ray, training_demands
+from diccae.resources import check_fits, scale_note, start_ray, training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.run_record import Say, pin_for, provenance, remember, tracking_run, with_status
 from training.data.batches import BatchPlan
@@ -43,7 +43,7 @@ def run_pretrain(
     start_ray()
     makes_labels = config.rounds.labels != "none"
     pool = config.pool.groups(config.clustering) if makes_labels else None
-    check_fits(training_demands(config, pool), LOWER)
+    check_fits(training_demands(config, pool))
     handle = tracking_run(folder, config, data, tags)
     scale_note(config.scale, say)
     say(
