@@ -168,8 +168,10 @@ def test_actors_killed_at_any_moment_change_no_bit(
     assert all(marker.exists() for marker in markers)
 
 
-def _fold_soon(bank) -> None:
-    bank._bank._fold_above = 64
+def _fold_soon(actor) -> None:
+    import clustering.rounds.bank
+
+    clustering.rounds.bank._FOLD_ROWS = actor._bank._fold_above = 64
 
 
 def _freeze_late(gate: str):
@@ -203,7 +205,7 @@ def test_rows_pushed_before_a_late_freeze_do_not_reach_its_round(
     client.flush(60)
     client.start(RoundRequest(1, 100, 120, expected_rows=1500))
     # Many more steps than ranks are apart, and more rows than a bank leaves unsorted.
-    for step in (130, 160):
+    for step in (130, 160, 190, 220):
         push_all(client, features(noise=2.0, drift=2), step)
         client.flush(60)
     gate.touch()
