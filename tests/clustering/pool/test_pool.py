@@ -168,10 +168,13 @@ def test_actors_killed_at_any_moment_change_no_bit(
     assert all(marker.exists() for marker in markers)
 
 
-def _fold_soon(actor) -> None:
-    import clustering.rounds.bank
+def _fold_soon():
+    def arm(actor) -> None:
+        import clustering.rounds.bank
 
-    clustering.rounds.bank._FOLD_ROWS = actor._bank._fold_above = 64
+        clustering.rounds.bank._FOLD_ROWS = actor._bank._fold_above = 64
+
+    return arm
 
 
 def _freeze_late(gate: str):
@@ -198,7 +201,7 @@ def test_rows_pushed_before_a_late_freeze_do_not_reach_its_round(
 ) -> None:
     pool = make_pool()
     gate = tmp_path / "gate"
-    ray.get([bank.__ray_call__.remote(_fold_soon) for bank in pool.banks])
+    ray.get([bank.__ray_call__.remote(_fold_soon()) for bank in pool.banks])
     ray.get(pool.coordinator.__ray_call__.remote(_freeze_late(str(gate))))
     client = pool.client()
     push_all(client, features(noise=2.0, drift=1), 100, seed=1)
