@@ -18,7 +18,6 @@ _ACTS_AFTER_LABELS = (
     "loss.class_temperature",
     "loss.confusion",
     "loss.fusion",
-    "pool.",
     "rounds.cold_every",
     "rounds.labels",
 )
