@@ -40,13 +40,13 @@ class PointSpace:
         parts = [rows_NW[:, start:stop].astype(np.float64) for start, stop in self.slices]
         if self.spherical and len(parts) > 1:
             # Before they are joined: the longer stream would otherwise decide alone.
-            parts = [unit_rows(part) for part in parts]
+            parts = [unit_rows(part, out=part) for part in parts]
         if self.combine == "mean":
             joined = np.mean(parts, axis=0)
         else:
             joined = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
         if self.spherical and (self.combine != "each" or len(parts) == 1):
-            joined = unit_rows(joined)
+            joined = unit_rows(joined, out=joined)
         return np.asarray(joined, dtype=np.float32)
 
 
@@ -55,13 +55,16 @@ def whole_rows(width: int, spherical: bool) -> PointSpace:
     return PointSpace("vectors", ((0, width),), "concat", spherical)
 
 
-def unit_rows(x_ND: np.ndarray, fallback_ND: np.ndarray | None = None) -> np.ndarray:
+def unit_rows(
+    x_ND: np.ndarray, fallback_ND: np.ndarray | None = None, *, out: np.ndarray | None = None
+) -> np.ndarray:
     """Rows of unit length, float64 [N, D]; a row of zeros stays zero or takes the fallback's.
 
     The only place that normalises: two ways to add the squares would differ in the last bit, and
-    bits are what a round is compared by.
+    bits are what a round is compared by. Args: out: `x_ND` itself spares a second array.
     """
     length_N1 = np.sqrt(np.einsum("nd,nd->n", x_ND, x_ND))[:, None]
-    out = np.zeros_like(x_ND) if fallback_ND is None else fallback_ND.astype(x_ND.dtype)
+    if out is None:
+        out = np.zeros_like(x_ND) if fallback_ND is None else fallback_ND.astype(x_ND.dtype)
     np.divide(x_ND, length_N1, out=out, where=length_N1 > 0)
     return out
