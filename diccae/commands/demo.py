@@ -5,10 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diccae.args import parse
-from diccae.config import RunConfig, load_config
+from diccae.config import SHIPPED, RunConfig, load_config
 from diccae.screen import say
-
-_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse("demo", DemoArgs, argv)
     if args.config is None:
         name = "smoke.yaml" if args.data is None else "av-digits.yaml"
-        args = parse("demo", DemoArgs, argv, run=load_config(_CONFIGS / name))
+        args = parse("demo", DemoArgs, argv, run=load_config(SHIPPED / name))
     from diccae.run_folder import log_to_screen
     from diccae.stages.demo import run_demo
 
