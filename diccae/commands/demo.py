@@ -30,10 +30,13 @@ def main(argv: Sequence[str]) -> int:
     if args.config is None:
         name = "smoke.yaml" if args.data is None else "av-digits.yaml"
         args = parse("demo", DemoArgs, argv, run=load_config(SHIPPED / name))
+    from diccae.commands.evaluate import results_table
     from diccae.run_folder import log_to_screen
     from diccae.stages.demo import run_demo
 
     log_to_screen()
     data = None if args.data is None else Path(args.data)
-    print(run_demo(args.run, Path(args.out), data, args.fresh, say))
+    demo = run_demo(args.run, Path(args.out), data, args.fresh, say)
+    print(f"{results_table(demo.results)}\n\nreport    {demo.page}")
+    print(f"curves    mlflow ui --backend-store-uri {demo.mlflow_uri}")
     return 0
