@@ -1,4 +1,5 @@
 # make demo   set up, then clips -> store -> encoder -> report (DATA=<folder> uses your own clips)
+# make check  set up, then lint, types and the pure tests: a minute, to run while working
 # make test   set up, then lint, types and tests
 # make lock   pin what pyproject.toml asks for into constraints.txt
 
@@ -8,10 +9,14 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OUT    ?= out/demo$(if $(DATA),-$(notdir $(patsubst %/,%,$(DATA))))
 
-.PHONY: demo test lint types lock browser clean
+.PHONY: demo check test lint types lock browser clean
 
 demo: $(STAMP)
 	$(BIN)/diccae demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+# What starts Ray, a server, a browser or ranks carries the marker `edge` (tests/conftest.py).
+check: $(STAMP) lint types
+	$(BIN)/python -m pytest -q -m "not edge and not slow and not gpu" -n 2 --dist loadfile $(ARGS)
 
 test: $(STAMP) browser lint types
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile \
