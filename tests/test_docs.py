@@ -17,7 +17,8 @@ from diccae.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")])
-TOPS = "pipeline|clustering|training|deploy|diccae|configs|benchmarks|tests|docs"
+PACKAGES = ("pipeline", "clustering", "training", "deploy", "diccae")
+TOPS = "|".join([*PACKAGES, "configs", "benchmarks", "tests", "docs"])
 
 every_page = pytest.mark.parametrize(
     "page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix()
@@ -91,3 +92,13 @@ def test_files_and_names_of_the_documents_are_there(page: Path) -> None:
         if name:
             defined = rf"^\s*(def|class) {name}\b|^\s*{name}\b\s*[:=]"
             assert re.search(defined, (ROOT / path).read_text(), re.MULTILINE), f"{path}:{name}"
+
+
+def test_code_refers_to_pages_and_headings_that_are_there() -> None:
+    for path in (file for top in PACKAGES for file in (ROOT / top).rglob("*.py")):
+        text = " ".join(path.read_text().split())
+        assert "DESIGN" not in text, path
+        for page, heading in re.findall(r"(docs/\w+\.md)(?:, \"([^\"]+)\")?", text):
+            assert (ROOT / page).exists(), f"{path}: {page}"
+            if heading:
+                assert f"## {heading}" in (ROOT / page).read_text(), f"{path}: {heading}"
