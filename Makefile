@@ -14,9 +14,15 @@ OUT    ?= out/demo$(if $(DATA),-$(notdir $(patsubst %/,%,$(DATA))))
 demo: $(STAMP)
 	$(BIN)/diccae demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(ARGS)
 
-# What starts Ray, a server, a browser or ranks carries the marker `edge` (tests/conftest.py).
+# Rooms whose tests start neither Ray nor a server, and hardly a process.
+PURE := tests/test_house.py tests/test_docs.py tests/clustering/kmeans tests/clustering/rounds \
+  tests/pipeline/source tests/pipeline/ingest/test_plan.py tests/pipeline/store/test_store.py \
+  tests/training/data tests/training/evaluation tests/training/loop tests/training/losses \
+  tests/training/model tests/training/weights tests/deploy/test_manifests.py \
+  tests/deploy/test_package.py tests/diccae/test_config.py
+
 check: $(STAMP) lint types
-	$(BIN)/python -m pytest -q -m "not edge and not slow and not gpu" -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile $(PURE) $(ARGS)
 
 test: $(STAMP) browser lint types
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile \
