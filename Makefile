@@ -1,4 +1,5 @@
 # make demo   set up, then clips -> store -> encoder -> report (DATA=<folder> uses your own clips)
+# make check  set up, then lint, types and the pure tests: a minute, to run while working
 # make test   set up, then lint, types and tests
 # make lock   pin what pyproject.toml asks for into constraints.txt
 
@@ -8,10 +9,20 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OUT    ?= out/demo$(if $(DATA),-$(notdir $(patsubst %/,%,$(DATA))))
 
-.PHONY: demo test lint types lock browser clean
+.PHONY: demo check test lint types lock browser clean
 
 demo: $(STAMP)
 	$(BIN)/diccae demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+# Rooms whose tests start neither Ray nor a server, and hardly a process.
+PURE := tests/test_house.py tests/test_docs.py tests/clustering/kmeans tests/clustering/rounds \
+  tests/pipeline/source tests/pipeline/ingest/test_plan.py tests/pipeline/store/test_store.py \
+  tests/training/data tests/training/evaluation tests/training/loop tests/training/losses \
+  tests/training/model tests/training/weights tests/deploy/test_manifests.py \
+  tests/deploy/test_package.py tests/diccae/test_config.py
+
+check: $(STAMP) lint types
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile $(PURE) $(ARGS)
 
 test: $(STAMP) browser lint types
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile \

@@ -162,6 +162,7 @@ def submit(
     selection = select_files(Path(working_dir), excludes)
     cluster = connect(address)
     _compare_versions(cluster, say)
+    command = shlex.join(["-m", "diccae", *args])
     with tempfile.TemporaryDirectory(prefix="diccae-package-") as scratch:
         package = Path(scratch) / "package.zip"
         packed = write_zip(selection, package)
@@ -170,21 +171,23 @@ def submit(
             say(f"left out {_summary(selection.left_out)}")
         for note in _paths_of_this_machine(args, Path(working_dir), selection):
             say(note)
-        runtime_env = {
-            "working_dir": str(package),
-            "env_vars": {"PYTHONUNBUFFERED": "1", **(env or {})},
-        }
-        command = shlex.join(["-m", "diccae", *args])
-        entrypoint = f'{_FIND_PYTHON} exec "$python" {command}'
-        try:
-            job_id = str(cluster.client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
-        except (RuntimeError, OSError) as error:
-            raise DeployError(f"{cluster.url} did not take the job: {error}") from error
+        job_id = _hand_over(cluster, command, package, env or {})
     say(f"job      {job_id} on {cluster.url} (Ray {cluster.ray_version}): python {command}")
     if not wait:
         say(_how_to(address, job_id))
         return 0
     return _follow(cluster, address, job_id, say, write)
+
+
+def _hand_over(cluster: Cluster, command: str, package: Path, env: Mapping[str, str]) -> str:
+    """Upload the package and start `python <command>` in it; the id of the job."""
+    entrypoint = f'{_FIND_PYTHON} exec "$python" {command}'
+    env_vars = {"PYTHONUNBUFFERED": "1", **env}
+    runtime_env = {"working_dir": str(package), "env_vars": env_vars}
+    try:
+        return str(cluster.client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
+    except (RuntimeError, OSError) as error:
+        raise DeployError(f"{cluster.url} did not take the job: {error}") from error
 
 
 def _compare_versions(cluster: Cluster, say: Say) -> None:

@@ -19,6 +19,9 @@ from diccae.errors import UsageError
 from pipeline.config import FeatureSpec, IngestConfig
 from training.config import TrainingConfig
 
+SHIPPED = Path(__file__).resolve().parents[1] / "configs"
+"""The recipes: beside the packages in a checkout, and in a wheel, too."""
+
 
 class RunConfig(TrainingConfig):
     """Everything a run depends on, from raw clips to report."""
@@ -53,8 +56,8 @@ def load_config(path: str | Path | None) -> RunConfig:
     try:
         content = yaml.safe_load(Path(path).read_text()) or {}
     except FileNotFoundError:
-        known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none here"
-        raise UsageError(f"{path}: no such config file. Files in configs/: {known}") from None
+        known = ", ".join(sorted(p.name for p in SHIPPED.glob("*.yaml")))
+        raise UsageError(f"{path}: no such config file. In {SHIPPED}: {known}") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(content, dict):

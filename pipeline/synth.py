@@ -11,6 +11,7 @@ import math
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -105,11 +106,11 @@ def picture(look: str, size: int, rng: np.random.Generator) -> np.ndarray:
     ground_HW3 = back + 255 * (slope[0] * x_HW + slope[1] * y_HW)[..., None]
     noise = rng.uniform(4, 18)
     centre, scale = rng.uniform(-0.15, 0.15, 2).astype(np.float32), rng.uniform(0.8, 1.25)
-    phase, speed = rng.uniform(0, 1), rng.uniform(0.7, 1.3)
+    motion = _Motion(rng.uniform(0, 1), rng.uniform(0.7, 1.3), scale)
     frames = np.empty((n_frames, size, size, 3), np.uint8)
     for i in range(n_frames):
         t = i / (n_frames - 1)
-        mask_HW = _shape(look, x_HW - centre[0], y_HW - centre[1], t, phase, speed, scale)
+        mask_HW = _shape(look, x_HW - centre[0], y_HW - centre[1], t, motion)
         image = ground_HW3 + noise * rng.standard_normal((size, size, 1), np.float32)
         image[mask_HW] = fore + np.float32(rng.normal(0, noise))
         frames[i] = np.clip(image, 0, 255, out=image)
@@ -123,16 +124,20 @@ def _two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
             return back, fore
 
 
-def _shape(
-    look: str,
-    x_HW: np.ndarray,
-    y_HW: np.ndarray,
-    t: float,
-    phase: float,
-    speed: float,
-    scale: float,
-) -> np.ndarray:
+class _Motion(NamedTuple):
+    """What of a shape's way differs from clip to clip."""
+
+    phase: float
+    """Where it starts, as a share of a turn."""
+    speed: float
+    """Turns, bounces or widths in a clip."""
+    scale: float
+    """Of its size."""
+
+
+def _shape(look: str, x_HW: np.ndarray, y_HW: np.ndarray, t: float, motion: _Motion) -> np.ndarray:
     """Where the shape is at time t in [0, 1]."""
+    phase, speed, scale = motion
     if look == "bouncing":
         height = abs(math.sin(math.pi * (2 * speed * t + phase)))
         return np.hypot(x_HW, y_HW - 0.25 + 0.5 * height) < 0.13 * scale

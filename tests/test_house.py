@@ -1,12 +1,17 @@
-"""Imports run one way, and files stay short enough to read."""
+"""The house rules: which way imports run, where Ray may be, how large a room, file, function is.
+
+Reads the source of the five packages, imports none of it.
+"""
 
 import ast
+import functools
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("pipeline", "clustering", "training", "deploy", "diccae")
 ALLOWED = {
     "pipeline": set(),
     "clustering": set(),
@@ -14,31 +19,140 @@ ALLOWED = {
     "deploy": set(),
     "diccae": {"pipeline", "clustering", "training", "deploy"},
 }
+"""A package: those it may import beside itself."""
+RAY = ("clustering/pool/", "training/on_ray/", "pipeline/ingest/on_ray.py", "deploy/", "diccae/")
+"""Everything else can be read, tested and run without a cluster."""
+ONE_FILE_A_COMMAND = "diccae/commands"
+
+MAX_FILES, MAX_LINES, MAX_FUNCTION_LINES, MAX_POSITIONAL = 12, 400, 40, 6
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+every_package = pytest.mark.parametrize("package", ALLOWED)
 
 
-def _imported_packages(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+@functools.cache
+def _files(package: str) -> dict[str, ast.Module]:
+    """Path below the root: syntax tree."""
+    paths = sorted((ROOT / package).rglob("*.py"))
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in paths}
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    """Dotted names imported anywhere in a file, in functions and under TYPE_CHECKING, too."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found.add(node.module.split(".")[0])
-    return found & set(PACKAGES)
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+def _functions(package: str) -> Iterator[tuple[str, Function]]:
+    for path, tree in _files(package).items():
+        for node in ast.walk(tree):
+            if isinstance(node, Function):
+                yield f"{path}:{node.lineno} {node.name}", node
+
+
+def _room(dotted: str) -> str | None:
+    """The folder that holds what is imported; None if it is not ours."""
+    parts = dotted.split(".")
+    if parts[0] not in ALLOWED:
+        return None
+    while not (ROOT / "/".join(parts)).is_dir():
+        parts.pop()
+    return "/".join(parts)
+
+
+@every_package
 def test_imports_run_one_way(package: str) -> None:
-    files = sorted((ROOT / package).rglob("*.py"))
-    assert files
-    for path in files:
-        wrong = _imported_packages(path) - ALLOWED[package] - {package}
-        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+    assert _files(package)
+    allowed = ALLOWED[package] | {package}
+    wrong = [
+        f"{path} imports {name}"
+        for path, tree in _files(package).items()
+        for name in _imports(tree)
+        if (top := name.split(".")[0]) in ALLOWED and top not in allowed
+    ]
+    assert wrong == []
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_files_are_short_and_say_what_they_do(package: str) -> None:
-    for path in sorted((ROOT / package).rglob("*.py")):
-        text = path.read_text()
-        assert ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)} has no docstring"
-        lines = text.count("\n")
-        assert lines <= 400, f"{path.relative_to(ROOT)} has {lines} lines; split it"
+@every_package
+def test_ray_is_imported_at_the_edge_only(package: str) -> None:
+    wrong = [
+        path
+        for path, tree in _files(package).items()
+        if not path.startswith(RAY) and any(n.split(".")[0] == "ray" for n in _imports(tree))
+    ]
+    assert wrong == []
+
+
+@every_package
+def test_rooms_import_each_other_in_no_circle(package: str) -> None:
+    below: dict[str, set[str]] = defaultdict(set)
+    for path, tree in _files(package).items():
+        here = str(Path(path).parent)
+        below[here] |= {room for name in _imports(tree) if (room := _room(name))} - {here}
+    # Rooms that import nothing more are taken away until none is left, or a circle.
+    while free := [room for room, wants in below.items() if not wants & below.keys()]:
+        for room in free:
+            del below[room]
+    circle = {room: sorted(wants & below.keys()) for room, wants in below.items()}
+    assert circle == {}
+
+
+@every_package
+def test_a_room_holds_a_dozen_files(package: str) -> None:
+    rooms: dict[str, int] = defaultdict(int)
+    for path in _files(package):
+        rooms[str(Path(path).parent)] += Path(path).name != "__init__.py"
+    rooms.pop(ONE_FILE_A_COMMAND, None)
+    assert {room: n for room, n in rooms.items() if n > MAX_FILES} == {}
+
+
+@every_package
+def test_files_are_short_and_say_what_they_are(package: str) -> None:
+    undocumented = [path for path, tree in _files(package).items() if not ast.get_docstring(tree)]
+    lines = {path: (ROOT / path).read_text().count("\n") for path in _files(package)}
+    assert undocumented == []
+    assert {path: n for path, n in lines.items() if n > MAX_LINES} == {}
+
+
+def test_no_two_files_open_with_the_same_sentence() -> None:
+    files: dict[str, list[str]] = defaultdict(list)
+    for package in ALLOWED:
+        for path, tree in _files(package).items():
+            first = (ast.get_docstring(tree) or path).split("\n\n")[0].split(". ")[0]
+            files[" ".join(first.split()).rstrip(".").lower()].append(path)
+    assert [paths for paths in files.values() if len(paths) > 1] == []
+
+
+@every_package
+def test_functions_are_short(package: str) -> None:
+    lengths = {
+        name: (node.end_lineno or node.lineno) - node.lineno + 1
+        for name, node in _functions(package)
+    }
+    assert {name: n for name, n in lengths.items() if n > MAX_FUNCTION_LINES} == {}
+
+
+@every_package
+def test_functions_take_few_positional_arguments(package: str) -> None:
+    wrong = {}
+    for name, node in _functions(package):
+        taken = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
+        n = len(taken) - (taken[:1] in (["self"], ["cls"]))
+        if n > MAX_POSITIONAL:
+            wrong[name] = n
+    assert wrong == {}
+
+
+def test_tests_lie_as_the_rooms_do() -> None:
+    tests = ROOT / "tests"
+    homeless = [
+        path.relative_to(ROOT).as_posix()
+        for path in sorted(tests.rglob("test_*.py"))
+        if path.parent != tests and not any((ROOT / path.parent.relative_to(tests)).glob("*.py"))
+    ]
+    assert homeless == []

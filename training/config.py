@@ -27,7 +27,7 @@ class Frozen(BaseModel):
 
 
 class EncoderConfig(Frozen):
-    """Shape of the encoder (DESIGN section 4). Fields left out are taken from `preset`."""
+    """Shape of the encoder (docs/design.md, "The encoder"). Fields left out come from `preset`."""
 
     preset: Preset = "tiny"
     """Named size; every other field may override it."""
@@ -115,7 +115,7 @@ class AugmentConfig(Frozen):
 
 
 class LossConfig(Frozen):
-    """Weights and temperatures of the pretraining loss (DESIGN section 5)."""
+    """Weights and temperatures of the pretraining loss (docs/method.md)."""
 
     instance: float = Field(1.0, ge=0)
     """Weight of L_inst, InfoNCE between a clip's audio and video."""
@@ -152,7 +152,7 @@ class LossConfig(Frozen):
 
 
 class ConfusionConfig(Frozen):
-    """How the confusion matrix is estimated and turned into weights (DESIGN section 5)."""
+    """How the confusion matrix is estimated and turned into weights (docs/method.md)."""
 
     gamma: float = Field(1.0, ge=0)
     """Exponent on the relative confusion degree; 0 turns weighting off (plain cross-entropy)."""
@@ -171,7 +171,7 @@ class ConfusionConfig(Frozen):
 
 
 class RoundsConfig(Frozen):
-    """When pseudo-labels are made and how they reach training (DESIGN sections 5 and 6)."""
+    """When pseudo-labels are made and how they reach training (docs/design.md, "Pretraining")."""
 
     labels: Literal["clusters", "none", "random", "true"] = "clusters"
     """`none` never labels: InfoNCE (and what else is on) alone. Controls, in the same slots and
@@ -239,7 +239,7 @@ class PretrainConfig(Frozen):
 
 
 class FinetuneConfig(Frozen):
-    """Supervised fine-tuning (DESIGN section 7)."""
+    """Supervised fine-tuning (docs/design.md, "Fine-tuning")."""
 
     mode: Literal["multimodal", "audio", "video"] = "multimodal"
     """Streams that are trained; multimodal models are tested in all modes."""

@@ -5,10 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diccae.args import parse
-from diccae.config import RunConfig, load_config
+from diccae.config import SHIPPED, RunConfig, load_config
 from diccae.screen import say
-
-_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,14 @@ def main(argv: Sequence[str]) -> int:
     args = parse("demo", DemoArgs, argv)
     if args.config is None:
         name = "smoke.yaml" if args.data is None else "av-digits.yaml"
-        args = parse("demo", DemoArgs, argv, run=load_config(_CONFIGS / name))
+        args = parse("demo", DemoArgs, argv, run=load_config(SHIPPED / name))
+    from diccae.commands.evaluate import results_table
     from diccae.run_folder import log_to_screen
     from diccae.stages.demo import run_demo
 
     log_to_screen()
     data = None if args.data is None else Path(args.data)
-    print(run_demo(args.run, Path(args.out), data, args.fresh, say))
+    demo = run_demo(args.run, Path(args.out), data, args.fresh, say)
+    print(f"{results_table(demo.results)}\n\nreport    {demo.page}")
+    print(f"curves    mlflow ui --backend-store-uri {demo.mlflow_uri}")
     return 0

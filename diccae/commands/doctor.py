@@ -24,7 +24,7 @@ class DoctorArgs:
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns: 1 if a check failed."""
     args = parse("doctor", DoctorArgs, argv)
-    from diccae.doctor import run_doctor
+    from diccae.doctor.examine import run_doctor
 
     checks = run_doctor(args.store, args.mlflow_uri, args.address)
     if args.json:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     return _show(maintenance.export(args.store, args.out, args.format), args.json)
 
 
-def _show(result: dict, as_json: bool) -> int:
+def _show(result: dict[str, Any], as_json: bool) -> int:
     if as_json:
         print(json.dumps(result))
     else:
@@ -92,7 +92,7 @@ def _verify(args: StoreArgs) -> int:
     return 1 if result["problems"] and not args.repair else 0
 
 
-def _failures(by_reason: dict[str, dict], as_json: bool) -> int:
+def _failures(by_reason: dict[str, dict[str, Any]], as_json: bool) -> int:
     if as_json:
         print(json.dumps(by_reason))
         return 0

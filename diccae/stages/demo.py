@@ -6,8 +6,8 @@ and every stage that is done is skipped or goes on.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from diccae.commands.evaluate import results_table
 from diccae.config import RunConfig
 from diccae.errors import UsageError
 from diccae.run_folder import RunFolder
@@ -24,8 +24,18 @@ Say = Callable[[str], None]
 _TRAIN, _TEST = 360, 120
 
 
-def run_demo(config: RunConfig, out: Path, data: Path | None, fresh: bool, say: Say) -> str:
-    """Run every stage into `out`. Returns: the table to show.
+class Demo(NamedTuple):
+    """What a demo leaves to look at."""
+
+    results: dict[str, Any]
+    """Of results.json."""
+    page: Path
+    """The report."""
+    mlflow_uri: str
+
+
+def run_demo(config: RunConfig, out: Path, data: Path | None, fresh: bool, say: Say) -> Demo:
+    """Run every stage into `out`.
 
     Args: data: a folder NAME with `videos/` and NAME.csv in VGGSound's columns; None writes
         synthetic clips first.
@@ -43,15 +53,7 @@ def run_demo(config: RunConfig, out: Path, data: Path | None, fresh: bool, say: 
     folder.write_results(seconds={"ingest": round(spent + summary.seconds, 2)})
     run_finetune(folder, config, None, say)
     results = run_evaluate(folder, config, say)
-    page = run_report(folder, None)
-    return "\n".join(
-        [
-            results_table(results),
-            "",
-            f"report    {page}",
-            f"curves    mlflow ui --backend-store-uri {folder.record['mlflow']['uri']}",
-        ]
-    )
+    return Demo(results, run_report(folder, None), folder.record["mlflow"]["uri"])
 
 
 def _clips(out: Path, data: Path | None, say: Say) -> tuple[Path, Path]:

@@ -39,14 +39,7 @@ def run_ingest(
     run = _IngestRun(tracked, params) if tracked is not None and tracked.uri else None
 
     def show(progress: Progress) -> None:
-        reasons = ", ".join(f"{r} {n}" for r, n in sorted(progress.by_reason.items()))
-        line.show(
-            f"ingest    {progress.done:,}/{progress.total:,}  ok {progress.ok:,}  failed "
-            f"{progress.failed:,}{f' ({reasons})' if reasons else ''}  "
-            f"{progress.clips_per_s:.1f} clips/s  left {clock(progress.eta_s)}  "
-            f"committed {progress.committed:,}",
-            now=progress.done == progress.total,
-        )
+        line.show(_in_words(progress), now=progress.done == progress.total)
         if run is not None:
             run.log(progress)
 
@@ -62,6 +55,16 @@ def run_ingest(
         line.close()
         if run is not None:
             run.end(status, summary)
+
+
+def _in_words(progress: Progress) -> str:
+    reasons = ", ".join(f"{r} {n}" for r, n in sorted(progress.by_reason.items()))
+    return (
+        f"ingest    {progress.done:,}/{progress.total:,}  ok {progress.ok:,}  failed "
+        f"{progress.failed:,}{f' ({reasons})' if reasons else ''}  "
+        f"{progress.clips_per_s:.1f} clips/s  left {clock(progress.eta_s)}  "
+        f"committed {progress.committed:,}"
+    )
 
 
 class _IngestRun:

@@ -16,7 +16,7 @@ from diccae.run_folder import RunFolder, watched
 from diccae.stages.run_record import Say, pin_for, provenance, remember, tracking_run, with_status
 from training.data.batches import BatchPlan
 from training.on_ray.pretrain import WHOLE, Pinned, Span, check, make_encoder, pretrain
-from training.tracking import tracker as tracking
+from training.tracking.copier import read_metrics
 from training.weights.files import by_part, load_weights
 
 
@@ -50,6 +50,7 @@ def run_pretrain(
         f"pretrain  {len(data.train):,} clips of {store} version {data.snapshot.version}, "
         f"{total:,} steps of {config.pretrain.batch_size}, encoder {config.encoder.preset}"
     )
+    made_by = provenance(folder, config)
     started = time.monotonic()
     with watched(folder.path / "metrics.jsonl", total, "pretrain"):
         result = with_status(
@@ -61,26 +62,33 @@ def run_pretrain(
                 data,
                 folder.path,
                 handle,
-                provenance(folder, config),
+                made_by,
                 span,
                 pool=config.pool,
             ),
         )
+    _write_results(folder, config, len(data.train), result, time.monotonic() - started)
+    return result
+
+
+def _write_results(
+    folder: RunFolder, config: RunConfig, n_train: int, result: dict[str, Any], seconds: float
+) -> None:
+    """What pretraining adds to results.json; its time adds up over restarts."""
     before = folder.results.get("seconds", {}).get("pretrain", 0.0)
     metrics = result.get("metrics", {})
     folder.write_results(
         encoder=config.encoder.preset,
-        n_train=len(data.train),
+        n_train=n_train,
         config_hash=config.digest(),
         store=folder.record["store"],
         pseudo_labels=_pseudo_labels(folder.path, config),
         pretraining={name: metrics[name] for name in sorted(metrics) if "/" not in name},
         seconds={
-            "pretrain": round(before + time.monotonic() - started, 2),
+            "pretrain": round(before + seconds, 2),
             "cluster": round(result.get("clustering_s", 0.0), 2),
         },
     )
-    return result
 
 
 def _say_what_weights_give(config: RunConfig, data: Pinned, say: Say) -> None:
@@ -100,7 +108,7 @@ def _pseudo_labels(out: Path, config: RunConfig) -> dict[str, Any]:
     """Quality and stability of the rounds, from what clustering and training wrote down."""
     uri = str(out / "rounds")
     rounds = [load_round(uri, r) for r in rounds_at(uri)] if config.rounds.labels != "none" else []
-    lines = list(tracking.read_metrics(out / "metrics.jsonl"))
+    lines = list(read_metrics(out / "metrics.jsonl"))
     nmi = [line["clustering/nmi"] for line in lines if line.get("clustering/nmi") is not None]
     return {
         "k": config.clustering.k,

@@ -1,7 +1,6 @@
 """Fixtures of the training core: CAV-MAE's parity data, small encoders."""
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,10 @@ from training.model.encoder import InputShape
 
 
 class Parity(NamedTuple):
-    folder: Path
+    """Outputs of the reference CAV-MAE (tests/data/cavmae_parity), float64."""
+
+    pretrained: str
+    finetuned: str
     config: EncoderConfig
     shape: InputShape
     expected: dict[str, torch.Tensor]
@@ -27,29 +29,18 @@ class Parity(NamedTuple):
 @pytest.fixture(scope="session")
 def parity() -> Parity:
     """The tiny CAV-MAE whose outputs were recorded in float64."""
-    beside = Path(__file__).parents[3] / "shared" / "data" / "cavmae-parity"
-    folder = Path(os.environ.get("DICCAE_PARITY_DIR", beside))
-    if not (folder / "expected_tiny.npz").exists():
-        pytest.skip(f"no CAV-MAE parity data in {folder}; set DICCAE_PARITY_DIR")
-    sizes = json.loads((folder / "config_tiny.json").read_text())
-    config = EncoderConfig(
-        preset="base",
-        dim=sizes["enc"]["embed_dim"],
-        n_heads=sizes["enc"]["num_heads"],
-        depth=sizes["enc"]["modality_specific_depth"],
-        decoder_dim=sizes["dec"]["decoder_embed_dim"],
-        decoder_depth=sizes["dec"]["decoder_depth"],
-        decoder_heads=sizes["dec"]["decoder_num_heads"],
-    )
-    with np.load(folder / "expected_tiny.npz") as arrays:
+    folder = Path(__file__).parents[1] / "data" / "cavmae_parity"
+    sizes = json.loads((folder / "sizes.json").read_text())
+    with np.load(folder / "expected.npz") as arrays:
         expected = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     return Parity(
-        folder,
-        config,
-        InputShape(sizes["enc"]["audio_length"], 128, sizes["enc"]["img_size"]),
+        str(folder / "pretrained.pth"),
+        str(folder / "finetuned.pth"),
+        EncoderConfig(**sizes["encoder"]),
+        InputShape(**sizes["shape"]),
         expected,
         expected["audio"].double(),
-        expected["img"].double()[:, None],
+        expected["images"].double()[:, None],
     )
 
 

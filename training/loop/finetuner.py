@@ -50,7 +50,7 @@ def balanced_draws(index: RowIndex, seed: int) -> Any:
 
 
 class Finetuner:
-    """Fine-tunes a classifier on the labelled rows of `index` (DESIGN section 7)."""
+    """Fine-tunes a classifier on the labelled rows of `index` (docs/design.md, "Fine-tuning")."""
 
     def __init__(
         self,

@@ -60,7 +60,7 @@ class Hooks(NamedTuple):
 
 
 class Pretrainer:
-    """DICCAE pretraining on the rows of `index` (DESIGN sections 5 and 6)."""
+    """DICCAE pretraining on the rows of `index` (docs/design.md, "Pretraining")."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from training.losses.terms import IGNORED
 def relative_degrees(confusion_KK: Tensor) -> Tensor:
     """d_kl: symmetrised confusion without its diagonal, each row scaled to mean 1.
 
-    A row without confusion is all zeros. Source: DESIGN section 5.
+    A row without confusion is all zeros. Source: docs/method.md.
     """
     n_classes = confusion_KK.shape[0]
     degrees_KK = (confusion_KK + confusion_KK.T) / 2
@@ -38,7 +38,7 @@ def confusion_weights(confusion_KK: Tensor, gamma: float, w_max: float) -> Tenso
 
     Returns: [K, K], w >= 1, w_kk = 1; a row with no confusion is all ones.
     Raises: ValueError if gamma < 0 or w_max < 1.
-    Source: DESIGN section 5; pairwise margins of Menon et al. 2021 (arXiv 2007.07314).
+    Source: docs/method.md; pairwise margins of Menon et al. 2021 (arXiv 2007.07314).
     """
     if gamma < 0 or w_max < 1:
         raise ValueError(f"gamma = {gamma}, w_max = {w_max}: need gamma >= 0 and w_max >= 1")

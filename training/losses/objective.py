@@ -121,7 +121,7 @@ class Total(NamedTuple):
 def total_loss(
     embeddings: Embeddings, labels: list[Labels], config: LossConfig, share: Share | None = None
 ) -> Total:
-    """Everything but L_rec (DESIGN section 5): weighted sum over this rank's rows.
+    """Everything but L_rec (docs/method.md): weighted sum over this rank's rows.
 
     Its mean over ranks is the loss of the global batch. Args: share: see `info_nce`.
     """

@@ -1,4 +1,4 @@
-"""The terms of the pretraining loss (DESIGN section 5), one function each.
+"""The terms of the pretraining loss (docs/method.md), one function each.
 
 Pure tensors: knows nothing of encoders, of how labels were made, or of weights between terms.
 Invariants: computed in at least float32; rows labelled -100 are ignored, and a batch of only such
@@ -142,7 +142,7 @@ def confusion_loss(
     q = h_s M^s' / tau_c; all weights 1 is plain cross-entropy.
 
     Args: as `class_alignment`; weights_KK: >= 1 with ones on the diagonal (ConfusionState).
-    Source: DESIGN section 5; pairwise margins log w_yl as in Menon et al. 2021 (arXiv 2007.07314).
+    Source: docs/method.md; pairwise margins log w_yl as in Menon et al. 2021 (arXiv 2007.07314).
     """
     rows = labelled_rows(labels_B) if rows is None else rows
     labels_B = labels_B.long()

@@ -68,7 +68,7 @@ class Encoding(NamedTuple):
 
 
 class ClassHead(nn.Module):
-    """g_s of DESIGN section 4: LayerNorm, D -> D, GELU, D -> P, unit norm; never in bf16."""
+    """g_s of docs/method.md: LayerNorm, D -> D, GELU, D -> P, unit norm; never in bf16."""
 
     def __init__(self, dim: int, projection: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class ClassHead(nn.Module):
 
 
 class Encoder(nn.Module):
-    """CAV-MAE's trunk with class heads (DESIGN section 4).
+    """CAV-MAE's trunk with class heads (docs/design.md, "The encoder").
 
     Args: decoder: build the reconstruction decoder (patch stems only).
     Raises: ValueError where config and input shape do not go together.

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from diccae import doctor
-from diccae.doctor import Check
+from diccae.doctor import child, libraries, machine, services
+from diccae.doctor.check import Check
+from diccae.doctor.examine import run_doctor
 from pipeline.config import FeatureSpec
 from pipeline.store.store import FeatureStore
 
 
 def test_this_machine_is_well() -> None:
-    checks = [doctor.check_python(), doctor.check_versions(), doctor.check_codecs()]
-    checks += [doctor.check_decord(), doctor.check_devices()]
+    checks = [libraries.check_python(), libraries.check_versions(), libraries.check_codecs()]
+    checks += [libraries.check_decord(), libraries.check_devices()]
     assert [check for check in checks if not check.ok] == []
     decord = checks[3].detail
     assert "h264" in decord.split("; through PyAV")[0]
@@ -30,7 +31,7 @@ def test_ray_starts_and_leaves_no_token_in_the_home(
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    assert doctor.check_ray_start().ok
+    assert machine.check_ray_start().ok
     assert not (tmp_path / ".ray").exists()
 
 
@@ -43,7 +44,7 @@ def test_wrong_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -
         return "2.10.0+cu130" if name == "torch" else real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    check = doctor.check_versions()
+    check = libraries.check_versions()
     assert not check.ok
     assert "decord is missing" in check.detail
     assert "torch 2.10.0+cu130, pinned 2.11.0" in check.detail
@@ -62,18 +63,18 @@ def test_wrong_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -
 def test_blas_that_does_not_know_the_cpu_is_found(
     monkeypatch: pytest.MonkeyPatch, flags: set[str], cores: str, ok: bool, said: str
 ) -> None:
-    monkeypatch.setattr(doctor, "_cpu_flags", lambda: flags)
+    monkeypatch.setattr(libraries, "_cpu_flags", lambda: flags)
     found = json.dumps([["/x/faiss_gpu.libs/lib.so", "0.3.15", cores]])
-    monkeypatch.setattr(doctor, "_run", lambda code, timeout_s: found)
-    check = doctor.check_blas()
+    monkeypatch.setattr(child, "run", lambda code, timeout_s: found)
+    check = libraries.check_blas()
     assert check.ok is ok
     assert f"faiss {cores}" in check.detail
     assert said in check.hint if said else check.hint == ""
 
 
 def test_a_library_that_crashes_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_DECORD", "import os; os.abort()")
-    check = doctor.check_decord()
+    monkeypatch.setattr(libraries, "_DECORD", "import os; os.abort()")
+    check = libraries.check_decord()
     assert not check.ok
     assert "exit status -6" in check.detail
     assert "pyav" in check.hint
@@ -85,13 +86,13 @@ def test_ray_folder_too_long_for_a_socket_is_found(
     deep = tmp_path / ("x" * 80)
     deep.mkdir()
     monkeypatch.setenv("RAY_TMPDIR", str(deep))
-    check = doctor.check_ray_folder()
+    check = machine.check_ray_folder()
     assert not check.ok
     assert "too long for a socket" in check.detail
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
-    assert doctor.check_ray_folder().ok
+    assert machine.check_ray_folder().ok
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/missing")
-    assert "not writable" in doctor.check_ray_folder().detail
+    assert "not writable" in machine.check_ray_folder().detail
 
 
 def test_token_is_missed_only_where_it_is_asked_for(
@@ -100,13 +101,13 @@ def test_token_is_missed_only_where_it_is_asked_for(
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    assert doctor.check_token().ok
+    assert services.check_token().ok
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    assert not doctor.check_token().ok
+    assert not services.check_token().ok
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "missing"))
-    assert "RAY_AUTH_TOKEN_PATH" in doctor.check_token().detail
+    assert "RAY_AUTH_TOKEN_PATH" in services.check_token().detail
     monkeypatch.setenv("RAY_AUTH_TOKEN", "5" * 64)
-    check = doctor.check_token()
+    check = services.check_token()
     assert check.ok
     assert "5" * 64 not in check.detail
 
@@ -114,17 +115,17 @@ def test_token_is_missed_only_where_it_is_asked_for(
 def test_full_disk_and_full_shared_memory_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     full = shutil.disk_usage("/")._replace(free=10 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    for check in (doctor.check_disk(None), doctor.check_shared_memory()):
+    for check in (machine.check_disk(None), machine.check_shared_memory()):
         assert not check.ok
         assert check.hint
 
 
 def test_store_is_opened_and_a_missing_one_is_found(tmp_path: Path) -> None:
     FeatureStore.create(str(tmp_path / "store"), FeatureSpec())
-    check = doctor.check_store(str(tmp_path / "store"))
+    check = services.check_store(str(tmp_path / "store"))
     assert check.ok
     assert "0 clips" in check.detail
-    missing = doctor.check_store(str(tmp_path / "missing"))
+    missing = services.check_store(str(tmp_path / "missing"))
     assert not missing.ok
     assert "no feature store" in missing.detail
 
@@ -149,10 +150,10 @@ def mlflow_like() -> Iterator[str]:
 
 
 def test_mlflow_is_reached_or_not(mlflow_like: str, tmp_path: Path) -> None:
-    assert doctor.check_mlflow(mlflow_like).ok
-    assert doctor.check_mlflow(f"sqlite:///{tmp_path}/mlflow.db").ok
+    assert services.check_mlflow(mlflow_like).ok
+    assert services.check_mlflow(f"sqlite:///{tmp_path}/mlflow.db").ok
     for uri in (f"{mlflow_like}/other", "http://127.0.0.1:9"):
-        check = doctor.check_mlflow(uri)
+        check = services.check_mlflow(uri)
         assert not check.ok
         assert check.hint
 
@@ -163,8 +164,8 @@ def test_whatever_is_named_is_checked_and_every_failure_has_a_next_step(
     def broken(code: str, timeout_s: float, *args: str, env: object = None) -> str:
         raise RuntimeError("cannot load")
 
-    monkeypatch.setattr(doctor, "_run", broken)
-    checks = doctor.run_doctor(str(tmp_path / "none"), "http://127.0.0.1:9", "http://127.0.0.1:9")
+    monkeypatch.setattr(child, "run", broken)
+    checks = run_doctor(str(tmp_path / "none"), "http://127.0.0.1:9", "http://127.0.0.1:9")
     failed = {check.name: check for check in checks if not check.ok}
     assert {"store", "mlflow", "cluster", "decord", "devices", "blas", "ray start"} <= failed.keys()
     assert all(isinstance(check, Check) and check.hint for check in failed.values())

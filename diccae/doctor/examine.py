@@ -1,0 +1,37 @@
+"""Every question of the doctor, asked in the order in which failures should be mended.
+
+Knows nothing of how the answers are shown, and changes nothing. Invariant: no check raises, and
+each one that fails names the next step.
+"""
+
+from diccae.doctor import libraries, machine, services
+from diccae.doctor.check import Check
+
+
+def run_doctor(
+    store: str | None = None, mlflow_uri: str | None = None, address: str | None = None
+) -> list[Check]:
+    """Check the machine, and whatever of store, MLflow server and cluster is named.
+
+    Returns: checks in the order in which their failures should be mended; about 20 s.
+    """
+    checks = [
+        libraries.check_python(),
+        libraries.check_versions(),
+        libraries.check_devices(),
+        libraries.check_blas(),
+        libraries.check_codecs(),
+        libraries.check_decord(),
+        machine.check_shared_memory(),
+        machine.check_ray_folder(),
+        services.check_token(),
+        machine.check_ray_start(),
+        machine.check_disk(store),
+    ]
+    if store:
+        checks.append(services.check_store(store))
+    if mlflow_uri:
+        checks.append(services.check_mlflow(mlflow_uri))
+    if address:
+        checks.append(services.check_cluster(address))
+    return checks

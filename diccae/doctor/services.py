@@ -1,0 +1,72 @@
+"""Checks of what is reached over a network: a token, a store, an MLflow server, a cluster.
+
+Knows nothing of this machine but its environment. Invariant: it reads, and writes nothing.
+"""
+
+import importlib.metadata
+import os
+import urllib.request
+from pathlib import Path
+
+from diccae.doctor.check import Check, never_raises
+
+
+@never_raises("ray token", "see the message; unset RAY_AUTH_TOKEN_PATH or name a readable file")
+def check_token() -> Check:
+    """Whether the token a cluster may ask for is here; a machine without one is no failure."""
+    from deploy.submit import find_token
+
+    mode = os.environ.get("RAY_AUTH_MODE", "unset")
+    token, source = find_token()
+    if token:
+        return Check("ray token", True, f"from {source}; RAY_AUTH_MODE {mode}")
+    if mode == "token":
+        hint = "ray get-auth-token --generate, or set RAY_AUTH_TOKEN"
+        return Check("ray token", False, "RAY_AUTH_MODE=token and no token", hint)
+    return Check("ray token", True, "none here; needed only for clusters that ask for one")
+
+
+@never_raises("store", "check the URI and your keys (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)")
+def check_store(uri: str) -> Check:
+    """The feature store can be opened and its clips table read."""
+    from pipeline.store.store import FeatureStore
+
+    snapshot = FeatureStore.open(uri).snapshot()
+    rows = snapshot.rows(None)
+    return Check(
+        "store", True, f"{uri}: version {snapshot.version}, {len(rows)} clips with features"
+    )
+
+
+@never_raises("mlflow", "start it (deploy/mlflow), or leave tracking.uri out for a local file")
+def check_mlflow(uri: str) -> Check:
+    """The MLflow server answers, or the database file can be used."""
+    if uri.startswith(("http://", "https://")):
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
+            body = answer.read(100).decode(errors="replace").strip()
+        ok = body == "OK"
+        hint = "" if ok else "something else answers here: check host and port"
+        return Check("mlflow", ok, f"{uri}: {body or 'empty answer'}", hint)
+    if not uri.startswith("sqlite:///"):
+        return Check("mlflow", True, f"{uri}: not tried; MLflow opens it when a run starts")
+    file = Path(uri.removeprefix("sqlite:///"))
+    folder = file.parent if file.parent.is_dir() else Path.cwd()
+    ok = os.access(file if file.exists() else folder, os.W_OK)
+    state = "exists" if file.exists() else "will be made"
+    hint = "" if ok else f"make {folder} writable or choose another tracking.uri"
+    return Check("mlflow", ok, f"{file} {state}", hint)
+
+
+@never_raises("cluster", "see the message")
+def check_cluster(address: str) -> Check:
+    """The job server of a cluster lets us in, and runs this Ray."""
+    from deploy.submit import connect
+
+    cluster = connect(address)
+    ours = importlib.metadata.version("ray")
+    ok = cluster.ray_version == ours
+    hint = "" if ok else "use images built from this constraints.txt (deploy/Dockerfile)"
+    auth = "token accepted" if cluster.headers else "no token asked"
+    return Check(
+        "cluster", ok, f"{cluster.url}: Ray {cluster.ray_version}, here {ours}; {auth}", hint
+    )
