@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import STREAMS, LossConfig
+from training.data.views import View
 from training.losses.confusion import ConfusionState
 from training.losses.gather import Share
 from training.losses.terms import (
@@ -26,13 +27,6 @@ from training.model.encoder import Encoder, MaskNoise
 
 Embeddings = dict[str, Tensor]
 """`z.audio` [B, D], `h.audio` [B, P], `second.audio` [B, D or P] of the second view, ..."""
-
-
-class View(NamedTuple):
-    """One random view of some clips, normalised."""
-
-    fbank_nTM: Tensor
-    frames_nFCHW: Tensor
 
 
 class Phase(NamedTuple):
