@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Stream = Literal["audio", "video", "fusion"]
 STREAMS: tuple[Stream, Stream, Stream] = ("audio", "video", "fusion")
+SIDES: tuple[Stream, Stream] = ("audio", "video")
+"""The streams of one modality."""
 
 Preset = Literal["tiny", "small", "base", "large"]
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -148,7 +150,7 @@ class LossConfig(Frozen):
     @property
     def label_streams(self) -> tuple[Stream, ...]:
         """Streams that learn from labels, and whose features make them."""
-        return STREAMS if self.fusion else STREAMS[:2]
+        return STREAMS if self.fusion else SIDES
 
 
 class ConfusionConfig(Frozen):

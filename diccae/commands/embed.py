@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse("embed", EmbedArgs, argv, ("data", "evaluate", "scale"))
     from diccae.resources import start_ray
     from pipeline.store.store import FeatureStore
-    from training.data.batches import index_rows
+    from training.data.rows import index_rows
     from training.on_ray.inference import run_model, write_vectors
 
     snapshot = FeatureStore.open(args.store).snapshot(args.version)

@@ -13,7 +13,7 @@ from diccae.errors import UsageError
 from diccae.resources import start_ray
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import Say, pin_for, tracking_handle
-from training.data.batches import RowIndex, clip_keys, index_rows
+from training.data.rows import RowIndex, clip_keys, index_rows
 from training.on_ray.evaluate import evaluate
 from training.on_ray.pretrain import Pinned
 from training.tracking import tracker as tracking

@@ -9,7 +9,7 @@ from diccae.config import RunConfig
 from diccae.resources import check_fits, start_ray, training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.run_record import Say, pin_for, provenance, tracking_handle, with_status
-from training.data.batches import BatchPlan
+from training.data.order import BatchPlan
 from training.on_ray.finetune import finetune
 
 

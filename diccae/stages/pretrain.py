@@ -14,8 +14,9 @@ from diccae.config import RunConfig
 from diccae.resources import check_fits, scale_note, start_ray, training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.run_record import Say, pin_for, provenance, remember, tracking_run, with_status
-from training.data.batches import BatchPlan
-from training.on_ray.pretrain import WHOLE, Pinned, Span, check, make_encoder, pretrain
+from training.data.order import BatchPlan
+from training.model.make import make_encoder
+from training.on_ray.pretrain import WHOLE, Pinned, Span, check, pretrain
 from training.tracking import tracker as tracking
 from training.weights.files import by_part, load_weights
 

@@ -182,9 +182,10 @@ def epoch_order(
 
 
 def row_groups(index: RowIndex) -> NDArray[np.int64]:
-    """Which Parquet row group, the smallest piece worth reading, each row lies in: [N] in 0..G-1."""
+    """Each row's Parquet row group, the smallest piece worth reading: [N] in 0..G-1."""
     shard_and_group_N = index.shards_N.astype(np.int64) << 32 | index.rows_N // ROW_GROUP_ROWS
-    return np.unique(shard_and_group_N, return_inverse=True)[1]
+    group_N: NDArray[np.int64] = np.unique(shard_and_group_N, return_inverse=True)[1]
+    return group_N
 
 
 def balanced_draws(index: RowIndex, seed: int) -> Draws:

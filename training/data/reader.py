@@ -78,8 +78,9 @@ def choose_frames(
     draws = np.full((len(keys_n), frames.n_views, F), 0.5)
     if frames.random:
         draws = _uniform(keys_n, seed, epoch, frames.n_views * F).reshape(draws.shape)
-    chosen = np.floor(low + draws * width).astype(np.int64)
-    return np.minimum(chosen, n_stored - 1).reshape(len(keys_n), -1)
+    chosen = np.minimum(np.floor(low + draws * width).astype(np.int64), n_stored - 1)
+    chosen_nf: NDArray[np.int64] = chosen.reshape(len(keys_n), -1)
+    return chosen_nf
 
 
 def _uniform(keys_n: NDArray[np.uint64], seed: int, epoch: int, k: int) -> NDArray[np.float64]:
@@ -87,7 +88,7 @@ def _uniform(keys_n: NDArray[np.uint64], seed: int, epoch: int, k: int) -> NDArr
     start = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
     draws_nk = hash64((keys_n ^ start)[:, None] + np.arange(k, dtype=np.uint64) * _STRIDE)
     # The upper 53 bits: what a float64 holds exactly.
-    return (draws_nk >> np.uint64(11)) * 2.0**-53
+    return (draws_nk >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class _Encoded:

@@ -9,6 +9,7 @@ Shapes: N clips.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -44,7 +45,7 @@ class RowIndex:
     def __len__(self) -> int:
         return len(self.keys_N)
 
-    def take(self, which: NDArray) -> "RowIndex":
+    def take(self, which: NDArray[Any]) -> "RowIndex":
         """The same index with only the rows `which` (positions or mask)."""
         names = [field.name for field in fields(self) if field.name.endswith("_N")]
         return replace(self, **{name: getattr(self, name)[which] for name in names})

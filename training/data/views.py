@@ -14,8 +14,8 @@ from torch import Tensor
 
 from training.config import TrainingConfig
 from training.data.augment import augment_fbank, augment_frames, normalise_frames
+from training.data.device import DeviceBatch
 from training.data.order import BatchPlan
-from training.data.reader import Batch
 from training.errors import TrainingError
 from training.model.encoder import Encoder, MaskNoise
 
@@ -60,18 +60,18 @@ class ChunkMaker:
             )
         self.lanes_per_chunk = micro_batch // self.lane_size
 
-    def chunks(self, batch: Batch, epoch: int, step: int) -> list[Chunk]:
+    def of(self, batch: DeviceBatch, epoch: int, step: int) -> list[Chunk]:
         """All clips of the batch, augmented, in their order."""
         made = [self._lane(batch, i, epoch, step) for i in range(len(self.lanes))]
         m = self.lanes_per_chunk
         return [_join(made[i : i + m]) for i in range(0, len(made), m)]
 
-    def _lane(self, batch: Batch, i: int, epoch: int, step: int) -> Chunk:
+    def _lane(self, batch: DeviceBatch, i: int, epoch: int, step: int) -> Chunk:
         config = self.config
         rows = slice(i * self.lane_size, (i + 1) * self.lane_size)
-        generator = step_generator(config.seed, epoch, step, self.lanes[i])
-        fbank = torch.from_numpy(np.array(batch.fbank[rows])).to(self.device)
-        frames = torch.from_numpy(np.array(batch.frames[rows])).to(self.device)
+        seeds = (config.seed, epoch, step, self.lanes[i])
+        generator = step_generator(*seeds, device=self.device)
+        fbank, frames = batch.fbank_nTM[rows], batch.frames_nFHWC[rows]
         F = config.data.frames_per_clip
         views = [
             View(
@@ -83,7 +83,7 @@ class ChunkMaker:
         if config.loss.reconstruction == 0:
             return Chunk(views, None)
         audio, video = (
-            torch.rand(len(fbank), n, generator=generator).to(self.device)
+            torch.rand(len(fbank), n, generator=generator, device=self.device)
             for n in self.encoder.token_counts(F)
         )
         return Chunk(views, MaskNoise(audio, video, config.loss.mask_ratio))
@@ -100,7 +100,10 @@ def _join(lanes: list[Chunk]) -> Chunk:
     return Chunk(views, MaskNoise(audio, video, masks[0].mask_ratio))
 
 
-def step_generator(*parts: int) -> torch.Generator:
-    """CPU random numbers that depend on these integers alone."""
+def step_generator(*parts: int, device: torch.device) -> torch.Generator:
+    """Random numbers that depend on these integers, and the kind of device, alone.
+
+    On the device itself: the noise of 32 clips took a CPU 20 ms, half of a GPU's whole step.
+    """
     seed = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed) & (2**63 - 1))
+    return torch.Generator(device).manual_seed(int(seed) & (2**63 - 1))

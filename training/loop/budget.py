@@ -1,4 +1,4 @@
-"""What a training run costs before it starts: parameters, FLOPs, memory, hours.
+"""Budget: what a training step costs before it runs: parameters, FLOPs, memory, hours.
 
 Runs the real model on tensors without data, so every stem, mask and option is counted as it will
 run; knows nothing of Ray, clusters or data. Invariant: nothing is allocated and nothing trained.
@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from training.config import STREAMS, TrainingConfig
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder, InputShape, MaskNoise
-from training.weights.export import cavmae_state
 
 _ADAM_BYTES = 16
 """Bytes per trainable fp32 weight: itself, its gradient, two moments."""
@@ -99,12 +98,6 @@ def budget_table(
             ("estimated time", f"{budget.hours(steps, seconds_per_step):,.1f} h"),
         ]
     return rows
-
-
-def cavmae_parameters(model: Encoder | Classifier) -> tuple[int, int]:
-    """(tensors, weights) of the model as CAV-MAE builds it, norms it never uses included."""
-    state = cavmae_state(model)
-    return len(state), sum(tensor.numel() for tensor in state.values())
 
 
 def _clips(clips: int, shape: InputShape, frames: int) -> tuple[Tensor, Tensor]:

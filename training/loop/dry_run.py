@@ -10,12 +10,13 @@ import torch
 
 from pipeline.config import FeatureSpec
 from training.config import TrainingConfig
-from training.data.batches import BatchPlan
+from training.data.order import BatchPlan
+from training.data.views import View
 from training.loop.budget import budget_table, pretraining_budget
-from training.losses.objective import Phase, PretrainPass, View, total_loss
+from training.losses.objective import Phase, PretrainPass, total_loss
 from training.model.encoder import MaskNoise
+from training.model.make import input_shape, make_encoder
 from training.model.numerics import trunk_numerics
-from training.on_ray.pretrain import input_shape, make_encoder
 
 _CPU_CLIPS = 4
 """Clips of the measured step on a CPU; its time is taken as linear in them."""

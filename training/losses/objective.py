@@ -9,13 +9,13 @@ metrics, their curves and the ablation's warm-up read the table.
 Shapes: n clips of a chunk, B of this rank, D token width, P projection, K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from training.config import STREAMS, LossConfig
+from training.config import SIDES, STREAMS, LossConfig, Stream
 from training.data.views import View
 from training.losses.confusion import ConfusionState
 from training.losses.gather import RankShare
@@ -26,10 +26,42 @@ from training.losses.terms import (
     intra_modal,
     labelled_rows,
 )
-from training.model.encoder import Encoder, MaskNoise
+from training.model.encoder import Encoder, Encoding, MaskNoise
 
-Embeddings = dict[str, Tensor]
-"""`z.audio` [B, D], `h.audio` [B, P], `second.audio` [B, D or P] of the second view, ..."""
+
+class Embeddings(NamedTuple):
+    """What a pass makes of its clips, by stream."""
+
+    second: dict[str, Tensor]
+    """[B, D or P], of the second view, in the space L_intra compares; empty without one."""
+    z: dict[str, Tensor]
+    """[B, D], means over tokens."""
+    h: dict[str, Tensor]
+    """[B, P], of the class heads, unit norm."""
+
+    def of(self, space: Literal["z", "h"]) -> dict[str, Tensor]:
+        """The first view's, in a space."""
+        return self.z if space == "z" else self.h
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, always in the same order: that of sums decides the bits of gradients."""
+        return [x for part in self for x in part.values()]
+
+    def leaves(self) -> "Embeddings":
+        """Detached copies that collect a gradient."""
+        return Embeddings(
+            *({s: x.detach().requires_grad_() for s, x in part.items()} for part in self)
+        )
+
+    @classmethod
+    def joined(cls, chunks: "Sequence[Embeddings]") -> "Embeddings":
+        """Those of the chunks' clips, one after the other."""
+        return cls(
+            *(
+                {s: torch.cat([part[s] for part in parts]) for s in parts[0]}
+                for parts in zip(*chunks, strict=True)
+            )
+        )
 
 
 class Phase(NamedTuple):
@@ -43,13 +75,13 @@ class Phase(NamedTuple):
     """The fusion stream is computed (for labels, or because its features go to the bank)."""
 
     @property
-    def streams(self) -> tuple[str, ...]:
+    def streams(self) -> tuple[Stream, ...]:
         """Streams of the pass."""
-        return STREAMS if self.fusion else STREAMS[:2]
+        return STREAMS if self.fusion else SIDES
 
 
 class Labels(NamedTuple):
-    """The labels of one clustering head for the clips of this rank."""
+    """One clustering in force, and what it says of some clips of this rank."""
 
     labels_B: Tensor
     """int64, -100 where there is none."""
@@ -71,35 +103,35 @@ class PretrainPass(nn.Module):
         """Embeddings of the clips, and L_rec (a scalar; zero without a decoder)."""
         first = views[0]
         reconstruct = self.loss.reconstruction > 0
-        out: Embeddings = {}
+        second: dict[str, Tensor] = {}
         if phase.intra and not reconstruct:
+            # Both views in one pass: half the launches, the same numbers.
             n = len(first.fbank_nTM)
             both = View(*(torch.cat(parts) for parts in zip(*views, strict=True)))
             encoding = self.encoder(both.fbank_nTM, both.frames_nFCHW, phase.streams)
-            second = self._compared(encoding.z, encoding.h)
-            out |= {f"second.{s}": second[s][n:] for s in STREAMS[:2]}
+            compared = self._compared(encoding)
+            second = {s: compared[s][n:] for s in SIDES}
             z = {s: x[:n] for s, x in encoding.z.items()}
             h = {s: x[:n] for s, x in encoding.h.items()}
         else:
             encoding = self.encoder(*first, phase.streams, masks, reconstruct=reconstruct)
             z, h = encoding.z, encoding.h
             if phase.intra:
-                again = self.encoder(*views[1], STREAMS[:2], masks)
-                out |= {f"second.{s}": x for s, x in self._compared(again.z, again.h).items()}
-        out |= {f"z.{s}": x for s, x in z.items()} | {f"h.{s}": x for s, x in h.items()}
+                compared = self._compared(self.encoder(*views[1], SIDES, masks))
+                second = {s: compared[s] for s in SIDES}
         zero = z["audio"].new_zeros(())
-        return out, sum(encoding.reconstruction.values(), zero)
+        return Embeddings(second, z, h), sum(encoding.reconstruction.values(), zero)
 
-    def _compared(self, z: dict[str, Tensor], h: dict[str, Tensor]) -> dict[str, Tensor]:
-        return z if self.loss.instance_on == "z" else h
+    def _compared(self, encoding: Encoding) -> dict[str, Tensor]:
+        return encoding.z if self.loss.instance_on == "z" else encoding.h
 
     def set_phase(self, phase: Phase) -> None:
         """Freeze what no loss of this phase reaches, so that DDP expects only real gradients."""
         learns = phase.labelled and self.loss.fusion
         with_fusion = learns or self.loss.reconstruction > 0
-        self.encoder.train_only(STREAMS if with_fusion else STREAMS[:2])
+        self.encoder.train_only(STREAMS if with_fusion else SIDES)
         heads = self.encoder.class_heads
-        for stream in STREAMS[:2]:
+        for stream in SIDES:
             heads[stream].requires_grad_(phase.labelled or self.loss.instance_on != "z")
         heads["fusion"].requires_grad_(learns)
 
@@ -122,7 +154,7 @@ class LossInputs(NamedTuple):
 
     def h(self) -> dict[str, Tensor]:
         """Class-head embeddings of the streams that learn from labels."""
-        return {s: self.embeddings[f"h.{s}"] for s in self.config.label_streams}
+        return {s: self.embeddings.h[s] for s in self.config.label_streams}
 
 
 class TermValue(NamedTuple):
@@ -156,8 +188,8 @@ def _instance(given: LossInputs) -> TermValue:
     config = given.config
     contrasts = [
         info_nce(
-            given.embeddings[f"{space}.audio"],
-            given.embeddings[f"{space}.video"],
+            given.embeddings.of(space)["audio"],
+            given.embeddings.of(space)["video"],
             config.temperature,
             config.instance_direction,
             config.negatives,
@@ -172,10 +204,8 @@ def _instance(given: LossInputs) -> TermValue:
 
 def _intra(given: LossInputs) -> TermValue:
     config = given.config
-    first, second = (
-        {s: given.embeddings[f"{view}.{s}"] for s in STREAMS[:2]}
-        for view in (given.space, "second")
-    )
+    second = given.embeddings.second
+    first = {s: given.embeddings.of(given.space)[s] for s in second}
     loss = intra_modal(first, second, config.temperature, config.negatives, given.share)
     return TermValue(loss, {}, [])
 
@@ -250,7 +280,7 @@ def total_loss(
     # Once for all terms: it is a collective call.
     rows = [labelled_rows(head.labels_B) for head in labels]
     given = LossInputs(embeddings, labels, rows, config, share)
-    there = {"pair": True, "second_view": "second.audio" in embeddings, "labels": bool(labels)}
+    there = {"pair": True, "second_view": bool(embeddings.second), "labels": bool(labels)}
     loss: Tensor | None = None
     parts: dict[str, Tensor] = {}
     posteriors: list[Tensor] = []

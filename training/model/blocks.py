@@ -33,7 +33,9 @@ class Attention(nn.Module):
         """Mix the tokens of each row of the batch: [B, L, D] -> [B, L, D]."""
         qkv = self.qkv(x_BLD).unflatten(-1, (3, self.n_heads, -1))
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        heads = F.scaled_dot_product_attention(q, k, v)
+        mixed: Tensor = self.proj(heads.transpose(1, 2).flatten(2))
+        return mixed
 
 
 class Mlp(nn.Module):
@@ -46,7 +48,8 @@ class Mlp(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
-        return self.fc2(F.gelu(self.fc1(x_BLD)))
+        out_BLD: Tensor = self.fc2(F.gelu(self.fc1(x_BLD)))
+        return out_BLD
 
 
 class Block(nn.Module):
@@ -82,7 +85,8 @@ class Block(nn.Module):
         x_BLD = x_BLD + self.attn(getattr(self, f"norm1{suffix}")(x_BLD))
         if tail is not None:
             x_BLD = x_BLD[:, x_BLD.shape[1] - tail :]
-        return x_BLD + self.mlp(getattr(self, f"norm2{suffix}")(x_BLD))
+        changed: Tensor = self.mlp(getattr(self, f"norm2{suffix}")(x_BLD))
+        return x_BLD + changed
 
 
 class PatchStem(nn.Module):

@@ -122,4 +122,5 @@ def _head(dim: int, n_classes: int) -> nn.Sequential:
 
 def _classify(head: nn.Module, pooled_BD: Tensor) -> Tensor:
     with torch.autocast(pooled_BD.device.type, enabled=False):
-        return head(pooled_BD)
+        logits_BC: Tensor = head(pooled_BD)
+    return logits_BC

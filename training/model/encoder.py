@@ -159,19 +159,6 @@ class Encoder(nn.Module):
         joined = {stream: self.join(of_stream(tokens, stream), stream) for stream in streams}
         return self._pool(joined, streams)
 
-    def forward_masked(
-        self,
-        fbank_BTM: Tensor,
-        frames_BFCHW: Tensor,
-        noise_audio_BL: Tensor,
-        noise_video_BL: Tensor,
-        mask_ratio: float,
-    ) -> tuple[Encoding, Tensor, Tensor]:
-        """CAV-MAE's pretraining pass: all streams, and L_rec of audio and of video (scalars)."""
-        masks = MaskNoise(noise_audio_BL, noise_video_BL, mask_ratio)
-        encoding = self(fbank_BTM, frames_BFCHW, STREAMS, masks, reconstruct=True)
-        return encoding, encoding.reconstruction["audio"], encoding.reconstruction["video"]
-
     def token_counts(self, n_frames: int = 1) -> tuple[int, int]:
         """Tokens of a clip's audio and of its frames: the widths of a `MaskNoise`."""
         return self.patch_embed_a.n_tokens, n_frames * self.patch_embed_v.n_tokens
@@ -196,7 +183,8 @@ class Encoder(nn.Module):
     def join(self, tokens_BLD: Tensor, stream: str) -> Tensor:
         """Through the joint block with the norms of `stream`, and that stream's last norm."""
         norm = {"audio": self.norm_a, "video": self.norm_v, "fusion": self.norm}[stream]
-        return norm(_through(self.blocks_u, tokens_BLD, stream))
+        joined: Tensor = norm(_through(self.blocks_u, tokens_BLD, stream))
+        return joined
 
     def train_only(
         self, streams: Sequence[str], class_heads: bool = True, positions: bool = False

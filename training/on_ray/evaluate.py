@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from training.config import STREAMS, TrainingConfig
-from training.data.batches import RowIndex
+from training.data.rows import RowIndex
 from training.errors import TrainingError
 from training.evaluation.metrics import (
     confusion_counts,

@@ -1,4 +1,4 @@
-"""Fine-tuning on a Ray cluster.
+"""finetune: the `Finetuner` on a Ray cluster, one per worker.
 
 The edge between the pure `Finetuner` and Ray Train and the run folder. Invariant: a run that died
 anywhere goes on from its newest checkpoint when the same command is given again.
@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from training.config import TrainingConfig
-from training.data.batches import BatchPlan, RowIndex, lanes_of
-from training.data.reader import RayReader, WindowPlan
+from training.data.order import BatchPlan, WindowPlan, balanced_draws, lanes_of
+from training.data.rows import RowIndex
 from training.errors import TrainingError
-from training.loop.finetuner import Finetuner, balanced_draws
-from training.loop.pretrainer import Hooks
-from training.model.classifier import Classifier
+from training.loop.finetuner import Finetuner
+from training.loop.hooks import Hooks
 from training.model.encoder import Encoder
+from training.model.make import make_classifier, make_encoder
 from training.on_ray import fit as ray_fit
-from training.on_ray.pretrain import failure_writer, make_encoder
-from training.tracking.tracker import RunHandle, Tracker
+from training.on_ray.reader import RayReader
+from training.tracking.copier import RunHandle
+from training.tracking.tracker import Tracker
 from training.weights.files import absolute_uri, load_encoder, load_weights, save_classifier
 
 CHECKPOINTS = "finetune"
@@ -70,15 +70,6 @@ def starting_encoder(config: TrainingConfig, index: RowIndex, uri: str | None) -
     return encoder
 
 
-def _new_classifier(config: TrainingConfig, index: RowIndex, uri: str | None) -> Classifier:
-    """An encoder with new heads, the same on every worker."""
-    encoder = starting_encoder(config, index, uri)
-    tuning = config.finetune
-    torch.manual_seed(config.seed)
-    auxiliary = tuning.mode == "multimodal" and tuning.auxiliary > 0
-    return Classifier(encoder, len(index.classes), tuning.mode, auxiliary)
-
-
 def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     """What every worker runs."""
     import ray
@@ -88,7 +79,8 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     index: RowIndex = ray.get(settings["index"][0])
     out = Path(settings["out"])
     state = ray_fit.last_state()
-    classifier = _new_classifier(config, index, settings["encoder"])
+    encoder = starting_encoder(config, index, settings["encoder"])
+    classifier = make_classifier(config, encoder, len(index.classes))
     tuning = config.finetune
     plan = BatchPlan.of(len(index), tuning.batch_size, config.data)
     lanes = lanes_of(world.rank, world.size, plan.lanes)
@@ -107,8 +99,9 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     def save(state: dict[str, Any]) -> None:
         ray_fit.report_state(state, world.rank)
 
-    hooks = Hooks(write, save, failure_writer(out, world.rank), ray_fit.leaving_notice())
-    last = Finetuner(config, classifier, index, reader, world, hooks).run(state)
+    hooks = Hooks(write, save, ray_fit.failure_writer(out, world.rank), ray_fit.leaving_notice())
+    tuner = Finetuner(config, classifier, index, reader=reader, world=world, hooks=hooks)
+    last = tuner.run(state)
     if tracker is None:
         return None
     save_classifier(

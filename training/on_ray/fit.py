@@ -1,4 +1,4 @@
-"""A training loop on Ray Train: workers, devices, checkpoints that survive any of them.
+"""fit: any training loop on Ray Train, with checkpoints that survive its workers.
 
 The edge to Ray Train v2: knows nothing of what is trained. Invariant: `ray.train.report` is called
 at checkpoints only, by all workers at the same step; what a checkpoint holds loads with
@@ -18,7 +18,7 @@ import torch
 
 from training.config import ScaleConfig, TrainingConfig
 from training.errors import TrainingError
-from training.loop.pretrainer import World
+from training.loop.hooks import World
 from training.weights.files import absolute_uri
 
 _STATE = "state.pt"
@@ -190,6 +190,18 @@ def leaving_notice() -> Callable[[], bool]:
         return bool(leaving)
 
     return is_news
+
+
+def failure_writer(out: Path, rank: int) -> Callable[[dict[str, Any]], str]:
+    """Keeps what is needed to replay a step whose loss was not finite."""
+
+    def write(content: dict[str, Any]) -> str:
+        path = out / "failed" / f"step-{content['step']}-rank-{rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, path)
+        return str(path)
+
+    return write
 
 
 def newest_checkpoint(out: Path, name: str) -> tuple[int, Path] | None:

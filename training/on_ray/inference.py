@@ -19,7 +19,9 @@ from torch import Tensor
 
 from training.config import STREAMS, DataConfig, ScaleConfig
 from training.data.augment import normalise_fbank, normalise_frames
-from training.data.batches import Batch, RowIndex, Views, WindowReader
+from training.data.order import FrameDraw, window_of
+from training.data.reader import Batch, read_window
+from training.data.rows import RowIndex
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.weights.files import absolute_uri, load_classifier, load_encoder
@@ -45,13 +47,13 @@ class Model:
         Args: classify: whether the classifier, if there is one, is applied too.
         """
         classifier = self.classifier if classify else None
-        fbank = torch.from_numpy(np.array(batch["fbank"])).to(self.device)
+        fbank = torch.from_numpy(np.array(batch.fbank)).to(self.device)
         fbank = normalise_fbank(fbank, self.data)
         trunks = self._trunks(classifier)
         heard = {name: model.audio_tokens(fbank) for name, model in trunks.items()}
         sums: dict[str, Tensor] = {}
         for i in range(n_passes):
-            frames = torch.from_numpy(np.array(batch["frames"][:, i::n_passes])).to(self.device)
+            frames = torch.from_numpy(np.array(batch.frames[:, i::n_passes])).to(self.device)
             seen = normalise_frames(frames)
             tokens = {
                 name: {"audio": heard[name], "video": model.video_tokens(seen)}
@@ -115,18 +117,17 @@ class _Worker:
             torch.set_num_threads(settings["threads"])
         encoder, classifier = settings["models"]
         self.model = Model(encoder, classifier, data, device)
-        self.readers = [WindowReader(part.rows, 0) for part in self.parts]
         self.frames, self.wanted = data.frames_per_clip, settings["frames"]
 
-    def __call__(self, batch: Batch) -> dict[str, list[Any]]:
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
         """Rows of any parts to one row a part: their positions and outputs as bytes."""
         rows: dict[str, list[Any]] = {"part": [], "outputs": []}
         for number in np.unique(batch["part"]).tolist():
             part = self.parts[number]
             positions = np.asarray(batch["position"][batch["part"] == number], np.int64)
             n_passes = test_passes(part.rows.spec.n_frames, self.frames, self.wanted)
-            views = Views(self.frames * n_passes, random=False)
-            (decoded,) = self.readers[number].read(positions[None, None], views, 0)
+            frames = FrameDraw(self.frames * n_passes, random=False)
+            (decoded,) = read_window(window_of(part.rows, positions[None], frames))
             outputs = self.model(decoded, n_passes, part.classify)
             rows["part"].append(number)
             rows["outputs"].append(pickle.dumps({"position": positions, **outputs}))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.decode.payload import fbank_array
 from pipeline.store.store import FeatureStore, Snapshot, read_rows
-from training.data.batches import clip_keys
+from training.data.rows import clip_keys
 
 _READERS = 8
 _INK = np.array([[13, 8, 34], [87, 21, 109], [187, 55, 84], [249, 142, 9], [252, 253, 191]], float)

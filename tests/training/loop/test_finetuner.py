@@ -10,11 +10,11 @@ from support.memory import SHAPE, MemoryReader, memory_index
 from torch.nn import functional as F
 
 from training.config import PretrainConfig, TrainingConfig
-from training.data.batches import BatchPlan, lanes_of
-from training.data.reader import WindowPlan
+from training.data.device import on_device
+from training.data.order import BatchPlan, EpochReads, FrameDraw, WindowPlan, lanes_of
 from training.errors import TrainingError
-from training.loop.finetuner import Finetuner, _mix
-from training.loop.pretrainer import Hooks, World
+from training.loop.finetuner import Finetuner
+from training.loop.hooks import Hooks, World
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 
@@ -50,7 +50,7 @@ def _tuner(config: TrainingConfig, states: list[dict[str, Any]] | None = None) -
             states.append(copy.deepcopy(state))
 
     hooks = Hooks(lambda step, metrics: None, save, lambda content: "nowhere")
-    return Finetuner(config, classifier, index, reader, World(), hooks)
+    return Finetuner(config, classifier, index, reader=reader, world=World(), hooks=hooks)
 
 
 def _weights(tuner: Finetuner) -> list[torch.Tensor]:
@@ -113,11 +113,12 @@ def test_compiled_fine_tuning_takes_the_same_steps() -> None:
 
 def test_with_every_addition_off_the_loss_is_plain_cross_entropy() -> None:
     tuner = _tuner(_config(auxiliary=0.0, confusion=0.0))
-    batch = next(tuner.reader.stream([_first_epoch()]))
-    fbank, frames, _ = tuner._inputs(batch, 0)
-    logits = tuner.classifier(fbank, frames)
+    first_epoch = EpochReads(0, 0, FrameDraw(1))
+    batch = next(on_device(tuner.reader.stream([first_epoch]), torch.device("cpu")))
+    inputs = tuner._inputs(batch, 0)
+    logits = tuner.classifier(inputs.fbank_nTM, inputs.frames_nFCHW)
     assert list(logits) == ["fusion"]
-    expected = F.cross_entropy(logits["fusion"], torch.from_numpy(batch["label"]))
+    expected = F.cross_entropy(logits["fusion"], batch.label_n)
     tuner._train_step(batch)
     assert float(tuner.meter.sums["loss"]) == pytest.approx(expected.item(), rel=1e-6)
 
@@ -132,32 +133,6 @@ def test_confusion_weights_apply_after_their_epoch() -> None:
     assert any(not torch.equal(a, b) for a, b in pairs)
 
 
-def _first_epoch() -> Any:
-    from training.data.batches import Views
-    from training.data.reader import EpochReads
-
-    return EpochReads(0, 0, Views(1))
-
-
-def test_mixup_adds_powers_and_keeps_targets_normalised() -> None:
-    fbank, frames = torch.randn(8, 6, 5), torch.randn(8, 1, 3, 4, 4)
-    targets = torch.eye(8)
-    mixed, pictures, soft = _mix(fbank, frames, targets, 1.0, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(soft.sum(1), torch.ones(8))
-    for i in range(8):
-        partner = int(torch.where(torch.arange(8) == i, 0, soft[i]).argmax())
-        share = float(soft[i, i])
-        if share == 1.0:
-            continue
-        power = share * fbank[i].exp() + (1 - share) * fbank[partner].exp()
-        torch.testing.assert_close(mixed[i], power.log(), rtol=1e-4, atol=1e-4)
-        blend = share * frames[i] + (1 - share) * frames[partner]
-        torch.testing.assert_close(pictures[i], blend)
-    unmixed, _, hard = _mix(fbank, frames, targets, 0.0, torch.Generator().manual_seed(0))
-    assert torch.equal(unmixed, fbank)
-    assert torch.equal(hard, targets)
-
-
 def test_clips_without_a_label_are_refused() -> None:
     tuner = _tuner(_config())
     index = memory_index()
@@ -165,4 +140,11 @@ def test_clips_without_a_label_are_refused() -> None:
     bare = index.take(np.arange(len(index)))
     object.__setattr__(bare, "labels_N", labels)
     with pytest.raises(TrainingError, match="clip0000003_000003"):
-        Finetuner(tuner.config, tuner.classifier, bare, tuner.reader, World(), tuner.hooks)
+        Finetuner(
+            tuner.config,
+            tuner.classifier,
+            bare,
+            reader=tuner.reader,
+            world=World(),
+            hooks=tuner.hooks,
+        )

@@ -16,11 +16,12 @@ from clustering.config import ClusteringConfig
 from clustering.kmeans.passes import Table
 from clustering.rounds.local import LocalRounds
 from training.config import TrainingConfig
-from training.data.batches import Batch, BatchPlan, lanes_of
-from training.data.reader import WindowPlan
+from training.data.device import DeviceBatch
+from training.data.order import BatchPlan, WindowPlan, lanes_of
 from training.errors import NonFiniteLoss, TrainingError
 from training.loop.controls import control_labels
-from training.loop.pretrainer import Hooks, Pretrainer, World
+from training.loop.hooks import Hooks, World
+from training.loop.pretrainer import Pretrainer
 from training.model.encoder import Encoder
 
 _ALONE = World()
@@ -90,7 +91,15 @@ def _trainer(
     plan = BatchPlan.of(len(index), config.pretrain.batch_size, config.data)
     lanes = lanes_of(world.rank, world.size, plan.lanes)
     reader = MemoryReader(WindowPlan(index, plan, lanes, config.seed), poison)
-    trainer = Pretrainer(config, encoder, index, reader, clusters, world, recorder.hooks())
+    trainer = Pretrainer(
+        config,
+        encoder,
+        index,
+        reader=reader,
+        rounds=clusters,
+        world=world,
+        hooks=recorder.hooks(),
+    )
     return trainer, recorder
 
 
@@ -115,8 +124,8 @@ def test_resumed_run_equals_uninterrupted_run(features: str, tmp_path: Path) -> 
         folder.mkdir()
         _copy_rounds(tmp_path / "whole", folder, state)
         resumed, again = _trainer(config, folder)
-        assert resumed.rounds is not None
-        resumed.rounds.restore(state["bank"])
+        assert resumed.labelling.rounds is not None
+        resumed.labelling.rounds.restore(state["bank"])
         path = folder / "state.pt"
         torch.save(state, path)
         resumed.run(torch.load(path, weights_only=True))
@@ -143,8 +152,8 @@ def test_a_variant_from_a_shared_warmup_equals_one_trained_alone(
     assert not (tmp_path / "warmup" / "rounds" / "round-0001").exists(), "a round no one waits for"
     state = recorder.states[-1]
     branch, again = _trainer(variant, tmp_path / "branch", rounds=labelled)
-    if branch.rounds is not None:
-        branch.rounds.restore(state["bank"])
+    if branch.labelling.rounds is not None:
+        branch.labelling.rounds.restore(state["bank"])
     branch.run(state)
     assert _same(_weights(alone), _weights(branch))
     assert bool(branch.labelling.heads) == labelled
@@ -272,7 +281,7 @@ def test_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path: 
     before: dict[str, torch.Tensor] = {}
     step = trainer._train_step
 
-    def watched(batch: Batch) -> None:
+    def watched(batch: DeviceBatch) -> None:
         before.update(_weights(trainer))
         step(batch)
 

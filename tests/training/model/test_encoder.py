@@ -175,9 +175,9 @@ def test_masked_reconstruction_equals_its_literal_definition():
     encoder = _perturbed(_PATCH, decoder=True)
     clips, noise = _clips(), _noise(encoder)
     with torch.no_grad():
-        _, audio, video = encoder.forward_masked(*clips, *noise)
+        errors = encoder(*clips, STREAMS, noise, reconstruct=True).reconstruction
         expected = _literal_reconstruction(encoder, *clips, noise)
-    torch.testing.assert_close([audio, video], expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(list(errors.values()), expected, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("config", [_PATCH, _CONV], ids=["patch", "conv"])
@@ -268,8 +268,8 @@ def test_every_trainable_weight_has_a_gradient(config, streams, heads):
 def test_reconstruction_gives_every_decoder_weight_a_gradient_but_no_position():
     encoder = _perturbed(_PATCH, decoder=True)
     encoder.train_only(STREAMS, class_heads=False)
-    encoding, audio, video = encoder.forward_masked(*_clips(), *_noise(encoder))
-    (audio + video + sum(z.sum() for z in encoding.z.values())).backward()
+    encoding = encoder(*_clips(), STREAMS, _noise(encoder), reconstruct=True)
+    (sum(encoding.reconstruction.values()) + sum(z.sum() for z in encoding.z.values())).backward()
     idle = {n for n, p in encoder.named_parameters() if p.grad is None}
     assert {n for n in idle if "class_heads" not in n} == {
         "pos_embed_a",

@@ -26,11 +26,13 @@ from clustering.rounds.local import LocalRounds
 from clustering.rounds.protocol import PublishedRound
 from pipeline.config import FeatureSpec
 from training.config import STREAMS, TrainingConfig
-from training.data.batches import BatchPlan, lanes_of
-from training.data.reader import LocalReader, WindowPlan
-from training.loop.pretrainer import Hooks, Pretrainer, World
+from training.data.order import BatchPlan, WindowPlan, lanes_of
+from training.data.reader import LocalReader
+from training.loop.hooks import Hooks, World
+from training.loop.pretrainer import Pretrainer
+from training.model.make import make_encoder
 from training.on_ray.fit import interruptible
-from training.on_ray.pretrain import check, make_encoder, pin, pretrain
+from training.on_ray.pretrain import check, pin, pretrain
 from training.tracking.copier import RunHandle
 
 SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
@@ -157,7 +159,8 @@ def _plain_ranks(store: str, folder: Path, rank: int, size: int) -> tuple[Any, A
     rounds = OneBank(CLUSTERING, widths, str(folder / f"rounds-{rank}"), CONFIG.seed)
     encoder = make_encoder(CONFIG, index.spec)
     reader = LocalReader(windows)
-    Pretrainer(CONFIG, encoder, index, reader, rounds, World(rank, size), hooks).run()
+    world = World(rank, size)
+    Pretrainer(CONFIG, encoder, index, reader=reader, rounds=rounds, world=world, hooks=hooks).run()
     return dict(encoder.state_dict()), metrics
 
 

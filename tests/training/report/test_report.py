@@ -22,7 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.store.schema import CLIPS_SCHEMA
 from pipeline.store.shards import ShardWriter
 from pipeline.store.store import FeatureStore
-from training.data.batches import clip_keys
+from training.data.rows import clip_keys
 from training.errors import TrainingError
 from training.report.page import write_report
 

@@ -5,19 +5,18 @@ import pytest
 
 from pipeline.config import FeatureSpec
 from training.config import DataConfig
-from training.data.batches import (
+from training.data.order import (
     BatchPlan,
-    RowIndex,
-    Views,
-    choose_frames,
-    clip_keys,
+    EpochReads,
+    FrameDraw,
+    WindowPlan,
+    balanced_draws,
     epoch_order,
     lanes_of,
-    split_validation,
 )
-from training.data.reader import EpochReads, WindowPlan
+from training.data.reader import choose_frames
+from training.data.rows import RowIndex, clip_keys, split_validation
 from training.errors import TrainingError
-from training.loop.finetuner import balanced_draws
 
 
 def _index(n: int, shard_rows: int = 256) -> RowIndex:
@@ -60,18 +59,19 @@ def test_workers_together_read_the_same_global_batches(size: int) -> None:
         for rank in range(size):
             windows = WindowPlan(index, plan, lanes_of(rank, size, 8), 0)
             rows = np.concatenate(
-                [w.positions_SVb for w in windows.windows(EpochReads(3, 0, Views(1)))]
+                [w.positions_Sn for w in windows.windows(EpochReads(3, 0, FrameDraw(1)))]
             )
-            parts.append(rows[step].ravel())
+            parts.append(rows[step])
         assert np.array_equal(np.concatenate(parts), whole[step].ravel())
 
 
 def test_reading_can_start_at_any_step() -> None:
     index, plan = _index(2048), BatchPlan.of(2048, 64, DataConfig(shuffle_window=32))
     windows = WindowPlan(index, plan, range(8), 0)
-    whole = np.concatenate([w.positions_SVb for w in windows.windows(EpochReads(1, 0, Views(1)))])
+    reads = EpochReads(1, 0, FrameDraw(1))
+    whole = np.concatenate([w.positions_Sn for w in windows.windows(reads)])
     for first in (1, 5, 17, len(whole) - 1):
-        tail = [w.positions_SVb for w in windows.windows(EpochReads(1, first, Views(1)))]
+        tail = [w.positions_Sn for w in windows.windows(EpochReads(1, first, FrameDraw(1)))]
         assert np.array_equal(np.concatenate(tail), whole[first:])
 
 
@@ -88,9 +88,9 @@ def test_a_window_touches_few_row_groups() -> None:
 def test_a_sweep_visits_every_clip_once() -> None:
     index, plan = _index(1003), BatchPlan.of(1003, 64, DataConfig(lanes=8))
     seen = [
-        w.positions_SVb.ravel()
+        w.positions_Sn.ravel()
         for rank in range(4)
-        for w in WindowPlan(index, plan, lanes_of(rank, 4, 8), 0).sweep(Views(1, random=False))
+        for w in WindowPlan(index, plan, lanes_of(rank, 4, 8), 0).sweep(FrameDraw(1, random=False))
     ]
     assert np.array_equal(np.sort(np.concatenate(seen)), np.arange(1003))
 
@@ -119,13 +119,13 @@ def test_validation_clips_share_no_video_with_training() -> None:
 
 def test_frames_come_from_each_segment_and_views_differ() -> None:
     keys = clip_keys([f"c{i}" for i in range(200)])
-    chosen = choose_frames(keys, 10, Views(frames_per_clip=2, n_views=2), seed=0, epoch=0)
+    chosen = choose_frames(keys, 10, FrameDraw(frames_per_clip=2, n_views=2), seed=0, epoch=0)
     assert chosen.shape == (200, 4)
     assert (chosen[:, [0, 2]] < 5).all()
     assert (chosen[:, [1, 3]] >= 5).all()
     assert (chosen[:, 0] != chosen[:, 2]).any()
     assert set(np.unique(chosen)) == set(range(10))
-    fixed = choose_frames(keys, 10, Views(frames_per_clip=1, random=False), 0, 5)
+    fixed = choose_frames(keys, 10, FrameDraw(frames_per_clip=1, random=False), 0, 5)
     assert (fixed == 5).all()
 
 
