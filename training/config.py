@@ -106,7 +106,7 @@ class AugmentConfig(Frozen):
     gain: float = Field(0.0, ge=0)
     """Largest change of the log-mel level, natural log units."""
     fbank_noise: float = Field(0.0, ge=0)
-    """Largest standard deviation of noise added to the normalised fbank."""
+    """Largest amplitude of the noise added to the normalised fbank, uniform from 0 (CAV-MAE: .1)."""
     freq_mask: int = Field(0, ge=0)
     """Largest number of masked mel bins (SpecAugment)."""
     time_mask: int = Field(0, ge=0)
@@ -126,7 +126,8 @@ class LossConfig(Frozen):
     instance_direction: Literal["both", "v2a"] = "both"
     """`v2a` is CAV-MAE's one direction."""
     negatives: Literal["global", "local"] = "global"
-    """`local` keeps CAV-MAE's per-worker negatives."""
+    """`local`: the other clips of a data lane, CAV-MAE's per-GPU negatives for any number of
+    workers (batch_size / data.lanes clips)."""
     temperature: float = Field(0.05, gt=0)
     """tau of L_inst and L_intra."""
     intra: float = Field(0.0, ge=0)
@@ -184,7 +185,8 @@ class RoundsConfig(Frozen):
     every_epochs: int = Field(1, ge=1)
     """Epochs between rounds."""
     margin_nats: float = 0.25
-    """The first round waits until InfoNCE < ln B - margin; negative: never waits (tests)."""
+    """The first round waits until InfoNCE < ln n - margin, n the clips it compares (the batch, or a
+    lane with local negatives); negative: never waits (tests)."""
     features: Literal["pass", "train"] = "train"
     """`pass`: an evaluation pass before each round; `train`: what training just computed."""
     lead_steps: int = Field(20, ge=0)

@@ -17,7 +17,7 @@ from diccae.stages.run_record import Say, pin_for, provenance, remember, trackin
 from training.data.order import BatchPlan
 from training.model.make import make_encoder
 from training.on_ray.pretrain import WHOLE, Pinned, Span, check, pretrain
-from training.tracking import tracker as tracking
+from training.tracking.copier import read_metrics
 from training.weights.files import by_part, load_weights
 
 
@@ -65,8 +65,9 @@ def run_pretrain(
                 span,
             ),
         )
-    before = folder.results.get("seconds", {}).get("pretrain", 0.0)
-    metrics = result.get("metrics", {})
+    before = folder.results.get("seconds", {})
+    # A run that was finished already takes no step and has no metrics: those of its end stay.
+    metrics = result.get("metrics") or folder.results.get("pretraining", {})
     folder.write_results(
         encoder=config.encoder.preset,
         n_train=len(data.train),
@@ -75,8 +76,8 @@ def run_pretrain(
         pseudo_labels=_pseudo_labels(folder.path, config),
         pretraining={name: metrics[name] for name in sorted(metrics) if "/" not in name},
         seconds={
-            "pretrain": round(before + time.monotonic() - started, 2),
-            "cluster": round(result.get("clustering_s", 0.0), 2),
+            "pretrain": round(before.get("pretrain", 0.0) + time.monotonic() - started, 2),
+            "cluster": round(before.get("cluster", 0.0) + result.get("clustering_s", 0.0), 2),
         },
     )
     return result
@@ -99,7 +100,7 @@ def _pseudo_labels(out: Path, config: RunConfig) -> dict[str, Any]:
     """Quality and stability of the rounds, from what clustering and training wrote down."""
     uri = str(out / "rounds")
     rounds = [load_round(uri, r) for r in rounds_at(uri)] if config.rounds.labels != "none" else []
-    lines = list(tracking.read_metrics(out / "metrics.jsonl"))
+    lines = list(read_metrics(out / "metrics.jsonl"))
     nmi = [line["clustering/nmi"] for line in lines if line.get("clustering/nmi") is not None]
     return {
         "k": config.clustering.k,

@@ -87,6 +87,8 @@ def augment_fbank(
 ) -> Tensor:
     """Gain, SpecAugment masks, noise and circular shift.
 
+    Noise and shift are CAV-MAE's: uniform in [0, level), level uniform in [0, fbank_noise).
+
     Args: fbank_BTM: stored values. Returns: normalised float32 [B, T, M].
     """
     n_clips, n_frames, n_mels = fbank_BTM.shape
@@ -105,7 +107,7 @@ def augment_fbank(
         x_BTM = x_BTM.masked_fill(freq[:, None, :] | time[:, :, None], fill)
     x_BTM = normalise_fbank(x_BTM, data)
     if config.fbank_noise:
-        noise = torch.randn(x_BTM.shape, generator=generator, device=device)
+        noise = torch.rand(x_BTM.shape, generator=generator, device=device)
         x_BTM = x_BTM + noise * level[:, None, None]
     if longest:
         index = (torch.arange(n_frames, device=device)[None] - shift[:, None]) % n_frames

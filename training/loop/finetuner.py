@@ -52,7 +52,7 @@ class Finetuner:
         hooks: Hooks,
     ) -> None:
         """Raises: TrainingError if a clip has no label."""
-        _refuse_unlabelled(index)
+        refuse_unlabelled(index)
         self.config, self.tuning, self.reader = config, config.finetune, reader
         self.world, self.hooks, self.n_classes = world, hooks, len(index.classes)
         self.plan = BatchPlan.of(len(index), self.tuning.batch_size, config.data)
@@ -232,7 +232,8 @@ class Finetuner:
         self.step = state["step"]
 
 
-def _refuse_unlabelled(index: RowIndex) -> None:
+def refuse_unlabelled(index: RowIndex) -> None:
+    """Raises: TrainingError naming some of the clips without a label, if there are any."""
     unlabelled = index.clip_ids_N[index.labels_N < 0].tolist()
     if unlabelled:
         raise TrainingError(

@@ -50,7 +50,8 @@ class Labelling:
         self.rounds = None if config.rounds.labels == "none" else rounds
         self.push = None if self.rounds is None else FeaturePush(self.rounds, world.device)
         self.steps_per_epoch = plan.steps(len(index))
-        self.gate_nats = math.log(plan.batch_size) - config.rounds.margin_nats
+        compared = plan.batch_size if config.loss.negatives == "global" else plan.lane_size
+        self.gate_nats = math.log(compared) - config.rounds.margin_nats
         order = np.argsort(index.keys_N)
         self.true_keys_N, self.true_labels_N = index.keys_N[order], index.labels_N[order]
         self.heads: list[HeadLabels] = []
@@ -110,8 +111,8 @@ class Labelling:
     def _wants_round(self, epochs_done: int, loss_instance: float) -> bool:
         """Whether a round starts after `epochs_done` epochs, the last with this mean InfoNCE.
 
-        The first round waits until InfoNCE has left its plateau ln B: labels made on the plateau
-        collapse the encoder.
+        The first round waits until InfoNCE has left its plateau, the log of the number of clips
+        that are compared: labels made on the plateau collapse the encoder.
         """
         schedule = self.config.rounds
         if self.rounds is None or self.pending is not None:
@@ -122,7 +123,7 @@ class Labelling:
             return False
         if self.round == 0 and loss_instance > self.gate_nats:
             log.warning(
-                "no labels after epoch %d: InfoNCE %.3f is not below ln B - margin = %.3f yet",
+                "no labels after epoch %d: InfoNCE %.3f is not below ln n - margin = %.3f yet",
                 epochs_done,
                 loss_instance,
                 self.gate_nats,

@@ -66,6 +66,7 @@ class Pretrainer:
         self.share = RankShare(
             self.plan.rows_of_workers(world.size),
             world.rank,
+            self.plan.lane_size,
             functools.partial(self.meter.computed, "gather"),
         )
         self.gradients = Gradients(config, self.encoder, world, self.share, self.meter)

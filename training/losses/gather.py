@@ -30,7 +30,9 @@ class RankShare(NamedTuple):
 
     rows_W: tuple[int, ...]
     rank: int
-    timed: Callable[[], AbstractContextManager] = nullcontext
+    lane_size: int | None = None
+    """Clips of a data lane, of which every rank holds whole ones; None: all its rows are one."""
+    timed: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Around each gather and its backward, to measure what waiting for other ranks costs."""
 
     @property

@@ -113,7 +113,8 @@ class PatchStem(nn.Module):
         rows, cols = self.grid
         x_BCHW = x_BCHW[..., : rows * PATCH, : cols * PATCH]
         patches = x_BCHW.unflatten(3, (cols, PATCH)).unflatten(2, (rows, PATCH))
-        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        flat = torch.flatten(patches.permute(0, 2, 4, 1, 3, 5), 3)
+        return torch.flatten(flat, 1, 2)
 
     def forward(self, patches_BLC: Tensor) -> Tensor:
         """Embed flat patches: [B, L, C*16*16] -> [B, L, D]."""

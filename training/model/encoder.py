@@ -214,6 +214,9 @@ class Encoder(nn.Module):
 
     def compile_blocks(self) -> None:
         """torch.compile each transformer block in place (same weights, same keys)."""
+        # A block has a variant for each stream, shape (masked, micro-batch, last chunk) and grad
+        # mode: more than the 8 after which torch runs it uncompiled, with a warning nobody reads.
+        torch.compiler.config.recompile_limit = 64
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile()
@@ -257,7 +260,8 @@ def _cut(stem: PatchStem, x: Tensor) -> Tensor:
     """Flat patches of each clip: [B, tokens, C*16*16]; mel bins are the rows of a fbank."""
     if x.ndim == 3:
         return stem.cut(x.transpose(1, 2).unsqueeze(1))
-    return stem.cut(x.flatten(0, 1)).unflatten(0, x.shape[:2]).flatten(1, 2)
+    by_frame = stem.cut(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    return torch.flatten(by_frame, 1, 2)
 
 
 def _embed(stem: Stem, x: Tensor, place_1LD: Tensor, masking: Masking | None) -> Tensor:

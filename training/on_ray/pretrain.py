@@ -83,6 +83,7 @@ def check(config: TrainingConfig, clustering: ClusteringConfig, data: Pinned) ->
             f"data.frames_per_clip = {config.data.frames_per_clip}, but the store holds "
             f"{spec.n_frames} frames a clip; lower it, or ingest with --features.n-frames"
         )
+    _refuse_what_cannot_learn(config)
     control_labels(config.rounds.labels, data.train, clustering.k, config.seed)
     if config.rounds.labels != "none" and clustering.k > n_clips:
         raise TrainingError(
@@ -94,6 +95,27 @@ def check(config: TrainingConfig, clustering: ClusteringConfig, data: Pinned) ->
             Encoder(config.encoder, input_shape(spec), decoder=config.loss.reconstruction > 0)
     except ValueError as error:
         raise TrainingError(f"the encoder does not fit the store's features: {error}") from None
+
+
+def _refuse_what_cannot_learn(config: TrainingConfig) -> None:
+    """Patches from nothing stay on InfoNCE's plateau ln B, and the first labels wait for its end.
+
+    Such a run costs all its GPU hours and says no more than a warning. With a negative margin
+    nothing waits: labels teach from the start.
+    """
+    loss, rounds = config.loss, config.rounds
+    helped = config.encoder.init is not None or loss.reconstruction > 0 or loss.intra > 0
+    if (
+        config.encoder.stem == "conv"
+        or helped
+        or (rounds.labels != "none" and rounds.margin_nats < 0)
+    ):
+        return
+    raise TrainingError(
+        "encoder.stem = patch learns nothing from InfoNCE alone when it starts from nothing: give "
+        "weights with --init URI (CAV-MAE or MAE ViT), or set loss.reconstruction = 1 (CAV-MAE's "
+        "masked reconstruction) or loss.intra = 1, or take encoder.stem = conv"
+    )
 
 
 def pretrain(

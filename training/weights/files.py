@@ -156,6 +156,12 @@ def load_encoder(uri: str) -> tuple[Encoder, ModelCard]:
     return encoder.eval(), card
 
 
+def encoder_digest(uri: str) -> str:
+    """SHA-256 of a saved encoder's tensors, from its card. Raises: WeightsError without one."""
+    card = json.loads(_read(f"{uri.rstrip('/')}/encoder.json"))
+    return str(card["sha256"])
+
+
 def save_classifier(
     classifier: Classifier,
     uri: str,
@@ -350,7 +356,8 @@ def _parse_safetensors(payload: bytes, uri: str) -> dict[str, Tensor]:
 def _read(uri: str) -> bytes:
     try:
         with fsspec.open(uri, "rb") as file:
-            return file.read()
+            payload: bytes = file.read()
+            return payload
     except (OSError, ValueError, ImportError) as error:
         raise WeightsError(f"{uri} cannot be read: {type(error).__name__}: {error}") from error
 
