@@ -106,7 +106,7 @@ class AugmentConfig(Frozen):
     gain: float = Field(0.0, ge=0)
     """Largest change of the log-mel level, natural log units."""
     fbank_noise: float = Field(0.0, ge=0)
-    """Largest amplitude of the noise added to the normalised fbank, uniform from 0 (CAV-MAE: .1)."""
+    """Largest amplitude of the noise added to the normalised fbank, uniform (CAV-MAE: 0.1)."""
     freq_mask: int = Field(0, ge=0)
     """Largest number of masked mel bins (SpecAugment)."""
     time_mask: int = Field(0, ge=0)

@@ -1,4 +1,4 @@
-"""on_device: a reader's batches as tensors on the device, copied while it still computes.
+"""on_device and HostCopy: to the device and back, while it still computes.
 
 Knows nothing of views or losses. Invariant: the tensors hold the bits of the batch, and copying one
 never waits for the device.
@@ -54,6 +54,25 @@ def to_device(x: NDArray[Any], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A tensor on its way to the host, which may do other things until it needs it."""
+
+    def __init__(self, x: Tensor) -> None:
+        if x.device.type != "cuda":
+            self._host, self._arrived = x.detach().clone(), None
+            return
+        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._host.copy_(x.detach(), non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    def wait(self) -> Tensor:
+        """The copy; returns when the device has made it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host
 
 
 def _copied(batch: Batch, device: torch.device) -> DeviceBatch:

@@ -68,7 +68,7 @@ class Finetuner:
             self.classifier.encoder.compile_blocks()
         self.model = world.wrapped(classifier)
         learned = ((n, p) for n, p in classifier.named_parameters() if p.requires_grad)
-        self.optimizer = make_optimizer(learned, self.tuning.optim, world.device)
+        self.optimizer = make_optimizer(learned, self.tuning.optim, world.runs_ahead)
         self.steps = FiniteSteps(
             self.optimizer,
             index.clip_ids_N,
@@ -223,7 +223,7 @@ class Finetuner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a checkpoint."""
         self.classifier.load_state_dict(state["classifier"])
-        restore_optimizer(self.optimizer, state["optimizer"], self.world.device)
+        restore_optimizer(self.optimizer, state["optimizer"], self.world.runs_ahead)
         self.confusion.load_state_dict(state["confusion"])
         self.confusion_step = state["confusion_step"]
         self.averages = {k: v.to(self.world.device) for k, v in state["averages"].items()}

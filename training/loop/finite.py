@@ -1,7 +1,7 @@
 """FiniteSteps: the optimiser's step, taken only while loss and gradients are finite.
 
-Knows nothing of how they came about. Invariant: when `NonFiniteLoss` is raised, the weights are
-those before the step that was not finite.
+Knows nothing of how they came about. Invariants: when `NonFiniteLoss` is raised, the weights are
+those before the step that was not finite; the host waits for no step but the one before.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.data.device import HostCopy
 from training.data.reader import Batch
 from training.errors import NonFiniteLoss
 from training.loop.hooks import World
@@ -45,27 +46,34 @@ class FiniteSteps:
     ) -> None:
         self.optimizer, self.clip_ids_N, self.world = optimizer, clip_ids_N, world
         self.keep, self.state = keep, state
-        self.watch = _LateWatch(world.device) if world.device.type == "cuda" else None
+        self.broken = torch.zeros((), device=world.device)
+        self.last: _Watched | None = None
 
     def take(self, taken: StepTaken) -> None:
-        """Step, or raise NonFiniteLoss; on a GPU for the step before, if that was not finite."""
+        """Step, or raise NonFiniteLoss; where the host runs ahead, for the step before this one."""
         finite = torch.isfinite(taken.loss + taken.norm)
-        if self.watch is None:
+        if not self.world.runs_ahead:
             if not finite:
                 self._fail(taken)
             self.optimizer.step()
             return
-        # The fused kernel skips its update while `found_inf` is 1 and looks at it on the device;
-        # reading it here would stop the host until the device has caught up, in every step.
-        self.optimizer.found_inf = self.watch.note(finite)  # type: ignore[attr-defined]
+        # Stays 1 once a step failed: those queued behind it must leave the weights alone too.
+        self.broken = torch.maximum(self.broken, 1.0 - finite.float())
+        # The fused kernel looks at it on the device and skips its update. Were it read here, the
+        # host would wait in every step until the device has caught up, and the device then for it.
+        self.optimizer.found_inf = self.broken  # type: ignore[attr-defined]
         self.optimizer.step()
-        if failed := self.watch.failed_before(taken):
-            self._fail(failed)
+        before, self.last = self.last, _Watched(taken, HostCopy(self.broken))
+        self._judge(before)
 
     def settle(self) -> None:
         """Wait until the last step is known to be finite."""
-        if self.watch is not None and (failed := self.watch.failed_before(None)):
-            self._fail(failed)
+        last, self.last = self.last, None
+        self._judge(last)
+
+    def _judge(self, watched: "_Watched | None") -> None:
+        if watched is not None and bool(watched.broken.wait()):
+            self._fail(watched.taken)
 
     def _fail(self, taken: StepTaken) -> None:
         batch = taken.batch
@@ -92,35 +100,8 @@ class FiniteSteps:
         )
 
 
-class _LateWatch:
-    """Learns of a step on the device while the next one is already queued.
+class _Watched(NamedTuple):
+    """A step that is queued, whose outcome is on its way."""
 
-    So the device always has work, and the host is never more than one step ahead of it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        # Stays 1 once a step failed: the steps queued behind it must leave the weights alone too.
-        self.broken = torch.zeros(1, device=device)
-        self.last: tuple[StepTaken, Tensor, torch.cuda.Event] | None = None
-        self.noted: tuple[Tensor, torch.cuda.Event] | None = None
-
-    def note(self, finite: Tensor) -> Tensor:
-        """Add a step's verdict; returns the flag for the optimiser, float32 [1] on the device."""
-        self.broken = torch.maximum(self.broken, 1.0 - finite.float().reshape(1))
-        copy = torch.empty(1, pin_memory=True)
-        copy.copy_(self.broken, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self.noted = (copy, arrived)
-        return self.broken
-
-    def failed_before(self, taken: StepTaken | None) -> StepTaken | None:
-        """The step before `taken` if it was not finite; None means after the last one."""
-        before, self.last = self.last, None
-        if taken is not None and self.noted is not None:
-            self.last = (taken, *self.noted)
-        if before is None:
-            return None
-        step, copy, arrived = before
-        arrived.synchronize()
-        return step if bool(copy) else None
+    taken: StepTaken
+    broken: HostCopy

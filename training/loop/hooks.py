@@ -19,6 +19,12 @@ class World(NamedTuple):
     size: int = 1
     device: torch.device = torch.device("cpu")
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the host queues work for the device instead of doing it: it then learns of a
+        step's outcome one step late, and never waits for the device in between."""
+        return self.device.type == "cuda"
+
     def barrier(self) -> None:
         """Wait for all workers."""
         if self.size > 1:

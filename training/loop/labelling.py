@@ -48,7 +48,7 @@ class Labelling:
         """Args: rounds: None never labels. index: its labels are for evaluation only."""
         self.config, self.world, self.n_clips = config, world, len(index)
         self.rounds = None if config.rounds.labels == "none" else rounds
-        self.push = None if self.rounds is None else FeaturePush(self.rounds, world.device)
+        self.push = None if self.rounds is None else FeaturePush(self.rounds, world)
         self.steps_per_epoch = plan.steps(len(index))
         compared = plan.batch_size if config.loss.negatives == "global" else plan.lane_size
         self.gate_nats = math.log(compared) - config.rounds.margin_nats

@@ -70,13 +70,15 @@ class Pretrainer:
             functools.partial(self.meter.computed, "gather"),
         )
         self.gradients = Gradients(config, self.encoder, world, self.share, self.meter)
-        self.optimizer = make_optimizer(self.encoder.named_parameters(), config.optim, world.device)
+        self.optimizer = make_optimizer(
+            self.encoder.named_parameters(), config.optim, world.runs_ahead
+        )
         self.steps = FiniteSteps(
             self.optimizer,
             index.clip_ids_N,
             world,
             keep=lambda content: self.hooks.failed(content),
-            state=self.state_dict,
+            state=self._state_of_failure,
         )
         self.labelling = Labelling(config, rounds, index, self.plan, world)
 
@@ -185,6 +187,7 @@ class Pretrainer:
     def _maybe_start_round(self) -> None:
         if self.step == self.last_step:
             return
+        self.steps.settle()  # Before rows of its last step are in a round.
         loss_instance = self.meter.epoch_mean("loss_instance")
         with self.meter.timed("stall"):
             self.labelling.start_if_due(
@@ -217,10 +220,15 @@ class Pretrainer:
             "meter": self.meter.state_dict(),
         }
 
+    def _state_of_failure(self) -> dict[str, Any]:
+        if self.labelling.push is not None:
+            self.labelling.push.forget()
+        return self.state_dict()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a checkpoint; a round that was pending is asked for again. Collective."""
         self.encoder.load_state_dict(state["encoder"])
-        restore_optimizer(self.optimizer, state["optimizer"], self.world.device)
+        restore_optimizer(self.optimizer, state["optimizer"], self.world.runs_ahead)
         self.meter.load_state_dict(state["meter"])
         self.step = state["step"]
         self.labelling.load_state_dict(state["labelling"])

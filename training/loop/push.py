@@ -9,49 +9,48 @@ Shapes: B clips of a step, W width of a bank row.
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from clustering.rounds.protocol import Rounds
+from training.data.device import HostCopy
+from training.loop.hooks import World
 
 
 class _Copying(NamedTuple):
     keys_B: NDArray[np.uint64]
-    rows_BW: Tensor
-    """float16 in pinned memory, there once `arrived` has been passed."""
+    rows_BW: HostCopy
     step: int
-    arrived: torch.cuda.Event
 
 
 class FeaturePush:
-    """Pushes to `rounds`; from a GPU one step late, when the copy of its rows has long arrived."""
+    """Pushes to `rounds`; where the host runs ahead, one step late: the rows are there by then."""
 
-    def __init__(self, rounds: Rounds, device: torch.device) -> None:
-        self.rounds, self.device = rounds, device
-        self.copying: _Copying | None = None
+    def __init__(self, rounds: Rounds, world: World) -> None:
+        self.rounds, self.world = rounds, world
+        self._copying: _Copying | None = None
         self._dropped = 0
 
     def add(self, keys_B: NDArray[np.uint64], rows_BW: Tensor, step: int) -> None:
         """Hand over rows, any float type."""
-        half_BW = rows_BW.detach().half()
-        if self.device.type != "cuda":
-            self.rounds.push(keys_B, half_BW.cpu().numpy(), step)
-            return
-        host_BW = torch.empty(half_BW.shape, dtype=torch.float16, pin_memory=True)
-        host_BW.copy_(half_BW, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
+        next_rows = _Copying(keys_B, HostCopy(rows_BW.detach().half()), step)
         self.settle()
-        self.copying = _Copying(keys_B, host_BW, step, arrived)
+        self._copying = next_rows
+        if not self.world.runs_ahead:
+            self.settle()
 
     def settle(self) -> None:
         """Push what is still being copied."""
-        if self.copying is None:
+        if self._copying is None:
             return
-        self.copying.arrived.synchronize()
-        self.rounds.push(self.copying.keys_B, self.copying.rows_BW.numpy(), self.copying.step)
-        self.copying = None
+        self.rounds.push(
+            self._copying.keys_B, self._copying.rows_BW.wait().numpy(), self._copying.step
+        )
+        self._copying = None
+
+    def forget(self) -> None:
+        """Drop what is still being copied: the step it is of failed."""
+        self._copying = None
 
     def flush(self, timeout_s: float) -> None:
         """Return when all rows are in the bank. Raises: RoundTimeout."""

@@ -17,11 +17,12 @@ _HEAD_PREFIXES = ("mlp_head", "auxiliary_heads")
 
 
 def make_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, device: torch.device
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, fused: bool = False
 ) -> torch.optim.AdamW:
     """AdamW in four groups: trunk or head, with or without decay (norms, biases, embeddings).
 
-    Weights that are frozen now are among them: a later phase may thaw them.
+    Weights that are frozen now are among them: a later phase may thaw them. Args: fused: one kernel
+    for all weights, which can leave a step out on the device (FiniteSteps).
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
@@ -39,8 +40,7 @@ def make_optimizer(
             for (is_head, decays), parameters in sorted(groups.items())
         ],
         betas=config.betas,
-        # One kernel for all weights, which can leave a step out on the device (FiniteSteps).
-        fused=device.type == "cuda",
+        fused=fused,
     )
 
 
@@ -65,10 +65,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, state: dict[str, Any], device: torch.device
-) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], fused: bool) -> None:
     """Take over a `state_dict`, perhaps of another kind of device."""
     optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
-        group["fused"] = device.type == "cuda"
+        group["fused"] = fused

@@ -1,5 +1,7 @@
 """The order of clips: complete, repeatable, and the same for any number of workers."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -134,3 +136,63 @@ def test_balanced_draws_even_out_the_classes() -> None:
     drawn = index.labels_N[balanced_draws(index, seed=0)(epoch=0)]
     assert 0.45 < drawn.mean() < 0.55
     assert index.labels_N.mean() == pytest.approx(0.1)
+
+
+def _vggsound() -> RowIndex:
+    """Rows, shards and class sizes of the real train split, without its features."""
+    n, n_classes = 183_730, 309
+    rng = np.random.default_rng(0)
+    sizes = rng.permutation(np.geomspace(1.0, 9.0, n_classes))
+    labels = rng.choice(n_classes, n, p=sizes / sizes.sum())
+    ids = [f"video{i:08d}_000000" for i in range(n)]
+    classes = [f"class {i}" for i in range(n_classes)]
+    # Some clips of a shard are of the test split.
+    places = np.flatnonzero(np.arange(199_176) % 13)[:n]
+    return RowIndex(
+        "memory",
+        FeatureSpec(),
+        [f"shard-{i}" for i in range(places[-1] // 256 + 1)],
+        classes,
+        np.array(ids, dtype=object),
+        np.arange(n).astype(np.uint64),
+        labels.astype(np.int64),
+        (places // 256).astype(np.int32),
+        (places % 256).astype(np.int32),
+    )
+
+
+def _n_groups(shards: np.ndarray, rows: np.ndarray) -> int:
+    return len(np.unique(shards.astype(np.int64) << 32 | rows // 64))
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_an_epoch_of_eight_workers_reads_little_more_than_every_row_group_once(
+    balanced: bool,
+) -> None:
+    index = _vggsound()
+    draws = balanced_draws(index, seed=0) if balanced else None
+    plan = BatchPlan.of(len(index), 48, DataConfig(lanes=8))
+    n_read = n_draws = 0
+    for rank in range(8):
+        windows = WindowPlan(index, plan, lanes_of(rank, 8, 8), 0, draws)
+        for window in windows.windows(EpochReads(0, 0, FrameDraw(1))):
+            n_read += _n_groups(window.shard_W, window.row_W)
+            n_draws += window.places_Sn.size
+    n_groups = _n_groups(index.shards_N, index.rows_N)
+    assert n_draws == len(index) // 48 * 48
+    assert n_read <= 1.3 * n_groups
+    if draws is not None:
+        drawn = index.labels_N[draws(0)]
+        counts = np.bincount(drawn, minlength=len(index.classes))
+        assert counts.max() < 1.4 * counts.min(), "not balanced"
+
+
+def test_a_window_travels_without_the_other_clips_of_the_store() -> None:
+    data = DataConfig(lanes=8, shuffle_window=64)
+    small, large = _index(2048), _index(64 * 2048)
+    sizes = []
+    for index in (small, large):
+        plan = BatchPlan.of(len(index), 64, data)
+        windows = WindowPlan(index, plan, range(1), 0).windows(EpochReads(0, 0, FrameDraw(1)))
+        sizes.append(len(pickle.dumps(next(windows))))
+    assert sizes[1] < 1.2 * sizes[0] < 12_000
