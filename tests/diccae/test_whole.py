@@ -1,5 +1,6 @@
 """The main job: ingest, pretraining killed and taken up again, fine-tuning, evaluation, report."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from support.processes import ray_env
 from support.runs import CONFIGS, N_TEST, N_TRAIN, SMOKE, lines
 
@@ -87,6 +89,68 @@ def test_killed_pretraining_goes_on_and_the_run_is_finished(
     assert page.stat().st_size > 50_000
     _check_results(json.loads((out / "results.json").read_text()))
     _check_mlflow(out)
+
+
+def _sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_finished_run_repeated_keeps_its_results(place: Path, store: str, diccae: Diccae) -> None:
+    out = place / "run"
+    before = json.loads((out / "results.json").read_text())
+    assert before["pretraining"]["loss"] > 0
+    settings = ["--pretrain.log-every", "1", "--pretrain.epochs", str(EPOCHS)]
+    settings += ["--finetune.mixup", "0.25"]
+    diccae("pretrain", "--config", SMOKE, "--store", store_of(out), "--out", str(out), *settings)
+    after = json.loads((out / "results.json").read_text())
+    assert after["pretraining"] == before["pretraining"]
+    assert after["seconds"]["cluster"] == before["seconds"]["cluster"]
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert saved["finetune"]["mixup"] != 0.25, "not what the classifier was made with"
+
+
+def store_of(out: Path) -> str:
+    uri: str = json.loads((out / "run.json").read_text())["store"]["uri"]
+    return uri
+
+
+def test_fine_tuning_with_other_settings_trains_or_is_refused_by_key(
+    place: Path, store: str, diccae: Diccae, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = place / "run"
+    model = out / "classifier" / "classifier.safetensors"
+    config, before = (out / "config.yaml").read_text(), _sha(model)
+    changed = ["finetune", "--out", str(out), "--finetune.optim.lr", "0.003"]
+    assert main(changed) == 2
+    said = capsys.readouterr().err
+    assert "finetune.optim.lr: 0.0001 -> 0.003" in said
+    assert "--fresh" in said
+    assert (out / "config.yaml").read_text() == config
+    diccae("finetune", "--out", str(out))
+    assert _sha(model) == before, "the same command changes nothing"
+    diccae(*changed, "--fresh")
+    assert _sha(model) != before
+    assert yaml.safe_load((out / "config.yaml").read_text())["finetune"]["optim"]["lr"] == 0.003
+
+
+def test_another_encoder_is_fine_tuned_in_a_new_folder_and_evaluated(
+    place: Path, store: str, diccae: Diccae, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = place / "other"
+    arguments = ["finetune", "--out", str(out), "--store", store, "--config", SMOKE]
+    diccae(*arguments, "--encoder", str(place / "run" / "encoder"))
+    diccae("evaluate", "--out", str(out))
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["top1"]) == {"audio", "video", "fusion"}
+    assert set(results["probe"]) >= {"audio", "video", "fusion"}
+    assert _sha(out / "encoder" / "encoder.safetensors") == _sha(
+        place / "run" / "encoder" / "encoder.safetensors"
+    )
+    untrained = place / "untrained"
+    diccae("finetune", "--out", str(untrained), "--store", store, "--config", SMOKE)
+    again = ["finetune", "--out", str(out), "--encoder", str(untrained / "encoder")]
+    assert main(again) == 2
+    assert "other settings: encoder: " in capsys.readouterr().err
 
 
 def _check_vectors(diccae: Diccae, store: str, out: Path) -> None:
@@ -171,6 +235,7 @@ def test_baseline_recipe_runs_and_dry_run_says_what_it_costs(
         (["--pretrain.batch-size", "30"], "data.lanes = 4"),
         (["--pretrain.batch-size", "400"], f"only {N_TRAIN} clips"),
         (["--scale.num-workers", "5"], "data.lanes = 4 are too few for 5 workers"),
+        (["--rounds.margin-nats", "0.2"], "encoder.stem = patch learns nothing"),
     ],
 )
 def test_what_cannot_work_is_said_before_the_cluster_is_used(

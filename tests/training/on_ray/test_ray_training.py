@@ -28,10 +28,11 @@ from pipeline.config import FeatureSpec
 from training.config import STREAMS, TrainingConfig
 from training.data.order import BatchPlan, WindowPlan, lanes_of
 from training.data.reader import LocalReader
+from training.errors import WeightsError
 from training.loop.hooks import Hooks, World
 from training.loop.pretrainer import Pretrainer
 from training.model.make import make_encoder
-from training.on_ray.fit import interruptible
+from training.on_ray.fit import fit, interruptible, this_world
 from training.on_ray.pretrain import check, pin, pretrain
 from training.tracking.copier import RunHandle
 
@@ -213,6 +214,20 @@ def test_a_worker_that_dies_costs_no_bit_of_the_result(
         assert {name: a[name] for name in same} == {name: b[name] for name in same}
     assert again.keys() == weights.keys()
     assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def _one_rank_fails(settings: dict[str, Any]) -> None:
+    """Rank 1 has no file that the others have; they wait for it in a collective."""
+    if this_world(CONFIG.scale).rank == 1:
+        raise WeightsError("/nowhere/encoder cannot be read")
+    dist.barrier()
+
+
+def test_an_error_on_one_rank_ends_all_of_them(ray_session: None, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(WeightsError, match="/nowhere/encoder cannot be read"):
+        fit(_one_rank_fails, {}, tmp_path, "pretrain", CONFIG.scale)
+    assert time.monotonic() - started < 100, "waited for the collective's own timeout"
 
 
 def _elastic(store: str, folder: Path, *arguments: int) -> list[dict[str, Any]]:
