@@ -1,4 +1,4 @@
-"""What a training run is: encoder, data order, losses, rounds of clustering, schedule, scale.
+"""TrainingConfig: what a run is, from encoder and data order to losses, rounds and scale.
 
 Pure pydantic models: imports neither torch nor Ray, so that `--help` answers at once.
 Invariant: no default of training stands anywhere else.

@@ -62,7 +62,7 @@ def run_pretrain(
                 folder.path,
                 handle,
                 provenance(folder, config),
-                span,
+                span=span,
             ),
         )
     before = folder.results.get("seconds", {})

@@ -14,13 +14,13 @@ from pipeline.config import FeatureSpec
 from training.config import ScaleConfig, TrainingConfig
 from training.data.order import BatchPlan
 from training.data.views import Chunk, View
-from training.loop.budget import budget_table, finetuning_budget, pretraining_budget
 from training.loop.gradients import Gradients
 from training.loop.hooks import World
 from training.loop.meter import Meter
 from training.losses.confusion import ConfusionState
 from training.losses.gather import RankShare
 from training.losses.objective import Labels, Phase
+from training.model.budget import budget_table, finetuning_budget, pretraining_budget
 from training.model.encoder import MaskNoise
 from training.model.make import input_shape, make_encoder
 

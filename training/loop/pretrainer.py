@@ -63,12 +63,9 @@ class Pretrainer:
             self.encoder.compile_blocks()
         lanes = lanes_of(world.rank, world.size, self.plan.lanes)
         self.chunks = ChunkMaker(config, self.encoder, self.plan, lanes, world.device)
-        self.share = RankShare(
-            self.plan.rows_of_workers(world.size),
-            world.rank,
-            self.plan.lane_size,
-            functools.partial(self.meter.computed, "gather"),
-        )
+        rows_W = self.plan.rows_of_workers(world.size)
+        timed = functools.partial(self.meter.computed, "gather")
+        self.share = RankShare(rows_W, world.rank, self.plan.lane_size, timed)
         self.gradients = Gradients(config, self.encoder, world, self.share, self.meter)
         self.optimizer = make_optimizer(
             self.encoder.named_parameters(), config.optim, world.runs_ahead

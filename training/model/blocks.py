@@ -1,4 +1,4 @@
-"""Transformer blocks, the patch stem and sine-cosine positions of the encoder.
+"""Block and PatchStem: the layers that encoder and decoder are made of, and their positions.
 
 Pure modules: knows nothing of clips, losses, weights files or devices.
 Invariant: names and arithmetic are CAV-MAE's (LayerNorm eps 1e-5, exact GELU, pre-norm), so that

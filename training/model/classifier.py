@@ -1,4 +1,4 @@
-"""The encoder with a class head for fine-tuning: CAV-MAE's five ways to classify a clip.
+"""Classifier: the encoder with a class head, and CAV-MAE's five ways to classify a clip.
 
 Pure module: knows nothing of labels, losses or files. Invariant: without auxiliary heads the logits
 of every mode are CAV-MAE's; what is trainable gets a gradient in the mode it was built for.

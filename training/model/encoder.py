@@ -1,4 +1,4 @@
-"""The audio-visual encoder: two branches, a joint block run once per stream, class heads.
+"""Encoder: the audio-visual trunk of two branches and a joint block, and its class heads.
 
 Pure modules: knows nothing of losses, labels, files or devices beyond the tensors it is given.
 Invariant: with patch stems and one frame it computes exactly CAV-MAE's features; attribute names

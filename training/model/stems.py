@@ -1,4 +1,4 @@
-"""Convolutional stems: fbank or frame to a few tokens, trainable from nothing on a CPU.
+"""AudioConvStem and VideoConvStem: fbank or frame to a few tokens, trainable from nothing on a CPU.
 
 Know nothing of positions, modalities or losses. Invariant: no statistics over the batch (GroupNorm
 only), so a clip's tokens never depend on its neighbours or on the number of workers.
@@ -8,14 +8,14 @@ Plain 16x16 patches do not leave the InfoNCE plateau ln B without pretrained wei
 Shapes: B clips, T fbank frames, M mel bins, L tokens, D width.
 """
 
-import contextlib
 import itertools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from training.model.numerics import convolution_numerics
 
 _AUDIO_CHANNELS = (32, 64, 128)
 _VIDEO_CHANNELS = (16, 32, 64, 128)
@@ -24,14 +24,6 @@ _VIDEO_CHANNELS = (16, 32, 64, 128)
 def _conv(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
     convolution = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
     return [convolution, nn.GroupNorm(8, c_out), nn.ReLU(inplace=True)]
-
-
-def exact_convolutions(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """No bf16 on a CPU: oneDNN's bf16 convolution gave NaN for finite input and weights in 3 of 10
-    processes, on a Xeon with AMX (torch 2.11), and these layers are a small part of the time."""
-    if device.type == "cpu":
-        return torch.autocast("cpu", enabled=False)
-    return contextlib.nullcontext()
 
 
 class AudioConvStem(nn.Module):
@@ -49,7 +41,7 @@ class AudioConvStem(nn.Module):
 
     def forward(self, fbank_BTM: Tensor) -> Tensor:
         """fbank_BTM [B, T, M] float, normalised -> [B, L, D]."""
-        with exact_convolutions(fbank_BTM.device):
+        with convolution_numerics(fbank_BTM.device):
             x_BCtm = self.blocks(fbank_BTM.unsqueeze(1))
         tokens_BLD: Tensor = self.proj(x_BCtm.transpose(1, 2).flatten(2))
         return tokens_BLD
@@ -73,7 +65,7 @@ class VideoConvStem(nn.Module):
         half = F.avg_pool2d(frames_BCHW, 2)
         around = F.avg_pool2d(half, 8, ceil_mode=True)
         around = F.interpolate(around, size=half.shape[-2:], mode="bilinear")
-        with exact_convolutions(frames_BCHW.device):
+        with convolution_numerics(frames_BCHW.device):
             x_BChw = self.blocks(torch.cat([half, half - around], dim=1))
         tokens_BLD: Tensor = self.proj(x_BChw.flatten(2).transpose(1, 2))
         return tokens_BLD

@@ -46,10 +46,7 @@ def fit(
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    # A checkpoint counts once the controller has polled it; its default of 2 s would cost a small
-    # run more than training.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _CONTROLLER_POLL_S)
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    _quick_controller()
     said = out.resolve() / "failed" / "error.json"
     said.unlink(missing_ok=True)  # Of an earlier start.
     trainer = TorchTrainer(
@@ -72,6 +69,13 @@ def fit(
     if isinstance(result, _Failure):
         raise result.error
     return result
+
+
+def _quick_controller() -> None:
+    # A checkpoint counts once the controller has polled it; its default of 2 s would cost a small
+    # run more than training.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _CONTROLLER_POLL_S)
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 
 
 def for_workers(config: TrainingConfig) -> dict[str, Any]:

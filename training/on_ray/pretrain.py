@@ -125,6 +125,7 @@ def pretrain(
     out: Path,
     handle: RunHandle,
     provenance: dict[str, Any],
+    *,
     span: Span = WHOLE,
 ) -> dict[str, Any]:
     """Train on the cluster Ray is connected to. Returns: the last metrics and times.
@@ -179,9 +180,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     state = ray_fit.last_state()
     if state is None and span.start is not None:
         state = ray_fit.state_in(span.start)
-    encoder = make_encoder(config, index.spec)
-    if state is None and config.encoder.init is not None:
-        log.info("weights: %s", load_weights(encoder, config.encoder.init))
+    encoder = _starting_encoder(config, index, state)
     if state is not None and rounds is not None and state["bank"] and world.rank == 0:
         rounds.restore(state["bank"])
     tracker = None
@@ -210,6 +209,15 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     assert tracker is not None
     tracker.close()
     return {"metrics": last, "steps": trainer.step, "clustering_s": trainer.labelling.waited_s}
+
+
+def _starting_encoder(
+    config: TrainingConfig, index: RowIndex, state: dict[str, Any] | None
+) -> Encoder:
+    encoder = make_encoder(config, index.spec)
+    if state is None and config.encoder.init is not None:
+        log.info("weights: %s", load_weights(encoder, config.encoder.init))
+    return encoder
 
 
 def _reader(config: TrainingConfig, index: RowIndex, world: World) -> RayReader:

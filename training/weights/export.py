@@ -1,4 +1,4 @@
-"""Models as files of CAV-MAE: its keys, and its label list beside a classifier.
+"""export_file: a saved model as a file of CAV-MAE, with its label list beside a classifier.
 
 Knows nothing of training. Invariant: what is written here, `load_weights` reads back with every
 output the same.

@@ -1,4 +1,4 @@
-"""Weights of an encoder or classifier: read from any URI, written with all that explains them.
+"""load_weights and saved models: weights from any URI, written with all that explains them.
 
 The edge of storage (fsspec) for weights: knows nothing of training. Invariants: nothing but tensors
 is ever unpickled; a trunk is loaded whole or not at all; an imported class head is never used in an

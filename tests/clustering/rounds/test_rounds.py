@@ -9,11 +9,11 @@ from clustering import storage
 from clustering.config import ClusteringConfig, GuardConfig
 from clustering.errors import BadVectors, ClusteringError
 from clustering.kmeans.views import stream_slices
+from clustering.rounds import maker
 from clustering.rounds.files import load_round
 from clustering.rounds.health import agreement
 from clustering.rounds.local import LocalRounds
 from clustering.rounds.protocol import RoundRequest
-from clustering.rounds.protocol import maker as making
 
 CONFIG = ClusteringConfig(k=8, vshards=8)
 
@@ -181,7 +181,7 @@ def test_a_round_killed_in_any_iteration_resumes_with_the_same_bits(
     undisturbed = LocalRounds(config, streams, str(tmp_path / "undisturbed"))
     push_all(undisturbed, data, 100)
     expected = round_digest(_run(undisturbed))
-    save = making.StateFile.save
+    save = maker.StateFile.save
     for fatal in (1, 4, 9):
         saves = iter(range(1, 10**6))
 
@@ -194,7 +194,7 @@ def test_a_round_killed_in_any_iteration_resumes_with_the_same_bits(
         killed = LocalRounds(config, streams, folder)
         push_all(killed, data, 100, seed=fatal)
         with monkeypatch.context() as patch:
-            patch.setattr(making.StateFile, "save", dying)
+            patch.setattr(maker.StateFile, "save", dying)
             with pytest.raises(KeyboardInterrupt):
                 _run(killed)
         assert round_digest(LocalRounds(config, streams, folder).wait(1, 60)) == expected

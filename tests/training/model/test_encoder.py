@@ -13,6 +13,7 @@ from training.config import STREAMS, EncoderConfig
 from training.model.blocks import PATCH, sincos_2d
 from training.model.encoder import Encoder, InputShape, MaskNoise
 from training.model.reconstruction import masking_from_noise
+from training.model.stems import AudioConvStem
 
 _PATCH = EncoderConfig(
     preset="base",
@@ -383,9 +384,20 @@ def test_training_core_imports_without_ray_mlflow_decord_and_faiss():
         "sys.meta_path.insert(0, Absent())\n"
         "import training.model.encoder, training.model.classifier, training.weights.files\n"
         "import training.losses.terms\n"
-        "import training.losses.confusion, training.losses.gather, training.loop.budget\n"
+        "import training.losses.confusion, training.losses.gather, training.model.budget\n"
         "import training.evaluation.metrics, training.evaluation.probes\n"
         "import training.evaluation.retrieval\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_stem_in_bf16_on_a_cpu_is_finite() -> None:
+    torch.manual_seed(0)
+    for _ in range(60):
+        # Another stem each time: where its weights lie in memory decides whether it goes wrong.
+        stem = AudioConvStem(dim=32, n_mels=16, fbank_frames=32)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens_BLD = stem(torch.randn(32, 32, 16))
+        assert tokens_BLD.dtype == torch.bfloat16, "the linear layer is not in bf16"
+        assert torch.isfinite(tokens_BLD).all()

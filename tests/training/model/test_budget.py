@@ -10,7 +10,7 @@ from training.config import (
     PretrainConfig,
     TrainingConfig,
 )
-from training.loop.budget import budget_table, finetuning_budget, pretraining_budget
+from training.model.budget import budget_table, finetuning_budget, pretraining_budget
 from training.model.encoder import Encoder, InputShape
 
 _VGGSOUND = InputShape(1024, 128, 224)
