@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from training.config import STREAMS, EncoderConfig
-from training.model.blocks import PATCH, sincos_2d
+from training.model.blocks import PATCH, Block, sincos_2d
 from training.model.encoder import Encoder, InputShape, MaskNoise
 from training.model.reconstruction import masking_from_noise
 from training.model.stems import AudioConvStem
@@ -401,3 +401,23 @@ def test_a_stem_in_bf16_on_a_cpu_is_finite() -> None:
             tokens_BLD = stem(torch.randn(32, 32, 16))
         assert tokens_BLD.dtype == torch.bfloat16, "the linear layer is not in bf16"
         assert torch.isfinite(tokens_BLD).all()
+
+
+def test_no_block_of_a_compiled_run_falls_back_to_running_uncompiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Masked and whole passes, with and without gradients, and two sizes of a chunk."""
+    compiled = torch.nn.Module.compile
+    # The guards are those of a real compilation, which would take minutes.
+    monkeypatch.setattr(Block, "compile", lambda block: compiled(block, backend="eager"))
+    torch._dynamo.reset()
+    encoder = Encoder(_PATCH, _SHAPE, decoder=True).double()
+    encoder.compile_blocks()
+    with torch.compiler.config.patch(fail_on_recompile_limit_hit=True):
+        for n_clips in (4, 3):
+            clips = _clips(n_clips)
+            for gradients in (False, True):
+                with torch.set_grad_enabled(gradients):
+                    encoder(*clips, STREAMS)
+                    encoder(*clips, STREAMS, _noise(encoder, n_clips), reconstruct=True)
+    torch._dynamo.reset()
