@@ -1,6 +1,6 @@
 """The runs behind an ablation: one warm-up a seed, and every variant from its checkpoint.
 
-Composes the stages; variants and statistics are in training.evaluation.ablate. Invariants: the
+Composes the stages; variants and statistics are in training.evaluation.variants. Invariants: the
 metric is written down before the first run and is not changed afterwards; a run that is done is
 never made again, so the same command goes on where it stopped.
 
@@ -26,10 +26,11 @@ from diccae.stages.finetune import run_finetune
 from diccae.stages.pretrain import run_pretrain
 from pipeline.store.store import FeatureStore
 from training.errors import TrainingError
-from training.evaluation.ablate import VARIANTS, Variant, contrasts, spread
+from training.evaluation.paired import contrasts, spread
+from training.evaluation.variants import VARIANTS, Variant
 from training.on_ray.fit import newest_checkpoint
 from training.on_ray.pretrain import CHECKPOINTS, WHOLE, Span, check, pin
-from training.report.ablation import (
+from training.report.ablate import (
     contrast_rows,
     draw,
     markdown,

@@ -24,7 +24,7 @@ from training.loop.meter import Meter
 from training.loop.pretrainer import Hooks, World, stop_if_not_finite
 from training.loop.schedule import learning_rate, make_optimizer, set_learning_rate
 from training.losses.confusion import ConfusionState
-from training.losses.gather import Share
+from training.losses.gather import RankShare
 from training.losses.terms import soft_targets, supervised_loss
 from training.model.classifier import Classifier
 from training.model.numerics import trunk_numerics
@@ -71,7 +71,7 @@ class Finetuner:
         self.world, self.hooks, self.tuning = world, hooks, config.finetune
         self.plan = BatchPlan.of(len(index), self.tuning.batch_size, config.data)
         self.lanes = lanes_of(world.rank, world.size, self.plan.lanes)
-        self.share = Share(self.plan.rows_of_workers(world.size), world.rank)
+        self.share = RankShare(self.plan.rows_of_workers(world.size), world.rank)
         self.steps_per_epoch = self.plan.steps(len(index))
         self.total_steps = self.steps_per_epoch * self.tuning.epochs
         self.classifier = classifier.to(world.device).train()

@@ -30,7 +30,7 @@ from training.errors import NonFiniteLoss
 from training.loop.labelling import Labelling
 from training.loop.meter import Meter
 from training.loop.schedule import learning_rate, make_optimizer, set_learning_rate
-from training.losses.gather import Share
+from training.losses.gather import RankShare
 from training.losses.objective import Embeddings, Labels, Phase, PretrainPass, Total, total_loss
 from training.model.encoder import Encoder
 from training.model.numerics import trunk_numerics
@@ -79,7 +79,7 @@ class Pretrainer:
         self.meter = Meter(world.device)
         self.meter.keep("world_size", world.size)
         timed = functools.partial(self.meter.computed, "gather")
-        self.share = Share(self.plan.rows_of_workers(world.size), world.rank, timed)
+        self.share = RankShare(self.plan.rows_of_workers(world.size), world.rank, timed)
         self.steps_per_epoch = self.plan.steps(len(index))
         self.total_steps = self.last_step = self.steps_per_epoch * config.pretrain.epochs
         self.encoder = encoder.to(world.device)

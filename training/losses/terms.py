@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.losses.gather import Share, equal_share, gather_with_grad, mean_over_ranks, world
+from training.losses.gather import RankShare, equal_share, gather_with_grad, mean_over_ranks, world
 from training.model.blocks import full_precision
 
 IGNORED = -100
@@ -37,7 +37,7 @@ def info_nce(
     temperature: float,
     direction: str = "both",
     negatives: str = "global",
-    share: Share | None = None,
+    share: RankShare | None = None,
 ) -> Contrast:
     """L_inst: each clip's audio finds its own video among all clips, and the other way round.
 
@@ -70,7 +70,7 @@ def intra_modal(
     second: Mapping[str, Tensor],
     temperature: float,
     negatives: str = "global",
-    share: Share | None = None,
+    share: RankShare | None = None,
 ) -> Tensor:
     """L_intra: mean over the streams of `first` of InfoNCE between two views of that stream.
 

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from training.config import STREAMS
-from training.report.curves import Panel, Series, Share, panels, phase_seconds, step_seconds
+from training.report.curves import Panel, Series, TimePart, panels, phase_seconds, step_seconds
 from training.report.folder import Round, RunFolder
 from training.report.markup import (
     absent,
@@ -239,19 +239,19 @@ def time(run: RunFolder) -> str:
     return section("time", "Where the time went", lead, body)
 
 
-def _stack(title: str, shares: list[Share]) -> str:
-    total = sum(share.seconds for share in shares)
+def _stack(title: str, parts: list[TimePart]) -> str:
+    total = sum(part.seconds for part in parts)
     bars, rows = [], []
-    for index, share in enumerate(shares):
+    for index, part in enumerate(parts):
         colour = f"var({_COLOURS[index % len(_COLOURS)]})"
-        part = share.seconds / total if total else 0.0
-        name = share.name.replace("_", " ")
+        share = part.seconds / total if total else 0.0
+        name = part.name.replace("_", " ")
         bars.append(
-            f'<i style="width:{100 * part:.2f}%;background:{colour}" title="{text(name)}"></i>'
+            f'<i style="width:{100 * share:.2f}%;background:{colour}" title="{text(name)}"></i>'
         )
         rows.append([
             f'<th scope="row"><i class="dot" style="background:{colour}"></i>{text(name)}</th>',
-            duration(share.seconds), percent(part),
+            duration(part.seconds), percent(share),
         ])  # fmt: skip
     return (
         f'<div class="card"><h4>{text(title)}: {duration(total)}</h4>'

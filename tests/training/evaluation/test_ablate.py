@@ -7,17 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from training.evaluation.ablate import (
-    CONTRASTS,
-    DEFAULT_VARIANTS,
-    VARIANTS,
-    Variant,
-    contrasts,
-    dotted,
-    paired_difference,
-    spread,
-)
-from training.report.ablation import contrast_rows, draw, markdown, note, variant_rows
+from training.evaluation.paired import contrasts, paired_difference, spread
+from training.evaluation.variants import CONTRASTS, DEFAULT_VARIANTS, VARIANTS, Variant, dotted
+from training.report.ablate import contrast_rows, draw, markdown, note, variant_rows
 
 _RNG = np.random.default_rng(0)
 _SEEDS = {seed: float(level) for seed, level in enumerate(_RNG.normal(0.6, 0.1, 5))}

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.evaluation.ablate import PairedDifference, Variant, spread
+from training.evaluation.paired import PairedDifference, spread
+from training.evaluation.variants import Variant
 
 _BESIDE = (
     "probe/audio",
