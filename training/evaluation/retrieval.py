@@ -92,15 +92,18 @@ def class_retrieval(
     return found
 
 
+def unit_rows(x_NP: Embeddings) -> NDArray[np.float32]:
+    """Rows scaled to unit length, float32; rows of zeros stay. The one place that normalises."""
+    x = np.asarray(x_NP, np.float32)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
 def _cosines(queries_NP: Embeddings, gallery_NP: Embeddings) -> Iterator[tuple[int, Embeddings]]:
     """(first row, cosines [rows, N]) for some queries at a time.
 
     Rounded to 1e-6: equal embeddings must tie, whatever order a matrix product sums in.
     """
-    queries, gallery = (
-        (x := np.asarray(each, np.float32)) / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
-        for each in (queries_NP, gallery_NP)
-    )
+    queries, gallery = unit_rows(queries_NP), unit_rows(gallery_NP)
     for start in range(0, len(queries), _ROWS):
         yield start, (queries[start : start + _ROWS] @ gallery.T).round(6)
 

@@ -178,10 +178,8 @@ def _instance(given: LossInputs) -> TermValue:
 
 def _intra(given: LossInputs) -> TermValue:
     config = given.config
-    first, second = (
-        {s: given.embeddings[f"{view}.{s}"] for s in STREAMS[:2]}
-        for view in (given.space, "second")
-    )
+    first: dict[str, Tensor] = {s: given.embeddings[f"{given.space}.{s}"] for s in STREAMS[:2]}
+    second: dict[str, Tensor] = {s: given.embeddings[f"second.{s}"] for s in STREAMS[:2]}
     loss = intra_modal(first, second, config.temperature, config.negatives, given.share)
     return TermValue(loss, {}, [])
 

@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, top_k_accuracy_score
 from sklearn.preprocessing import StandardScaler
 
-from training.evaluation.metrics import (
+from training.evaluation.scores import (
     average_precisions,
     class_accuracies,
     confusion_counts,
