@@ -63,7 +63,7 @@ def confusion_counts(labels_N: Labels, predictions_N: Labels, n_classes: int) ->
 
 def class_accuracies(confusion_CC: NDArray[np.number]) -> NDArray[np.float64]:
     """Share of each class's clips that were recognised, NaN for a class without clips: [C]."""
-    return np.diagonal(_rates(confusion_CC)).copy()
+    return np.diagonal(confusion_rates(confusion_CC)).copy()
 
 
 class ConfusedPair(NamedTuple):
@@ -81,7 +81,7 @@ def most_confused_pairs(confusion_CC: NDArray[np.number], n_pairs: int) -> list[
     Args: confusion_CC: counts, or summed posteriors, of the classes that clips of each class (rows)
         were taken for.
     """
-    rates = np.nan_to_num(_rates(confusion_CC))
+    rates = np.nan_to_num(confusion_rates(confusion_CC))
     degrees = np.triu((rates + rates.T) / 2, k=1)
     order = np.argsort(-degrees, axis=None, kind="stable")[:n_pairs]
     firsts, seconds = np.unravel_index(order, degrees.shape)
@@ -112,7 +112,8 @@ def pair_accuracy(
     return float(np.mean(found))
 
 
-def _rates(confusion_CC: NDArray[np.number]) -> NDArray[np.float64]:
+def confusion_rates(confusion_CC: NDArray[np.number]) -> NDArray[np.float64]:
+    """Each row over its sum, NaN for a class without clips: [C, C]."""
     clips_C1 = confusion_CC.sum(1, keepdims=True)
     rates = np.full(confusion_CC.shape, np.nan)
     return np.divide(confusion_CC, clips_C1, out=rates, where=clips_C1 > 0)

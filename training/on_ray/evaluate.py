@@ -49,9 +49,9 @@ def evaluate(
     given = Evidence(
         clip_ids_M=test.clip_ids_N.tolist(),
         labels_M=test.labels_N,
-        classifier=of_test.p,
+        classifier={s: of_test.p[s] for s in STREAMS if s in of_test.p},
         probes=probed.scores,
-        embeddings=of_test.of(space),
+        embeddings={s: of_test.of(space)[s] for s in STREAMS},
         middle_frame=middle.of(space),
         confused_pairs=probed.confused_pairs,
         clusters_M=np.array([clusters.get(c, -100) for c in test.clip_ids_N], np.int32),

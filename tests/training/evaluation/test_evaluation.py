@@ -6,6 +6,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, top_k_accuracy_score
 from sklearn.preprocessing import StandardScaler
 
+from training.evaluation.probes import knn_probe, linear_probe
+from training.evaluation.retrieval import class_retrieval, retrieval, subset_per_class
 from training.evaluation.scores import (
     average_precisions,
     class_accuracies,
@@ -15,8 +17,6 @@ from training.evaluation.scores import (
     pair_accuracy,
     topk_accuracy,
 )
-from training.evaluation.probes import knn_probe, linear_probe
-from training.evaluation.retrieval import class_retrieval, retrieval, subset_per_class
 
 
 @pytest.fixture
