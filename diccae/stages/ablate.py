@@ -169,7 +169,7 @@ class _Ablation(NamedTuple):
         done: list[Finished] = []
         for seed in self.plan.seeds:
             for name, variant in self.plan.variants.items():
-                if self.plan.metric not in _measured(self._folder(seed, name)):
+                if self.plan.metric not in measured_of(self._folder(seed, name)):
                     # Runs that were there took no time and say nothing of those to come.
                     each_s = (time.monotonic() - started) / made if made else None
                     left = clock(each_s and each_s * (self.plan.n_runs - len(done)))
@@ -214,7 +214,7 @@ class _Ablation(NamedTuple):
 
     def _finished(self, name: str, seed: int) -> Finished:
         folder = self._folder(seed, name)
-        measured = _measured(folder)
+        measured = measured_of(folder)
         if self.plan.metric not in measured:
             raise UsageError(
                 f"--metric {self.plan.metric}: {folder.path} has none; it has "
@@ -281,7 +281,7 @@ def _tags(parent: RunHandle, name: str) -> dict[str, str]:
     return {"mlflow.runName": name, **nested}
 
 
-def _measured(folder: RunFolder) -> dict[str, float]:
+def measured_of(folder: RunFolder) -> dict[str, float]:
     """Metrics of an evaluated run; none before it is evaluated."""
     results = folder.results
     shown = (*metrics.names(with_classifier=True), "pseudo_labels", "n_test")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from training.config import STREAMS
 from training.evaluation.probes import PROBES
 from training.evaluation.retrieval import (
-    Embeddings,
+    Vectors,
     class_retrieval,
     retrieval,
     subset_per_class,
@@ -48,9 +48,9 @@ class Evidence(NamedTuple):
     """Probabilities [M, C] by stream; empty without a classifier."""
     probes: Mapping[str, Mapping[str, Scores]]
     """Scores [M, C] of each probe, by stream and BOTH_SIDES."""
-    embeddings: Mapping[str, Embeddings]
+    embeddings: Mapping[str, Vectors]
     """[M, P] by stream, means over the frames that are read."""
-    middle_frame: Mapping[str, Embeddings]
+    middle_frame: Mapping[str, Vectors]
     """[M, P] by stream, of the middle frame alone."""
     confused_pairs: Sequence[ConfusedPair]
     """The most confused pairs of the training clips; those without clips here left out."""
@@ -107,7 +107,7 @@ def _on_pairs(given: Evidence) -> Values:
     return {s: pair_accuracy(x_MC, given.labels_M, pairs) for s, x_MC in given.scores.items()}
 
 
-def _retrieval(embeddings: Mapping[str, Embeddings], given: Evidence) -> dict[str, float]:
+def _retrieval(embeddings: Mapping[str, Vectors], given: Evidence) -> dict[str, float]:
     rows = subset_per_class(list(given.clip_ids_M), given.labels_M, given.retrieval_per_class)
     audio, video = (embeddings[side][rows] for side in STREAMS[:2])
     return {"n_clips": float(len(rows)), **retrieval(audio, video)}

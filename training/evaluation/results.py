@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from training.config import STREAMS
 from training.evaluation.metrics import Evidence, Values
-from training.evaluation.retrieval import Embeddings, unit_rows
+from training.evaluation.retrieval import Vectors, unit_rows
 from training.evaluation.scores import (
     ConfusedPair,
     class_accuracies,
@@ -157,10 +157,10 @@ def read_confusion(file: Path) -> ConfusionCounts:
 
 
 class UnitVectors(NamedTuple):
-    """Embeddings of the clips, each of length 1: their dot products are cosines."""
+    """Vectors of the clips, each of length 1: their dot products are cosines."""
 
     clip_ids: list[str]
-    vectors: Mapping[str, Embeddings]
+    vectors: Mapping[str, Vectors]
     """By stream, [M, P]."""
 
 

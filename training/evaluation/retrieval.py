@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Embeddings = NDArray[np.floating]
+Vectors = NDArray[np.floating]
 _ROWS = 512
 """Queries compared at a time; bounds memory at a few times _ROWS * N."""
 
@@ -37,7 +37,7 @@ def subset_per_class(
 
 
 def retrieval(
-    audio_NP: Embeddings, video_NP: Embeddings, ks: Sequence[int] = (1, 5, 10)
+    audio_NP: Vectors, video_NP: Vectors, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
     """Recall at k in both directions by cosine: keys `a2v_r1`, ..., `v2a_r10`, and median ranks.
 
@@ -59,7 +59,7 @@ def retrieval(
 
 
 def class_retrieval(
-    audio_NP: Embeddings, video_NP: Embeddings, labels_N: NDArray[np.integer]
+    audio_NP: Vectors, video_NP: Vectors, labels_N: NDArray[np.integer]
 ) -> dict[str, float]:
     """Whether clips of the same class come first: `a2v_class_r1`, `a2v_class_map` and v2a likewise.
 
@@ -92,13 +92,13 @@ def class_retrieval(
     return found
 
 
-def unit_rows(x_NP: Embeddings) -> NDArray[np.float32]:
+def unit_rows(x_NP: Vectors) -> NDArray[np.float32]:
     """Rows scaled to unit length, float32; rows of zeros stay. The one place that normalises."""
     x = np.asarray(x_NP, np.float32)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def _cosines(queries_NP: Embeddings, gallery_NP: Embeddings) -> Iterator[tuple[int, Embeddings]]:
+def _cosines(queries_NP: Vectors, gallery_NP: Vectors) -> Iterator[tuple[int, Vectors]]:
     """(first row, cosines [rows, N]) for some queries at a time.
 
     Rounded to 1e-6: equal embeddings must tie, whatever order a matrix product sums in.
@@ -108,7 +108,7 @@ def _cosines(queries_NP: Embeddings, gallery_NP: Embeddings) -> Iterator[tuple[i
         yield start, (queries[start : start + _ROWS] @ gallery.T).round(6)
 
 
-def _check(audio_NP: Embeddings, video_NP: Embeddings) -> None:
+def _check(audio_NP: Vectors, video_NP: Vectors) -> None:
     if audio_NP.ndim != 2 or audio_NP.shape != video_NP.shape or not len(audio_NP):
         raise ValueError(f"audio {audio_NP.shape}, video {video_NP.shape}: need the same [N, P]")
     if not (np.isfinite(audio_NP).all() and np.isfinite(video_NP).all()):

@@ -215,7 +215,7 @@ def _rows(
         "jobs": [ray.put(list(jobs))],
         "models": [uri and absolute_uri(uri) for uri in models],
         "use_gpu": scale.use_gpu,
-        "precision": evaluate.precision or ("bf16" if scale.use_gpu else "fp32"),
+        "precision": precision_of(evaluate, scale),
         "threads": scale.threads_per_worker or max(1, int(scale.cpus_per_worker)),
     }
     n_rows = sum(len(job.rows) for job in jobs)
@@ -231,6 +231,11 @@ def _rows(
             num_gpus=1 if scale.use_gpu else 0,
         )
     yield from results.iter_rows()
+
+
+def precision_of(evaluate: EvaluateConfig, scale: ScaleConfig) -> Literal["fp32", "bf16"]:
+    """bf16 on GPUs, where fp32 takes ten times as long; fp32 on CPUs, which gain nothing by it."""
+    return evaluate.precision or ("bf16" if scale.use_gpu else "fp32")
 
 
 class _Gathered:

@@ -131,6 +131,16 @@ def test_knn_probe_takes_every_clip_when_there_are_fewer_than_k(clusters):
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)
 
 
+def test_a_training_clip_has_no_vote_on_itself(clusters):
+    train, labels, _, _ = clusters
+    own = np.array([7, 60, 200])
+    found = knn_probe(train, labels, train[own], 4, k=5, rows=2, own_M=own)
+    for i, row in enumerate(own):
+        others = np.delete(np.arange(300), row)
+        expected = knn_probe(train[others], labels[others], train[[row]], 4, k=5)
+        np.testing.assert_allclose(found[i], expected[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("probe", [linear_probe, knn_probe])
 def test_probes_refuse_bad_features(probe, clusters):
     train, labels, test, _ = clusters

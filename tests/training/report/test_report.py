@@ -253,6 +253,17 @@ def test_frames_are_the_stores_own_jpegs(whole_run: Path) -> None:
         assert base64.b64decode(data) == middle, clip_id
 
 
+def test_cosines_do_not_depend_on_the_length_of_embeddings(run: Path) -> None:
+    said = re.findall(r"cosine (-?[0-9.]+)", write_report(run).read_text())
+    file = run / "evaluation" / "embeddings.npz"
+    with np.load(file) as arrays:
+        kept = {name: arrays[name] for name in arrays.files}
+    long = np.linspace(0.5, 3, len(kept["video"]), dtype=np.float32)[:, None]
+    np.savez(file, **kept | {"video": kept["video"] * long, "audio": kept["audio"] * 2})
+    assert re.findall(r"cosine (-?[0-9.]+)", write_report(run).read_text()) == said
+    assert len(said) >= 40
+
+
 @pytest.mark.parametrize(
     ("remove", "said"),
     [
