@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.config import EvaluateConfig
-
 Features = NDArray[np.floating]
 
 
@@ -26,6 +24,7 @@ def linear_probe(
     labels_N: NDArray[np.integer],
     test_MD: Features,
     n_classes: int,
+    *,
     iterations: int = 100,
     device: str = "cpu",
 ) -> NDArray[np.float32]:
@@ -66,6 +65,7 @@ def knn_probe(
     labels_N: NDArray[np.integer],
     test_MD: Features,
     n_classes: int,
+    *,
     k: int = 20,
     temperature: float = 0.07,
     device: str = "cpu",
@@ -117,34 +117,22 @@ class Probe(NamedTuple):
     name: str
     """Key in results.json."""
     title: str
-    scores: Callable[[Features, NDArray[np.integer], Features, int, EvaluateConfig, str], Features]
-    """(train_ND, labels_N, test_MD, n_classes, settings, device) to scores [M, C]."""
-
-
-def _linear(
-    train_ND: Features,
-    labels_N: NDArray[np.integer],
-    test_MD: Features,
-    n_classes: int,
-    config: EvaluateConfig,
-    device: str,
-) -> Features:
-    return linear_probe(train_ND, labels_N, test_MD, n_classes, config.probe_epochs, device)
-
-
-def _knn(
-    train_ND: Features,
-    labels_N: NDArray[np.integer],
-    test_MD: Features,
-    n_classes: int,
-    config: EvaluateConfig,
-    device: str,
-) -> Features:
-    return knn_probe(train_ND, labels_N, test_MD, n_classes, config.knn_k, device=device)
+    scores: Callable[..., Features]
+    """(train_ND, labels_N, test_MD, n_classes, config=, device=) to scores [M, C]."""
 
 
 PROBES: tuple[Probe, ...] = (
-    Probe("probe", "linear probe", _linear),
-    Probe("knn", "kNN probe", _knn),
+    Probe(
+        "probe",
+        "linear probe",
+        lambda *given, config, device: linear_probe(
+            *given, iterations=config.probe_epochs, device=device
+        ),
+    ),
+    Probe(
+        "knn",
+        "kNN probe",
+        lambda *given, config, device: knn_probe(*given, k=config.knn_k, device=device),
+    ),
 )
 """The first one's scores stand in for those of a classifier where there is none."""

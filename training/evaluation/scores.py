@@ -116,7 +116,8 @@ def confusion_rates(confusion_CC: NDArray[np.number]) -> NDArray[np.float64]:
     """Each row over its sum, NaN for a class without clips: [C, C]."""
     clips_C1 = confusion_CC.sum(1, keepdims=True)
     rates = np.full(confusion_CC.shape, np.nan)
-    return np.divide(confusion_CC, clips_C1, out=rates, where=clips_C1 > 0)
+    np.divide(confusion_CC, clips_C1, out=rates, where=clips_C1 > 0)
+    return rates
 
 
 def _check(scores_NC: Scores, labels_N: Labels) -> None:

@@ -30,7 +30,7 @@ class RankShare(NamedTuple):
 
     rows_W: tuple[int, ...]
     rank: int
-    timed: Callable[[], AbstractContextManager] = nullcontext
+    timed: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Around each gather and its backward, to measure what waiting for other ranks costs."""
 
     @property

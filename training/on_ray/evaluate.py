@@ -8,6 +8,7 @@ Shapes: N train and M test clips, D token width, C classes.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from training.config import STREAMS, EvaluateConfig, TrainingConfig
 from training.data.batches import RowIndex
 from training.errors import TrainingError
 from training.evaluation.metrics import BOTH_SIDES, Evidence, measure
-from training.evaluation.probes import PROBES, Features, knn_probe
+from training.evaluation.probes import PROBES, knn_probe
 from training.evaluation.results import Evaluation, count_confusion, write_evaluation
 from training.evaluation.retrieval import subset_per_class, unit_rows
 from training.evaluation.scores import ConfusedPair, most_confused_pairs
@@ -117,16 +118,14 @@ def _probe(
     for name in (*STREAMS, BOTH_SIDES):
         x_ND = _features(of_train, name, known_N)
         z_MD = _features(of_test, name, np.arange(len(test)))
-        found = _where_gpus_are(
-            config.scale.use_gpu, _fit, x_ND, labels_N, z_MD, n_classes, config.evaluate
-        )
+        run = partial(_where_gpus_are, config.scale.use_gpu)
+        found = run(_fit, x_ND, labels_N, z_MD, n_classes, config=config.evaluate)
         for probe, of_probe in found.items():
             scores[probe][name] = of_probe
         if name == BOTH_SIDES:
-            ids = train.clip_ids_N[known_N].tolist()
-            asked = subset_per_class(ids, labels_N, _PAIR_CLIPS)
-            votes = _where_gpus_are(config.scale.use_gpu, _neighbours, x_ND, labels_N, asked,
-                                    n_classes, config.evaluate)  # fmt: skip
+            asked = subset_per_class(train.clip_ids_N[known_N].tolist(), labels_N, _PAIR_CLIPS)
+            k = config.evaluate.knn_k
+            votes = run(knn_probe, x_ND, labels_N, x_ND[asked], n_classes, k=k, own_M=asked)
             pairs = _confused_pairs(votes, labels_N[asked], test.labels_N)
     return _Probed(scores, pairs)
 
@@ -142,29 +141,9 @@ def _features(outputs: Outputs, name: str, rows: NDArray[np.int64]) -> NDArray[n
     return both
 
 
-def _fit(
-    x_ND: Features,
-    labels_N: NDArray[np.integer],
-    z_MD: Features,
-    n_classes: int,
-    config: EvaluateConfig,
-    device: str = "cpu",
-) -> ByStream:
+def _fit(*given: Any, config: EvaluateConfig, device: str = "cpu") -> ByStream:
     """Scores of every probe, by its name."""
-    return {p.name: p.scores(x_ND, labels_N, z_MD, n_classes, config, device) for p in PROBES}
-
-
-def _neighbours(
-    x_ND: Features,
-    labels_N: NDArray[np.integer],
-    asked: NDArray[np.int64],
-    n_classes: int,
-    config: EvaluateConfig,
-    device: str = "cpu",
-) -> NDArray[np.float32]:
-    """Classes of the nearest other training clips of some of them, [asked, C]."""
-    k = config.knn_k
-    return knn_probe(x_ND, labels_N, x_ND[asked], n_classes, k, device=device, own_M=asked)
+    return {probe.name: probe.scores(*given, config=config, device=device) for probe in PROBES}
 
 
 def _confused_pairs(
@@ -179,10 +158,10 @@ def _confused_pairs(
     return most_confused_pairs(confusion_CC, _PAIRS)
 
 
-def _where_gpus_are(use_gpu: bool, call: Callable[..., Any], *args: Any) -> Any:
+def _where_gpus_are(use_gpu: bool, call: Callable[..., Any], *args: Any, **settings: Any) -> Any:
     """The result of `call`, in this process, or on a worker's GPU: the driver's node has none."""
     if not use_gpu:
-        return call(*args)
+        return call(*args, **settings)
     import ray
 
-    return ray.get(ray.remote(num_gpus=1)(call).remote(*args, device="cuda"))
+    return ray.get(ray.remote(num_gpus=1)(call).remote(*args, **settings, device="cuda"))

@@ -22,6 +22,7 @@ from training.config import (
 )
 from training.data.batches import Batch, BatchPlan, Views
 from training.data.reader import WindowPlan
+from training.evaluation.probes import Probe
 from training.model.encoder import Encoder
 from training.on_ray import evaluate, inference
 from training.on_ray.inference import Job, Model, Models, Outputs, run_jobs
@@ -130,14 +131,15 @@ def test_probes_are_fitted_on_a_workers_gpu_where_training_has_some(
     }
     devices: list[str] = []
 
-    def fit(*args: Any, device: str) -> dict[str, Any]:
+    def knn(*args: Any, device: str, **_: Any) -> np.ndarray:
         devices.append(device)
-        return {}
+        return np.eye(4, dtype=np.float32)[np.zeros(len(args[2]), int)]
 
-    monkeypatch.setattr(evaluate, "_fit", fit)
-    monkeypatch.setattr(evaluate, "_neighbours", lambda *a, device: np.eye(4)[a[1][a[2]]])
+    probe = Probe("knn", "", lambda *given, config, device: knn(*given, device=device))
+    monkeypatch.setattr(evaluate, "PROBES", (probe,))
+    monkeypatch.setattr(evaluate, "knn_probe", knn)
     config = TrainingConfig(scale=ScaleConfig(use_gpu=True))
     outputs = Outputs(z, {}, {})
     evaluate._probe(config, index, index, outputs, outputs)
-    assert devices == ["cuda"] * 4
+    assert devices == ["cuda"] * 5
     assert asked == [{"num_gpus": 1}] * 5
