@@ -69,7 +69,7 @@ def knn_probe(
     k: int = 20,
     temperature: float = 0.07,
     device: str = "cpu",
-    rows: int = 1024,
+    rows: int = 256,
     own_M: NDArray[np.integer] | None = None,
 ) -> NDArray[np.float32]:
     """Class shares [M, C] of the k nearest training clips by cosine, each weighing e^(cos / tau).

@@ -23,12 +23,23 @@ from training.evaluation.probes import PROBES, knn_probe
 from training.evaluation.results import Evaluation, count_confusion, write_evaluation
 from training.evaluation.retrieval import subset_per_class, unit_rows
 from training.evaluation.scores import ConfusedPair, most_confused_pairs
-from training.on_ray.inference import ByStream, Job, Models, Outputs, Space, run_jobs, test_passes
+from training.on_ray.inference import (
+    ByStream,
+    Job,
+    Models,
+    Outputs,
+    Space,
+    paged_array,
+    run_jobs,
+    test_passes,
+)
 
 _PAIRS = 10
 """Most confused pairs of training clips whose accuracy is measured."""
 _PAIR_CLIPS = 50
 """Training clips of a class that are asked for their neighbours to find these pairs."""
+_COPIED_ROWS = 8192
+"""Features copied at a time: all of 200,000 clips at once are a gigabyte of the driver's memory."""
 
 
 def evaluate(
@@ -132,13 +143,16 @@ def _probe(
 
 def _features(outputs: Outputs, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     """Token means of a stream [N, D]; of both sides, unit vectors one after the other [N, 2 D]."""
-    if name != BOTH_SIDES:
-        return np.asarray(outputs.z[name][rows])
-    width = outputs.z["audio"].shape[1]
-    both = np.empty((len(rows), 2 * width), np.float32)
-    for start, side in ((0, "audio"), (width, "video")):
-        both[:, start : start + width] = unit_rows(outputs.z[side][rows])
-    return both
+    sides = STREAMS[:2] if name == BOTH_SIDES else (name,)
+    widths = [outputs.z[side].shape[1] for side in sides]
+    features = paged_array(len(rows), sum(widths))
+    for start in range(0, len(rows), _COPIED_ROWS):
+        part = rows[start : start + _COPIED_ROWS]
+        vectors = [outputs.z[side][part] for side in sides]
+        if name == BOTH_SIDES:
+            vectors = [unit_rows(x_ND) for x_ND in vectors]
+        features[start : start + _COPIED_ROWS] = np.concatenate(vectors, axis=1)
+    return features
 
 
 def _fit(*given: Any, config: EvaluateConfig, device: str = "cpu") -> ByStream:

@@ -238,6 +238,12 @@ def precision_of(evaluate: EvaluateConfig, scale: ScaleConfig) -> Literal["fp32"
     return evaluate.precision or ("bf16" if scale.use_gpu else "fp32")
 
 
+def paged_array(n_rows: int, width: int) -> NDArray[np.float32]:
+    """An array in a file without a name: it is gone with the last reference to it."""
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.float32, "w+", shape=(n_rows, width))
+
+
 class _Gathered:
     """Outputs of one job, put in their rows as they come."""
 
@@ -250,13 +256,8 @@ class _Gathered:
         for kind, by_stream in kinds.items():
             for stream, x in by_stream.items():
                 if stream not in self.kinds[kind]:
-                    self.kinds[kind][stream] = self._paged(x.shape[1])
+                    self.kinds[kind][stream] = paged_array(self.n_rows, x.shape[1])
                 self.kinds[kind][stream][positions] = x
-
-    def _paged(self, width: int) -> NDArray[np.float32]:
-        """An array in a file without a name: it is gone with the last reference to it."""
-        with tempfile.TemporaryFile() as file:
-            return np.memmap(file, np.float32, "w+", shape=(self.n_rows, width))
 
     def outputs(self) -> Outputs:
         """All rows."""

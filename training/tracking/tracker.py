@@ -1,4 +1,4 @@
-"""A run written down twice: lines in `metrics.jsonl`, and a copy of them in MLflow.
+"""Tracker, which writes metrics as lines of a file, and all that is said to a run in MLflow.
 
 Knows nothing of what is trained. The file is the truth and the buffer: a thread copies whole lines
 from it to MLflow, so an MLflow that is slow, down or gone costs training nothing but a warning.
