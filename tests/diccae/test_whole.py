@@ -193,7 +193,7 @@ def test_an_evaluation_that_cannot_fit_is_refused_at_once(
     run = str(place / "run")
     embed = ["embed", "--store", store, "--encoder", f"{run}/encoder", "--out", str(tmp_path / "v")]
     for command in (["evaluate", "--out", run], embed):
-        assert main([*command, "--scale.use-gpu", "true"]) == 1
+        assert main([*command, "--scale.use-gpu"]) == 1
         said = capsys.readouterr().err
         assert "0 GPUs, this run needs" in said
         assert "inference actors" in said
