@@ -53,7 +53,7 @@ def evaluate(
 
     Writes `evaluation/` (predictions, confusion counts, embeddings).
     Args: test: the clips of `evaluate.split`. clusters: last pseudo-label by clip id.
-    Raises: TrainingError if the run folder has no encoder.
+    Raises: TrainingError if the run folder has no encoder, or no training clip a label.
     """
     of_test, of_train, middle = _outputs(config, _models(out), train, test)
     probed = _probe(config, train, test, of_train, of_test)
@@ -123,6 +123,11 @@ def _probe(
 ) -> _Probed:
     """Fit every probe on every stream of the frozen encoder, and on both sides at once."""
     known_N = np.flatnonzero(train.labels_N >= 0)
+    if not len(known_N):
+        raise TrainingError(
+            f"{train.store_uri}: no training clip has a label, and probes are fitted on labels; "
+            "ingest a CSV with labels"
+        )
     labels_N, n_classes = train.labels_N[known_N], len(train.classes)
     scores: dict[str, ByStream] = {probe.name: {} for probe in PROBES}
     pairs: list[ConfusedPair] = []

@@ -1,6 +1,7 @@
 """Models applied to clips, without Ray: precision, memory, and where probes are fitted."""
 
 import pickle
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,6 +98,16 @@ def test_memory_of_the_driver_does_not_grow_with_the_clips(
     grown = _own_bytes() - before
     np.testing.assert_array_equal(outputs.z["audio"][:, -1], np.arange(n_rows))
     assert grown < 64 * 2**20, f"{grown / 2**20:.0f} MiB"
+
+
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            inference.paged_array(2**14, 64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _own_bytes() -> int:
