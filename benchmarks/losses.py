@@ -47,8 +47,8 @@ def terms_seconds(clips: int, classes: int, repeats: int, device: str) -> float:
 
     def step(number: int) -> None:
         rows = labelled_rows(labels)
-        conf = confusion_loss(h, prototypes, labels, 0.1, state.weights_KK, STREAMS, rows)
-        loss = conf.loss + class_alignment(h, prototypes, labels, 0.1, STREAMS, rows)
+        conf = confusion_loss(h, prototypes, labels, 0.1, state.weights_KK, STREAMS, rows=rows)
+        loss = conf.loss + class_alignment(h, prototypes, labels, 0.1, STREAMS, rows=rows)
         for x in (z, h):
             loss = loss + info_nce(x["audio"], x["video"], 0.05).loss
         loss.backward()

@@ -285,6 +285,8 @@ class EvaluateConfig(Frozen):
     """Test clips per class in the retrieval protocol."""
     frames: int | None = None
     """Frames averaged at test time; None uses every stored frame."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Autocast type of the trunk; None: bf16 on a GPU, fp32 on a CPU."""
 
 
 class ScaleConfig(Frozen):

@@ -213,7 +213,7 @@ def _intra(given: LossInputs) -> TermValue:
 def _class_alignment(given: LossInputs) -> TermValue:
     h, tau = given.h(), given.config.class_temperature
     losses = [
-        class_alignment(h, head.prototypes, head.labels_B, tau, head.teaches, rows)
+        class_alignment(h, head.prototypes, head.labels_B, tau, head.teaches, rows=rows)
         for head, rows in zip(given.labels, given.rows, strict=True)
     ]
     return TermValue(torch.stack(losses).mean(), {}, [])
@@ -226,7 +226,7 @@ def _confusion(given: LossInputs) -> TermValue:
     for head, rows in zip(given.labels, given.rows, strict=True):
         state = head.confusion
         term = confusion_loss(
-            h, head.prototypes, head.labels_B, tau, state.weights_KK, head.teaches, rows
+            h, head.prototypes, head.labels_B, tau, state.weights_KK, head.teaches, rows=rows
         )
         by_degree = state.mean_offdiagonal if state.config.share_by_degree else 1.0
         losses.append(by_degree * term.loss)

@@ -102,6 +102,7 @@ def class_alignment(
     labels_B: Tensor,
     temperature: float,
     teaches: Sequence[str],
+    *,
     rows: Tensor | None = None,
 ) -> Tensor:
     """L_cls: a clip's stream finds its class among the class prototypes of the other streams.
@@ -138,6 +139,7 @@ def confusion_loss(
     temperature: float,
     weights_KK: Tensor,
     teaches: Sequence[str],
+    *,
     rows: Tensor | None = None,
 ) -> ConfusionTerm:
     """L_conf: cross-entropy in which class l counts w_yl times against a clip of class y.

@@ -65,7 +65,8 @@ class Pictures:
 
         def draw(row: dict[str, Any]) -> bytes:
             fbank_TM = fbank_array(row["fbank"], spec)[: max(row["fbank_frames"] or 0, 1)]
-            return simplejpeg.encode_jpeg(colours(fbank_TM.astype(np.float32)), quality=85)
+            picture = colours(fbank_TM.astype(np.float32))
+            return bytes(simplejpeg.encode_jpeg(picture, quality=85))
 
         return self._read(clip_ids, ["fbank", "fbank_frames"], draw)
 

@@ -1,6 +1,7 @@
 """The pure trainer: resume, chunks, world size, rounds, and steps that must not be taken."""
 
 import functools
+import json
 import math
 import shutil
 from pathlib import Path
@@ -12,10 +13,16 @@ from support.memory import N_CLIPS, memory_index
 from support.ranks import run_ranks
 from support.trainers import Recorder, make_trainer, pretrain_config, same, weights_of
 
+from training.config import LossConfig, TrackingConfig
 from training.data.device import DeviceBatch
 from training.errors import NonFiniteLoss, TrainingError
+from training.evaluation.variants import Variant
 from training.loop.controls import control_labels
 from training.loop.hooks import World
+from training.losses import objective
+from training.report.page import write_report
+from training.tracking.copier import mlflow_client
+from training.tracking.tracker import Tracker, create_run
 
 
 @pytest.mark.parametrize("features", ["train", "pass"])
@@ -270,3 +277,47 @@ def test_ranks_resumed_between_two_logs_equal_the_uninterrupted_run() -> None:
     for outcome in run_ranks(2, _resumed_between_logs):
         assert same(outcome["whole"], outcome["resumed"])
         assert outcome["whole_losses"] == outcome["resumed_losses"]
+
+
+class _ToyLoss(LossConfig):
+    toy: float = 0.25
+
+
+def test_a_new_loss_term_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered here alone, it trains, is logged, drawn, sent to MLflow and known to ablations."""
+
+    def value(given: objective.LossInputs) -> objective.TermValue:
+        spread = given.embeddings.h["audio"].std()
+        return objective.TermValue(spread, {"toy_rows": spread.detach() * 0 + 3}, [])
+
+    toy = objective.LossTerm("loss_toy", "toy", "pair", value)
+    monkeypatch.setattr(objective, "LOSS_TERMS", (*objective.LOSS_TERMS, toy))
+    plain = pretrain_config(pretrain={"epochs": 1, "log_every": 1})
+    loss = _ToyLoss.model_validate(plain.loss.model_dump())
+    _, recorder = trained = make_trainer(
+        plain.model_copy(update={"loss": loss}), tmp_path, Recorder(), rounds=False
+    )
+    trained[0].run()
+    handle = create_run(TrackingConfig(), str(tmp_path), {}, {}, {})
+    tracker = Tracker(handle, tmp_path / "metrics.jsonl")
+    for step, logged in recorder.logged:
+        terms = (logged[name] * getattr(loss, weight) for name, weight in (
+            ("loss_instance", "instance"), ("loss_intra", "intra"), ("loss_toy", "toy")
+        ))  # fmt: skip
+        assert logged["loss"] == pytest.approx(sum(terms), rel=1e-5)
+        assert logged["toy_rows"] == 3
+        tracker.log(step, logged)
+    assert tracker.close()
+    points = mlflow_client(handle.uri).get_metric_history(handle.run_id, "loss_toy")
+    assert [p.step for p in points] == [step for step, _ in recorder.logged]
+
+    (tmp_path / "run.json").write_text("{}")
+    page = write_report(tmp_path).read_text()
+    drawn = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
+    [panel] = [panel for panel in drawn["panels"] if panel["title"] == "Loss"]
+    assert "loss_toy" in [series["name"] for series in panel["series"]]
+
+    assert not Variant("", {"loss": {"toy": 0.0}}).shares_warmup
+    late = toy._replace(needs="labels")
+    monkeypatch.setattr(objective, "LOSS_TERMS", (*objective.LOSS_TERMS[:-1], late))
+    assert Variant("", {"loss": {"toy": 0.0}}).shares_warmup

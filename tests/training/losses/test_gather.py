@@ -42,11 +42,11 @@ def _step(rank: int, n_ranks: int) -> dict[str, torch.Tensor]:
     z, h, _ = model(fbank[rows[rank]], frames[rows[rank]])
     labelled = labelled_rows(labels)
     weights_KK = state.weights_KK.double()
-    conf = confusion_loss(h, prototypes, labels, 0.1, weights_KK, STREAMS, labelled)
+    conf = confusion_loss(h, prototypes, labels, 0.1, weights_KK, STREAMS, rows=labelled)
     loss = (
         info_nce(z["audio"], z["video"], 0.05, share=share).loss
         + intra_modal({"audio": h["audio"]}, {"audio": h["fusion"]}, 0.1, share=share)
-        + class_alignment(h, prototypes, labels, 0.1, STREAMS, labelled)
+        + class_alignment(h, prototypes, labels, 0.1, STREAMS, rows=labelled)
         + conf.loss
     )
     loss.backward()
