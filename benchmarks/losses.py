@@ -25,7 +25,7 @@ import torch.distributed as dist
 from training.config import STREAMS, ConfusionConfig, EncoderConfig
 from training.losses.confusion import ConfusionState
 from training.losses.terms import class_alignment, confusion_loss, info_nce, labelled_rows
-from training.model.encoder import Encoder, InputShape
+from training.model.encoder import Encoder, InputShape, MaskNoise
 
 _SHAPE = InputShape(fbank_frames=1024, n_mels=128, frame_size=224)
 _WIDTH, _PROJECTION, _UPDATE_EVERY = 768, 256, 10
@@ -47,8 +47,8 @@ def terms_seconds(clips: int, classes: int, repeats: int, device: str) -> float:
 
     def step(number: int) -> None:
         rows = labelled_rows(labels)
-        conf = confusion_loss(h, prototypes, labels, 0.1, state.weights_KK, STREAMS, rows)
-        loss = conf.loss + class_alignment(h, prototypes, labels, 0.1, STREAMS, rows)
+        conf = confusion_loss(h, prototypes, labels, 0.1, state.weights_KK, STREAMS, rows=rows)
+        loss = conf.loss + class_alignment(h, prototypes, labels, 0.1, STREAMS, rows=rows)
         for x in (z, h):
             loss = loss + info_nce(x["audio"], x["video"], 0.05).loss
         loss.backward()
@@ -66,13 +66,16 @@ def step_seconds_per_clip(clips: int, repeats: int, device: str, bf16: bool) -> 
     encoder = Encoder(EncoderConfig(preset="base"), _SHAPE, decoder=True).to(device)
     fbank = torch.randn(clips, _SHAPE.fbank_frames, _SHAPE.n_mels, device=device)
     frames = torch.randn(clips, 1, 3, _SHAPE.frame_size, _SHAPE.frame_size, device=device)
-    noise = [torch.rand(clips, n, device=device) for n in encoder.token_counts()]
+    drawn = [torch.rand(clips, n, device=device) for n in encoder.token_counts()]
+    noise = MaskNoise(*drawn, 0.75)
 
     def step() -> None:
         encoder.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16, bf16):
-            encoding, audio, video = encoder.forward_masked(fbank, frames, *noise, mask_ratio=0.75)
-        (audio + video + sum(h.sum() for h in encoding.h.values())).backward()
+            encoding = encoder(fbank, frames, STREAMS, noise, reconstruct=True)
+        (
+            sum(encoding.reconstruction.values()) + sum(h.sum() for h in encoding.h.values())
+        ).backward()
 
     return statistics.median([timed(step, device) for _ in range(repeats)][1:]) / clips
 

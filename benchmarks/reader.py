@@ -12,6 +12,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,7 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.decode.payload import decode_jpegs, fbank_array
 from pipeline.store.store import FeatureStore
 from training.config import DataConfig
-from training.data.batches import BatchPlan, RowIndex, Views, WindowReader, epoch_order, index_rows
+from training.data.order import BatchPlan, EpochReads, FrameDraw, WindowPlan
+from training.data.reader import Batch, LocalReader
+from training.data.rows import RowIndex, index_rows
 
 
 class RowDataset(Dataset):
@@ -62,13 +65,13 @@ class GroupDataset(RowDataset):
         return {"frames": frame, "fbank": np.array(fbank_array(fbank, self.index.spec))}
 
 
-def rate(batches: Callable[[], Iterable[dict]], steps: int) -> float:
+def rate(batches: Callable[[], Iterable[Any]], steps: int) -> float:
     """Clips per second of CPU time over `steps` batches, after one that is not counted."""
     endless = itertools.chain.from_iterable(batches() for _ in itertools.count())
     next(endless)
     started, clips = time.process_time(), 0
     for batch in itertools.islice(endless, steps):
-        clips += len(batch["fbank"])
+        clips += len(batch.fbank if isinstance(batch, Batch) else batch["fbank"])
     return clips / (time.process_time() - started)
 
 
@@ -81,15 +84,12 @@ def main() -> None:
     torch.set_num_threads(1)
     index = index_rows(FeatureStore.open(options.store).snapshot(), "train")
     plan = BatchPlan.of(len(index), options.batch, DataConfig())
-    reader = WindowReader(index, 0)
+    reader = LocalReader(WindowPlan(index, plan, range(plan.lanes), seed=0))
 
     epochs = itertools.count()
 
-    def ours() -> Iterator[dict]:
-        epoch = next(epochs)
-        order = epoch_order(index, plan, 0, epoch)
-        for start in range(0, len(order), plan.window_steps):
-            yield from reader.read(order[start : start + plan.window_steps], Views(1), epoch)
+    def ours() -> Iterator[Batch]:
+        return reader.stream([EpochReads(next(epochs), 0, FrameDraw(1))])
 
     def shuffled() -> Iterable[dict]:
         return DataLoader(RowDataset(index), options.batch, shuffle=True)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from training.config import STREAMS, EncoderConfig
 from training.losses.terms import info_nce
 from training.model.classifier import Classifier
-from training.model.encoder import Encoder, InputShape
+from training.model.encoder import Encoder, InputShape, MaskNoise
 from training.weights.files import load_weights
 
 Step = Callable[[], Tensor]
@@ -66,9 +66,9 @@ def pretraining_steps(models: Any, batch: int, device: str, folder: str) -> tupl
             return reference(fbank, frames[:, 0])[0]
 
     def our_step() -> Tensor:
-        encoding, audio, video = ours.forward_masked(fbank, frames, *noise, mask_ratio=0.75)
+        encoding = ours(fbank, frames, STREAMS, MaskNoise(*noise, 0.75), reconstruct=True)
         contrast = info_nce(encoding.z["audio"], encoding.z["video"], 0.05, "v2a", "local")
-        return audio + video + 0.01 * contrast.loss
+        return sum(encoding.reconstruction.values()) + 0.01 * contrast.loss
 
     return _backward(reference, their_step), _backward(ours, our_step)
 

@@ -54,9 +54,11 @@ class RunFolder:
             )
         return load_config(self.path / "config.yaml")
 
-    def open(self, config: RunConfig, fresh: bool) -> bool:
+    def open(self, config: RunConfig, fresh: bool, pretraining: bool = False) -> bool:
         """Take the folder for this run. Returns: whether a run is being taken up again.
 
+        Args: pretraining: the fine-tuning settings of `config` are not what a classifier that may
+            be there was made with.
         A folder whose run was refused before it started has no record and is free.
         Raises: ConfigMismatch naming the keys, if the folder holds a run of another config.
         """
@@ -74,8 +76,14 @@ class RunFolder:
                     f"{self.path} holds a run of another config: {'; '.join(keys)}. Use the old "
                     "config, another --out, or --fresh to start again (this deletes the old run)."
                 )
+            config = self._with_settings_of_classifier(config) if pretraining else config
         save_config(config, self.path / "config.yaml")
         return bool(self.record)
+
+    def _with_settings_of_classifier(self, config: RunConfig) -> RunConfig:
+        if not (self.path / "classifier" / "classifier.json").exists():
+            return config
+        return config.model_copy(update={"finetune": self.config().finetune})
 
     def write_record(self, **fields: Any) -> None:
         """Merge fields into `run.json`."""

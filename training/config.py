@@ -1,4 +1,4 @@
-"""What a training run is: encoder, data order, losses, rounds of clustering, schedule, scale.
+"""TrainingConfig: what a run is, from encoder and data order to losses, rounds and scale.
 
 Pure pydantic models: imports neither torch nor Ray, so that `--help` answers at once.
 Invariant: no default of training stands anywhere else.
@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Stream = Literal["audio", "video", "fusion"]
 STREAMS: tuple[Stream, Stream, Stream] = ("audio", "video", "fusion")
+SIDES: tuple[Stream, Stream] = ("audio", "video")
+"""The streams of one modality."""
 
 Preset = Literal["tiny", "small", "base", "large"]
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -104,7 +106,7 @@ class AugmentConfig(Frozen):
     gain: float = Field(0.0, ge=0)
     """Largest change of the log-mel level, natural log units."""
     fbank_noise: float = Field(0.0, ge=0)
-    """Largest standard deviation of noise added to the normalised fbank."""
+    """Largest amplitude of the noise added to the normalised fbank, uniform (CAV-MAE: 0.1)."""
     freq_mask: int = Field(0, ge=0)
     """Largest number of masked mel bins (SpecAugment)."""
     time_mask: int = Field(0, ge=0)
@@ -124,7 +126,8 @@ class LossConfig(Frozen):
     instance_direction: Literal["both", "v2a"] = "both"
     """`v2a` is CAV-MAE's one direction."""
     negatives: Literal["global", "local"] = "global"
-    """`local` keeps CAV-MAE's per-worker negatives."""
+    """`local`: the other clips of a data lane, CAV-MAE's per-GPU negatives for any number of
+    workers (batch_size / data.lanes clips)."""
     temperature: float = Field(0.05, gt=0)
     """tau of L_inst and L_intra."""
     intra: float = Field(0.0, ge=0)
@@ -148,7 +151,7 @@ class LossConfig(Frozen):
     @property
     def label_streams(self) -> tuple[Stream, ...]:
         """Streams that learn from labels, and whose features make them."""
-        return STREAMS if self.fusion else STREAMS[:2]
+        return STREAMS if self.fusion else SIDES
 
 
 class ConfusionConfig(Frozen):
@@ -182,7 +185,8 @@ class RoundsConfig(Frozen):
     every_epochs: int = Field(1, ge=1)
     """Epochs between rounds."""
     margin_nats: float = 0.25
-    """The first round waits until InfoNCE < ln B - margin; negative: never waits (tests)."""
+    """The first round waits until InfoNCE < ln n - margin, n the clips it compares (the batch, or a
+    lane with local negatives); negative: never waits (tests)."""
     features: Literal["pass", "train"] = "train"
     """`pass`: an evaluation pass before each round; `train`: what training just computed."""
     lead_steps: int = Field(20, ge=0)
@@ -281,6 +285,8 @@ class EvaluateConfig(Frozen):
     """Test clips per class in the retrieval protocol."""
     frames: int | None = None
     """Frames averaged at test time; None uses every stored frame."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Autocast type of the trunk; None: bf16 on a GPU, fp32 on a CPU."""
 
 
 class ScaleConfig(Frozen):

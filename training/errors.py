@@ -1,4 +1,4 @@
-"""The errors training raises on purpose.
+"""TrainingError and its kinds: what training raises on purpose.
 
 Knows nothing of how they are shown. Invariant: each message names the key or file, the value found,
 what is allowed and the next step; `exit_code` is what the `diccae` command returns.

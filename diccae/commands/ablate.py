@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse("ablate", AblateArgs, argv, (*SECTIONS, "finetune", "evaluate"))
     from diccae.run_folder import log_to_screen
     from diccae.stages.ablate import Plan, read_variants, run_ablation, write_results
-    from training.evaluation.ablate import DEFAULT_VARIANTS
+    from training.evaluation.variants import DEFAULT_VARIANTS
 
     if args.seeds < 1:
         raise UsageError(f"--seeds = {args.seeds}: at least 1")

@@ -33,16 +33,19 @@ class EmbedArgs:
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("embed", EmbedArgs, argv, ("data", "evaluate", "scale"))
-    from diccae.resources import start_ray
+    from diccae.resources import check_fits, start_ray
+    from diccae.stages.evaluate import inference_demands
     from pipeline.store.store import FeatureStore
-    from training.data.batches import index_rows
-    from training.on_ray.inference import run_model, write_vectors
+    from training.data.rows import index_rows
+    from training.on_ray.inference import Job, Models, run_jobs, write_vectors
 
     snapshot = FeatureStore.open(args.store).snapshot(args.version)
     index = index_rows(snapshot, args.split)
     start_ray()
     run = args.run
-    outputs = run_model(index, args.encoder, None, run.data, run.scale, run.evaluate.frames)
+    check_fits(inference_demands(run.scale))
+    job = Job(index, run.evaluate.frames, (args.space,))
+    [outputs] = run_jobs([job], Models(args.encoder), run.data, run.scale, run.evaluate)
     write_vectors(index, outputs, args.space, Path(args.out))
     print(f"{args.out}: {len(index):,} clips of {args.store} version {snapshot.version}")
     return 0

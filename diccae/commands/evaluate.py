@@ -3,10 +3,12 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from diccae.args import parse
 from diccae.config import RunConfig
 from diccae.screen import say, table
+from training.config import STREAMS
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,23 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def results_table(results: dict) -> str:
-    """Accuracies of a run in per cent, one row per stream."""
+def results_table(results: dict[str, Any]) -> str:
+    """What was measured, in per cent: a row a stream, then a line for each other metric."""
+    from training.evaluation.metrics import BOTH_SIDES, present
+
+    split, metrics = results.get("split", "test"), present(results)
+    columns = [metric for metric in metrics if metric.grid is None]
     rows = []
-    split = results.get("split", "test")
-    columns = [name for name in ("top1", "top5", "probe", "knn") if name in results]
-    for stream in ("audio", "video", "fusion", "audio_video"):
-        values = [results[name].get(stream) for name in columns]
+    for stream in (*STREAMS, BOTH_SIDES):
+        values = [results[metric.name].get(stream) for metric in columns]
         if values.count(None) < len(values):
             rows.append([stream, *(f"{100 * v:.1f}" if v is not None else "-" for v in values)])
-    lines = [table([f"% of {split} clips", *columns], rows)]
-    found = results.get("retrieval", {})
-    if found:
-        lines.append(
-            f"retrieval R@1  audio->video {100 * found['a2v_r1']:.1f} %  video->audio "
-            f"{100 * found['v2a_r1']:.1f} %  ({int(found['n_clips'])} clips)"
-        )
+    lines = [table([f"% of {split} clips", *(metric.name for metric in columns)], rows)]
+    for metric in metrics:
+        if metric.grid is not None:
+            found = results[metric.name]
+            shown = [f"{v} {100 * found[v]:.1f}" for v in metric.headline if v in found]
+            lines.append(f"{metric.title}  {'  '.join(shown)}")
     pairs = results.get("confusion", {}).get("worst_pairs", [])[:3]
     if pairs:
         worst = "; ".join(f"{a} / {b} {100 * degree:.0f} %" for a, b, degree in pairs)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from diccae.args import parse
 from diccae.config import RunConfig
+from diccae.run_folder import RunFolder, log_to_screen
 from diccae.screen import say
 
 
@@ -18,6 +19,10 @@ class FinetuneArgs:
     """Feature store, for a folder without a pretraining run."""
     encoder: str | None = None
     """Folder of another encoder to start from."""
+    fresh: bool = False
+    """Delete the classifier that is in --out, and fine-tune again."""
+    dry_run: bool = False
+    """Only print parameters, FLOPs, memory and steps."""
     config: str | None = None
     """YAML config; without it, the run's own."""
     run: RunConfig = field(default_factory=RunConfig)
@@ -25,8 +30,6 @@ class FinetuneArgs:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    from diccae.run_folder import RunFolder, log_to_screen
-
     first = parse("finetune", FinetuneArgs, argv, ("finetune", "scale", "data"))
     folder = RunFolder(first.out)
     base = None
@@ -34,11 +37,29 @@ def main(argv: Sequence[str]) -> int:
         base = folder.config()
     args = parse("finetune", FinetuneArgs, argv, ("finetune", "scale", "data"), base)
     log_to_screen()
-    folder.open(args.run, fresh=False)
+    if args.dry_run:
+        return _dry_run(folder, args)
     from diccae.stages.finetune import run_finetune
     from diccae.stages.run_record import open_run
+    from training.on_ray.finetune import forget_finetuning, refuse_other_settings
 
+    if args.fresh:
+        forget_finetuning(folder.path)
+    # Before the folder takes the config over: config.yaml tells of the classifier that is there.
+    refuse_other_settings(args.run, args.encoder, folder.path)
+    folder.open(args.run, fresh=False)
     open_run(folder, args.run, args.store)
     run_finetune(folder, args.run, args.encoder, say)
     say(f"classifier in {args.out}/classifier; next: diccae evaluate --out {args.out}")
+    return 0
+
+
+def _dry_run(folder: RunFolder, args: FinetuneArgs) -> int:
+    from diccae.stages.run_record import pin_for
+    from training.loop.dry_run import dry_run_finetuning
+
+    data = pin_for(folder, args.run, args.store)
+    n_clips, n_classes = len(data.train), len(data.train.classes)
+    for name, value in dry_run_finetuning(args.run, data.snapshot.spec, n_clips, n_classes):
+        print(f"{name:<18} {value}")
     return 0

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
 
     log_to_screen()
     folder = RunFolder(args.out)
-    if folder.open(config, args.fresh):
+    if folder.open(config, args.fresh, pretraining=True):
         say(f"going on with the run in {args.out}")
     run_pretrain(folder, config, args.store, say)
     if args.json:
@@ -75,6 +75,6 @@ def _dry_run(config: RunConfig, store: str) -> int:
 
     data = pin(store, config.data.version, config)
     check(config, config.clustering, data)
-    for name, value in dry_run(config, data.snapshot.spec, len(data.train)):
+    for name, value in dry_run(config, data.snapshot.spec, len(data.train), config.clustering.k):
         print(f"{name:<18} {value}")
     return 0

@@ -1,6 +1,6 @@
 """The runs behind an ablation: one warm-up a seed, and every variant from its checkpoint.
 
-Composes the stages; variants and statistics are in training.evaluation.ablate. Invariants: the
+Composes the stages; variants and statistics are in training.evaluation.variants. Invariants: the
 metric is written down before the first run and is not changed afterwards; a run that is done is
 never made again, so the same command goes on where it stopped.
 
@@ -26,10 +26,12 @@ from diccae.stages.finetune import run_finetune
 from diccae.stages.pretrain import run_pretrain
 from pipeline.store.store import FeatureStore
 from training.errors import TrainingError
-from training.evaluation.ablate import VARIANTS, Variant, contrasts, spread
+from training.evaluation import metrics
+from training.evaluation.paired import contrasts, spread
+from training.evaluation.variants import VARIANTS, Variant
 from training.on_ray.fit import newest_checkpoint
 from training.on_ray.pretrain import CHECKPOINTS, WHOLE, Span, check, pin
-from training.report.ablation import (
+from training.report.ablate import (
     contrast_rows,
     draw,
     markdown,
@@ -45,8 +47,6 @@ Say = Callable[[str], None]
 _WARMUP = "warmup"
 """Folder of a seed's warm-up, beside those of its variants."""
 _NOT_PINNED = ("scale.", "tracking.", "ingest.")
-_FROZEN, _FINETUNED = ("probe", "knn", "retrieval"), ("top1", "top5", "map")
-"""What is measured of an encoder, and of a classifier."""
 
 
 class Plan(NamedTuple):
@@ -125,12 +125,7 @@ def run_ablation(
 
     Returns: the runs, and what pins them. Raises: UsageError if `out` holds another ablation.
     """
-    sections = _FROZEN + (_FINETUNED if plan.finetune else ())
-    if plan.metric.split("/")[0] not in sections:
-        raise UsageError(
-            f"--metric {plan.metric}: not among what is measured; it starts with one of "
-            f"{', '.join(f'{section}/' for section in sections)}"
-        )
+    _check_metric(plan)
     out.mkdir(parents=True, exist_ok=True)
     record = _pinned(config, plan, store, out)
     pinned = config.model_copy(
@@ -145,28 +140,87 @@ def run_ablation(
     save_config(config, out / "config.yaml")
     write_json(out / "ablation.json", {**read_json(out / "ablation.json"), "pinned": record})
     parent = _parent_run(pinned, record, out)
-    started, made = time.monotonic(), 0
-    done: list[Finished] = []
-    for seed in plan.seeds:
-        for name, variant in plan.variants.items():
-            folder = RunFolder(out / f"seed-{seed}" / name)
-            if plan.metric not in _measured(folder):
-                per_run_s = (time.monotonic() - started) / made if made else None
-                left = clock(per_run_s and per_run_s * (plan.n_runs - len(done)))
-                at = f"run {len(done) + 1}/{plan.n_runs}"
-                say(f"ablate    {at}: {name}, seed {seed}, left {left}")
-                own = variant_config(pinned, name, variant, seed)
-                span = _branch(pinned, variant, seed, store, out, parent, say)
-                _run(folder, own, plan, store, span, parent, say)
-                made += 1
-            run_id = folder.record.get("mlflow", {}).get("run_id", "")
-            done.append(Finished(name, seed, _measured(folder), run_id))
-            if plan.metric not in done[-1].metrics:
-                raise UsageError(
-                    f"--metric {plan.metric}: {folder.path} has none; it has "
-                    f"{', '.join(sorted(done[-1].metrics))}"
-                )
+    done = _Ablation(pinned, plan, store, out, parent, say).run()
     return done, record | {"mlflow": {"uri": parent.uri, "run_id": parent.run_id}}
+
+
+def _check_metric(plan: Plan) -> None:
+    measured = metrics.names(with_classifier=plan.finetune)
+    if plan.metric.split("/")[0] not in measured:
+        raise UsageError(
+            f"--metric {plan.metric}: not among what is measured; it starts with one of "
+            f"{', '.join(f'{name}/' for name in measured)}"
+        )
+
+
+class _Ablation(NamedTuple):
+    """The runs of one ablation, each made once."""
+
+    config: RunConfig
+    plan: Plan
+    store: str
+    out: Path
+    parent: RunHandle
+    say: Say
+
+    def run(self) -> list[Finished]:
+        """Every variant with every seed; those that are there already are read."""
+        started, made = time.monotonic(), 0
+        done: list[Finished] = []
+        for seed in self.plan.seeds:
+            for name, variant in self.plan.variants.items():
+                if self.plan.metric not in measured_of(self._folder(seed, name)):
+                    # Runs that were there took no time and say nothing of those to come.
+                    each_s = (time.monotonic() - started) / made if made else None
+                    left = clock(each_s and each_s * (self.plan.n_runs - len(done)))
+                    at = f"run {len(done) + 1}/{self.plan.n_runs}"
+                    self.say(f"ablate    {at}: {name}, seed {seed}, left {left}")
+                    self._train(name, variant, seed)
+                    made += 1
+                done.append(self._finished(name, seed))
+        return done
+
+    def _folder(self, seed: int, name: str) -> RunFolder:
+        return RunFolder(self.out / f"seed-{seed}" / name)
+
+    def _train(self, name: str, variant: Variant, seed: int) -> None:
+        folder, config = self._folder(seed, name), variant_config(self.config, name, variant, seed)
+        span = self._branch(variant, seed)
+        folder.open(config, fresh=False)
+        tags = _tags(self.parent, f"seed-{seed} {name}")
+        run_pretrain(folder, config, self.store, self.say, span, tags)
+        if self.plan.finetune:
+            run_finetune(folder, config, None, self.say)
+        run_evaluate(folder, config, self.say)
+
+    def _branch(self, variant: Variant, seed: int) -> Span:
+        """Where it starts: the end of the seed's warm-up, which is run if it is not there."""
+        epochs = self.config.rounds.warmup_epochs
+        if not variant.shares_warmup or epochs == 0 or epochs >= self.config.pretrain.epochs:
+            return WHOLE
+        folder = self._folder(seed, _WARMUP)
+        if not folder.results.get("warmup_epochs"):
+            own = self.config.model_copy(update={"seed": seed})
+            folder.open(own, fresh=False)
+            tags = _tags(self.parent, f"seed-{seed} {_WARMUP}")
+            run_pretrain(folder, own, self.store, self.say, Span(until_epoch=epochs), tags)
+            folder.write_results(warmup_epochs=epochs)
+        newest = newest_checkpoint(folder.path, CHECKPOINTS)
+        if newest is None:
+            raise UsageError(
+                f"{folder.path}: its checkpoints are gone; delete {folder.path} to run it again"
+            )
+        return Span(start=newest[1])
+
+    def _finished(self, name: str, seed: int) -> Finished:
+        folder = self._folder(seed, name)
+        measured = measured_of(folder)
+        if self.plan.metric not in measured:
+            raise UsageError(
+                f"--metric {self.plan.metric}: {folder.path} has none; it has "
+                f"{', '.join(sorted(measured))}"
+            )
+        return Finished(name, seed, measured, folder.record.get("mlflow", {}).get("run_id", ""))
 
 
 def _pinned(config: RunConfig, plan: Plan, store: str, out: Path) -> dict[str, Any]:
@@ -222,60 +276,15 @@ def _parent_run(config: RunConfig, record: dict[str, Any], out: Path) -> RunHand
     return handle
 
 
-def _branch(
-    config: RunConfig,
-    variant: Variant,
-    seed: int,
-    store: str,
-    out: Path,
-    parent: RunHandle,
-    say: Say,
-) -> Span:
-    """Where the variant starts: the end of the seed's warm-up, which is run if it is not there."""
-    epochs = config.rounds.warmup_epochs
-    if not variant.shares_warmup or epochs == 0 or epochs >= config.pretrain.epochs:
-        return WHOLE
-    folder = RunFolder(out / f"seed-{seed}" / _WARMUP)
-    if not folder.results.get("warmup_epochs"):
-        own = config.model_copy(update={"seed": seed})
-        folder.open(own, fresh=False)
-        tags = _tags(parent, f"seed-{seed} warmup")
-        run_pretrain(folder, own, store, say, Span(until_epoch=epochs), tags)
-        folder.write_results(warmup_epochs=epochs)
-    newest = newest_checkpoint(folder.path, CHECKPOINTS)
-    if newest is None:
-        raise UsageError(
-            f"{folder.path}: its checkpoints are gone; delete {folder.path} to run it again"
-        )
-    return Span(start=newest[1])
-
-
-def _run(
-    folder: RunFolder,
-    config: RunConfig,
-    plan: Plan,
-    store: str,
-    span: Span,
-    parent: RunHandle,
-    say: Say,
-) -> None:
-    folder.open(config, fresh=False)
-    tags = _tags(parent, f"{folder.path.parent.name} {folder.path.name}")
-    run_pretrain(folder, config, store, say, span, tags)
-    if plan.finetune:
-        run_finetune(folder, config, None, say)
-    run_evaluate(folder, config, say)
-
-
 def _tags(parent: RunHandle, name: str) -> dict[str, str]:
     nested = {"mlflow.parentRunId": parent.run_id} if parent.run_id else {}
     return {"mlflow.runName": name, **nested}
 
 
-def _measured(folder: RunFolder) -> dict[str, float]:
+def measured_of(folder: RunFolder) -> dict[str, float]:
     """Metrics of an evaluated run; none before it is evaluated."""
     results = folder.results
-    shown = (*_FROZEN, *_FINETUNED, "pseudo_labels", "n_test")
+    shown = (*metrics.names(with_classifier=True), "pseudo_labels", "n_test")
     return dict(scalars({k: v for k, v in results.items() if k in shown}))
 
 
@@ -301,10 +310,10 @@ def write_results(
     out: Path, plan: Plan, done: Sequence[Finished], record: dict[str, Any]
 ) -> Summary:
     """Write ablation.json, .md and .png into `out`, and hand them to MLflow."""
-    metrics: dict[str, dict[int, dict[str, float]]] = {name: {} for name in plan.variants}
+    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in plan.variants}
     for run in done:
-        metrics[run.variant][run.seed] = run.metrics
-    values = values_of(metrics, plan.metric)
+        found[run.variant][run.seed] = run.metrics
+    values = values_of(found, plan.metric)
     own = [name for name in plan.variants if name not in VARIANTS]
     differences = contrasts(values, own)
     n_test = int(done[0].metrics["n_test"])
@@ -319,16 +328,16 @@ def write_results(
         "runs": [run._asdict() for run in done],
     }
     write_json(out / "ablation.json", content)
-    page = markdown(metrics, plan.metric, differences, plan.variants, record, n_test)
+    page = markdown(found, plan.metric, differences, plan.variants, record, n_test)
     (out / "ablation.md").write_text(page)
-    draw(metrics, plan.metric, differences, out / "ablation.png")
+    draw(found, plan.metric, differences, out / "ablation.png")
     handle = RunHandle(record["mlflow"]["uri"], record["mlflow"]["run_id"], str(out))
     if handle.run_id:
-        means = {f"mean/{name}": spread(found).mean for name, found in values.items()}
+        means = {f"mean/{name}": spread(by_seed).mean for name, by_seed in values.items()}
         points = {f"difference/{d.variant}-{d.reference}": d.mean for d in differences}
         tracking.log_results(handle, means | points)
         files = [out / f"ablation.{kind}" for kind in ("json", "md", "png")]
         tracking.log_artifacts(handle, files)
     tracking.finish(handle, "FINISHED")
-    tables = [variant_rows(metrics, plan.metric), contrast_rows(differences)]
+    tables = [variant_rows(found, plan.metric), contrast_rows(differences)]
     return Summary(content, tables, note(differences, n_test, record["split"]))

@@ -10,10 +10,11 @@ from typing import Any
 from clustering.rounds.files import load_round, rounds_at
 from diccae.config import RunConfig
 from diccae.errors import UsageError
-from diccae.resources import start_ray
+from diccae.resources import Demand, check_fits, start_ray
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import Say, pin_for, tracking_handle
-from training.data.batches import RowIndex, clip_keys, index_rows
+from training.config import ScaleConfig
+from training.data.rows import RowIndex, clip_keys, index_rows
 from training.on_ray.evaluate import evaluate
 from training.on_ray.pretrain import Pinned
 from training.tracking import tracker as tracking
@@ -24,15 +25,24 @@ def run_evaluate(folder: RunFolder, config: RunConfig, say: Say) -> dict[str, An
     data = pin_for(folder, config)
     test = tested_rows(data, config)
     start_ray()
+    check_fits(inference_demands(config.scale))
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
     started = time.monotonic()
-    found = evaluate(config, data.train, test, folder.path, _clusters(folder.path, test))
+    found = evaluate(config, data.train, test, folder.path, _clusters(folder.path, test)).as_json()
     seconds = {"evaluate": round(time.monotonic() - started, 2)}
     results = folder.write_results(**found, seconds=seconds, config_hash=config.digest())
     handle = tracking_handle(folder)
     if handle.run_id:
         tracking.log_results(handle, dict(scalars(found)))
     return results
+
+
+def inference_demands(scale: ScaleConfig) -> list[Demand]:
+    """What applying a model to clips reserves: the actors, and the tasks that feed them."""
+    return [
+        Demand("inference actors", scale.num_workers, scale.cpus_per_worker, float(scale.use_gpu)),
+        Demand("Ray's own tasks", 1, 1.0, 0),
+    ]
 
 
 def tested_rows(data: Pinned, config: RunConfig) -> RowIndex:

@@ -9,29 +9,30 @@ from diccae.config import RunConfig
 from diccae.resources import check_fits, start_ray, training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.run_record import Say, pin_for, provenance, tracking_handle, with_status
-from training.data.batches import BatchPlan
-from training.on_ray.finetune import finetune
+from training.data.order import BatchPlan
+from training.on_ray.finetune import finetune, starting_encoder
 
 
 def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say: Say) -> None:
-    """Fine-tune the folder's encoder (or another one) into `classifier/`."""
+    """Fine-tune the folder's encoder (or another one) into `classifier/`.
+
+    Raises: ConfigMismatch if the folder holds fine-tuning with other settings.
+    """
     data = pin_for(folder, config)
-    own = folder.path / "encoder"
-    uri = encoder or (str(own) if (own / "encoder.json").exists() else None)
     steps = BatchPlan.of(len(data.train), config.finetune.batch_size, config.data).steps(
         len(data.train)
     )
     start_ray()
     check_fits(training_demands(config, None))
-    say(f"finetune  {len(data.train.classes)} classes, from {uri or 'nothing'}")
+    origin = provenance(folder, config)
+    uri = starting_encoder(config, data.train, encoder, folder.path, origin)
+    say(f"finetune  {len(data.train.classes)} classes, from {uri}")
     started = time.monotonic()
     handle = tracking_handle(folder)
     with watched(folder.path / "finetune.jsonl", steps * config.finetune.epochs, "finetune"):
         with_status(
             folder,
             handle,
-            lambda: finetune(
-                config, data.train, uri, folder.path, handle, provenance(folder, config)
-            ),
+            lambda: finetune(config, data.train, uri, folder.path, handle, origin),
         )
     folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})

@@ -14,8 +14,9 @@ from diccae.config import RunConfig
 from diccae.resources import check_fits, scale_note, start_ray, training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.run_record import Say, pin_for, provenance, remember, tracking_run, with_status
-from training.data.batches import BatchPlan
-from training.on_ray.pretrain import WHOLE, Pinned, Span, check, make_encoder, pretrain
+from training.data.order import BatchPlan
+from training.model.make import make_encoder
+from training.on_ray.pretrain import WHOLE, Pinned, Span, check, pretrain
 from training.tracking.copier import read_metrics
 from training.weights.files import by_part, load_weights
 
@@ -63,7 +64,7 @@ def run_pretrain(
                 folder.path,
                 handle,
                 made_by,
-                span,
+                span=span,
                 pool=config.pool,
             ),
         )
@@ -74,9 +75,10 @@ def run_pretrain(
 def _write_results(
     folder: RunFolder, config: RunConfig, n_train: int, result: dict[str, Any], seconds: float
 ) -> None:
-    """What pretraining adds to results.json; its time adds up over restarts."""
-    before = folder.results.get("seconds", {}).get("pretrain", 0.0)
-    metrics = result.get("metrics", {})
+    """What pretraining adds to results.json; its times add up over restarts."""
+    before = folder.results.get("seconds", {})
+    # A run that was finished already takes no step and has no metrics: those of its end stay.
+    metrics = result.get("metrics") or folder.results.get("pretraining", {})
     folder.write_results(
         encoder=config.encoder.preset,
         n_train=n_train,
@@ -85,8 +87,8 @@ def _write_results(
         pseudo_labels=_pseudo_labels(folder.path, config),
         pretraining={name: metrics[name] for name in sorted(metrics) if "/" not in name},
         seconds={
-            "pretrain": round(before + seconds, 2),
-            "cluster": round(result.get("clustering_s", 0.0), 2),
+            "pretrain": round(before.get("pretrain", 0.0) + seconds, 2),
+            "cluster": round(before.get("cluster", 0.0) + result.get("clustering_s", 0.0), 2),
         },
     )
 

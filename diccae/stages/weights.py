@@ -9,7 +9,7 @@ from diccae.stages.run_record import open_run, pin_for, provenance, tracking_han
 from training.errors import WeightsError
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
-from training.on_ray.pretrain import input_shape
+from training.model.make import input_shape
 from training.tracking import tracker as tracking
 from training.weights.files import (
     WeightsReport,

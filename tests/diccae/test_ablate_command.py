@@ -102,7 +102,7 @@ def test_what_cannot_be_trained_is_said_before_anything_is(
     assert main([*arguments, "--variants-file", str(tmp_path / "none.yaml")]) == 2
     assert "No such file" in capsys.readouterr().err
     assert main([*arguments, "--metric", "top1/fusion"]) == 2
-    assert "starts with one of probe/, knn/, retrieval/" in capsys.readouterr().err
+    assert "starts with one of pair_accuracy/, probe/, knn/, retrieval/" in capsys.readouterr().err
     assert main([*arguments, "--variants", "fulll"]) == 2
     assert "no variant fulll; there are instance" in capsys.readouterr().err
     assert main([*arguments, "--evaluate.split", "validation", "--variants", "full"]) == 2

@@ -1,7 +1,9 @@
 """The main job: ingest, pretraining killed and taken up again, fine-tuning, evaluation, report."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,10 +14,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from support.processes import ray_env
 from support.runs import CONFIGS, N_TEST, N_TRAIN, SMOKE, lines
 
 from diccae.cli import main
+from diccae.run_folder import RunFolder
+from diccae.stages.ablate import measured_of
+from training.evaluation import metrics
+from training.report.ablate import variant_rows
 
 BASELINE = str(CONFIGS / "cavmae-smoke.yaml")
 Diccae = Callable[..., str]
@@ -85,8 +92,71 @@ def test_killed_pretraining_goes_on_and_the_run_is_finished(
     _check_vectors(diccae, store, out)
     page = Path(diccae("report", "--out", "run").strip())
     assert page.stat().st_size > 50_000
-    _check_results(json.loads((out / "results.json").read_text()))
+    strict = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
+    _check_results(strict)
     _check_mlflow(out)
+
+
+def _sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_finished_run_repeated_keeps_its_results(place: Path, store: str, diccae: Diccae) -> None:
+    out = place / "run"
+    before = json.loads((out / "results.json").read_text())
+    assert before["pretraining"]["loss"] > 0
+    settings = ["--pretrain.log-every", "1", "--pretrain.epochs", str(EPOCHS)]
+    settings += ["--finetune.mixup", "0.25"]
+    diccae("pretrain", "--config", SMOKE, "--store", store_of(out), "--out", str(out), *settings)
+    after = json.loads((out / "results.json").read_text())
+    assert after["pretraining"] == before["pretraining"]
+    assert after["seconds"]["cluster"] == before["seconds"]["cluster"]
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert saved["finetune"]["mixup"] != 0.25, "not what the classifier was made with"
+
+
+def store_of(out: Path) -> str:
+    uri: str = json.loads((out / "run.json").read_text())["store"]["uri"]
+    return uri
+
+
+def test_fine_tuning_with_other_settings_trains_or_is_refused_by_key(
+    place: Path, store: str, diccae: Diccae, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = place / "run"
+    model = out / "classifier" / "classifier.safetensors"
+    config, before = (out / "config.yaml").read_text(), _sha(model)
+    changed = ["finetune", "--out", str(out), "--finetune.optim.lr", "0.003"]
+    assert main(changed) == 2
+    said = capsys.readouterr().err
+    assert "finetune.optim.lr: 0.0001 -> 0.003" in said
+    assert "--fresh" in said
+    assert (out / "config.yaml").read_text() == config
+    diccae("finetune", "--out", str(out))
+    assert _sha(model) == before, "the same command changes nothing"
+    diccae(*changed, "--fresh")
+    assert _sha(model) != before
+    assert yaml.safe_load((out / "config.yaml").read_text())["finetune"]["optim"]["lr"] == 0.003
+
+
+def test_another_encoder_is_fine_tuned_in_a_new_folder_and_evaluated(
+    place: Path, store: str, diccae: Diccae, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = place / "other"
+    arguments = ["finetune", "--out", str(out), "--store", store, "--config", SMOKE]
+    diccae(*arguments, "--encoder", str(place / "run" / "encoder"))
+    diccae("evaluate", "--out", str(out))
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["top1"]) == {"audio", "video", "fusion"}
+    assert set(results["probe"]) >= {"audio", "video", "fusion"}
+    assert _sha(out / "encoder" / "encoder.safetensors") == _sha(
+        place / "run" / "encoder" / "encoder.safetensors"
+    )
+    untrained = place / "untrained"
+    diccae("finetune", "--out", str(untrained), "--store", store, "--config", SMOKE)
+    again = ["finetune", "--out", str(out), "--encoder", str(untrained / "encoder")]
+    assert main(again) == 2
+    assert "other settings: encoder: " in capsys.readouterr().err
 
 
 def _check_vectors(diccae: Diccae, store: str, out: Path) -> None:
@@ -110,6 +180,12 @@ def _check_results(results: dict[str, Any]) -> None:
     assert results["pseudo_labels"]["k"] == 8
     assert results["store"]["version"] >= 0
     assert set(results["seconds"]) >= {"pretrain", "cluster", "finetune", "evaluate"}
+    assert set(results["pair_accuracy"]) == {"audio", "video", "fusion"}
+    assert all(len(pair) == 3 for pair in results["confusion"]["training_pairs"])
+    by_class = results["class_accuracy"]
+    assert sum(each["n_clips"] for each in by_class) == N_TEST
+    right = sum(each["n_clips"] * each["fusion"] for each in by_class)
+    assert right / N_TEST == pytest.approx(results["top1"]["fusion"])
 
 
 def _check_mlflow(out: Path) -> None:
@@ -122,6 +198,69 @@ def _check_mlflow(out: Path) -> None:
     assert run.data.params["clustering.k"] == "8"
     history = [m.step for m in client.get_metric_history(run.info.run_id, "loss")]
     assert sorted(history) == list(range(1, N_STEPS + 1)), "gaps or doubles"
+
+
+def _copied(run: Path, to: Path) -> Path:
+    """A finished run whose evaluation may be made again."""
+    left_out = shutil.ignore_patterns("mlartifacts", "checkpoint_*")
+    return Path(shutil.copytree(run, to, ignore=left_out, dirs_exist_ok=True))
+
+
+def test_retrieval_by_the_middle_frame_is_that_of_one_frame(
+    place: Path, diccae: Diccae, tmp_path: Path
+) -> None:
+    """CAV-MAE's protocol beside the mean over frames, and not instead of it."""
+    run = _copied(place / "run", tmp_path / "run")
+    whole = json.loads((run / "results.json").read_text())
+    diccae("evaluate", "--out", str(run), "--evaluate.frames", "1")
+    single = json.loads((run / "results.json").read_text())
+    for name, value in whole["retrieval_middle_frame"].items():
+        assert single["retrieval"][name] == value
+        assert single["retrieval_middle_frame"][name] == value
+    ranks = [name for name in whole["retrieval"] if "rank" in name or "_r" in name]
+    assert any(whole["retrieval"][n] != single["retrieval"][n] for n in ranks), "one frame only?"
+
+
+def test_a_new_metric_is_one_entry(
+    place: Path, diccae: Diccae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registered here alone, it is measured, printed, sent to MLflow, shown and compared."""
+    from mlflow.tracking import MlflowClient
+
+    def measured(given: metrics.Evidence) -> dict[str, float]:
+        return {s: len(x_MC) / (len(x_MC) + 1) for s, x_MC in given.scores.items()}
+
+    toy = metrics.Metric("toy", "a toy", "classifier", measured, ("fusion",))
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, toy))
+    run = _copied(place / "run", tmp_path / "run")
+    printed = diccae("evaluate", "--out", str(run))
+    value = N_TEST / (N_TEST + 1)
+    results = json.loads((run / "results.json").read_text())
+    assert results["toy"] == dict.fromkeys(("audio", "video", "fusion"), value)
+    header, _, *rows = printed.splitlines()
+    assert header.split()[-1] == "toy"
+    assert rows[0].split()[-1] == f"{100 * value:.1f}"
+    record = json.loads((run / "run.json").read_text())["mlflow"]
+    kept = MlflowClient(record["uri"]).get_run(record["run_id"]).data.metrics
+    assert kept["toy/fusion"] == value
+    assert "a toy</th>" in Path(diccae("report", "--out", str(run)).strip()).read_text()
+
+    of_run = measured_of(RunFolder(run))
+    header, rows = variant_rows({"full": {0: of_run}}, "probe/audio_video")
+    assert rows[0][header.index("toy/fusion")] == f"{100 * value:.1f}"
+    assert "toy" not in metrics.names(with_classifier=False)
+
+
+def test_an_evaluation_that_cannot_fit_is_refused_at_once(
+    place: Path, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(place / "run")
+    embed = ["embed", "--store", store, "--encoder", f"{run}/encoder", "--out", str(tmp_path / "v")]
+    for command in (["evaluate", "--out", run], embed):
+        assert main([*command, "--scale.use-gpu"]) == 1
+        said = capsys.readouterr().err
+        assert "0 GPUs, this run needs" in said
+        assert "inference actors" in said
 
 
 def test_another_config_in_the_same_folder_is_refused_by_key(
@@ -171,6 +310,7 @@ def test_baseline_recipe_runs_and_dry_run_says_what_it_costs(
         (["--pretrain.batch-size", "30"], "data.lanes = 4"),
         (["--pretrain.batch-size", "400"], f"only {N_TRAIN} clips"),
         (["--scale.num-workers", "5"], "data.lanes = 4 are too few for 5 workers"),
+        (["--rounds.margin-nats", "0.2"], "encoder.stem = patch learns nothing"),
     ],
 )
 def test_what_cannot_work_is_said_before_the_cluster_is_used(

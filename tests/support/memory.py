@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from pipeline.config import FeatureSpec
-from training.data.batches import Batch, RowIndex, Views, choose_frames
-from training.data.reader import EpochReads, WindowPlan
+from training.data.order import EpochReads, FrameDraw, WindowPlan
+from training.data.reader import Batch, choose_frames
+from training.data.rows import RowIndex
 from training.model.encoder import InputShape
 
 SPEC = FeatureSpec(n_frames=2, frame_size=32, n_mels=16, fbank_frames=32, duration_s=1.0)
@@ -50,24 +51,24 @@ class MemoryReader:
     def stream(self, epochs: Iterable[EpochReads]) -> Iterator[Batch]:
         for reads in epochs:
             for window in self.windows.windows(reads):
-                for positions in window.positions_SVb:
-                    yield self._batch(positions.ravel(), window.views, window.epoch)
+                for positions in window.positions_Sn:
+                    yield self._batch(positions, window.frames, window.epoch)
 
-    def sweep(self, views: Views) -> Iterator[Batch]:
-        for window in self.windows.sweep(views):
-            for positions in window.positions_SVb:
-                yield self._batch(positions.ravel(), views, 0)
+    def sweep(self, frames: FrameDraw) -> Iterator[Batch]:
+        for window in self.windows.sweep(frames):
+            for positions in window.positions_Sn:
+                yield self._batch(positions, frames, 0)
 
-    def _batch(self, positions: np.ndarray, views: Views, epoch: int) -> Batch:
+    def _batch(self, positions: np.ndarray, draw: FrameDraw, epoch: int) -> Batch:
         index = self.windows.index
-        chosen = choose_frames(index.keys_N[positions], SPEC.n_frames, views, 0, epoch)
+        chosen = choose_frames(index.keys_N[positions], SPEC.n_frames, draw, 0, epoch)
         fbank = self.fbank[positions].copy()
         if self.poison is not None:
             fbank[positions == self.poison] = np.nan
-        return {
-            "position": positions,
-            "key": index.keys_N[positions],
-            "label": index.labels_N[positions],
-            "fbank": fbank,
-            "frames": self.frames[positions[:, None], chosen],
-        }
+        return Batch(
+            position=positions,
+            key=index.keys_N[positions],
+            label=index.labels_N[positions],
+            fbank=fbank,
+            frames=self.frames[positions[:, None], chosen],
+        )

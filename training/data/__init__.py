@@ -1,1 +1,1 @@
-"""Rows of a feature store to augmented batches."""
+"""Rows of a feature store to augmented batches: rows, order, reader, augment, views."""

@@ -1,10 +1,12 @@
-"""Stored features to model input, with or without random views.
+"""augment_fbank, augment_frames: stored features to model input, with or without random views.
 
-Pure tensors and explicit generators: knows nothing of stores, lanes or Ray.
-Invariant: the same generator state gives the same view on every device-count and batch split.
+Pure tensors and explicit generators of their device: knows nothing of stores, lanes or Ray.
+Invariant: the same generator state gives the same view, however many devices share the batch.
 
 Shapes: B clips, F frames, H x W pixels, T fbank frames, M mel bins.
 """
+
+import functools
 
 import torch
 from torch import Generator, Tensor
@@ -19,9 +21,16 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def normalise_frames(frames_BFHWC: Tensor) -> Tensor:
     """uint8 RGB [B, F, H, W, 3] -> float32 [B, F, 3, H, W] with ImageNet statistics."""
     x = frames_BFHWC.permute(0, 1, 4, 2, 3).float() / 255.0
-    mean = x.new_tensor(IMAGENET_MEAN).view(3, 1, 1)
-    std = x.new_tensor(IMAGENET_STD).view(3, 1, 1)
+    mean, std = _imagenet(x.device)
     return (x - mean) / std
+
+
+@functools.lru_cache(maxsize=8)
+def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each colour, [3, 1, 1]; copied once, as that waits."""
+    values = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = values
+    return mean, std
 
 
 def normalise_fbank(fbank_BTM: Tensor, data: DataConfig) -> Tensor:
@@ -30,13 +39,13 @@ def normalise_fbank(fbank_BTM: Tensor, data: DataConfig) -> Tensor:
 
 
 def _uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
-    return torch.rand(n, generator=generator) * (high - low) + low
+    return torch.rand(n, generator=generator, device=generator.device) * (high - low) + low
 
 
 def augment_frames(x_BFCHW: Tensor, config: AugmentConfig, generator: Generator) -> Tensor:
     """Random resized crop, flip, brightness and contrast; one draw per clip, same for its frames.
 
-    Args: x_BFCHW: normalised float32. Random numbers are drawn on the CPU, whatever its device.
+    Args: x_BFCHW: normalised float32, on the generator's device.
     """
     n_clips, n_frames = x_BFCHW.shape[:2]
     draws = {
@@ -47,7 +56,6 @@ def augment_frames(x_BFCHW: Tensor, config: AugmentConfig, generator: Generator)
         "brightness": _uniform(n_clips, -config.brightness, config.brightness, generator),
         "contrast": 1.0 + _uniform(n_clips, -config.contrast, config.contrast, generator),
     }
-    draws = {name: value.to(x_BFCHW.device) for name, value in draws.items()}
     if config.crop_scale_min < 1.0 or config.flip > 0.0:
         scale = draws["scale"]
         theta = x_BFCHW.new_zeros(n_clips, 2, 3)
@@ -70,7 +78,7 @@ def _random_spans(n: int, length: int, longest: int, generator: Generator) -> Te
     """Boolean [n, length], True inside one random span of at most `longest`."""
     width = _uniform(n, 0.0, longest + 1, generator).floor().clamp(max=longest)
     start = (_uniform(n, 0.0, 1.0, generator) * (length - width + 1).clamp(min=1)).floor()
-    index = torch.arange(length)
+    index = torch.arange(length, device=generator.device)
     return (index >= start[:, None]) & (index < (start + width)[:, None])
 
 
@@ -79,17 +87,19 @@ def augment_fbank(
 ) -> Tensor:
     """Gain, SpecAugment masks, noise and circular shift.
 
+    Noise and shift are CAV-MAE's: uniform in [0, level), level uniform in [0, fbank_noise).
+
     Args: fbank_BTM: stored values. Returns: normalised float32 [B, T, M].
     """
     n_clips, n_frames, n_mels = fbank_BTM.shape
     device = fbank_BTM.device
     x_BTM = fbank_BTM.float()
-    freq = _random_spans(n_clips, n_mels, config.freq_mask, generator).to(device)
-    time = _random_spans(n_clips, n_frames, config.time_mask, generator).to(device)
-    gain = _uniform(n_clips, -config.gain, config.gain, generator).to(device)
-    level = _uniform(n_clips, 0.0, config.fbank_noise, generator).to(device)
+    freq = _random_spans(n_clips, n_mels, config.freq_mask, generator)
+    time = _random_spans(n_clips, n_frames, config.time_mask, generator)
+    gain = _uniform(n_clips, -config.gain, config.gain, generator)
+    level = _uniform(n_clips, 0.0, config.fbank_noise, generator)
     longest = int(config.shift_frac * n_frames)
-    shift = _uniform(n_clips, -longest, longest + 1, generator).floor().long().to(device)
+    shift = _uniform(n_clips, -longest, longest + 1, generator).floor().long()
     if config.gain:
         x_BTM = x_BTM + gain[:, None, None]
     if config.freq_mask or config.time_mask:
@@ -97,7 +107,7 @@ def augment_fbank(
         x_BTM = x_BTM.masked_fill(freq[:, None, :] | time[:, :, None], fill)
     x_BTM = normalise_fbank(x_BTM, data)
     if config.fbank_noise:
-        noise = torch.randn(x_BTM.shape, generator=generator).to(device)
+        noise = torch.rand(x_BTM.shape, generator=generator, device=device)
         x_BTM = x_BTM + noise * level[:, None, None]
     if longest:
         index = (torch.arange(n_frames, device=device)[None] - shift[:, None]) % n_frames

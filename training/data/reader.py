@@ -1,35 +1,41 @@
-"""Batches in the planned order, decoded ahead of training.
+"""read_window: a window of clips to decoded batches, one a step.
 
-`LocalReader` decodes in this process; `RayReader` runs the same function as Ray tasks.
-Invariant: both give the same batches, whatever the number of tasks, and start at any step.
+The edge of the store's shards: knows nothing of Ray, of orders or of augmentation. Invariant: a
+batch is a function of its window alone, so any process may read it, and read it again.
+
+Shapes: n clips of a step (lane after lane), v views, F frames of a view, S steps of a window, W
+distinct clips of a window, T fbank frames, M mel bins.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
-from training.data.batches import Batch, BatchPlan, RowIndex, Views, WindowReader, epoch_order
+from clustering.kmeans.hashing import hash64
+from pipeline.decode.payload import decode_jpegs, fbank_array
+from pipeline.store.store import read_rows
+from training.data.order import EpochReads, FrameDraw, Window, WindowPlan
 
-_STEPS_AHEAD = 4
-"""Decoded steps a task holds that training has not taken yet."""
-
-
-class EpochReads(NamedTuple):
-    """What is read of one epoch."""
-
-    epoch: int
-    first_step: int
-    views: Views
+_STRIDE = np.uint64(0x9E3779B97F4A7C15)
+"""Between the draws of one clip: that of splitmix64, whose finaliser `hash64` is."""
 
 
-class Window(NamedTuple):
-    """One piece of reading: the clips of some consecutive steps for the lanes of a worker."""
+class Batch(NamedTuple):
+    """The clips of one step that a worker reads, decoded."""
 
-    epoch: int
-    positions_SVb: np.ndarray
-    views: Views
+    position: NDArray[np.int64]
+    """[n], in the `RowIndex`."""
+    key: NDArray[np.uint64]
+    """[n]."""
+    label: NDArray[np.int64]
+    """[n], -1 without a label."""
+    fbank: NDArray[np.float16]
+    """[n, T, M], as stored."""
+    frames: NDArray[np.uint8]
+    """[n, v * F, H, W, 3]."""
 
 
 class Reader(Protocol):
@@ -39,122 +45,101 @@ class Reader(Protocol):
         """The steps of these epochs, one after the other."""
         ...
 
-    def sweep(self, views: Views) -> Iterator[Batch]:
+    def sweep(self, frames: FrameDraw) -> Iterator[Batch]:
         """Every clip of this worker's share once, without randomness."""
         ...
-
-
-class WindowPlan:
-    """Cuts epochs, or a sweep over all clips, into windows for the lanes of one worker."""
-
-    def __init__(
-        self,
-        index: RowIndex,
-        plan: BatchPlan,
-        lanes: range,
-        seed: int,
-        draws: Any = None,
-    ) -> None:
-        self.index, self.plan, self.lanes, self.seed, self.draws = index, plan, lanes, seed, draws
-
-    def windows(self, reads: EpochReads) -> Iterator[Window]:
-        """Windows of an epoch from `first_step` on; the first may start inside a window."""
-        draws_N = None if self.draws is None else self.draws(reads.epoch)
-        order = epoch_order(self.index, self.plan, self.seed, reads.epoch, draws_N)
-        m = self.plan.window_steps
-        for start in range(reads.first_step // m * m, len(order), m):
-            piece = order[max(start, reads.first_step) : start + m]
-            yield Window(reads.epoch, piece[:, self.lanes.start : self.lanes.stop], reads.views)
-
-    def sweep(self, views: Views) -> Iterator[Window]:
-        """All clips in stored order; worker shares are contiguous and differ by at most one."""
-        n, lanes = len(self.index), self.plan.lanes
-        mine = np.arange(self.lanes.start * n // lanes, self.lanes.stop * n // lanes)
-        per_step = self.plan.batch_size // lanes * len(self.lanes)
-        for start in range(0, len(mine), per_step):
-            yield Window(0, mine[None, None, start : start + per_step], views)
 
 
 class LocalReader:
     """Decodes in this process; for tests, small sets and machines without Ray."""
 
     def __init__(self, windows: WindowPlan) -> None:
-        self.plan = windows
-        self.reader = WindowReader(windows.index, windows.seed)
+        self.windows = windows
 
     def stream(self, epochs: Iterable[EpochReads]) -> Iterator[Batch]:
         """See `Reader`."""
         for reads in epochs:
-            for window in self.plan.windows(reads):
-                yield from self.reader.read(window.positions_SVb, window.views, window.epoch)
+            for window in self.windows.windows(reads):
+                yield from read_window(window)
 
-    def sweep(self, views: Views) -> Iterator[Batch]:
+    def sweep(self, frames: FrameDraw) -> Iterator[Batch]:
         """See `Reader`."""
-        for window in self.plan.sweep(views):
-            yield from self.reader.read(window.positions_SVb, window.views, window.epoch)
+        for window in self.windows.sweep(frames):
+            yield from read_window(window)
 
 
-class RayReader:
-    """Decodes windows in Ray tasks, ahead of training.
+def choose_frames(
+    keys_n: NDArray[np.uint64], n_stored: int, frames: FrameDraw, seed: int, epoch: int
+) -> NDArray[np.int64]:
+    """Stored frames to decode, [n, v * F]: one from each of F equal segments of the clip."""
+    F = frames.frames_per_clip
+    edges = np.linspace(0, n_stored, F + 1)
+    low, width = np.floor(edges[:-1]), np.maximum(np.diff(np.floor(edges)), 1)
+    draws = np.full((len(keys_n), frames.n_views, F), 0.5)
+    if frames.random:
+        draws = _uniform(keys_n, seed, epoch, frames.n_views * F).reshape(draws.shape)
+    chosen = np.minimum(np.floor(low + draws * width).astype(np.int64), n_stored - 1)
+    chosen_nf: NDArray[np.int64] = chosen.reshape(len(keys_n), -1)
+    return chosen_nf
 
-    Plain tasks and not a Ray Data set: iterated in a Ray Train worker on two cores, its scheduler
-    never rested, and the same pretraining ran at a third of the speed (benchmarks/README.md). It
-    also wants every window of all epochs beforehand.
+
+def _uniform(keys_n: NDArray[np.uint64], seed: int, epoch: int, k: int) -> NDArray[np.float64]:
+    """k numbers in [0, 1) per clip, from its key, seed and epoch alone: [n, k]."""
+    start = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
+    draws_nk = hash64((keys_n ^ start)[:, None] + np.arange(k, dtype=np.uint64) * _STRIDE)
+    # The upper 53 bits: what a float64 holds exactly.
+    return (draws_nk >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+class _Encoded:
+    """Encoded features of a window's clips, left in Arrow memory until one is wanted."""
+
+    def __init__(self, window: Window) -> None:
+        self.frames: list[pa.ListArray] = []
+        self.fbanks: list[pa.BinaryArray] = []
+        self.shard_W = window.shard_W
+        self.row_W = np.empty(len(window.row_W), np.int64)
+        for number, shard in enumerate(window.shards):
+            here = np.flatnonzero(window.shard_W == number)
+            columns = ["frames", "fbank"]
+            table = read_rows(window.store_uri, shard, window.row_W[here], columns)
+            table = table.combine_chunks()
+            self.frames.append(table["frames"].chunk(0))
+            self.fbanks.append(table["fbank"].chunk(0))
+            self.row_W[here] = np.arange(len(here))
+
+    def jpeg(self, i: int, frame: int) -> memoryview:
+        """One encoded frame of the i-th clip."""
+        frames = self.frames[self.shard_W[i]]
+        first = frames.offsets[int(self.row_W[i])].as_py()
+        return memoryview(frames.values[first + frame].as_buffer()).cast("B")
+
+    def fbank(self, i: int) -> memoryview:
+        """The stored fbank of the i-th clip."""
+        return memoryview(self.fbanks[self.shard_W[i]][int(self.row_W[i])].as_buffer()).cast("B")
+
+
+def read_window(window: Window) -> Iterator[Batch]:
+    """The steps of a window, decoded.
+
+    A row group is read once; of the frames, only those asked for are decoded.
     """
-
-    def __init__(self, windows: WindowPlan, tasks: int, cpus: float) -> None:
-        """Args: tasks: windows decoded at the same time; cpus: what each of them reserves."""
-        import ray
-
-        self.plan, self.tasks = windows, tasks
-        self._reader = ray.put(WindowReader(windows.index, windows.seed))
-        self._decode = ray.remote(_decode_window).options(
-            name="read",
-            num_cpus=cpus,
-            num_returns="streaming",
-            max_retries=-1,
-            scheduling_strategy="DEFAULT",
-            _generator_backpressure_num_objects=_STEPS_AHEAD,
+    encoded = _Encoded(window)
+    for places_n in window.places_Sn:
+        keys_n = window.key_W[places_n]
+        chosen = choose_frames(
+            keys_n, window.spec.n_frames, window.frames, window.seed, window.epoch
         )
-
-    def stream(self, epochs: Iterable[EpochReads]) -> Iterator[Batch]:
-        """See `Reader`."""
-        return self._run(w for reads in epochs for w in self.plan.windows(reads))
-
-    def sweep(self, views: Views) -> Iterator[Batch]:
-        """See `Reader`."""
-        return self._run(self.plan.sweep(views))
-
-    def _run(self, windows: Iterator[Window]) -> Iterator[Batch]:
-        import ray
-
-        started: deque[Any] = deque()
-        try:
-            while True:
-                # Never more tasks than CPUs were reserved for: one that has to be run again would
-                # wait behind a later one, which waits for it to be read.
-                while _n_running(started) < self.tasks and (window := next(windows, None)):
-                    started.append(self._decode.remote(self._reader, window))
-                if not started:
-                    return
-                step = next(started[0], None)
-                if step is None:
-                    started.popleft()
-                else:
-                    yield ray.get(step)
-        finally:
-            for task in started:
-                ray.cancel(task)
-
-
-def _n_running(tasks: Iterable[Any]) -> int:
-    """Tasks that have not decoded all of their window yet."""
-    import ray
-
-    ends = [task.completed() for task in tasks]
-    return len(ray.wait(ends, num_returns=len(ends), timeout=0)[1]) if ends else 0
-
-
-def _decode_window(reader: WindowReader, window: Window) -> Iterator[Batch]:
-    """The steps of one window."""
-    yield from reader.read(window.positions_SVb, window.views, window.epoch)
+        jpegs = [
+            encoded.jpeg(i, frame)
+            for i, which in zip(places_n, chosen.tolist(), strict=True)
+            for frame in which
+        ]
+        frames = decode_jpegs(jpegs)
+        yield Batch(
+            position=window.position_W[places_n],
+            key=keys_n,
+            label=window.label_W[places_n],
+            fbank=np.stack([fbank_array(encoded.fbank(i), window.spec) for i in places_n]),
+            frames=frames.reshape(len(places_n), -1, *frames.shape[1:]),
+        )

@@ -1,125 +1,185 @@
-"""Scores of classifiers: top-k, average precision, confusion between classes.
+"""METRICS, the table of all that evaluation measures of a run's models.
 
-Pure numpy on arrays: knows nothing of models, files or splits. Invariant: equal scores never help;
-a classifier that gives every class the same score is right by chance of order, not by luck of sort.
+Pure: knows nothing of how models are applied or where results go. A new metric is one entry here
+(its function in `scores`, `probes` or `retrieval`): results.json, the command's table, the report,
+MLflow and ablations read the table. Invariant: the clips that are measured choose nothing; the
+pairs whose accuracy is measured are chosen on training clips.
 
-Shapes: N clips, C classes.
+Shapes: M clips measured, C classes, P embedding width.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Scores = NDArray[np.floating]
-Labels = NDArray[np.integer]
+from training.config import STREAMS
+from training.evaluation.probes import PROBES
+from training.evaluation.retrieval import (
+    Vectors,
+    class_retrieval,
+    retrieval,
+    subset_per_class,
+)
+from training.evaluation.scores import (
+    ConfusedPair,
+    Labels,
+    Scores,
+    mean_average_precision,
+    pair_accuracy,
+    topk_accuracy,
+)
+
+BOTH_SIDES = "audio_video"
+"""Probe of audio and video side by side: fair to encoders whose fusion pass was never trained."""
+
+Values = Mapping[str, float]
+"""Of one metric: by stream, or by the names the metric gives them."""
 
 
-def topk_accuracy(scores_NC: Scores, labels_N: Labels, k: int = 1) -> float:
-    """Share of clips whose class is among the k highest scores; ties go to the lower class.
+class Evidence(NamedTuple):
+    """What the metrics are computed from: outputs of a run's models on the clips of one split."""
 
-    Raises: ValueError for no clips, labels out of range or scores that are not finite.
-    """
-    _check(scores_NC, labels_N)
-    own_N1 = scores_NC[np.arange(len(labels_N)), labels_N][:, None]
-    before = np.arange(scores_NC.shape[1])[None] < labels_N[:, None]
-    rank_N = (scores_NC > own_N1).sum(1) + ((scores_NC == own_N1) & before).sum(1)
-    return float((rank_N < k).mean())
+    clip_ids_M: Sequence[str]
+    labels_M: Labels
+    classifier: Mapping[str, Scores]
+    """Probabilities [M, C] by stream; empty without a classifier."""
+    probes: Mapping[str, Mapping[str, Scores]]
+    """Scores [M, C] of each probe, by stream and BOTH_SIDES."""
+    embeddings: Mapping[str, Vectors]
+    """[M, P] by stream, means over the frames that are read."""
+    middle_frame: Mapping[str, Vectors]
+    """[M, P] by stream, of the middle frame alone."""
+    confused_pairs: Sequence[ConfusedPair]
+    """The most confused pairs of the training clips; those without clips here left out."""
+    clusters_M: NDArray[np.int32]
+    """Last pseudo-label of each clip, -100 where it was never clustered."""
+    retrieval_per_class: int
+
+    @property
+    def scores(self) -> Mapping[str, Scores]:
+        """The classifier's scores by stream, or without one those of the first probe."""
+        if self.classifier:
+            return self.classifier
+        by_stream = self.probes[PROBES[0].name]
+        return {stream: by_stream[stream] for stream in STREAMS if stream in by_stream}
 
 
-def average_precisions(scores_NC: Scores, labels_N: Labels) -> NDArray[np.float64]:
-    """Average precision of each class against all others, NaN for a class without clips: [C].
+class Grid(NamedTuple):
+    """How values that are not by stream make a table: the name of a value is ROW_COLUMN."""
 
-    Sum over distinct score thresholds of (recall gained) * precision, as scikit-learn defines it.
-    """
-    _check(scores_NC, labels_N)
-    found = np.full(scores_NC.shape[1], np.nan)
-    for index in np.unique(labels_N):
-        scores = scores_NC[:, index]
-        order = np.argsort(-scores, kind="stable")
-        hits = np.cumsum(labels_N[order] == index)
-        last_of_tie = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)
-        hits = hits[last_of_tie]
-        gained = np.diff(hits, prepend=0) / hits[-1]
-        found[index] = float((gained * hits / (last_of_tie + 1)).sum())
+    rows: tuple[tuple[str, str], ...]
+    """(name, title)."""
+    columns: tuple[tuple[str, str], ...]
+
+
+class Metric(NamedTuple):
+    """One thing that is measured."""
+
+    name: str
+    """Key in results.json; in MLflow `name/stream`."""
+    title: str
+    needs: Literal["classifier", "features", "embeddings", "pairs", "clusters"]
+    """What has to be there; the metric is left out where it is not."""
+    measure: Callable[[Evidence], Values]
+    headline: tuple[str, ...]
+    """The values shown where there is room for few: on the screen, in an ablation's table."""
+    grid: Grid | None = None
+    """None: one value a stream."""
+
+
+def _by_stream(score: Callable[[Scores, Labels], float], given: Evidence) -> Values:
+    return {s: score(x_MC, given.labels_M) for s, x_MC in given.classifier.items()}
+
+
+def _top5(scores_MC: Scores, labels_M: Labels) -> float:
+    return topk_accuracy(scores_MC, labels_M, min(5, scores_MC.shape[1]))
+
+
+def _of_probe(name: str, given: Evidence) -> Values:
+    return {s: topk_accuracy(x_MC, given.labels_M) for s, x_MC in given.probes[name].items()}
+
+
+def _on_pairs(given: Evidence) -> Values:
+    pairs = list(given.confused_pairs)
+    return {s: pair_accuracy(x_MC, given.labels_M, pairs) for s, x_MC in given.scores.items()}
+
+
+def _retrieval(embeddings: Mapping[str, Vectors], given: Evidence) -> dict[str, float]:
+    rows = subset_per_class(list(given.clip_ids_M), given.labels_M, given.retrieval_per_class)
+    audio, video = (embeddings[side][rows] for side in STREAMS[:2])
+    return {"n_clips": float(len(rows)), **retrieval(audio, video)}
+
+
+def _retrieval_of_means(given: Evidence) -> Values:
+    found = _retrieval(given.embeddings, given)
+    if np.bincount(given.labels_M).max() > 1:
+        audio, video = (given.embeddings[side] for side in STREAMS[:2])
+        found |= class_retrieval(audio, video, given.labels_M)
     return found
 
 
-def mean_average_precision(scores_NC: Scores, labels_N: Labels) -> float:
-    """Mean of `average_precisions` over the classes that have clips."""
-    return float(np.nanmean(average_precisions(scores_NC, labels_N)))
+_RANKS = (("r1", "R@1"), ("r5", "R@5"), ("r10", "R@10"))
+_WAYS = (("a2v", "sound → picture"), ("v2a", "picture → sound"))
 
-
-def confusion_counts(labels_N: Labels, predictions_N: Labels, n_classes: int) -> NDArray[np.int64]:
-    """How many clips of each class (rows) were taken for each class (columns): [C, C]."""
-    for name, values in (("labels", labels_N), ("predictions", predictions_N)):
-        if len(values) and not 0 <= values.min() <= values.max() < n_classes:
-            raise ValueError(f"{name} outside 0..{n_classes - 1}: {values.min()}..{values.max()}")
-    cells = labels_N.astype(np.int64) * n_classes + predictions_N
-    return np.bincount(cells, minlength=n_classes**2).reshape(n_classes, n_classes)
-
-
-def class_accuracies(confusion_CC: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Share of each class's clips that were recognised, NaN for a class without clips: [C]."""
-    return np.diagonal(_rates(confusion_CC)).copy()
-
-
-class ConfusedPair(NamedTuple):
-    """Two classes and how often one is taken for the other."""
-
-    first: int
-    second: int
-    degree: float
-    """Mean of both directions' rates, in [0, 1]."""
-
-
-def most_confused_pairs(confusion_CC: NDArray[np.integer], n_pairs: int) -> list[ConfusedPair]:
-    """The pairs with the highest confusion, highest first; pairs never confused are left out."""
-    rates = np.nan_to_num(_rates(confusion_CC))
-    degrees = np.triu((rates + rates.T) / 2, k=1)
-    order = np.argsort(-degrees, axis=None, kind="stable")[:n_pairs]
-    firsts, seconds = np.unravel_index(order, degrees.shape)
-    pairs = zip(firsts.tolist(), seconds.tolist(), strict=True)
-    return [ConfusedPair(k, m, float(degrees[k, m])) for k, m in pairs if degrees[k, m] > 0]
-
-
-def pair_accuracy(
-    scores_NC: Scores, labels_N: Labels, pairs: Sequence[tuple[int, int] | ConfusedPair]
-) -> float:
-    """Mean over pairs of how often the right one of the two scores higher, on clips of the two.
-
-    A tie is half right. Choose the pairs on other clips than these.
-
-    Raises: ValueError if there is no pair, or one without clips.
-    """
-    _check(scores_NC, labels_N)
-    found = []
-    for first, second in ((pair[0], pair[1]) for pair in pairs):
-        rows = np.flatnonzero((labels_N == first) | (labels_N == second))
-        if not len(rows):
-            raise ValueError(f"no clips of the pair {first}, {second}")
-        margin = scores_NC[rows, first] - scores_NC[rows, second]
-        margin = np.where(labels_N[rows] == first, margin, -margin)
-        found.append(np.mean((margin > 0) + 0.5 * (margin == 0)))
-    if not found:
-        raise ValueError("pair accuracy needs at least one pair")
-    return float(np.mean(found))
-
-
-def _rates(confusion_CC: NDArray[np.integer]) -> NDArray[np.float64]:
-    clips_C1 = confusion_CC.sum(1, keepdims=True)
-    rates = np.full(confusion_CC.shape, np.nan)
-    return np.divide(confusion_CC, clips_C1, out=rates, where=clips_C1 > 0)
-
-
-def _check(scores_NC: Scores, labels_N: Labels) -> None:
-    if scores_NC.ndim != 2 or len(scores_NC) != len(labels_N) or not len(labels_N):
-        raise ValueError(f"scores {scores_NC.shape} for labels {labels_N.shape}: need [N, C], [N]")
-    if not np.isfinite(scores_NC).all():
-        bad = int((~np.isfinite(scores_NC).all(1)).sum())
-        raise ValueError(f"scores of {bad} of {len(scores_NC)} clips are not finite")
-    if not 0 <= labels_N.min() <= labels_N.max() < scores_NC.shape[1]:
-        raise ValueError(
-            f"labels {labels_N.min()}..{labels_N.max()} for {scores_NC.shape[1]} classes"
+METRICS: tuple[Metric, ...] = (
+    Metric("top1", "top-1", "classifier", partial(_by_stream, topk_accuracy), ("fusion",)),
+    Metric("top5", "top-5", "classifier", partial(_by_stream, _top5), ()),
+    Metric("map", "mAP", "classifier", partial(_by_stream, mean_average_precision), ()),
+    Metric("pair_accuracy", "confused pairs", "pairs", _on_pairs, ("fusion",)),
+    *(
+        Metric(
+            probe.name,
+            probe.title,
+            "features",
+            partial(_of_probe, probe.name),
+            (*STREAMS, BOTH_SIDES) if probe is PROBES[0] else (),
         )
+        for probe in PROBES
+    ),
+    Metric(
+        "retrieval",
+        "retrieval, mean over frames",
+        "embeddings",
+        _retrieval_of_means,
+        ("a2v_r1", "v2a_r1", "a2v_class_r1"),
+        Grid(_WAYS, (*_RANKS, ("class_r1", "class R@1"), ("class_map", "class mAP"))),
+    ),
+    Metric(
+        "retrieval_middle_frame",
+        "retrieval, middle frame (CAV-MAE's protocol)",
+        "embeddings",
+        lambda given: _retrieval(given.middle_frame, given),
+        ("a2v_r1", "v2a_r1"),
+        Grid(_WAYS, _RANKS),
+    ),
+)
+
+
+def measure(given: Evidence) -> dict[str, Values]:
+    """Every metric whose needs are met, by name."""
+    there = {
+        "classifier": bool(given.classifier),
+        "features": bool(given.probes),
+        "embeddings": bool(given.embeddings),
+        "pairs": bool(given.confused_pairs),
+        "clusters": bool((given.clusters_M >= 0).any()),
+    }
+    return {metric.name: metric.measure(given) for metric in METRICS if there[metric.needs]}
+
+
+def present(results: Mapping[str, Any]) -> list[Metric]:
+    """The metrics that results.json holds, in the order to show them."""
+    return [metric for metric in METRICS if isinstance(results.get(metric.name), dict)]
+
+
+def names(with_classifier: bool) -> list[str]:
+    """Metrics that an evaluation with or without a classifier can have."""
+    return [m.name for m in METRICS if with_classifier or m.needs != "classifier"]
+
+
+def headlines() -> list[str]:
+    """The few values to compare runs by, as MLflow names them."""
+    return [f"{metric.name}/{value}" for metric in METRICS for value in metric.headline]

@@ -1,10 +1,14 @@
-"""What frozen features are worth: a linear classifier and nearest neighbours.
+"""PROBES, the classifiers fitted on frozen features: a linear one and nearest neighbours.
 
-Pure functions on arrays: knows nothing of encoders, streams or splits. Invariant: deterministic,
-no seed and no schedule; test labels are never seen.
+Pure functions on arrays: knows nothing of encoders, streams or splits. A new probe is a function
+and one entry in PROBES. Invariant: deterministic, no seed and no schedule; test labels are never
+seen.
 
 Shapes: N training and M test clips, D feature width, C classes.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +24,7 @@ def linear_probe(
     labels_N: NDArray[np.integer],
     test_MD: Features,
     n_classes: int,
+    *,
     iterations: int = 100,
     device: str = "cpu",
 ) -> NDArray[np.float32]:
@@ -30,13 +35,14 @@ def linear_probe(
     Raises: ValueError for features that are not finite or labels out of range.
     """
     _check(train_ND, labels_N, test_MD, n_classes)
-    x = torch.as_tensor(train_ND, dtype=torch.float32, device=device)
+    x = torch.tensor(train_ND, dtype=torch.float32, device=device)
     y = torch.as_tensor(labels_N, dtype=torch.int64, device=device)
     std_D, mean_D = torch.std_mean(x, dim=0, correction=0)
     scale_D = torch.where(std_D > 1e-6, 1 / std_D.clamp_min(1e-6), 0.0)
     weight = torch.zeros(n_classes, x.shape[1], device=device, requires_grad=True)
     bias = torch.zeros(n_classes, device=device, requires_grad=True)
-    x = (x - mean_D) * scale_D
+    # In place: a second copy of the features of 200,000 clips is a gigabyte.
+    x.sub_(mean_D).mul_(scale_D)
     optimiser = torch.optim.LBFGS(
         [weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe"
     )
@@ -59,14 +65,17 @@ def knn_probe(
     labels_N: NDArray[np.integer],
     test_MD: Features,
     n_classes: int,
+    *,
     k: int = 20,
     temperature: float = 0.07,
     device: str = "cpu",
-    rows: int = 1024,
+    rows: int = 256,
+    own_M: NDArray[np.integer] | None = None,
 ) -> NDArray[np.float32]:
     """Class shares [M, C] of the k nearest training clips by cosine, each weighing e^(cos / tau).
 
-    Args: rows: test clips compared at a time; bounds memory at rows * N.
+    Args: rows: test clips compared at a time; bounds memory at rows * N. own_M: the training row
+        that each test clip is itself, which then has no vote.
     Raises: as `linear_probe`.
     Source: Wu et al. 2018 (arXiv 1805.01978).
     """
@@ -74,10 +83,14 @@ def knn_probe(
     train = F.normalize(torch.as_tensor(train_ND, dtype=torch.float32, device=device), dim=1)
     test = F.normalize(torch.as_tensor(test_MD, dtype=torch.float32, device=device), dim=1)
     labels = torch.as_tensor(labels_N, dtype=torch.int64, device=device)
-    k = min(k, len(train))
+    own = None if own_M is None else torch.as_tensor(own_M, dtype=torch.int64, device=device)
+    k = min(k, len(train) - (own is not None))
     scores = []
-    for part in test.split(rows):
-        cosines, nearest = (part @ train.T).topk(k, dim=1)
+    for start, part in zip(range(0, len(test), rows), test.split(rows), strict=True):
+        similar = part @ train.T
+        if own is not None:
+            similar.scatter_(1, own[start : start + rows, None], -torch.inf)
+        cosines, nearest = similar.topk(k, dim=1)
         votes = torch.zeros(len(part), n_classes, device=device)
         votes.scatter_add_(1, labels[nearest], ((cosines - 1) / temperature).exp())
         scores.append(votes / votes.sum(1, keepdim=True))
@@ -96,3 +109,30 @@ def _check(
             raise ValueError(f"{name} features are not finite")
     if not 0 <= labels_N.min() <= labels_N.max() < n_classes:
         raise ValueError(f"labels {labels_N.min()}..{labels_N.max()} for {n_classes} classes")
+
+
+class Probe(NamedTuple):
+    """A way to read classes from frozen features."""
+
+    name: str
+    """Key in results.json."""
+    title: str
+    scores: Callable[..., Features]
+    """(train_ND, labels_N, test_MD, n_classes, config=, device=) to scores [M, C]."""
+
+
+PROBES: tuple[Probe, ...] = (
+    Probe(
+        "probe",
+        "linear probe",
+        lambda *given, config, device: linear_probe(
+            *given, iterations=config.probe_epochs, device=device
+        ),
+    ),
+    Probe(
+        "knn",
+        "kNN probe",
+        lambda *given, config, device: knn_probe(*given, k=config.knn_k, device=device),
+    ),
+)
+"""The first one's scores stand in for those of a classifier where there is none."""

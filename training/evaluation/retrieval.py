@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Embeddings = NDArray[np.floating]
+Vectors = NDArray[np.floating]
 _ROWS = 512
 """Queries compared at a time; bounds memory at a few times _ROWS * N."""
 
@@ -37,7 +37,7 @@ def subset_per_class(
 
 
 def retrieval(
-    audio_NP: Embeddings, video_NP: Embeddings, ks: Sequence[int] = (1, 5, 10)
+    audio_NP: Vectors, video_NP: Vectors, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
     """Recall at k in both directions by cosine: keys `a2v_r1`, ..., `v2a_r10`, and median ranks.
 
@@ -59,7 +59,7 @@ def retrieval(
 
 
 def class_retrieval(
-    audio_NP: Embeddings, video_NP: Embeddings, labels_N: NDArray[np.integer]
+    audio_NP: Vectors, video_NP: Vectors, labels_N: NDArray[np.integer]
 ) -> dict[str, float]:
     """Whether clips of the same class come first: `a2v_class_r1`, `a2v_class_map` and v2a likewise.
 
@@ -92,20 +92,24 @@ def class_retrieval(
     return found
 
 
-def _cosines(queries_NP: Embeddings, gallery_NP: Embeddings) -> Iterator[tuple[int, Embeddings]]:
+def unit_rows(x_NP: Vectors) -> NDArray[np.float32]:
+    """Rows scaled to unit length, float32; rows of zeros stay. The one place that normalises."""
+    x = np.asarray(x_NP, np.float32)
+    norms_N1 = np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return np.divide(x, norms_N1, dtype=np.float32)
+
+
+def _cosines(queries_NP: Vectors, gallery_NP: Vectors) -> Iterator[tuple[int, Vectors]]:
     """(first row, cosines [rows, N]) for some queries at a time.
 
     Rounded to 1e-6: equal embeddings must tie, whatever order a matrix product sums in.
     """
-    queries, gallery = (
-        (x := np.asarray(each, np.float32)) / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
-        for each in (queries_NP, gallery_NP)
-    )
+    queries, gallery = unit_rows(queries_NP), unit_rows(gallery_NP)
     for start in range(0, len(queries), _ROWS):
         yield start, (queries[start : start + _ROWS] @ gallery.T).round(6)
 
 
-def _check(audio_NP: Embeddings, video_NP: Embeddings) -> None:
+def _check(audio_NP: Vectors, video_NP: Vectors) -> None:
     if audio_NP.ndim != 2 or audio_NP.shape != video_NP.shape or not len(audio_NP):
         raise ValueError(f"audio {audio_NP.shape}, video {video_NP.shape}: need the same [N, P]")
     if not (np.isfinite(audio_NP).all() and np.isfinite(video_NP).all()):

@@ -1,4 +1,4 @@
-"""Labels that training is given instead of clusters: what pseudo-labels are measured against.
+"""control_labels: labels given instead of clusters, which pseudo-labels are measured against.
 
 Pure numpy. Invariant: the labels are all that differs; they go through the same prototypes,
 confusion, guard and losses as those of a clustering.
@@ -9,8 +9,9 @@ Shapes: N clips of the train split, K clusters, C classes.
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from training.data.batches import RowIndex
+from training.data.rows import RowIndex
 from training.errors import TrainingError
 
 
@@ -19,10 +20,10 @@ class Control(NamedTuple):
 
     k: int
     """Number of labels."""
-    keys_N: np.ndarray
+    keys_N: NDArray[np.uint64]
     """uint64, of the clips that have a label."""
-    labels_N: np.ndarray
-    """int32 in 0..k-1."""
+    labels_N: NDArray[np.int64]
+    """In 0..k-1."""
 
 
 def control_labels(labels: str, index: RowIndex, k: int, seed: int) -> Control | None:
@@ -32,7 +33,7 @@ def control_labels(labels: str, index: RowIndex, k: int, seed: int) -> Control |
     Raises: TrainingError if the train split has no classes to take.
     """
     if labels == "random":
-        drawn_N = np.random.default_rng([seed, k]).integers(0, k, len(index)).astype(np.int32)
+        drawn_N = np.random.default_rng([seed, k]).integers(0, k, len(index))
         # By key, so that they do not hang on the order of rows in the store.
         return Control(k, np.sort(index.keys_N), drawn_N)
     if labels == "true":

@@ -1,70 +1,123 @@
-"""What a pretraining run would cost, before it is started.
+"""dry_run: what pretraining or fine-tuning would cost, before it is started.
 
 Composes the budget with one measured step on this machine; knows nothing of Ray.
 Invariant: reads no clip and writes nothing.
 """
 
 import time
+from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from pipeline.config import FeatureSpec
-from training.config import TrainingConfig
-from training.data.batches import BatchPlan
-from training.loop.budget import budget_table, pretraining_budget
-from training.losses.objective import Phase, PretrainPass, View, total_loss
+from training.config import ScaleConfig, TrainingConfig
+from training.data.order import BatchPlan
+from training.data.views import Chunk, View
+from training.loop.gradients import Gradients
+from training.loop.hooks import World
+from training.loop.meter import Meter
+from training.losses.confusion import ConfusionState
+from training.losses.gather import RankShare
+from training.losses.objective import Labels, Phase
+from training.model.budget import budget_table, finetuning_budget, pretraining_budget
 from training.model.encoder import MaskNoise
-from training.model.numerics import trunk_numerics
-from training.on_ray.pretrain import input_shape, make_encoder
+from training.model.make import input_shape, make_encoder
 
 _CPU_CLIPS = 4
 """Clips of the measured step on a CPU; its time is taken as linear in them."""
 
 
-def dry_run(config: TrainingConfig, spec: FeatureSpec, n_clips: int) -> list[tuple[str, str]]:
-    """Name and value of each line to show."""
+class _Load(NamedTuple):
+    """Clips of one worker."""
+
+    per_step: int
+    """Of its share of a batch, at most."""
+    at_once: int
+    """In one forward pass."""
+
+
+def dry_run(
+    config: TrainingConfig, spec: FeatureSpec, n_clips: int, k: int
+) -> list[tuple[str, str]]:
+    """Name and value of each line to show of pretraining. Args: k: clusters of a round."""
     plan = BatchPlan.of(n_clips, config.pretrain.batch_size, config.data)
-    per_worker = plan.batch_size // config.scale.num_workers
-    at_once = min(per_worker, config.pretrain.micro_batch or per_worker)
+    load = _load(plan, config.scale, config.pretrain.micro_batch)
     budget = pretraining_budget(config, input_shape(spec))
     steps = plan.steps(n_clips) * config.pretrain.epochs
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measured = at_once if device.type == "cuda" else min(at_once, _CPU_CLIPS)
-    # cached gradients embed every clip once more, without a graph: a third of a step
-    passes = 1.0 if at_once == per_worker else 4 / 3
-    seconds = _step_seconds(config, spec, measured, device) / measured * per_worker * passes
-    rows = budget_table(budget, per_worker, steps, seconds)
+    measured = load.at_once if device.type == "cuda" else min(load.at_once, _CPU_CLIPS)
+    # Cached gradients embed every clip once more, without a graph: a third of a step.
+    passes = 1.0 if load.at_once == load.per_step else 4 / 3
+    seconds = _step_seconds(config, spec, measured, k, device) / measured * load.per_step * passes
+    rows = budget_table(budget, *load, steps, seconds)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "one CPU process, here"
     return [*rows, ("measured on", f"{where}, {measured} clips at once")]
 
 
+def dry_run_finetuning(
+    config: TrainingConfig, spec: FeatureSpec, n_clips: int, n_classes: int
+) -> list[tuple[str, str]]:
+    """Name and value of each line to show of fine-tuning; nothing is measured."""
+    plan = BatchPlan.of(n_clips, config.finetune.batch_size, config.data)
+    budget = finetuning_budget(config, input_shape(spec), n_classes)
+    steps = plan.steps(n_clips) * config.finetune.epochs
+    return budget_table(budget, *_load(plan, config.scale, None), steps)
+
+
+def _load(plan: BatchPlan, scale: ScaleConfig, micro_batch: int | None) -> _Load:
+    per_step = max(plan.rows_of_workers(scale.num_workers))
+    if micro_batch is None or micro_batch >= per_step:
+        return _Load(per_step, per_step)
+    return _Load(per_step, max(1, micro_batch // plan.lane_size) * plan.lane_size)
+
+
 def _step_seconds(
-    config: TrainingConfig, spec: FeatureSpec, clips: int, device: torch.device
+    config: TrainingConfig, spec: FeatureSpec, clips: int, k: int, device: torch.device
 ) -> float:
-    """Wall time of a forward and backward pass on random clips, the second of two."""
+    """Wall time of a forward and backward pass on random clips, the second of two.
+
+    As in an epoch with everything on: labels are in force, and second views are compared.
+    """
     encoder = make_encoder(config, spec).to(device)
-    model = PretrainPass(encoder, config.loss)
-    frames_per_clip = config.data.frames_per_clip
-    n = max(2, clips)
-    view = View(
-        torch.randn(n, spec.fbank_frames, spec.n_mels, device=device),
-        torch.randn(n, frames_per_clip, 3, spec.frame_size, spec.frame_size, device=device),
-    )
+    n = max(2, clips)  # InfoNCE needs another clip.
+    share = RankShare((n,), 0)
+    gradients = Gradients(config, encoder, World(device=device), share, Meter(device))
+    labelled = config.rounds.labels != "none"
+    fusion = labelled and config.loss.fusion
+    gradients.enter(Phase(config.loss.intra > 0, labelled, fusion))
+    views = [_view(config, spec, n, device) for _ in range(2 if config.loss.intra > 0 else 1)]
     masks = None
     if config.loss.reconstruction > 0:
-        audio, video = (
-            torch.rand(n, m, device=device) for m in encoder.token_counts(frames_per_clip)
-        )
+        counts = encoder.token_counts(config.data.frames_per_clip)
+        audio, video = (torch.rand(n, m, device=device) for m in counts)
         masks = MaskNoise(audio, video, config.loss.mask_ratio)
-    phase = Phase(intra=False, labelled=False, fusion=False)
-    model.set_phase(phase)
+    labels = [_labels(config, n, k, device)] if labelled else []
+    seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
-        with trunk_numerics(config.pretrain, device):
-            embeddings, reconstruction = model([view], phase, masks)
-        loss = total_loss(embeddings, [], config.loss).loss
-        (loss + config.loss.reconstruction * reconstruction).backward()
+        gradients.of([Chunk(views, masks)], labels)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
     return seconds * clips / n
+
+
+def _view(config: TrainingConfig, spec: FeatureSpec, n: int, device: torch.device) -> View:
+    size = spec.frame_size
+    return View(
+        torch.randn(n, spec.fbank_frames, spec.n_mels, device=device),
+        torch.randn(n, config.data.frames_per_clip, 3, size, size, device=device),
+    )
+
+
+def _labels(config: TrainingConfig, n: int, k: int, device: torch.device) -> Labels:
+    """Random labels under random prototypes, whose losses cost what real ones cost."""
+    streams = config.loss.label_streams
+    prototypes: dict[str, torch.Tensor] = {
+        s: F.normalize(torch.randn(k, config.encoder.projection, device=device), dim=1)
+        for s in streams
+    }
+    uniform_KK = torch.full((k, k), 1.0 / k, device=device)
+    labels_B = torch.randint(0, k, (n,), device=device)
+    return Labels(labels_B, prototypes, streams, ConfusionState(uniform_KK, config.confusion))

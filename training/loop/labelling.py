@@ -1,8 +1,8 @@
-"""From rounds of clustering to the labels a training step uses.
+"""Labelling: features to rounds of clustering, and rounds to the labels a training step uses.
 
-Pure: talks to a `Rounds` (one process or Ray actors), knows nothing of encoders or of how batches
-are read. Invariant: labels change only at the step announced when their round was asked for, on all
-ranks at once; a round that is late makes training wait, and timing never changes the result.
+Owns the `Rounds` of a run: knows nothing of encoders or of how batches are read. Invariant: labels
+change only at the step announced when their round was asked for, on all ranks at once; a round that
+is late makes training wait, and timing never changes the result.
 
 Shapes: B clips of this rank, K clusters, P projection.
 """
@@ -10,74 +10,120 @@ Shapes: B clips of this rank, K clusters, P projection.
 import logging
 import math
 import time
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from clustering.kmeans.label_table import LabelTable
 from clustering.rounds.health import agreement
 from clustering.rounds.protocol import HeadLabels, PublishedRound, RoundRequest, Rounds
 from training.config import TrainingConfig
+from training.data.device import to_device
+from training.data.order import BatchPlan
+from training.data.rows import RowIndex
+from training.loop.hooks import World
+from training.loop.push import FeaturePush
 from training.losses.confusion import ConfusionState
-from training.losses.objective import Labels
+from training.losses.gather import mean_over_ranks
+from training.losses.objective import Labels, Total
 
 log = logging.getLogger(__name__)
 
 
-class ActiveHead(NamedTuple):
-    """One clustering in force."""
-
-    head: HeadLabels
-    prototypes: dict[str, Tensor]
-    confusion: ConfusionState
-
-
 class Labelling:
-    """When rounds start, which labels are in force, and what is known of them.
-
-    Args: truth: keys (sorted) and labels of the clips, -1 where unknown; for evaluation only.
-    """
+    """When rounds start, which labels are in force, and what is known of them."""
 
     def __init__(
         self,
         config: TrainingConfig,
         rounds: Rounds | None,
-        batch_size: int,
-        n_clips: int,
-        truth: tuple[np.ndarray, np.ndarray],
-        device: torch.device,
+        index: RowIndex,
+        plan: BatchPlan,
+        world: World,
     ) -> None:
-        self.config, self.rounds, self.truth, self.device = config, rounds, truth, device
-        self.gate_nats = math.log(batch_size) - config.rounds.margin_nats
-        self.n_clips = n_clips
-        self.heads: list[ActiveHead] = []
+        """Args: rounds: None never labels. index: its labels are for evaluation only."""
+        self.config, self.world, self.n_clips = config, world, len(index)
+        self.rounds = None if config.rounds.labels == "none" else rounds
+        self.push = None if self.rounds is None else FeaturePush(self.rounds, world)
+        self.steps_per_epoch = plan.steps(len(index))
+        compared = plan.batch_size if config.loss.negatives == "global" else plan.lane_size
+        self.gate_nats = math.log(compared) - config.rounds.margin_nats
+        order = np.argsort(index.keys_N)
+        self.truth = LabelTable(index.keys_N[order], index.labels_N[order])
+        self.heads: list[HeadLabels] = []
+        self.in_force: list[Labels] = []
+        """One for each of `heads`, without clips."""
         self.round = 0
         self.pending: RoundRequest | None = None
         self.first_step: int | None = None
+        self.confusion_step = 0
+        """Of the last update of the confusion matrices."""
         self.health: dict[str, float] = {}
+        self.rows_dropped = 0.0
+        self.waited_s = 0.0
 
     @property
     def labelled(self) -> bool:
         """Whether any label is in force."""
-        return bool(self.heads)
+        return bool(self.in_force)
 
-    def wants_round(self, epochs_done: int, loss_instance: float) -> bool:
+    def pushes(self, step: int) -> bool:
+        """Whether the features of this step go to the bank."""
+        schedule = self.config.rounds
+        if self.rounds is None or schedule.features != "train":
+            return False
+        # One epoch ahead of the first round, so that it finds a row of every clip.
+        return step // self.steps_per_epoch >= schedule.warmup_epochs - 1
+
+    def push_features(self, keys_B: NDArray[np.uint64], h: Mapping[str, Tensor], step: int) -> None:
+        """Hand the class heads' embeddings of some clips to the bank."""
+        assert self.push is not None
+        rows = torch.cat([h[s].detach() for s in self.config.loss.label_streams], dim=1)
+        self.push.add(keys_B, rows, step)
+
+    def start_if_due(
+        self, step: int, last_step: int, loss_instance: float, evaluation_pass: Callable[[], None]
+    ) -> None:
+        """Ask for a round at the end of an epoch, if it is time for one. Collective.
+
+        Args: last_step: at which its labels apply at the latest. loss_instance: mean InfoNCE of the
+            epoch. evaluation_pass: pushes the features of every clip.
+        """
+        if not self._wants_round(step // self.steps_per_epoch, loss_instance):
+            return
+        assert self.rounds is not None
+        assert self.push is not None
+        if self.config.rounds.features == "pass":
+            evaluation_pass()
+        self.push.flush(self.config.rounds.timeout_s)
+        dropped = torch.tensor(float(self.push.newly_dropped()), device=self.world.device)
+        self.rows_dropped = float(mean_over_ranks(dropped)) * self.world.size
+        self.world.barrier()
+        self.pending = self._request(step, last_step)
+        if self.world.rank == 0:
+            self.rounds.start(self.pending)
+        self.world.barrier()
+
+    def _wants_round(self, epochs_done: int, loss_instance: float) -> bool:
         """Whether a round starts after `epochs_done` epochs, the last with this mean InfoNCE.
 
-        The first round waits until InfoNCE has left its plateau ln B: labels made on the plateau
-        collapse the encoder.
+        The first round waits until InfoNCE has left its plateau, the log of the number of clips
+        that are compared: labels made on the plateau collapse the encoder.
         """
-        schedule, total = self.config.rounds, self.config.pretrain.epochs
-        if self.rounds is None or schedule.labels == "none" or self.pending is not None:
+        schedule = self.config.rounds
+        if self.rounds is None or self.pending is not None:
             return False
-        if epochs_done < schedule.warmup_epochs or epochs_done >= total:
+        if not schedule.warmup_epochs <= epochs_done < self.config.pretrain.epochs:
             return False
         if (epochs_done - schedule.warmup_epochs) % schedule.every_epochs and self.round:
             return False
         if self.round == 0 and loss_instance > self.gate_nats:
             log.warning(
-                "no labels after epoch %d: InfoNCE %.3f is not below ln B - margin = %.3f yet",
+                "no labels after epoch %d: InfoNCE %.3f is not below ln n - margin = %.3f yet",
                 epochs_done,
                 loss_instance,
                 self.gate_nats,
@@ -85,12 +131,12 @@ class Labelling:
             return False
         return True
 
-    def request(self, step: int, last_step: int) -> RoundRequest:
-        """Announce the next round: made of what was pushed up to `step`."""
+    def _request(self, step: int, last_step: int) -> RoundRequest:
+        """The next round: made of what was pushed up to `step`."""
         schedule = self.config.rounds
         number = self.round + 1
         cold = schedule.cold_every > 0 and number > 1 and (number - 1) % schedule.cold_every == 0
-        self.pending = RoundRequest(
+        return RoundRequest(
             round=number,
             step=step,
             effective_step=min(step + schedule.lead_steps, last_step),
@@ -98,92 +144,115 @@ class Labelling:
             posterior_temperature=self.config.loss.class_temperature,
             expected_rows=self.n_clips,
         )
-        return self.pending
 
-    def apply_if_due(self, step: int) -> float | None:
-        """Switch to the pending round's labels at its step. Returns: seconds waited, or None."""
+    def apply_if_due(self, step: int) -> None:
+        """Switch to the pending round's labels at its step; waits for them."""
         if self.pending is None or step < self.pending.effective_step:
-            return None
+            return
         assert self.rounds is not None
         started = time.monotonic()
         published = self.rounds.wait(self.pending.round, self.config.rounds.timeout_s)
         self.round, self.pending = published.round, None
         self._take(published, step)
-        return time.monotonic() - started
+        self.waited_s += time.monotonic() - started
+        log.info("step %d: labels of round %d apply", step, self.round)
 
     def _take(self, published: PublishedRound, step: int) -> None:
-        self.health = dict(published.health)
+        self.health = {**published.health, "rows_dropped": self.rows_dropped}
+        self.heads, self.in_force = [], []
         if not published.ok:
             log.warning("round %d is withheld: %s", published.round, published.reason)
-            self.heads = []
             return
-        self.heads = [self._activate(head) for head in published.heads]
+        for head in published.heads:
+            self._enforce(head)
         self.first_step = step if self.first_step is None else self.first_step
-        keys, labels = self.truth
-        if len(keys):
-            head = published.heads[0]
-            common = np.isin(head.keys_N, keys)
-            true = labels[np.searchsorted(keys, head.keys_N[common])]
-            known = true >= 0
-            self.health |= agreement(head.labels_N[common][known], true[known])
+        self.confusion_step = step
+        first = published.heads[0]
+        true_N = self.truth.lookup(first.keys_N, default=-1)
+        if (true_N >= 0).any():
+            self.health |= agreement(first.labels_N[true_N >= 0], true_N[true_N >= 0])
 
-    def _activate(self, head: HeadLabels) -> ActiveHead:
-        prototypes = {
-            stream: torch.from_numpy(np.array(m, np.float32)).to(self.device)
-            for stream, m in head.prototypes.items()
-        }
-        confusion_KK = torch.from_numpy(np.array(head.confusion_KK, np.float32)).to(self.device)
-        return ActiveHead(head, prototypes, ConfusionState(confusion_KK, self.config.confusion))
+    def _enforce(self, head: HeadLabels) -> Labels:
+        prototypes = {s: self._on_device(m) for s, m in head.prototypes.items()}
+        state = ConfusionState(self._on_device(head.confusion_KK), self.config.confusion)
+        nobody = torch.empty(0, dtype=torch.int64, device=self.world.device)
+        labels = Labels(nobody, prototypes, head.teaches, state)
+        self.heads.append(head)
+        self.in_force.append(labels)
+        return labels
 
-    def of(self, keys_B: np.ndarray) -> list[Labels]:
+    def _on_device(self, x: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.array(x, np.float32)).to(self.world.device)
+
+    def of(self, keys_B: NDArray[np.uint64]) -> list[Labels]:
         """The labels of some clips under every clustering in force."""
         return [
-            Labels(
-                torch.from_numpy(active.head.lookup(keys_B).astype(np.int64)).to(self.device),
-                active.prototypes,
-                active.head.teaches,
-                active.confusion,
+            labels._replace(
+                labels_B=to_device(head.lookup(keys_B).astype(np.int64), self.world.device)
             )
-            for active in self.heads
+            for head, labels in zip(self.heads, self.in_force, strict=True)
         ]
+
+    def observe(self, labels: list[Labels], total: Total) -> None:
+        """Add a step's posteriors to the confusion matrices; no communication."""
+        for head, posteriors_BK in zip(labels, total.posteriors, strict=True):
+            head.confusion.accumulate(posteriors_BK, head.labels_B)
+
+    def update_confusion(self, step: int) -> None:
+        """Renew the confusion matrices from the steps since their last update. Collective."""
+        if self.first_step is None:
+            return
+        elapsed = (step - self.confusion_step) / self.steps_per_epoch
+        since_labels = (step - self.first_step) / self.steps_per_epoch
+        self.confusion_step = step
+        for labels in self.in_force:
+            labels.confusion.update(elapsed, since_labels)
 
     def metrics(self) -> dict[str, float]:
         """Health of the round in force, by MLflow metric name."""
         out = {f"clustering/{name}": value for name, value in self.health.items()}
-        if self.heads:
-            degrees = [active.confusion.mean_offdiagonal for active in self.heads]
+        if self.in_force:
+            degrees = [labels.confusion.mean_offdiagonal for labels in self.in_force]
             out["confusion/mean_offdiagonal"] = float(np.mean(degrees))
         return out
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs; numbers, strings and tensors only."""
+        """All that a resumed run needs; numbers, strings and tensors only. Collective.
+
+        Rows on their way to the bank are in it afterwards.
+        """
+        if self.push is not None:
+            self.push.settle()
         pending = None if self.pending is None else vars(self.pending)
         return {
             "round": self.round,
             "pending": pending,
             "first_step": self.first_step,
+            "confusion_step": self.confusion_step,
             "health": self.health,
+            "rows_dropped": self.rows_dropped,
             "heads": [
                 {
-                    "name": active.head.name,
-                    "teaches": list(active.head.teaches),
-                    "keys": torch.from_numpy(active.head.keys_N.view(np.int64).copy()),
-                    "labels": torch.from_numpy(active.head.labels_N.copy()),
-                    "prototypes": {s: m.cpu() for s, m in active.prototypes.items()},
+                    "name": head.name,
+                    "teaches": list(head.teaches),
+                    "keys": torch.from_numpy(head.keys_N.view(np.int64).copy()),
+                    "labels": torch.from_numpy(head.labels_N.copy()),
+                    "prototypes": {s: m.cpu() for s, m in labels.prototypes.items()},
                     "confusion": {
-                        name: value.cpu() for name, value in active.confusion.state_dict().items()
+                        name: value.cpu() for name, value in labels.confusion.state_dict().items()
                     },
                 }
-                for active in self.heads
+                for head, labels in zip(self.heads, self.in_force, strict=True)
             ],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a `state_dict`; a pending round is asked for again by the caller."""
+        """Take over a `state_dict`; a round that was pending is asked for again. Collective."""
         self.round, self.first_step = state["round"], state["first_step"]
-        self.health = dict(state["health"])
+        self.confusion_step = state["confusion_step"]
+        self.health, self.rows_dropped = dict(state["health"]), state["rows_dropped"]
         self.pending = None if state["pending"] is None else RoundRequest(**state["pending"])
-        self.heads = []
+        self.heads, self.in_force = [], []
         for saved in state["heads"]:
             head = HeadLabels(
                 saved["name"],
@@ -193,6 +262,8 @@ class Labelling:
                 {stream: m.numpy() for stream, m in saved["prototypes"].items()},
                 saved["confusion"]["confusion_KK"].float().numpy(),
             )
-            active = self._activate(head)
-            active.confusion.load_state_dict(saved["confusion"])
-            self.heads.append(active)
+            self._enforce(head).confusion.load_state_dict(saved["confusion"])
+        if self.pending is not None and self.rounds is not None:
+            if self.world.rank == 0:
+                self.rounds.start(self.pending)
+            self.world.barrier()

@@ -1,4 +1,4 @@
-"""Means of metrics and times between two logs, and over an epoch.
+"""Meter: means of metrics and times between two logs, and over an epoch.
 
 Knows nothing of what is measured. Invariant: its state is part of a checkpoint, so that the curve
 of a resumed run, and decisions taken on it, equal those of the uninterrupted one.
@@ -7,12 +7,20 @@ of a resumed run, and decisions taken on it, equal those of the uninterrupted on
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from training.losses.gather import mean_over_ranks, of_every_rank, of_this_rank
+
+
+class _Block(NamedTuple):
+    """A timed piece of a step."""
+
+    name: str
+    around: str | None
+    """The block it runs within, whose own time it is not."""
 
 
 class Meter:
@@ -25,7 +33,7 @@ class Meter:
         self.epoch_sums: dict[str, float] = {}
         self.epoch_counts: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
-        self.spans: list[tuple[list[str], torch.cuda.Event, torch.cuda.Event]] = []
+        self.spans: list[tuple[_Block, torch.cuda.Event, torch.cuda.Event]] = []
         self.open: list[str] = []
         self.kept: dict[str, float] = {}
         self.last: dict[str, float] = {}
@@ -49,11 +57,11 @@ class Meter:
         A block within another counts for itself alone, so that the parts of a step add up.
         """
         started = time.monotonic()
-        with self._within(name) as names:
+        with self._within(name) as block:
             try:
                 yield
             finally:
-                self._spend(names, time.monotonic() - started)
+                self._spend(block, time.monotonic() - started)
 
     @contextlib.contextmanager
     def computed(self, name: str) -> Iterator[None]:
@@ -64,25 +72,26 @@ class Meter:
             return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        with self._within(name) as names:
+        with self._within(name) as block:
             try:
                 yield
             finally:
                 end.record()
-                self.spans.append((names, begin, end))
+                self.spans.append((block, begin, end))
 
     @contextlib.contextmanager
-    def _within(self, name: str) -> Iterator[list[str]]:
-        """The block's name and that of the one around it, if there is one."""
+    def _within(self, name: str) -> Iterator["_Block"]:
+        block = _Block(name, around=self.open[-1] if self.open else None)
         self.open.append(name)
         try:
-            yield self.open[:-3:-1]
+            yield block
         finally:
             self.open.pop()
 
-    def _spend(self, names: list[str], seconds: float) -> None:
-        for name, spent in zip(names, (seconds, -seconds), strict=False):
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+    def _spend(self, block: "_Block", seconds: float) -> None:
+        self.seconds[block.name] = self.seconds.get(block.name, 0.0) + seconds
+        if block.around is not None:
+            self.seconds[block.around] = self.seconds.get(block.around, 0.0) - seconds
 
     def flush(self, step: int, batch_size: int) -> dict[str, float]:
         """Means over the steps since the last flush and over ranks; collective."""
@@ -95,9 +104,9 @@ class Meter:
             n = self.counts[name]
             self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + means[name] * n
             self.epoch_counts[name] = self.epoch_counts.get(name, 0) + n
-        for spanned, begin, end in self.spans:
+        for block, begin, end in self.spans:
             end.synchronize()
-            self._spend(spanned, begin.elapsed_time(end) / 1000)
+            self._spend(block, begin.elapsed_time(end) / 1000)
         steps = max(1, step - self.since_step)
         now = time.monotonic()
         out = means | self.kept

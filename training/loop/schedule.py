@@ -1,4 +1,4 @@
-"""Optimiser and learning-rate schedule.
+"""make_optimizer and learning_rate: AdamW in its groups, and the rate of each step.
 
 Knows nothing of models beyond their named parameters. Invariant: the rate of a step depends on the
 step and the config alone, so a resumed run and another world size see the same schedule.
@@ -6,6 +6,7 @@ step and the config alone, so a resumed run and another world size see the same 
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +17,13 @@ _HEAD_PREFIXES = ("mlp_head", "auxiliary_heads")
 
 
 def make_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, fused: bool = False
 ) -> torch.optim.AdamW:
-    """AdamW in four groups: trunk or head, with or without decay (norms, biases, embeddings)."""
+    """AdamW in four groups: trunk or head, with or without decay (norms, biases, embeddings).
+
+    Weights that are frozen now are among them: a later phase may thaw them. Args: fused: one kernel
+    for all weights, which can leave a step out on the device (FiniteSteps).
+    """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
         is_head = name.startswith(_HEAD_PREFIXES)
@@ -35,6 +40,7 @@ def make_optimizer(
             for (is_head, decays), parameters in sorted(groups.items())
         ],
         betas=config.betas,
+        fused=fused,
     )
 
 
@@ -57,3 +63,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the rate of every group, heads by their own factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], fused: bool) -> None:
+    """Take over a `state_dict`, perhaps of another kind of device."""
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group["fused"] = fused

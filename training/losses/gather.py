@@ -1,8 +1,9 @@
 """Embeddings of all ranks, with their gradient, and what else ranks tell each other.
 
 Knows nothing of losses. Invariant: with each rank's loss over its own rows against the gathered
-ones times its `Share.weight`, and gradients averaged over ranks (DDP), W ranks have the gradient of
-one process on the whole batch. A gather without gradient gives the same loss and another gradient.
+ones times its `RankShare.weight`, and gradients averaged over ranks (DDP), W ranks have the
+gradient of one process on the whole batch. A gather without gradient gives the same loss and
+another gradient.
 
 Shapes: B rows of this rank, W ranks.
 """
@@ -24,12 +25,14 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-class Share(NamedTuple):
+class RankShare(NamedTuple):
     """The rows of a global batch that a rank holds; ranks may hold different numbers."""
 
     rows_W: tuple[int, ...]
     rank: int
-    timed: Callable[[], AbstractContextManager] = nullcontext
+    lane_size: int | None = None
+    """Clips of a data lane, of which every rank holds whole ones; None: all its rows are one."""
+    timed: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Around each gather and its backward, to measure what waiting for other ranks costs."""
 
     @property
@@ -43,15 +46,15 @@ class Share(NamedTuple):
         return self.rows_W[self.rank] * len(self.rows_W) / sum(self.rows_W)
 
 
-def equal_share(n_rows: int) -> Share:
+def equal_share(n_rows: int) -> RankShare:
     """The share of this rank when every rank holds `n_rows`."""
     rank, n_ranks = world()
-    return Share((n_rows,) * n_ranks, rank)
+    return RankShare((n_rows,) * n_ranks, rank)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Share) -> Tensor:
+    def forward(ctx: Any, x: Tensor, share: RankShare) -> Tensor:
         ctx.share, ctx.rows = share, slice(share.first, share.first + len(x))
         most = max(share.rows_W)
         padded = x.new_zeros(most, *x.shape[1:])
@@ -70,7 +73,7 @@ class _Gather(torch.autograd.Function):
         return gradient[ctx.rows], None
 
 
-def gather_with_grad(x: Tensor, share: Share | None = None) -> Tensor:
+def gather_with_grad(x: Tensor, share: RankShare | None = None) -> Tensor:
     """Rows of every rank, in rank order: [B, ...] -> [sum of B, ...]; identity on one rank.
 
     Collective. Backward sums the gradients of all ranks. Args: share: None for equal shares.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.losses.gather import Share, equal_share, gather_with_grad, mean_over_ranks, world
+from training.losses.gather import RankShare, equal_share, gather_with_grad, mean_over_ranks, world
 from training.model.blocks import full_precision
 
 IGNORED = -100
@@ -37,12 +37,12 @@ def info_nce(
     temperature: float,
     direction: str = "both",
     negatives: str = "global",
-    share: Share | None = None,
+    share: RankShare | None = None,
 ) -> Contrast:
     """L_inst: each clip's audio finds its own video among all clips, and the other way round.
 
     -1/B sum_i log( e^{a_i.v_i / tau} / sum_j e^{a_i.v_j / tau} ) on unit vectors; j runs over the
-    clips of all ranks (`negatives` = global) or of this one (local).
+    clips of all ranks (`negatives` = global) or of the clip's data lane (local).
 
     Both outputs are times `share.weight`, so that their mean over ranks is that of the batch.
 
@@ -53,13 +53,17 @@ def info_nce(
     share = share or equal_share(len(audio_BD))
     with torch.autocast(audio_BD.device.type, enabled=False):
         local = torch.stack([F.normalize(full_precision(x), dim=-1) for x in (audio_BD, video_BD)])
-        columns, offset = local, 0
+        queries = {"both": (0, 1), "v2a": (1,)}[direction]
         if negatives == "global":
             columns = gather_with_grad(local.transpose(0, 1), share).transpose(0, 1)
-            offset = share.first
-        positives = torch.arange(offset, offset + local.shape[1], device=local.device)
-        queries = {"both": (0, 1), "v2a": (1,)}[direction]
-        logits = [local[q] @ columns[1 - q].T / temperature for q in queries]
+            first = share.first
+            positives = torch.arange(first, first + local.shape[1], device=local.device)
+            logits = [local[q] @ columns[1 - q].T / temperature for q in queries]
+        else:
+            n = share.lane_size or local.shape[1]
+            lanes = local.unflatten(1, (-1, n))
+            positives = torch.arange(n, device=local.device).repeat(lanes.shape[1])
+            logits = [(lanes[q] @ lanes[1 - q].mT / temperature).flatten(0, 1) for q in queries]
         loss = torch.stack([F.cross_entropy(each, positives) for each in logits]).mean()
     hits = torch.stack([each.detach().argmax(1) == positives for each in logits])
     return Contrast(loss * share.weight, hits.float().mean() * share.weight)
@@ -70,7 +74,7 @@ def intra_modal(
     second: Mapping[str, Tensor],
     temperature: float,
     negatives: str = "global",
-    share: Share | None = None,
+    share: RankShare | None = None,
 ) -> Tensor:
     """L_intra: mean over the streams of `first` of InfoNCE between two views of that stream.
 
@@ -98,6 +102,7 @@ def class_alignment(
     labels_B: Tensor,
     temperature: float,
     teaches: Sequence[str],
+    *,
     rows: Tensor | None = None,
 ) -> Tensor:
     """L_cls: a clip's stream finds its class among the class prototypes of the other streams.
@@ -134,6 +139,7 @@ def confusion_loss(
     temperature: float,
     weights_KK: Tensor,
     teaches: Sequence[str],
+    *,
     rows: Tensor | None = None,
 ) -> ConfusionTerm:
     """L_conf: cross-entropy in which class l counts w_yl times against a clip of class y.

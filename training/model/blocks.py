@@ -1,4 +1,4 @@
-"""Transformer blocks, the patch stem and sine-cosine positions of the encoder.
+"""Block and PatchStem: the layers that encoder and decoder are made of, and their positions.
 
 Pure modules: knows nothing of clips, losses, weights files or devices.
 Invariant: names and arithmetic are CAV-MAE's (LayerNorm eps 1e-5, exact GELU, pre-norm), so that
@@ -33,7 +33,9 @@ class Attention(nn.Module):
         """Mix the tokens of each row of the batch: [B, L, D] -> [B, L, D]."""
         qkv = self.qkv(x_BLD).unflatten(-1, (3, self.n_heads, -1))
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        heads = F.scaled_dot_product_attention(q, k, v)
+        mixed: Tensor = self.proj(heads.transpose(1, 2).flatten(2))
+        return mixed
 
 
 class Mlp(nn.Module):
@@ -46,7 +48,8 @@ class Mlp(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
-        return self.fc2(F.gelu(self.fc1(x_BLD)))
+        out_BLD: Tensor = self.fc2(F.gelu(self.fc1(x_BLD)))
+        return out_BLD
 
 
 class Block(nn.Module):
@@ -82,7 +85,8 @@ class Block(nn.Module):
         x_BLD = x_BLD + self.attn(getattr(self, f"norm1{suffix}")(x_BLD))
         if tail is not None:
             x_BLD = x_BLD[:, x_BLD.shape[1] - tail :]
-        return x_BLD + self.mlp(getattr(self, f"norm2{suffix}")(x_BLD))
+        changed: Tensor = self.mlp(getattr(self, f"norm2{suffix}")(x_BLD))
+        return x_BLD + changed
 
 
 class PatchStem(nn.Module):
@@ -109,7 +113,8 @@ class PatchStem(nn.Module):
         rows, cols = self.grid
         x_BCHW = x_BCHW[..., : rows * PATCH, : cols * PATCH]
         patches = x_BCHW.unflatten(3, (cols, PATCH)).unflatten(2, (rows, PATCH))
-        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        flat = torch.flatten(patches.permute(0, 2, 4, 1, 3, 5), 3)
+        return torch.flatten(flat, 1, 2)
 
     def forward(self, patches_BLC: Tensor) -> Tensor:
         """Embed flat patches: [B, L, C*16*16] -> [B, L, D]."""

@@ -1,4 +1,4 @@
-"""The encoder with a class head for fine-tuning: CAV-MAE's five ways to classify a clip.
+"""Classifier: the encoder with a class head, and CAV-MAE's five ways to classify a clip.
 
 Pure module: knows nothing of labels, losses or files. Invariant: without auxiliary heads the logits
 of every mode are CAV-MAE's; what is trainable gets a gradient in the mode it was built for.
@@ -122,4 +122,5 @@ def _head(dim: int, n_classes: int) -> nn.Sequential:
 
 def _classify(head: nn.Module, pooled_BD: Tensor) -> Tensor:
     with torch.autocast(pooled_BD.device.type, enabled=False):
-        return head(pooled_BD)
+        logits_BC: Tensor = head(pooled_BD)
+    return logits_BC

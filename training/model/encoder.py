@@ -1,4 +1,4 @@
-"""The audio-visual encoder: two branches, a joint block run once per stream, class heads.
+"""Encoder: the audio-visual trunk of two branches and a joint block, and its class heads.
 
 Pure modules: knows nothing of losses, labels, files or devices beyond the tensors it is given.
 Invariant: with patch stems and one frame it computes exactly CAV-MAE's features; attribute names
@@ -159,19 +159,6 @@ class Encoder(nn.Module):
         joined = {stream: self.join(of_stream(tokens, stream), stream) for stream in streams}
         return self._pool(joined, streams)
 
-    def forward_masked(
-        self,
-        fbank_BTM: Tensor,
-        frames_BFCHW: Tensor,
-        noise_audio_BL: Tensor,
-        noise_video_BL: Tensor,
-        mask_ratio: float,
-    ) -> tuple[Encoding, Tensor, Tensor]:
-        """CAV-MAE's pretraining pass: all streams, and L_rec of audio and of video (scalars)."""
-        masks = MaskNoise(noise_audio_BL, noise_video_BL, mask_ratio)
-        encoding = self(fbank_BTM, frames_BFCHW, STREAMS, masks, reconstruct=True)
-        return encoding, encoding.reconstruction["audio"], encoding.reconstruction["video"]
-
     def token_counts(self, n_frames: int = 1) -> tuple[int, int]:
         """Tokens of a clip's audio and of its frames: the widths of a `MaskNoise`."""
         return self.patch_embed_a.n_tokens, n_frames * self.patch_embed_v.n_tokens
@@ -196,7 +183,8 @@ class Encoder(nn.Module):
     def join(self, tokens_BLD: Tensor, stream: str) -> Tensor:
         """Through the joint block with the norms of `stream`, and that stream's last norm."""
         norm = {"audio": self.norm_a, "video": self.norm_v, "fusion": self.norm}[stream]
-        return norm(_through(self.blocks_u, tokens_BLD, stream))
+        joined: Tensor = norm(_through(self.blocks_u, tokens_BLD, stream))
+        return joined
 
     def train_only(
         self, streams: Sequence[str], class_heads: bool = True, positions: bool = False
@@ -226,6 +214,9 @@ class Encoder(nn.Module):
 
     def compile_blocks(self) -> None:
         """torch.compile each transformer block in place (same weights, same keys)."""
+        # A block has a variant for each stream, shape (masked, micro-batch, last chunk) and grad
+        # mode: more than the 8 after which torch runs it uncompiled, with a warning nobody reads.
+        torch.compiler.config.recompile_limit = 64
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile()
@@ -269,7 +260,8 @@ def _cut(stem: PatchStem, x: Tensor) -> Tensor:
     """Flat patches of each clip: [B, tokens, C*16*16]; mel bins are the rows of a fbank."""
     if x.ndim == 3:
         return stem.cut(x.transpose(1, 2).unsqueeze(1))
-    return stem.cut(x.flatten(0, 1)).unflatten(0, x.shape[:2]).flatten(1, 2)
+    by_frame = stem.cut(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    return torch.flatten(by_frame, 1, 2)
 
 
 def _embed(stem: Stem, x: Tensor, place_1LD: Tensor, masking: Masking | None) -> Tensor:

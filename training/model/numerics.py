@@ -1,4 +1,4 @@
-"""In which precision, and by which attention kernels, the trunk computes.
+"""trunk_numerics: in which precision, and by which attention kernels, a model computes.
 
 Knows nothing of what is computed. Invariant: pretraining and fine-tuning read the same switches;
 losses are outside of them and stay in fp32.

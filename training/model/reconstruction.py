@@ -1,4 +1,4 @@
-"""Masking and masked reconstruction, L_rec, as in CAV-MAE: predict the patches that were hidden.
+"""Decoder and masking: masked reconstruction, L_rec, as in CAV-MAE, of patches that were hidden.
 
 Pure modules: knows nothing of how noise is drawn or how the loss is weighted.
 Invariant: masks come from explicit noise, so a chunk of a batch can be run again; the loss is

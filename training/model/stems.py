@@ -1,4 +1,4 @@
-"""Convolutional stems: fbank or frame to a few tokens, trainable from nothing on a CPU.
+"""AudioConvStem and VideoConvStem: fbank or frame to a few tokens, trainable from nothing on a CPU.
 
 Know nothing of positions, modalities or losses. Invariant: no statistics over the batch (GroupNorm
 only), so a clip's tokens never depend on its neighbours or on the number of workers.
@@ -43,7 +43,8 @@ class AudioConvStem(nn.Module):
         """fbank_BTM [B, T, M] float, normalised -> [B, L, D]."""
         with convolution_numerics(fbank_BTM.device):
             x_BCtm = self.blocks(fbank_BTM.unsqueeze(1))
-        return self.proj(x_BCtm.transpose(1, 2).flatten(2))
+        tokens_BLD: Tensor = self.proj(x_BCtm.transpose(1, 2).flatten(2))
+        return tokens_BLD
 
 
 class VideoConvStem(nn.Module):
@@ -66,4 +67,5 @@ class VideoConvStem(nn.Module):
         around = F.interpolate(around, size=half.shape[-2:], mode="bilinear")
         with convolution_numerics(frames_BCHW.device):
             x_BChw = self.blocks(torch.cat([half, half - around], dim=1))
-        return self.proj(x_BChw.flatten(2).transpose(1, 2))
+        tokens_BLD: Tensor = self.proj(x_BChw.flatten(2).transpose(1, 2))
+        return tokens_BLD

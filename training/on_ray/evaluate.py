@@ -1,37 +1,45 @@
-"""What a run is worth: outputs of its models on clips it never saw to `results.json`.
+"""The evaluation of a run folder: models applied by Ray actors, probes fitted where GPUs are.
 
-Composes inference and the pure metrics of training.evaluation; knows nothing of the command line.
-Invariant: the test split chooses nothing (no epoch, no pair, no threshold), and the number of clips
-tested stands beside every result.
+Composes inference with the pure tables of training.evaluation; knows nothing of the command line,
+nor of any single metric. Invariant: the clips tested choose nothing (no epoch, no pair, no
+threshold), and their number stands beside every result.
 
-Shapes: N train and M test clips, C classes.
+Shapes: N train and M test clips, D token width, C classes.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from training.config import STREAMS, TrainingConfig
-from training.data.batches import RowIndex
+from training.config import STREAMS, EvaluateConfig, TrainingConfig
+from training.data.rows import RowIndex
 from training.errors import TrainingError
-from training.evaluation.metrics import (
-    confusion_counts,
-    mean_average_precision,
-    most_confused_pairs,
-    topk_accuracy,
+from training.evaluation.metrics import BOTH_SIDES, Evidence, measure
+from training.evaluation.probes import PROBES, knn_probe
+from training.evaluation.results import Evaluation, count_confusion, write_evaluation
+from training.evaluation.retrieval import subset_per_class, unit_rows
+from training.evaluation.scores import ConfusedPair, most_confused_pairs
+from training.on_ray.inference import (
+    ByStream,
+    Job,
+    Models,
+    Outputs,
+    Space,
+    paged_array,
+    run_jobs,
+    test_passes,
 )
-from training.evaluation.probes import knn_probe, linear_probe
-from training.evaluation.retrieval import class_retrieval, retrieval, subset_per_class
-from training.on_ray.inference import Outputs, Part, run_parts, unit
 
-BOTH_SIDES = "audio_video"
-"""Probe of audio and video side by side: fair to encoders whose fusion pass was never trained."""
-
-_WORST_PAIRS = 10
+_PAIRS = 10
+"""Most confused pairs of training clips whose accuracy is measured."""
+_PAIR_CLIPS = 50
+"""Training clips of a class that are asked for their neighbours to find these pairs."""
+_COPIED_ROWS = 8192
+"""Features copied at a time: all of 200,000 clips at once are a gigabyte of the driver's memory."""
 
 
 def evaluate(
@@ -40,131 +48,139 @@ def evaluate(
     test: RowIndex,
     out: Path,
     clusters: dict[str, int],
-) -> dict[str, Any]:
+) -> Evaluation:
     """Evaluate the encoder, and the classifier if there is one, of a run folder.
 
     Writes `evaluation/` (predictions, confusion counts, embeddings).
-    Args: test: the clips of `evaluate.split`. clusters: last pseudo-label by clip id, for the
-        predictions table.
-    Returns: the accuracies, as fractions, by the keys of `results.json`.
-    Raises: TrainingError if the run folder has no encoder.
+    Args: test: the clips of `evaluate.split`. clusters: last pseudo-label by clip id.
+    Raises: TrainingError if the run folder has no encoder, or no training clip a label.
     """
-    encoder, classifier = str(out / "encoder"), str(out / "classifier")
-    if not (out / "encoder" / "encoder.json").exists():
-        raise TrainingError(f"{out}: no encoder/ in this run folder; run diccae pretrain first")
-    has_classifier = (out / "classifier" / "classifier.json").exists()
-    data, scale, frames = config.data, config.scale, config.evaluate.frames
-    parts = [Part(test), Part(train, classify=False)]
-    models = (encoder, classifier if has_classifier else None)
-    on_test, on_train = run_parts(parts, *models, data, scale, frames)
-    split = config.evaluate.split
-    results: dict[str, Any] = {"n_train": len(train), "n_test": len(test), "split": split}
-    results |= _probes(config, train, test, on_train, on_test)
+    of_test, of_train, middle = _outputs(config, _models(out), train, test)
+    probed = _probe(config, train, test, of_train, of_test)
     space = embedding_space(config)
-    results["retrieval"] = _retrieval(config, test, on_test, space)
-    scores: dict[str, NDArray] = {s: on_test[f"p.{s}"] for s in STREAMS if f"p.{s}" in on_test}
-    if not scores:
-        scores = results["probe_scores"]
-    results |= _accuracies(scores, test) if has_classifier else {}
-    del results["probe_scores"]
-    results["confusion"] = _confusion(scores, test)
-    _write(out / "evaluation", test, split, scores, on_test, space, clusters)
-    return results
+    given = Evidence(
+        clip_ids_M=test.clip_ids_N.tolist(),
+        labels_M=test.labels_N,
+        classifier={s: of_test.p[s] for s in STREAMS if s in of_test.p},
+        probes=probed.scores,
+        embeddings={s: of_test.of(space)[s] for s in STREAMS},
+        middle_frame=middle.of(space),
+        confused_pairs=probed.confused_pairs,
+        clusters_M=np.array([clusters.get(c, -100) for c in test.clip_ids_N], np.int32),
+        retrieval_per_class=config.evaluate.retrieval_per_class,
+    )
+    confusion = count_confusion(given, test.classes)
+    write_evaluation(out / "evaluation", given, confusion, config.evaluate.split)
+    return Evaluation(
+        n_train=len(train),
+        n_test=len(test),
+        split=config.evaluate.split,
+        classes=test.classes,
+        measured=measure(given),
+        confusion=confusion.summary(given.confused_pairs),
+        class_accuracy=confusion.accuracies(),
+    )
 
 
-def embedding_space(config: TrainingConfig) -> str:
+def embedding_space(config: TrainingConfig) -> Space:
     """Embeddings that were trained to match across modalities: `h`, or `z` without heads."""
     return "z" if config.loss.instance_on == "z" else "h"
 
 
-def _accuracies(scores: dict[str, NDArray], test: RowIndex) -> dict[str, Any]:
-    labels, k = test.labels_N, min(5, len(test.classes))
-    return {
-        "top1": {s: topk_accuracy(x, labels, 1) for s, x in scores.items()},
-        "top5": {s: topk_accuracy(x, labels, k) for s, x in scores.items()},
-        "map": {s: mean_average_precision(x, labels) for s, x in scores.items()},
-    }
+def _models(out: Path) -> Models:
+    if not (out / "encoder" / "encoder.json").exists():
+        raise TrainingError(f"{out}: no encoder/ in this run folder; run diccae pretrain first")
+    has_classifier = (out / "classifier" / "classifier.json").exists()
+    return Models(str(out / "encoder"), str(out / "classifier") if has_classifier else None)
 
 
-def _probes(
-    config: TrainingConfig, train: RowIndex, test: RowIndex, on_train: Outputs, on_test: Outputs
-) -> dict[str, Any]:
-    """Linear and nearest-neighbour accuracy of the frozen encoder, per stream and of both sides."""
-    n_classes = len(train.classes)
-    known = train.labels_N >= 0
-    y_N = train.labels_N[known]
-    probe, knn, scores = {}, {}, {}
+def _outputs(
+    config: TrainingConfig, models: Models, train: RowIndex, test: RowIndex
+) -> tuple[Outputs, Outputs, Outputs]:
+    """Of the test clips, of the training clips, and of the test clips' middle frames."""
+    frames, space = config.evaluate.frames, embedding_space(config)
+    jobs = [
+        Job(test, frames, ("z", "h", "p") if models.classifier else ("z", "h")),
+        # Only what probes are fitted on: heads and probabilities of 200,000 clips are gigabytes.
+        Job(train, frames, ("z",)),
+    ]
+    one_pass = test_passes(test.spec.n_frames, config.data.frames_per_clip, frames) == 1
+    if not one_pass:
+        jobs.append(Job(test, 1, (space,)))
+    done = run_jobs(jobs, models, config.data, config.scale, config.evaluate)
+    # Where all passes are one, its frame is the middle one already.
+    return done[0], done[1], done[0] if one_pass else done[2]
+
+
+class _Probed(NamedTuple):
+    scores: dict[str, ByStream]
+    """By probe, then by stream."""
+    confused_pairs: list[ConfusedPair]
+
+
+def _probe(
+    config: TrainingConfig, train: RowIndex, test: RowIndex, of_train: Outputs, of_test: Outputs
+) -> _Probed:
+    """Fit every probe on every stream of the frozen encoder, and on both sides at once."""
+    known_N = np.flatnonzero(train.labels_N >= 0)
+    if not len(known_N):
+        raise TrainingError(
+            f"{train.store_uri}: no training clip has a label, and probes are fitted on labels; "
+            "ingest a CSV with labels"
+        )
+    labels_N, n_classes = train.labels_N[known_N], len(train.classes)
+    scores: dict[str, ByStream] = {probe.name: {} for probe in PROBES}
+    pairs: list[ConfusedPair] = []
     for name in (*STREAMS, BOTH_SIDES):
-        x_ND, z_MD = _features(on_train, name)[known], _features(on_test, name)
-        found = linear_probe(x_ND, y_N, z_MD, n_classes, config.evaluate.probe_epochs)
-        probe[name] = topk_accuracy(found, test.labels_N)
-        k = min(config.evaluate.knn_k, len(x_ND))
-        knn[name] = topk_accuracy(knn_probe(x_ND, y_N, z_MD, n_classes, k), test.labels_N)
-        if name in STREAMS:
-            scores[name] = found
-    return {"probe": probe, "knn": knn, "probe_scores": scores}
+        x_ND = _features(of_train, name, known_N)
+        z_MD = _features(of_test, name, np.arange(len(test)))
+        run = partial(_where_gpus_are, config.scale.use_gpu)
+        found = run(_fit, x_ND, labels_N, z_MD, n_classes, config=config.evaluate)
+        for probe, of_probe in found.items():
+            scores[probe][name] = of_probe
+        if name == BOTH_SIDES:
+            asked = subset_per_class(train.clip_ids_N[known_N].tolist(), labels_N, _PAIR_CLIPS)
+            k = config.evaluate.knn_k
+            votes = run(knn_probe, x_ND, labels_N, x_ND[asked], n_classes, k=k, own_M=asked)
+            pairs = _confused_pairs(votes, labels_N[asked], test.labels_N)
+    return _Probed(scores, pairs)
 
 
-def _features(outputs: Outputs, name: str) -> NDArray[np.float32]:
+def _features(outputs: Outputs, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     """Token means of a stream [N, D]; of both sides, unit vectors one after the other [N, 2 D]."""
-    if name != BOTH_SIDES:
-        return outputs[f"z.{name}"]
-    return np.concatenate([unit(outputs[f"z.{side}"]) for side in STREAMS[:2]], axis=1)
+    sides = STREAMS[:2] if name == BOTH_SIDES else (name,)
+    widths = [outputs.z[side].shape[1] for side in sides]
+    features = paged_array(len(rows), sum(widths))
+    for start in range(0, len(rows), _COPIED_ROWS):
+        part = rows[start : start + _COPIED_ROWS]
+        vectors = [outputs.z[side][part] for side in sides]
+        if name == BOTH_SIDES:
+            vectors = [unit_rows(x_ND) for x_ND in vectors]
+        features[start : start + _COPIED_ROWS] = np.concatenate(vectors, axis=1)
+    return features
 
 
-def _retrieval(
-    config: TrainingConfig, test: RowIndex, on_test: Outputs, space: str
-) -> dict[str, float]:
-    per_class = config.evaluate.retrieval_per_class
-    rows = subset_per_class(test.clip_ids_N.tolist(), test.labels_N, per_class)
-    audio, video = (on_test[f"{space}.{s}"] for s in ("audio", "video"))
-    found = {"n_clips": float(len(rows)), **retrieval(audio[rows], video[rows])}
-    if np.bincount(test.labels_N).max() > 1:
-        found |= class_retrieval(audio, video, test.labels_N)
-    return found
+def _fit(*given: Any, config: EvaluateConfig, device: str = "cpu") -> ByStream:
+    """Scores of every probe, by its name."""
+    return {probe.name: probe.scores(*given, config=config, device=device) for probe in PROBES}
 
 
-def _confusion(scores: dict[str, NDArray], test: RowIndex) -> dict[str, Any]:
-    counts = confusion_counts(test.labels_N, scores[_main(scores)].argmax(1), len(test.classes))
-    rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    pairs = most_confused_pairs(counts, _WORST_PAIRS)
-    return {
-        "mean_offdiagonal": float(1.0 - rates.diagonal()[counts.sum(1) > 0].mean()),
-        "worst_pairs": [
-            [test.classes[pair.first], test.classes[pair.second], pair.degree] for pair in pairs
-        ],
-    }
+def _confused_pairs(
+    votes_AC: NDArray[np.float32], labels_A: NDArray[np.integer], tested_M: NDArray[np.integer]
+) -> list[ConfusedPair]:
+    """The pairs that training clips confuse most, among classes that are tested."""
+    n_classes = votes_AC.shape[1]
+    confusion_CC = np.zeros((n_classes, n_classes))
+    np.add.at(confusion_CC, labels_A, votes_AC)
+    untested = np.setdiff1d(np.arange(n_classes), tested_M)
+    confusion_CC[untested] = confusion_CC[:, untested] = 0
+    return most_confused_pairs(confusion_CC, _PAIRS)
 
 
-def _main(scores: dict[str, NDArray]) -> str:
-    return "fusion" if "fusion" in scores else next(iter(scores))
+def _where_gpus_are(use_gpu: bool, call: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    """The result of `call`, in this process, or on a worker's GPU: the driver's node has none."""
+    if not use_gpu:
+        return call(*args, **settings)
+    import ray
 
-
-def _write(
-    folder: Path,
-    test: RowIndex,
-    split: str,
-    scores: dict[str, NDArray],
-    on_test: Outputs,
-    space: str,
-    clusters: dict[str, int],
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    n_classes = len(test.classes)
-    predictions = {s: x.argmax(1) for s, x in scores.items()}
-    columns = {
-        "clip_id": test.clip_ids_N.tolist(),
-        "label": test.labels_N,
-        "split": [split] * len(test),
-        **{f"pred_{s}": p for s, p in predictions.items()},
-        "p_fusion": scores[_main(scores)].max(1).astype(np.float32),
-        "cluster": np.array([clusters.get(c, -100) for c in test.clip_ids_N], np.int32),
-    }
-    pq.write_table(pa.table(columns), folder / "predictions.parquet")
-    confusion: dict[str, Any] = {"classes": np.array(test.classes)}
-    for s, p in predictions.items():
-        confusion[s] = confusion_counts(test.labels_N, p, n_classes)
-    embeddings: dict[str, Any] = {"clip_ids": np.array(test.clip_ids_N.tolist())}
-    embeddings |= {s: on_test[f"{space}.{s}"] for s in STREAMS}
-    np.savez_compressed(folder / "confusion.npz", **confusion)
-    np.savez_compressed(folder / "embeddings.npz", **embeddings)
+    return ray.get(ray.remote(num_gpus=1)(call).remote(*args, **settings, device="cuda"))

@@ -1,57 +1,70 @@
-"""Fine-tuning on a Ray cluster.
+"""finetune: the `Finetuner` on a Ray cluster, one per worker.
 
-The edge between the pure `Finetuner` and Ray Train and the run folder. Invariant: a run that died
-anywhere goes on from its newest checkpoint when the same command is given again.
+The edge between the pure `Finetuner` and Ray Train and the run folder. Invariants: a run that died
+anywhere goes on from its newest checkpoint when the same command is given again; a checkpoint of
+other settings, or of another encoder, is refused.
 """
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from training.config import TrainingConfig
-from training.data.batches import BatchPlan, RowIndex, lanes_of
-from training.data.reader import RayReader, WindowPlan
-from training.errors import TrainingError
-from training.loop.finetuner import Finetuner, balanced_draws
-from training.loop.pretrainer import Hooks
-from training.model.classifier import Classifier
-from training.model.encoder import Encoder
+from training.data.order import BatchPlan, WindowPlan, balanced_draws, lanes_of
+from training.data.rows import RowIndex
+from training.errors import ConfigMismatch
+from training.loop.finetuner import Finetuner, refuse_unlabelled
+from training.loop.hooks import Hooks, World
+from training.model.make import make_classifier, make_encoder
 from training.on_ray import fit as ray_fit
-from training.on_ray.pretrain import failure_writer, make_encoder
-from training.tracking.tracker import RunHandle, Tracker
-from training.weights.files import absolute_uri, load_encoder, load_weights, save_classifier
+from training.on_ray.reader import RayReader
+from training.tracking.copier import RunHandle
+from training.tracking.tracker import Tracker
+from training.weights.files import (
+    absolute_uri,
+    encoder_digest,
+    load_encoder,
+    load_weights,
+    save_classifier,
+    save_encoder,
+)
 
 CHECKPOINTS = "finetune"
 """Folder of the run that holds the checkpoints of fine-tuning."""
+
+_DECIDES: dict[str, Any] = {
+    "seed": True,
+    "data": True,
+    "confusion": True,
+    "finetune": True,
+    "pretrain": {"precision", "sdpa", "compile"},
+}
+"""What of the config a classifier depends on, besides its encoder and clips."""
 
 
 def finetune(
     config: TrainingConfig,
     index: RowIndex,
-    encoder_uri: str | None,
+    encoder_uri: str,
     out: Path,
     handle: RunHandle,
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
     """Train a classifier on the cluster Ray is connected to.
 
-    Args: encoder_uri: folder of a diccae encoder; None starts from `encoder.init` or from nothing.
-    Raises: TrainingError.
+    Args: encoder_uri: folder of a diccae encoder (`starting_encoder` makes one).
+    Raises: TrainingError; ConfigMismatch as `refuse_other_settings`.
     """
     import ray
 
-    unlabelled = np.flatnonzero(index.labels_N < 0)
-    if len(unlabelled):
-        raise TrainingError(
-            f"{len(unlabelled)} clips of the train split have no label, such as "
-            f"{index.clip_ids_N[unlabelled[0]]}; fine-tuning needs one for every clip"
-        )
+    refuse_unlabelled(index)
+    refuse_other_settings(config, encoder_uri, out)
     settings = {
         "config": ray_fit.for_workers(config),
         "index": [ray.put(index)],
-        "encoder": encoder_uri and absolute_uri(encoder_uri),
+        "encoder": absolute_uri(encoder_uri),
+        "decides": _deciding(config, encoder_uri),
         "out": str(out),
         "handle": tuple(handle),
         "provenance": provenance,
@@ -59,24 +72,77 @@ def finetune(
     return dict(ray_fit.fit(_loop, settings, out, CHECKPOINTS, config.scale) or {})
 
 
-def starting_encoder(config: TrainingConfig, index: RowIndex, uri: str | None) -> Encoder:
-    """The pretrained encoder, published weights, or a new one."""
+def starting_encoder(
+    config: TrainingConfig,
+    index: RowIndex,
+    uri: str | None,
+    out: Path,
+    provenance: dict[str, Any],
+) -> str:
+    """The folder of the encoder to start from; `<out>/encoder`, which evaluation reads, is there
+    afterwards.
+
+    Args: uri: another encoder than that of the run; None takes the run's own, or makes one of
+        `encoder.init`, or of nothing.
+    """
+    own = str(out / "encoder")
+    if (out / "encoder" / "encoder.json").exists():
+        return own if uri is None else uri
     if uri is not None:
-        encoder, _ = load_encoder(uri)
-        return encoder
+        encoder, card = load_encoder(uri)
+        save_encoder(encoder, own, card.classes, card.feature_spec, card.provenance)
+        return uri
     encoder = make_encoder(config, index.spec)
     if config.encoder.init is not None:
         load_weights(encoder, config.encoder.init)
-    return encoder
+    save_encoder(encoder, own, index.classes, index.spec.model_dump(mode="json"), provenance)
+    return own
 
 
-def _new_classifier(config: TrainingConfig, index: RowIndex, uri: str | None) -> Classifier:
-    """An encoder with new heads, the same on every worker."""
-    encoder = starting_encoder(config, index, uri)
-    tuning = config.finetune
-    torch.manual_seed(config.seed)
-    auxiliary = tuning.mode == "multimodal" and tuning.auxiliary > 0
-    return Classifier(encoder, len(index.classes), tuning.mode, auxiliary)
+def refuse_other_settings(config: TrainingConfig, encoder_uri: str | None, out: Path) -> None:
+    """Compare with the newest checkpoint of fine-tuning, if there is one.
+
+    Args: encoder_uri: None for the run's own.
+    Raises: ConfigMismatch naming the keys that differ.
+    """
+    newest = ray_fit.newest_checkpoint(out, CHECKPOINTS)
+    if newest is None:
+        return
+    old = json.loads(ray_fit.state_in(newest[1], mmap=True)["decides"])
+    new = json.loads(_deciding(config, encoder_uri or str(out / "encoder")))
+    keys = [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if keys:
+        raise ConfigMismatch(
+            f"{out / CHECKPOINTS} holds fine-tuning with other settings: {'; '.join(keys)}. Use "
+            "the old ones, another --out, or --fresh to fine-tune again (this deletes the old "
+            "classifier)."
+        )
+
+
+def forget_finetuning(out: Path) -> None:
+    """Delete classifier and checkpoints of fine-tuning, to start it again."""
+    for name in (CHECKPOINTS, "classifier"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    (out / "finetune.jsonl").unlink(missing_ok=True)
+
+
+def _deciding(config: TrainingConfig, encoder_uri: str) -> str:
+    """Dotted keys and values of all that decides the result, as JSON."""
+    flat: dict[str, Any] = {"encoder": encoder_digest(encoder_uri)}
+    _flatten(config.model_dump(mode="json", include=_DECIDES), "", flat)
+    return json.dumps(flat, sort_keys=True)
+
+
+def _flatten(values: dict[str, Any], prefix: str, into: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _flatten(value, f"{prefix}{key}.", into)
+        else:
+            into[prefix + key] = value
 
 
 def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -88,13 +154,8 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     index: RowIndex = ray.get(settings["index"][0])
     out = Path(settings["out"])
     state = ray_fit.last_state()
-    classifier = _new_classifier(config, index, settings["encoder"])
-    tuning = config.finetune
-    plan = BatchPlan.of(len(index), tuning.batch_size, config.data)
-    lanes = lanes_of(world.rank, world.size, plan.lanes)
-    draws = balanced_draws(index, config.seed) if tuning.balanced else None
-    windows = WindowPlan(index, plan, lanes, config.seed + 1, draws)
-    reader = RayReader(windows, config.scale.reader_tasks, config.scale.reader_cpus)
+    encoder, _ = load_encoder(settings["encoder"])
+    classifier = make_classifier(config, encoder, len(index.classes))
     tracker = None
     if world.rank == 0:
         step = 0 if state is None else int(state["step"])
@@ -105,10 +166,13 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
             tracker.log(step, {f"finetune/{name}": value for name, value in metrics.items()})
 
     def save(state: dict[str, Any]) -> None:
-        ray_fit.report_state(state, world.rank)
+        ray_fit.report_state({**state, "decides": settings["decides"]}, world.rank)
 
-    hooks = Hooks(write, save, failure_writer(out, world.rank), ray_fit.leaving_notice())
-    last = Finetuner(config, classifier, index, reader, world, hooks).run(state)
+    keep = ray_fit.failure_writer(out, world.rank)
+    hooks = Hooks(write, save, keep, ray_fit.leaving_notice())
+    reader = _reader(config, index, world)
+    tuner = Finetuner(config, classifier, index, reader=reader, world=world, hooks=hooks)
+    last = tuner.run(state)
     if tracker is None:
         return None
     save_classifier(
@@ -120,3 +184,12 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     )
     tracker.close()
     return {"metrics": last}
+
+
+def _reader(config: TrainingConfig, index: RowIndex, world: World) -> RayReader:
+    tuning = config.finetune
+    plan = BatchPlan.of(len(index), tuning.batch_size, config.data)
+    lanes = lanes_of(world.rank, world.size, plan.lanes)
+    draws = balanced_draws(index, config.seed) if tuning.balanced else None
+    windows = WindowPlan(index, plan, lanes, config.seed + 1, draws)
+    return RayReader(windows, config.scale.reader_tasks, config.scale.reader_cpus)

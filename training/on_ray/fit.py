@@ -1,10 +1,11 @@
-"""A training loop on Ray Train: workers, devices, checkpoints that survive any of them.
+"""fit: any training loop on Ray Train, with checkpoints that survive its workers.
 
 The edge to Ray Train v2: knows nothing of what is trained. Invariant: `ray.train.report` is called
 at checkpoints only, by all workers at the same step; what a checkpoint holds loads with
 weights_only=True.
 """
 
+import json
 import os
 import re
 import shutil
@@ -16,12 +17,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from training import errors
 from training.config import ScaleConfig, TrainingConfig
-from training.errors import TrainingError
-from training.loop.pretrainer import World
+from training.errors import ConfigMismatch, TrainingError
+from training.loop.hooks import World
 from training.weights.files import absolute_uri
 
 _STATE = "state.pt"
+_FORMAT = 2
+"""Of checkpoints. 1 had no step of the last update of the confusion matrix, and no settings."""
 _CONTROLLER_POLL_S = "0.2"
 _RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
 
@@ -42,13 +46,12 @@ def fit(
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    # A checkpoint counts once the controller has polled it; its default of 2 s would cost a small
-    # run more than training.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _CONTROLLER_POLL_S)
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    _quick_controller()
+    said = out.resolve() / "failed" / "error.json"
+    said.unlink(missing_ok=True)  # Of an earlier start.
     trainer = TorchTrainer(
-        _caught,
-        train_loop_config={"loop": loop, "settings": settings},
+        _told,
+        train_loop_config=_Given(loop, settings, said)._asdict(),
         scaling_config=_scaling(scale),
         run_config=ray.train.RunConfig(
             name=name,
@@ -60,10 +63,19 @@ def fit(
     try:
         result = interruptible(trainer.fit).return_value
     except ray.train.TrainingFailedError as error:
+        if said.exists():  # The last failure that scale.max_failures allowed.
+            raise _read_error(said) from error
         raise _explained(error, out) from error
     if isinstance(result, _Failure):
         raise result.error
     return result
+
+
+def _quick_controller() -> None:
+    # A checkpoint counts once the controller has polled it; its default of 2 s would cost a small
+    # run more than training.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _CONTROLLER_POLL_S)
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 
 
 def for_workers(config: TrainingConfig) -> dict[str, Any]:
@@ -106,16 +118,47 @@ def _scaling(scale: ScaleConfig) -> Any:
     )
 
 
+class _Given(NamedTuple):
+    """What a worker is started with."""
+
+    loop: Callable[[dict[str, Any]], Any]
+    settings: dict[str, Any]
+    said: Path
+    """Where a TrainingError is written, for the workers that are started after it."""
+
+
+def _told(config: dict[str, Any]) -> Any:
+    """The loop, or the TrainingError that it ended with.
+
+    A TrainingError is raised first, so that Ray ends the other workers, which may wait in a
+    collective for this one until its timeout of 30 minutes. The workers that Ray then starts anew
+    find it written down and return it: repeating the run could only fail again.
+    """
+    given = _Given(**config)
+    if given.said.exists():
+        return _Failure(_read_error(given.said))
+    try:
+        return given.loop(given.settings)
+    except TrainingError as error:
+        _write_error(given.said, error)
+        raise
+
+
 class _Failure(NamedTuple):
     error: TrainingError
 
 
-def _caught(config: dict[str, Any]) -> Any:
-    """A TrainingError is a result: Ray would otherwise repeat what can only fail again."""
-    try:
-        return config["loop"](config["settings"])
-    except TrainingError as error:
-        return _Failure(error)
+def _write_error(path: Path, error: TrainingError) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps({"type": type(error).__name__, "message": str(error)}))
+    os.replace(scratch, path)
+
+
+def _read_error(path: Path) -> TrainingError:
+    said = json.loads(path.read_text())
+    error: TrainingError = getattr(errors, said["type"])(said["message"])
+    return error
 
 
 def _explained(error: BaseException, out: Path) -> TrainingError:
@@ -152,9 +195,20 @@ def last_state() -> dict[str, Any] | None:
         return state_in(Path(folder))
 
 
-def state_in(folder: Path) -> dict[str, Any]:
-    """The state a checkpoint holds."""
-    state: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+def state_in(folder: Path, mmap: bool = False) -> dict[str, Any]:
+    """The state a checkpoint holds. Args: mmap: leave tensors on storage until they are used.
+
+    Raises: ConfigMismatch if another version of diccae wrote it.
+    """
+    state: dict[str, Any] = torch.load(
+        folder / _STATE, map_location="cpu", weights_only=True, mmap=mmap
+    )
+    found = state.get("format", 1)
+    if found != _FORMAT:
+        raise ConfigMismatch(
+            f"{folder}: a checkpoint of format {found}, this diccae reads format {_FORMAT}; go on "
+            "with the version that wrote it (run.json: versions), or start again with --fresh"
+        )
     return state
 
 
@@ -168,7 +222,7 @@ def report_state(state: dict[str, Any], rank: int) -> None:
         return
     folder = tempfile.mkdtemp(prefix="diccae-checkpoint-")
     try:
-        torch.save(state, Path(folder) / _STATE)
+        torch.save({**state, "format": _FORMAT}, Path(folder) / _STATE)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -192,11 +246,22 @@ def leaving_notice() -> Callable[[], bool]:
     return is_news
 
 
+def failure_writer(out: Path, rank: int) -> Callable[[dict[str, Any]], str]:
+    """Keeps what is needed to replay a step whose loss was not finite."""
+
+    def write(content: dict[str, Any]) -> str:
+        path = out / "failed" / f"step-{content['step']}-rank-{rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, path)
+        return str(path)
+
+    return write
+
+
 def newest_checkpoint(out: Path, name: str) -> tuple[int, Path] | None:
     """Step and folder of the newest checkpoint on storage, without starting Ray; None without."""
     found = []
     for folder in (out / name).glob("checkpoint_*"):
         if (folder / _STATE).exists():
-            state = torch.load(folder / _STATE, map_location="cpu", weights_only=True, mmap=True)
-            found.append((int(state["step"]), folder))
+            found.append((int(state_in(folder, mmap=True)["step"]), folder))
     return max(found, default=None)

@@ -1,40 +1,73 @@
-"""What a trained model says of every clip of a split, over Ray Data actors.
+"""Outputs of a trained model for every clip of some splits, by one pool of Ray Data actors.
 
-The edge between saved models and arrays: knows nothing of metrics. Invariant: no randomness; rows
-come back in the order of the index, whatever the number of actors.
+The edge between saved models and arrays: knows nothing of metrics. Invariants: no randomness; rows
+come back in the order of the index, whatever the number of actors; what comes back lies in files
+that the system may page out, so the driver's memory does not grow with the number of clips.
 
-Shapes: N clips, F frames a pass sees, D token width, P projection, C classes.
+Shapes: N clips of a job, F frames a pass sees, D token width, P projection, C classes.
 """
 
+import contextlib
 import logging
+import os
 import pickle
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.config import STREAMS, DataConfig, ScaleConfig
+from training.config import DataConfig, EvaluateConfig, ScaleConfig
 from training.data.augment import normalise_fbank, normalise_frames
-from training.data.batches import Batch, RowIndex, Views, WindowReader
+from training.data.order import FrameDraw, window_of
+from training.data.reader import Batch, read_window
+from training.data.rows import RowIndex
+from training.evaluation.retrieval import unit_rows
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.weights.files import absolute_uri, load_classifier, load_encoder
 
-Outputs = dict[str, NDArray[np.float32]]
-"""`z.audio` [N, D], `h.audio` [N, P], `p.audio` [N, C] (softmax mean over passes), ..."""
+Space = Literal["z", "h"]
+ByStream = dict[str, NDArray[np.float32]]
+
+
+class Outputs(NamedTuple):
+    """What a model says of N clips, means over its passes; a kind that was not asked for is {}."""
+
+    z: ByStream
+    """Token means [N, D] of the encoder's trunk."""
+    h: ByStream
+    """Embeddings [N, P] of its class heads."""
+    p: ByStream
+    """Probabilities [N, C] of the classifier."""
+
+    def of(self, space: Space) -> ByStream:
+        """The embeddings of a space."""
+        return self.z if space == "z" else self.h
+
+
+class Models(NamedTuple):
+    """Folders or URIs of saved models."""
+
+    encoder: str | None
+    classifier: str | None = None
 
 
 class Model:
-    """An encoder, and a classifier if there is one, applied to decoded batches."""
+    """An encoder, and a classifier if there is one, applied to decoded batches.
+
+    Args: precision: autocast type of the trunks; probabilities are computed in fp32.
+    """
 
     def __init__(
-        self, encoder: str | None, classifier: str | None, data: DataConfig, device: str
+        self, models: Models, data: DataConfig, device: str, precision: Literal["fp32", "bf16"]
     ) -> None:
-        self.data, self.device = data, torch.device(device)
+        self.data, self.device, self.precision = data, torch.device(device), precision
+        encoder, classifier = models
         self.encoder = load_encoder(encoder)[0].to(self.device) if encoder else None
         self.classifier = load_classifier(classifier)[0].to(self.device) if classifier else None
 
@@ -45,21 +78,33 @@ class Model:
         Args: classify: whether the classifier, if there is one, is applied too.
         """
         classifier = self.classifier if classify else None
-        fbank = torch.from_numpy(np.array(batch["fbank"])).to(self.device)
+        fbank = torch.from_numpy(np.array(batch.fbank)).to(self.device)
         fbank = normalise_fbank(fbank, self.data)
         trunks = self._trunks(classifier)
-        heard = {name: model.audio_tokens(fbank) for name, model in trunks.items()}
-        sums: dict[str, Tensor] = {}
+        with self._numerics():
+            heard = {name: model.audio_tokens(fbank) for name, model in trunks.items()}
+        sums: dict[tuple[str, str], Tensor] = {}
         for i in range(n_passes):
-            frames = torch.from_numpy(np.array(batch["frames"][:, i::n_passes])).to(self.device)
+            frames = torch.from_numpy(np.array(batch.frames[:, i::n_passes])).to(self.device)
             seen = normalise_frames(frames)
-            tokens = {
-                name: {"audio": heard[name], "video": model.video_tokens(seen)}
-                for name, model in trunks.items()
-            }
-            for name, value in self._one_pass(fbank, seen, tokens, classifier).items():
-                sums[name] = sums.get(name, 0) + value.float() / n_passes
-        return {name: value.cpu().numpy() for name, value in sums.items()}
+            with self._numerics():
+                tokens = {
+                    name: {"audio": heard[name], "video": model.video_tokens(seen)}
+                    for name, model in trunks.items()
+                }
+                found = self._one_pass(fbank, seen, tokens, classifier)
+            for key, value in found.items():
+                value = value.float().softmax(1) if key[0] == "p" else value.float()
+                sums[key] = sums.get(key, 0) + value / n_passes
+        kinds: dict[str, ByStream] = {kind: {} for kind in Outputs._fields}
+        for (kind, stream), total in sums.items():
+            kinds[kind][stream] = total.cpu().numpy()
+        return Outputs(**kinds)
+
+    def _numerics(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def _trunks(self, classifier: Classifier | None) -> dict[str, Encoder]:
         """Encoders whose audio tokens every pass shares."""
@@ -74,17 +119,18 @@ class Model:
         frames: Tensor,
         tokens: dict[str, dict[str, Tensor]],
         classifier: Classifier | None,
-    ) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {}
+    ) -> dict[tuple[str, str], Tensor]:
+        """z, h and logits, by kind of output and stream."""
+        out: dict[tuple[str, str], Tensor] = {}
         if self.encoder is not None:
             z, h, _ = self.encoder.encode(tokens["encoder"])
-            out |= {f"z.{s}": x for s, x in z.items()} | {f"h.{s}": x for s, x in h.items()}
+            out |= {("z", s): x for s, x in z.items()} | {("h", s): x for s, x in h.items()}
         if classifier is not None:
             if "classifier" in tokens:
                 logits = classifier.logits_of(tokens["classifier"])
             else:
                 logits = classifier(fbank, frames)
-            out |= {f"p.{stream}": x.softmax(1) for stream, x in logits.items()}
+            out |= {("p", stream): x for stream, x in logits.items()}
         return out
 
 
@@ -94,70 +140,72 @@ def test_passes(n_stored: int, frames_per_clip: int, wanted: int | None) -> int:
     return most if wanted is None else max(1, min(most, wanted // frames_per_clip))
 
 
-class Part(NamedTuple):
-    """Clips that a model is applied to."""
+class Job(NamedTuple):
+    """Clips, and how the models are applied to them."""
 
     rows: RowIndex
-    classify: bool = True
-    """Whether the classifier, if there is one, is applied too."""
+    frames: int | None
+    """Frames averaged over, see EvaluateConfig.frames; 1 is the middle frame."""
+    kinds: tuple[Literal["z", "h", "p"], ...]
+    """The outputs that come back; without "p" no classifier is applied."""
 
 
 class _Worker:
-    """A Ray Data actor: reads, decodes and runs a piece of the parts."""
+    """A Ray Data actor: reads, decodes and runs clips of the jobs."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import ray
 
         data = DataConfig.model_validate(settings["data"])
-        self.parts: list[Part] = ray.get(settings["parts"][0])
+        self.jobs: list[Job] = ray.get(settings["jobs"][0])
+        self.ends = np.cumsum([len(job.rows) for job in self.jobs])
         device = "cuda" if settings["use_gpu"] else "cpu"
         if device == "cpu":
             torch.set_num_threads(settings["threads"])
-        encoder, classifier = settings["models"]
-        self.model = Model(encoder, classifier, data, device)
-        self.readers = [WindowReader(part.rows, 0) for part in self.parts]
-        self.frames, self.wanted = data.frames_per_clip, settings["frames"]
+        self.model = Model(Models(*settings["models"]), data, device, settings["precision"])
+        self.frames_per_clip = data.frames_per_clip
 
-    def __call__(self, batch: Batch) -> dict[str, list[Any]]:
-        """Rows of any parts to one row a part: their positions and outputs as bytes."""
-        rows: dict[str, list[Any]] = {"part": [], "outputs": []}
-        for number in np.unique(batch["part"]).tolist():
-            part = self.parts[number]
-            positions = np.asarray(batch["position"][batch["part"] == number], np.int64)
-            n_passes = test_passes(part.rows.spec.n_frames, self.frames, self.wanted)
-            views = Views(self.frames * n_passes, random=False)
-            (decoded,) = self.readers[number].read(positions[None, None], views, 0)
-            outputs = self.model(decoded, n_passes, part.classify)
-            rows["part"].append(number)
-            rows["outputs"].append(pickle.dumps({"position": positions, **outputs}))
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
+        """Numbers of clips, counted through all jobs, to one row a job: its outputs as bytes."""
+        rows: dict[str, list[Any]] = {"job": [], "outputs": []}
+        numbers = np.asarray(batch["id"], np.int64)
+        job_of = np.searchsorted(self.ends, numbers, side="right")
+        for at in np.unique(job_of).tolist():
+            job = self.jobs[at]
+            positions = numbers[job_of == at] - (self.ends[at] - len(job.rows))
+            n_passes = test_passes(job.rows.spec.n_frames, self.frames_per_clip, job.frames)
+            frames = FrameDraw(self.frames_per_clip * n_passes, random=False)
+            (decoded,) = read_window(window_of(self.jobs[at].rows, positions[None], frames))
+            outputs = self.model(decoded, n_passes, "p" in job.kinds)
+            kept = {kind: getattr(outputs, kind) for kind in job.kinds}
+            rows["job"].append(at)
+            rows["outputs"].append(pickle.dumps((positions, kept)))
         return rows
 
 
-def run_model(
-    index: RowIndex,
-    encoder: str | None,
-    classifier: str | None,
+def run_jobs(
+    jobs: Sequence[Job],
+    models: Models,
     data: DataConfig,
     scale: ScaleConfig,
-    frames: int | None = None,
-) -> Outputs:
-    """`run_parts` for one index."""
-    return run_parts([Part(index)], encoder, classifier, data, scale, frames)[0]
-
-
-def run_parts(
-    parts: Sequence[Part],
-    encoder: str | None,
-    classifier: str | None,
-    data: DataConfig,
-    scale: ScaleConfig,
-    frames: int | None = None,
-    batch_rows: int = 64,
+    evaluate: EvaluateConfig,
 ) -> list[Outputs]:
-    """Outputs of the model for every row of each index, in its order, by one pool of actors.
+    """Outputs for every row of each job's index, in its order."""
+    gathered = [_Gathered(len(job.rows)) for job in jobs]
+    for row in _rows(jobs, models, data, scale, evaluate):
+        gathered[row["job"]].put(*pickle.loads(row["outputs"]))
+    return [each.outputs() for each in gathered]
 
-    Args: encoder, classifier: folders or URIs of saved models; frames: see EvaluateConfig.frames.
-    """
+
+def _rows(
+    jobs: Sequence[Job],
+    models: Models,
+    data: DataConfig,
+    scale: ScaleConfig,
+    evaluate: EvaluateConfig,
+    batch_rows: int = 64,
+) -> Iterator[dict[str, Any]]:
+    """What the actors return, in whatever order they finish."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -165,20 +213,17 @@ def run_parts(
     context.enable_progress_bars = False
     settings = {
         "data": data.model_dump(),
-        "parts": [ray.put(list(parts))],
-        "models": [uri and absolute_uri(uri) for uri in (encoder, classifier)],
+        # In the object store once, not in the arguments of every actor.
+        "jobs": [ray.put(list(jobs))],
+        "models": [uri and absolute_uri(uri) for uri in models],
         "use_gpu": scale.use_gpu,
+        "precision": precision_of(evaluate, scale),
         "threads": scale.threads_per_worker or max(1, int(scale.cpus_per_worker)),
-        "frames": frames,
     }
-    items = [
-        {"part": number, "position": i}
-        for number, part in enumerate(parts)
-        for i in range(len(part.rows))
-    ]
-    blocks = max(1, -(-len(items) // (batch_rows * 4)))
+    n_rows = sum(len(job.rows) for job in jobs)
+    blocks = max(1, -(-n_rows // (batch_rows * 4)))
     with ray.data.DataContext.current(context):
-        results = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
+        results = ray.data.range(n_rows, override_num_blocks=blocks).map_batches(
             _Worker,
             fn_constructor_kwargs={"settings": settings},
             batch_size=batch_rows,
@@ -187,19 +232,46 @@ def run_parts(
             num_cpus=scale.cpus_per_worker,
             num_gpus=1 if scale.use_gpu else 0,
         )
-    pieces: list[list[Outputs]] = [[] for _ in parts]
-    for row in results.iter_rows():
-        pieces[row["part"]].append(pickle.loads(row["outputs"]))
-    return [_in_order(of_part) for of_part in pieces]
+    yield from results.iter_rows()
 
 
-def _in_order(pieces: list[Outputs]) -> Outputs:
-    order = np.argsort(np.concatenate([piece["position"] for piece in pieces]))
-    names = [name for name in pieces[0] if name != "position"]
-    return {name: np.concatenate([piece[name] for piece in pieces])[order] for name in names}
+def precision_of(evaluate: EvaluateConfig, scale: ScaleConfig) -> Literal["fp32", "bf16"]:
+    """bf16 on GPUs, where fp32 takes ten times as long; fp32 on CPUs, which gain nothing by it."""
+    return evaluate.precision or ("bf16" if scale.use_gpu else "fp32")
 
 
-def write_vectors(index: RowIndex, outputs: Outputs, space: str, path: Path) -> None:
+def paged_array(n_rows: int, width: int) -> NDArray[np.float32]:
+    """An array in a file without a name: it is gone with the last reference to it.
+
+    Raises: OSError if the folder of temporary files (TMPDIR) has no room for it.
+    """
+    with tempfile.TemporaryFile() as file:
+        # Else a full disk is a SIGBUS at some write, and the process is gone without a word.
+        os.posix_fallocate(file.fileno(), 0, n_rows * width * np.float32().nbytes)
+        return np.memmap(file, np.float32, "w+", shape=(n_rows, width))
+
+
+class _Gathered:
+    """Outputs of one job, put in their rows as they come."""
+
+    def __init__(self, n_rows: int) -> None:
+        self.n_rows = n_rows
+        self.kinds: dict[str, ByStream] = {kind: {} for kind in Outputs._fields}
+
+    def put(self, positions: NDArray[np.int64], kinds: dict[str, ByStream]) -> None:
+        """Some rows."""
+        for kind, by_stream in kinds.items():
+            for stream, x in by_stream.items():
+                if stream not in self.kinds[kind]:
+                    self.kinds[kind][stream] = paged_array(self.n_rows, x.shape[1])
+                self.kinds[kind][stream][positions] = x
+
+    def outputs(self) -> Outputs:
+        """All rows."""
+        return Outputs(**self.kinds)
+
+
+def write_vectors(index: RowIndex, outputs: Outputs, space: Space, path: Path) -> None:
     """Parquet with the clips' `id` and `label`, and one embedding per stream.
 
     Columns `audio`, `video`, `fusion` (fixed-size lists of float32), and `embedding`: the
@@ -212,15 +284,10 @@ def write_vectors(index: RowIndex, outputs: Outputs, space: str, path: Path) -> 
         "id": pa.array(index.clip_ids_N.tolist()),
         "label": pa.array([index.classes[i] if i >= 0 else None for i in index.labels_N]),
     }
-    units = {s: unit(outputs[f"{space}.{s}"]) for s in STREAMS}
-    vectors = units | {"embedding": unit(units["audio"] + units["video"])}
+    units = {s: unit_rows(x_NP) for s, x_NP in outputs.of(space).items()}
+    vectors = units | {"embedding": unit_rows(units["audio"] + units["video"])}
     for name, x_NP in vectors.items():
         flat = pa.array(np.ascontiguousarray(x_NP, np.float32).ravel())
         columns[name] = pa.FixedSizeListArray.from_arrays(flat, x_NP.shape[1])
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
-
-
-def unit(x_NP: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows scaled to unit length; rows of zeros stay."""
-    return x_NP / np.maximum(np.linalg.norm(x_NP, axis=1, keepdims=True), 1e-12)

@@ -1,4 +1,4 @@
-"""Pretraining on a Ray cluster: a trainer per worker, a clustering pool beside them.
+"""pretrain: the `Pretrainer` on a Ray cluster, one per worker, a clustering pool beside them.
 
 The edge between the pure `Pretrainer` and Ray Train, the actor pool, MLflow and the run folder.
 Invariant: everything that can be wrong with a run is said before the cluster is used, and a run
@@ -7,7 +7,6 @@ that died anywhere goes on from its newest checkpoint when the same command is g
 
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +16,20 @@ from clustering.config import KMeansConfig, PoolConfig
 from clustering.kmeans.label_table import LabelTable
 from clustering.pool.pool import ClusterPool
 from clustering.rounds.protocol import Rounds
-from pipeline.config import FeatureSpec
 from pipeline.store.store import FeatureStore, Snapshot
 from training.config import TrainingConfig
-from training.data.batches import BatchPlan, RowIndex, index_rows, lanes_of, split_validation
-from training.data.reader import RayReader, WindowPlan
+from training.data.order import BatchPlan, WindowPlan, lanes_of
+from training.data.rows import RowIndex, index_rows, split_validation
 from training.errors import TrainingError
 from training.loop.controls import control_labels
-from training.loop.pretrainer import Hooks, Pretrainer, World, barrier
-from training.model.encoder import Encoder, InputShape
+from training.loop.hooks import Hooks, World
+from training.loop.pretrainer import Pretrainer
+from training.model.encoder import Encoder
+from training.model.make import input_shape, make_encoder
 from training.on_ray import fit as ray_fit
-from training.tracking.tracker import RunHandle, Tracker
+from training.on_ray.reader import RayReader
+from training.tracking.copier import RunHandle
+from training.tracking.tracker import Tracker
 from training.weights.files import load_weights, save_encoder
 
 log = logging.getLogger(__name__)
@@ -69,11 +71,6 @@ def pin(store: str, version: int | None, config: TrainingConfig) -> Pinned:
     return Pinned(snapshot, index)
 
 
-def input_shape(spec: FeatureSpec) -> InputShape:
-    """What the encoder sees of features of this spec."""
-    return InputShape(spec.fbank_frames, spec.n_mels, spec.frame_size)
-
-
 def check(config: TrainingConfig, clustering: KMeansConfig, data: Pinned) -> None:
     """Refuse what cannot work, before anything is started.
 
@@ -87,6 +84,7 @@ def check(config: TrainingConfig, clustering: KMeansConfig, data: Pinned) -> Non
             f"data.frames_per_clip = {config.data.frames_per_clip}, but the store holds "
             f"{spec.n_frames} frames a clip; lower it, or ingest with --features.n-frames"
         )
+    _refuse_what_cannot_learn(config)
     control_labels(config.rounds.labels, data.train, clustering.k, config.seed)
     if config.rounds.labels != "none" and clustering.k > n_clips:
         raise TrainingError(
@@ -100,6 +98,27 @@ def check(config: TrainingConfig, clustering: KMeansConfig, data: Pinned) -> Non
         raise TrainingError(f"the encoder does not fit the store's features: {error}") from None
 
 
+def _refuse_what_cannot_learn(config: TrainingConfig) -> None:
+    """Patches from nothing stay on InfoNCE's plateau ln B, and the first labels wait for its end.
+
+    Such a run costs all its GPU hours and says no more than a warning. With a negative margin
+    nothing waits: labels teach from the start.
+    """
+    loss, rounds = config.loss, config.rounds
+    helped = config.encoder.init is not None or loss.reconstruction > 0 or loss.intra > 0
+    if (
+        config.encoder.stem == "conv"
+        or helped
+        or (rounds.labels != "none" and rounds.margin_nats < 0)
+    ):
+        return
+    raise TrainingError(
+        "encoder.stem = patch learns nothing from InfoNCE alone when it starts from nothing: give "
+        "weights with --init URI (CAV-MAE or MAE ViT), or set loss.reconstruction = 1 (CAV-MAE's "
+        "masked reconstruction) or loss.intra = 1, or take encoder.stem = conv"
+    )
+
+
 def pretrain(
     config: TrainingConfig,
     clustering: KMeansConfig,
@@ -107,9 +126,9 @@ def pretrain(
     out: Path,
     handle: RunHandle,
     provenance: dict[str, Any],
-    span: Span = WHOLE,
     *,
     pool: PoolConfig,
+    span: Span = WHOLE,
 ) -> dict[str, Any]:
     """Train on the cluster Ray is connected to. Returns: the last metrics and times.
 
@@ -164,9 +183,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     state = ray_fit.last_state()
     if state is None and span.start is not None:
         state = ray_fit.state_in(span.start)
-    encoder = make_encoder(config, index.spec)
-    if state is None and config.encoder.init is not None:
-        log.info("weights: %s", load_weights(encoder, config.encoder.init))
+    encoder = _starting_encoder(config, index, state)
     if state is not None and rounds is not None and state["bank"] and world.rank == 0:
         rounds.restore(state["bank"])
     tracker = None
@@ -177,10 +194,10 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         config,
         encoder,
         index,
-        _reader(config, index, world),
-        rounds,
-        world,
-        _hooks(config, rounds, world, out, tracker),
+        reader=_reader(config, index, world),
+        rounds=rounds,
+        world=world,
+        hooks=_hooks(config, rounds, world, out, tracker),
     )
     last = trainer.run(state, span.until_epoch)
     if world.rank != 0:
@@ -194,13 +211,16 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     )
     assert tracker is not None
     tracker.close()
-    return {"metrics": last, "steps": trainer.step, "clustering_s": trainer.clustering_s}
+    return {"metrics": last, "steps": trainer.step, "clustering_s": trainer.labelling.waited_s}
 
 
-def make_encoder(config: TrainingConfig, spec: FeatureSpec) -> Encoder:
-    """A new encoder, the same on every worker."""
-    torch.manual_seed(config.seed)
-    return Encoder(config.encoder, input_shape(spec), decoder=config.loss.reconstruction > 0)
+def _starting_encoder(
+    config: TrainingConfig, index: RowIndex, state: dict[str, Any] | None
+) -> Encoder:
+    encoder = make_encoder(config, index.spec)
+    if state is None and config.encoder.init is not None:
+        log.info("weights: %s", load_weights(encoder, config.encoder.init))
+    return encoder
 
 
 def _reader(config: TrainingConfig, index: RowIndex, world: World) -> RayReader:
@@ -230,28 +250,16 @@ def _hooks(
         if tracker is not None:
             tracker.log(step, metrics)
 
-    return Hooks(write, save, failure_writer(out, world.rank), ray_fit.leaving_notice())
-
-
-def failure_writer(out: Path, rank: int) -> Callable[[dict[str, Any]], str]:
-    """Keeps what is needed to replay a step whose loss was not finite."""
-
-    def write(content: dict[str, Any]) -> str:
-        path = out / "failed" / f"step-{content['step']}-rank-{rank}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, path)
-        return str(path)
-
-    return write
+    return Hooks(write, save, ray_fit.failure_writer(out, world.rank), ray_fit.leaving_notice())
 
 
 def _save_bank(rounds: Rounds | None, folder: Path, world: World, timeout_s: float) -> None:
     """Write the live rows of the bank, and drop those no kept checkpoint points at."""
     assert rounds is not None
     rounds.flush(timeout_s)
-    barrier(world)
+    world.barrier()
     if world.rank == 0:
         rounds.save(str(folder))
         for old in sorted(folder.parent.glob("bank-*"))[:-3]:
             shutil.rmtree(old, ignore_errors=True)
-    barrier(world)
+    world.barrier()

@@ -5,23 +5,28 @@ Pure numpy. Invariant: only clips that have both labels count.
 Shapes: N clips of a round.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from clustering.rounds.health import agreement
-from training.report.folder import Round
+from clustering.rounds.protocol import PublishedRound
 
 UNLABELLED = -100
 
 
-def with_agreement(done: Round, clip_of: dict[int, tuple[str, str]]) -> Round:
-    """The round, its health with nmi, purity and hungarian_accuracy where labels are known.
+def with_agreement(done: PublishedRound, clip_of: dict[int, tuple[str, str]]) -> PublishedRound:
+    """The round, its health with the agreement of its first head where labels are known.
 
     Args: clip_of: clip id and true label ("" if none) by clustering key.
     """
-    truths = [clip_of.get(int(key), ("", ""))[1] for key in done.keys_N]
-    known = np.array([bool(t) for t in truths], dtype=bool) & (done.labels_N != UNLABELLED)
+    if not done.heads:
+        return done
+    keys_N, labels_N = done.heads[0].keys_N, done.heads[0].labels_N
+    truths = [clip_of.get(int(key), ("", ""))[1] for key in keys_N]
+    known = np.array([bool(t) for t in truths], dtype=bool) & (labels_N != UNLABELLED)
     if not known.any():
         return done
     names = np.array(truths, dtype=str)[known]
     _, truth_N = np.unique(names, return_inverse=True)
-    return done._replace(health={**done.health, **agreement(done.labels_N[known], truth_N)})
+    return replace(done, health={**done.health, **agreement(labels_N[known], truth_N)})

@@ -1,8 +1,7 @@
 """Which classes are taken for which: an order that shows groups, and the worst pairs.
 
 Pure numpy and scipy. Knows nothing of frames or HTML.
-Invariant: a pair is counted once, and its rate is the share of both classes' clips that went to
-the other.
+Invariant: a pair is counted once, and by the rate that results.json ranks pairs by.
 
 Shapes: C classes.
 """
@@ -14,13 +13,9 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
 
+from training.evaluation.scores import confusion_rates, most_confused_pairs
+
 _MAX_OPTIMAL = 400  # optimal leaf ordering costs C^3
-
-
-def rates(counts_CC: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Each row over its sum; a class without clips is all zero. Float64 [C, C]."""
-    totals = counts_CC.sum(axis=1, keepdims=True)
-    return counts_CC / np.maximum(totals, 1)
 
 
 class Order(NamedTuple):
@@ -40,7 +35,7 @@ def group_classes(counts_CC: NDArray[np.int64], cut: float = 0.97) -> Order:
     n_classes = len(counts_CC)
     if n_classes < 3:
         return Order(list(range(n_classes)), [])
-    rate_CC = rates(counts_CC)
+    rate_CC = np.nan_to_num(confusion_rates(counts_CC))
     affinity = (rate_CC + rate_CC.T) / 2
     distance = 1.0 - affinity
     np.fill_diagonal(distance, 0.0)
@@ -65,22 +60,13 @@ class Pair(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Share of the clips of both classes that went to the other."""
-        return (self.a_as_b + self.b_as_a) / max(self.n_a + self.n_b, 1)
+        """Mean over both classes of the share of its clips that went to the other."""
+        return (self.a_as_b / max(self.n_a, 1) + self.b_as_a / max(self.n_b, 1)) / 2
 
 
 def worst_pairs(counts_CC: NDArray[np.int64], most: int = 6) -> list[Pair]:
     """The pairs with the highest rate, worst first; only pairs with an error at all."""
-    totals = counts_CC.sum(axis=1)
-    mutual = counts_CC + counts_CC.T
-    rate = mutual / np.maximum(totals[:, None] + totals[None, :], 1)
-    rows, columns = np.triu_indices(len(counts_CC), k=1)
-    order = np.argsort(-rate[rows, columns], kind="stable")[:most]
-    return [
-        pair_of(counts_CC, int(rows[i]), int(columns[i]))
-        for i in order
-        if mutual[rows[i], columns[i]] > 0
-    ]
+    return [pair_of(counts_CC, p.first, p.second) for p in most_confused_pairs(counts_CC, most)]
 
 
 def pair_of(counts_CC: NDArray[np.int64], a: int, b: int) -> Pair:

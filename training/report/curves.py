@@ -7,18 +7,9 @@ change has one place, and thinning keeps the extremes of each stretch.
 import math
 from typing import Any, NamedTuple
 
+from training.losses import objective
+
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (
-        "Loss",
-        (
-            "loss",
-            "loss_instance",
-            "loss_intra",
-            "loss_class_alignment",
-            "loss_confusion",
-            "loss_reconstruction",
-        ),
-    ),
     ("Clips matched to their own sound", ("accuracy_instance",)),
     ("Share of clips with a pseudo-label", ("labelled_frac",)),
     ("Mean off-diagonal confusion", ("confusion/mean_offdiagonal",)),
@@ -26,6 +17,7 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Gradient norm", ("grad_norm",)),
     ("Clips per second", ("clips_per_s",)),
 )
+"""Title and metrics of what has a place of its own; the terms of the loss come before them."""
 _NOT_CURVES = {"step", "time", "epoch"}
 _POINTS = 400
 
@@ -59,8 +51,9 @@ def panels(metrics: list[dict[str, Any]]) -> list[Panel]:
     workers = series.get("world_size")
     if workers is not None and len({n for _, n in workers.points}) == 1:
         del series["world_size"]
+    terms = ("loss", *(term.metric for term in objective.LOSS_TERMS))
     found = []
-    for title, names in _PANELS:
+    for title, names in (("Loss", terms), *_PANELS):
         known = [series.pop(name) for name in names if name in series]
         if known:
             found.append(Panel(title, known))
@@ -98,7 +91,7 @@ def thin(points: list[tuple[int, float]], most: int = _POINTS) -> list[tuple[int
     return sorted({points[0], *kept, points[-1]})
 
 
-class Share(NamedTuple):
+class TimePart(NamedTuple):
     """A part of a whole, in seconds."""
 
     name: str
@@ -112,23 +105,23 @@ _STEP_PARTS = (
 """In the order of a step; `backward` holds DDP's exchange, `update` the wait for a GPU."""
 
 
-def step_seconds(metrics: list[dict[str, Any]]) -> list[Share]:
+def step_seconds(metrics: list[dict[str, Any]]) -> list[TimePart]:
     """Mean seconds of a training step by part, over the lines that have them; [] if none do."""
     lines = [line for line in metrics if "time/forward" in line]
     names = list(_STEP_PARTS)
     names += sorted({n[5:] for x in lines for n in x if n.startswith("time/")} - set(names))
-    shares = []
+    parts = []
     for name in names:
         values = [line[f"time/{name}"] for line in lines if line.get(f"time/{name}") is not None]
         if values:
-            shares.append(Share(name, sum(values) / len(lines)))
-    return shares
+            parts.append(TimePart(name, sum(values) / len(lines)))
+    return parts
 
 
-def phase_seconds(results: dict[str, Any]) -> list[Share]:
+def phase_seconds(results: dict[str, Any]) -> list[TimePart]:
     """Wall seconds of each phase of the run; clustering runs beside pretraining and is none."""
     return [
-        Share(name, float(seconds))
+        TimePart(name, float(seconds))
         for name, seconds in (results.get("seconds") or {}).items()
         if isinstance(seconds, int | float) and seconds > 0 and name != "cluster"
     ]

@@ -6,6 +6,7 @@ Invariant: what is shown is chosen by `examples`, never by hand.
 
 from typing import Any, NamedTuple
 
+from training.evaluation.results import ConfusionCounts
 from training.report.confusions import (
     Pair,
     accuracy,
@@ -21,8 +22,8 @@ from training.report.examples import (
     pair_examples,
     retrieval_examples,
 )
-from training.report.folder import Confusion, RunFolder
-from training.report.markup import absent, number, percent, section, strip, text
+from training.report.folder import ReportData
+from training.report.markup import absent, number, percent, section, strip, table, text
 from training.report.sections import charts, health_table
 
 
@@ -42,7 +43,9 @@ class Choice(NamedTuple):
         return {example.clip_id for example in shown}
 
 
-def choose(run: RunFolder, clip_of: dict[int, tuple[str, str]], label_of: dict[str, str]) -> Choice:
+def choose(
+    run: ReportData, clip_of: dict[int, tuple[str, str]], label_of: dict[str, str]
+) -> Choice:
     """Choose the clips of every gallery.
 
     Args: clip_of: clip id and label by clustering key. label_of: label by clip id. Both empty
@@ -51,9 +54,9 @@ def choose(run: RunFolder, clip_of: dict[int, tuple[str, str]], label_of: dict[s
     labels = label_of or _labels_of_predictions(run)
     clusters: list[Cluster] = []
     n_clusters = 0
-    published = [done for done in run.rounds if len(done.keys_N)]
+    published = [done for done in run.rounds if done.heads]
     if published:
-        last = published[-1]
+        last = published[-1].heads[0]
         clusters, n_clusters = cluster_examples(last.keys_N, last.labels_N, clip_of)
     queries: list[Query] = []
     if run.embeddings is not None and {"audio", "video"} <= run.embeddings.vectors.keys():
@@ -64,7 +67,7 @@ def choose(run: RunFolder, clip_of: dict[int, tuple[str, str]], label_of: dict[s
     return Choice(_pairs(run), clusters, n_clusters, queries)
 
 
-def _labels_of_predictions(run: RunFolder) -> dict[str, str]:
+def _labels_of_predictions(run: ReportData) -> dict[str, str]:
     if run.predictions is None or run.confusion is None:
         return {}
     names = run.confusion.classes
@@ -72,11 +75,11 @@ def _labels_of_predictions(run: RunFolder) -> dict[str, str]:
     return {i: names[n] for i, n in zip(ids, labels, strict=True) if 0 <= n < len(names)}
 
 
-def _pairs(run: RunFolder) -> list[tuple[Pair, list[Example], list[Example]]]:
+def _pairs(run: ReportData) -> list[tuple[Pair, list[Example], list[Example]]]:
     if run.confusion is None:
         return []
     found = []
-    for pair in worst_pairs(_main_counts(run.confusion)):
+    for pair in worst_pairs(run.confusion.main):
         shown: tuple[list[Example], list[Example]] = ([], [])
         if run.predictions is not None and "pred_fusion" in run.predictions.column_names:
             shown = pair_examples(run.predictions, run.confusion.classes, pair)
@@ -84,12 +87,8 @@ def _pairs(run: RunFolder) -> list[tuple[Pair, list[Example], list[Example]]]:
     return found
 
 
-def _main_counts(confusion: Confusion) -> Any:
-    return confusion.counts.get("fusion", list(confusion.counts.values())[-1])
-
-
 def clusters(
-    run: RunFolder, choice: Choice, drawn: list[dict[str, Any]], uris: dict[str, str]
+    run: ReportData, choice: Choice, drawn: list[dict[str, Any]], uris: dict[str, str]
 ) -> str:
     """Health of the rounds and a contact sheet of the last one."""
     title = "Pseudo-labels"
@@ -117,17 +116,17 @@ def _cluster_card(cluster: Cluster, uris: dict[str, str]) -> str:
     name = cluster.majority or f"cluster {cluster.label}"
     share = f"{percent(cluster.purity, 0)} of " if cluster.majority else ""
     return (
-        f'<div class="card cluster"><header><b title="{text(name)}">{text(name)}</b>'
+        f'<div class="card cluster"><header><b>{text(name)}</b>'
         f"<span>{share}{number(cluster.size)}</span></header>"
         f"{strip(cluster.examples, uris, 3, caption=False)}</div>"
     )
 
 
-def confusion_data(run: RunFolder) -> dict[str, Any] | None:
+def confusion_data(run: ReportData) -> dict[str, Any] | None:
     """What the script draws: the order of classes, and the counts that are not zero."""
     if run.confusion is None or not run.confusion.counts:
         return None
-    order = group_classes(_main_counts(run.confusion))
+    order = group_classes(run.confusion.main)
     return {
         "classes": run.confusion.classes,
         "order": order.positions,
@@ -139,7 +138,7 @@ def confusion_data(run: RunFolder) -> dict[str, Any] | None:
     }
 
 
-def confusion(run: RunFolder, choice: Choice, uris: dict[str, str]) -> str:
+def confusion(run: ReportData, choice: Choice, uris: dict[str, str]) -> str:
     """The heat map and the most confused pairs."""
     title = "Confusion"
     if run.confusion is None or not run.confusion.counts:
@@ -161,11 +160,12 @@ def confusion(run: RunFolder, choice: Choice, uris: dict[str, str]) -> str:
     if choice.pairs:
         cards = "".join(_pair_card(run.confusion, *pair, uris) for pair in choice.pairs)
         body.append(
-            "<h3>Most confused pairs</h3><p class='note'>Bars: the share of both classes' clips "
-            "that go to the other, by stream. Frames: test clips of each class, the confused ones "
-            "first (red), with how sure the model was.</p>"
+            "<h3>Most confused pairs</h3><p class='note'>Bars: the share of a class's clips that "
+            "go to the other, mean of the two classes, by stream. Frames: test clips of each "
+            "class, the confused ones first (red), with how sure the model was.</p>"
             f'<div class="cards">{cards}</div>'
         )
+    body.append(_class_table(run.confusion))
     lead = (
         "Which classes are taken for which, by stream. A pair that only the sound, or only the "
         "picture, cannot tell apart shows what the other one adds."
@@ -173,8 +173,29 @@ def confusion(run: RunFolder, choice: Choice, uris: dict[str, str]) -> str:
     return section("confusion", title, lead, *body)
 
 
+def _class_table(confusion: ConfusionCounts) -> str:
+    """Each class by itself, the hardest first; folded, since there may be hundreds."""
+    streams = list(confusion.counts)
+    main = "fusion" if "fusion" in streams else streams[0]
+    hardest = sorted(confusion.accuracies(), key=lambda each: each.by_stream[main])
+    rows = [
+        [
+            f'<th scope="row">{text(each.name)}</th>',
+            number(each.n_clips),
+            *(percent(each.by_stream[s]) for s in streams),
+        ]
+        for each in hardest
+    ]
+    inner = table(["class", "clips", *streams], rows)
+    return f"<details><summary>Accuracy of each class, hardest first</summary>{inner}</details>"
+
+
 def _pair_card(
-    confusion: Confusion, pair: Pair, of_a: list[Example], of_b: list[Example], uris: dict[str, str]
+    confusion: ConfusionCounts,
+    pair: Pair,
+    of_a: list[Example],
+    of_b: list[Example],
+    uris: dict[str, str],
 ) -> str:
     a, b = text(confusion.classes[pair.a]), text(confusion.classes[pair.b])
     strips = "".join(
@@ -199,7 +220,7 @@ def _rate_bar(stream: str, pair: Pair) -> str:
     )
 
 
-def retrieval(run: RunFolder, choice: Choice, uris: dict[str, str], sounds: dict[str, str]) -> str:
+def retrieval(run: ReportData, choice: Choice, uris: dict[str, str], sounds: dict[str, str]) -> str:
     """Sounds (as spectrograms), and the pictures the encoder finds for them."""
     title = "Sound finds picture"
     if not choice.queries:

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.errors import PipelineError
 from training.report import galleries, sections
 from training.report.agreement import with_agreement
-from training.report.folder import RunFolder, read_run
+from training.report.folder import ReportData, read_run
 from training.report.markup import number, text
 from training.report.pictures import Pictures
 
@@ -62,7 +62,7 @@ def write_report(run_folder: str | Path, store_uri: str | None = None) -> Path:
     return target
 
 
-def _open_pictures(run: RunFolder, store_uri: str | None) -> tuple[Pictures | None, str]:
+def _open_pictures(run: ReportData, store_uri: str | None) -> tuple[Pictures | None, str]:
     """The frames of the run's own version, or why there are none."""
     store = _store(run)
     uri = store_uri or store.get("uri")
@@ -78,11 +78,11 @@ def _open_pictures(run: RunFolder, store_uri: str | None) -> tuple[Pictures | No
         return None, f"Frames are left out: the feature store {uri} cannot be read now."
 
 
-def _store(run: RunFolder) -> dict[str, Any]:
+def _store(run: ReportData) -> dict[str, Any]:
     return {**(run.results.get("store") or {}), **(run.run.get("store") or {})}
 
 
-def build_page(run: RunFolder, pictures: Pictures | None, note: str = "") -> str:
+def build_page(run: ReportData, pictures: Pictures | None, note: str = "") -> str:
     """The page's text."""
     clip_of = pictures.by_key() if pictures and run.rounds else {}
     run = run._replace(rounds=[with_agreement(done, clip_of) for done in run.rounds])
@@ -123,7 +123,7 @@ def build_page(run: RunFolder, pictures: Pictures | None, note: str = "") -> str
     )
 
 
-def _facts(run: RunFolder, pictures: Pictures | None) -> str:
+def _facts(run: ReportData, pictures: Pictures | None) -> str:
     encoder = run.results.get("encoder")
     store = _store(run)
     facts = [

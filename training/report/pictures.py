@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.decode.payload import fbank_array
 from pipeline.store.store import FeatureStore, Snapshot, read_rows
-from training.data.batches import clip_keys
+from training.data.rows import clip_keys
 
 _READERS = 8
 _INK = np.array([[13, 8, 34], [87, 21, 109], [187, 55, 84], [249, 142, 9], [252, 253, 191]], float)
@@ -65,7 +65,8 @@ class Pictures:
 
         def draw(row: dict[str, Any]) -> bytes:
             fbank_TM = fbank_array(row["fbank"], spec)[: max(row["fbank_frames"] or 0, 1)]
-            return simplejpeg.encode_jpeg(colours(fbank_TM.astype(np.float32)), quality=85)
+            picture = colours(fbank_TM.astype(np.float32))
+            return bytes(simplejpeg.encode_jpeg(picture, quality=85))
 
         return self._read(clip_ids, ["fbank", "fbank_frames"], draw)
 

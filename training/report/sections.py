@@ -7,9 +7,12 @@ import json
 import math
 from typing import Any
 
+from clustering.rounds.protocol import PublishedRound
 from training.config import STREAMS
-from training.report.curves import Panel, Series, Share, panels, phase_seconds, step_seconds
-from training.report.folder import Round, RunFolder
+from training.evaluation import metrics
+from training.evaluation.metrics import Grid, Metric
+from training.report.curves import Panel, Series, TimePart, panels, phase_seconds, step_seconds
+from training.report.folder import ReportData
 from training.report.markup import (
     absent,
     definitions,
@@ -21,13 +24,6 @@ from training.report.markup import (
     text,
 )
 
-_MEASURES = (
-    ("top1", "top-1"),
-    ("top5", "top-5"),
-    ("map", "mAP"),
-    ("probe", "linear probe"),
-    ("knn", "kNN probe"),
-)
 _COLOURS = ("--s1", "--s2", "--s3", "--s4", "--s5", "--s6", "--s7", "--s0")
 _ROUND_PANELS = (
     ("Agreement with the true labels", ("nmi", "purity", "hungarian_accuracy")),
@@ -37,7 +33,7 @@ _ROUND_PANELS = (
 )
 
 
-def tiles(run: RunFolder) -> str:
+def tiles(run: ReportData) -> str:
     """The few numbers that a reader wants first."""
     top1 = run.results.get("top1") or {}
     shown = [
@@ -59,55 +55,68 @@ def tiles(run: RunFolder) -> str:
     return f'<div class="tiles">{inner}</div>'
 
 
-def results(run: RunFolder) -> str:
-    """Accuracies by stream, and retrieval."""
+def results(run: ReportData) -> str:
+    """What was measured: by stream in one table, the rest in tables of their own."""
     found = run.results
-    measures = [(key, name) for key, name in _MEASURES if isinstance(found.get(key), dict)]
-    retrieval = found.get("retrieval") or {}
-    if not measures and not retrieval:
+    measured = metrics.present(found)
+    if not measured:
         return absent("results", "Results", "No results: results.json holds no accuracy.")
-    parts = []
-    if measures:
-        parts.append(f'<div class="card">{_accuracy_table(found, measures)}</div>')
-    if retrieval:
-        parts.append(f'<div class="card">{_retrieval_table(retrieval)}</div>')
+    by_stream = [metric for metric in measured if metric.grid is None]
+    tables = [_stream_table(found, by_stream)] if by_stream else []
+    tables += [
+        f"<h4>{text(metric.title)}</h4>{_grid_table(metric.grid, found[metric.name])}"
+        for metric in measured
+        if metric.grid is not None
+    ]
+    # Each as wide as the page: beside another one its last columns would be out of sight.
+    cards = "".join(f'<div class="card wide">{each}</div>' for each in tables)
     n_test = number(found.get("n_test", "?"))
     clips = f"{n_test} {text(found.get('split', 'test'))} clips"
     lead = f"On {clips} that no training step has seen; the best of a column is green."
-    return section("results", "Results", lead, f'<div class="cards">{"".join(parts)}</div>')
+    pairs = (found.get("confusion") or {}).get("training_pairs")
+    if pairs:
+        lead += (
+            f" Confused pairs: the right one of two classes, over the {len(pairs)} pairs that "
+            "training clips confuse most."
+        )
+    return section("results", "Results", lead, f'<div class="cards">{cards}</div>')
 
 
-def _accuracy_table(found: dict[str, Any], measures: list[tuple[str, str]]) -> str:
-    best = {key: max((v for v in found[key].values() if v is not None), default=None)
-            for key, _ in measures}  # fmt: skip
+def _stream_table(found: dict[str, Any], measured: list[Metric]) -> str:
+    best = {
+        metric.name: max((v for v in found[metric.name].values() if v is not None), default=None)
+        for metric in measured
+    }
     rows = []
-    named = {name for key, _ in measures for name in found[key]}
+    named = {stream for metric in measured for stream in found[metric.name]}
     for stream in (*STREAMS, *sorted(named - set(STREAMS))):
         colour = f"--{stream}" if stream in STREAMS else "--s0"
         dot = f'<i class="dot" style="background:var({colour})"></i>'
         cells = [f'<th scope="row">{dot}{text(stream)}</th>']
-        for key, _ in measures:
-            value = found[key].get(stream)
-            best_class = ' class="best"' if value is not None and value == best[key] else ""
+        for metric in measured:
+            value = found[metric.name].get(stream)
+            best_class = ' class="best"' if value is not None and value == best[metric.name] else ""
             cells.append(f"<td{best_class}>{percent(value)}</td>")
         rows.append(cells)
-    return table(["stream", *(name for _, name in measures)], rows)
+    return table(["stream", *(metric.title for metric in measured)], rows)
 
 
-def _retrieval_table(retrieval: dict[str, Any]) -> str:
-    ranks = sorted(
-        {int(k.rsplit("_r", 1)[1]) for k in retrieval if k.rsplit("_r", 1)[-1].isdigit()}
-    )
-    rows = [
-        [f'<th scope="row">{name}</th>']
-        + [f"<td>{percent(retrieval.get(f'{way}_r{rank}'))}</td>" for rank in ranks]
-        for way, name in (("a2v", "sound → picture"), ("v2a", "picture → sound"))
+def _grid_table(grid: Grid, values: dict[str, Any]) -> str:
+    columns = [
+        (name, title)
+        for name, title in grid.columns
+        if any(f"{row}_{name}" in values for row, _ in grid.rows)
     ]
-    among = f"among {number(retrieval['n_clips'])} clips" if "n_clips" in retrieval else "retrieval"
-    return table([among, *(f"R@{rank}" for rank in ranks)], rows)
+    rows = [
+        [f'<th scope="row">{title}</th>']
+        + [f"<td>{percent(values.get(f'{row}_{name}'))}</td>" for name, _ in columns]
+        for row, title in grid.rows
+    ]
+    among = f"among {number(values['n_clips'])} clips" if "n_clips" in values else ""
+    return table([among, *(title for _, title in columns)], rows)
 
 
-def curve_panels(run: RunFolder) -> list[dict[str, Any]]:
+def curve_panels(run: ReportData) -> list[dict[str, Any]]:
     """What the script draws: curves of each stage by its steps, then those of rounds by round."""
     stages = {
         "pretraining": panels(run.metrics),
@@ -135,11 +144,11 @@ def _colour(name: str, index: int) -> str:
     return "--s0" if name == "loss" else _COLOURS[index % len(_COLOURS)]
 
 
-def _round_panels(rounds: list[Round]) -> list[Panel]:
+def _round_panels(rounds: list[PublishedRound]) -> list[Panel]:
     found = []
     for title, names in _ROUND_PANELS:
         series = [
-            Series(name, [(r.number, r.health[name]) for r in rounds if _has(r, name)])
+            Series(name, [(r.round, r.health[name]) for r in rounds if _has(r, name)])
             for name in names
         ]
         known = [line for line in series if line.points]
@@ -148,7 +157,7 @@ def _round_panels(rounds: list[Round]) -> list[Panel]:
     return found
 
 
-def _has(done: Round, name: str) -> bool:
+def _has(done: PublishedRound, name: str) -> bool:
     return math.isfinite(done.health.get(name, math.nan))
 
 
@@ -193,18 +202,18 @@ _HEALTH = (
 )  # fmt: skip
 
 
-def health_table(rounds: list[Round]) -> str:
+def health_table(rounds: list[PublishedRound]) -> str:
     """Every round with its health; a withheld one with its reason."""
     names = [name for name in _HEALTH if any(name in r.health for r in rounds)]
     rows = []
     for done in rounds:
-        step = "–" if done.effective_step is None else number(done.effective_step)
+        step = number(done.effective_step)
         state = "published" if done.ok else '<td style="color:var(--wrong)">withheld</td>'
         sizes = "–".join(
             number(done.health[n]) for n in ("size_min", "size_max") if n in done.health
         )
         values = [number(done.health.get(name, "–")) for name in names]
-        rows.append([str(done.number), state, step, sizes, *values])
+        rows.append([str(done.round), state, step, sizes, *values])
         if done.reason:
             rows.append([f'<td class="text" colspan="{len(names) + 4}">{text(done.reason)}</td>'])
     head = ["round", "", "from step", "sizes", *(_short(name) for name in names)]
@@ -217,7 +226,7 @@ def _short(name: str) -> str:
     return names.get(name, name)
 
 
-def time(run: RunFolder) -> str:
+def time(run: ReportData) -> str:
     """Where the run's time went: by phase, and within a step."""
     phases, steps = phase_seconds(run.results), step_seconds(run.metrics)
     if not phases and not steps:
@@ -239,19 +248,19 @@ def time(run: RunFolder) -> str:
     return section("time", "Where the time went", lead, body)
 
 
-def _stack(title: str, shares: list[Share]) -> str:
-    total = sum(share.seconds for share in shares)
+def _stack(title: str, parts: list[TimePart]) -> str:
+    total = sum(part.seconds for part in parts)
     bars, rows = [], []
-    for index, share in enumerate(shares):
+    for index, part in enumerate(parts):
         colour = f"var({_COLOURS[index % len(_COLOURS)]})"
-        part = share.seconds / total if total else 0.0
-        name = share.name.replace("_", " ")
+        share = part.seconds / total if total else 0.0
+        name = part.name.replace("_", " ")
         bars.append(
-            f'<i style="width:{100 * part:.2f}%;background:{colour}" title="{text(name)}"></i>'
+            f'<i style="width:{100 * share:.2f}%;background:{colour}" title="{text(name)}"></i>'
         )
         rows.append([
             f'<th scope="row"><i class="dot" style="background:{colour}"></i>{text(name)}</th>',
-            duration(share.seconds), percent(part),
+            duration(part.seconds), percent(share),
         ])  # fmt: skip
     return (
         f'<div class="card"><h4>{text(title)}: {duration(total)}</h4>'
@@ -259,7 +268,7 @@ def _stack(title: str, shares: list[Share]) -> str:
     )
 
 
-def pins(run: RunFolder, store: dict[str, str]) -> str:
+def pins(run: ReportData, store: dict[str, str]) -> str:
     """All it takes to make this run again, and to know that a file is of this run."""
     mlflow = run.run.get("mlflow") or {}
     items = [

@@ -1,4 +1,4 @@
-"""A run written down twice: lines in `metrics.jsonl`, and a copy of them in MLflow.
+"""Tracker, which writes metrics as lines of a file, and all that is said to a run in MLflow.
 
 Knows nothing of what is trained. The file is the truth and the buffer: a thread copies whole lines
 from it to MLflow, so an MLflow that is slow, down or gone costs training nothing but a warning.
@@ -151,29 +151,6 @@ def flatten(params: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-@_never_fatal("write a child run")
-def log_child_run(
-    parent: RunHandle, name: str, params: dict[str, Any], metrics: dict[str, float]
-) -> str:
-    """A finished run nested under `parent`, for a probe or an ablation; returns its run id."""
-    from mlflow.entities import Metric, Param
-
-    client = mlflow_client(parent.uri)
-    experiment = client.get_run(parent.run_id).info.experiment_id
-    tags = {"mlflow.parentRunId": parent.run_id}
-    run_id: str = client.create_run(experiment, tags=tags, run_name=name).info.run_id
-    now_ms = int(time.time() * 1000)
-    client.log_batch(
-        run_id,
-        metrics=[
-            Metric(legal_name(key), float(value), now_ms, 0) for key, value in metrics.items()
-        ],
-        params=[Param(key, str(value)) for key, value in flatten(params)],
-    )
-    client.set_terminated(run_id, "FINISHED")
-    return run_id
 
 
 @_never_fatal("store results")

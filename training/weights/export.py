@@ -1,4 +1,4 @@
-"""Models as files of CAV-MAE: its keys, and its label list beside a classifier.
+"""export_file: a saved model as a file of CAV-MAE, with its label list beside a classifier.
 
 Knows nothing of training. Invariant: what is written here, `load_weights` reads back with every
 output the same.
@@ -15,7 +15,8 @@ from training.errors import WeightsError
 from training.model.blocks import PatchStem
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
-from training.weights.files import ModelCard, layouts, load_classifier, load_encoder, saved_name
+from training.weights import layouts
+from training.weights.files import ModelCard, load_classifier, load_encoder, saved_name
 
 
 def cavmae_state(model: Encoder | Classifier) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Weights of an encoder or classifier: read from any URI, written with all that explains them.
+"""load_weights and saved models: weights from any URI, written with all that explains them.
 
 The edge of storage (fsspec) for weights: knows nothing of training. Invariants: nothing but tensors
 is ever unpickled; a trunk is loaded whole or not at all; an imported class head is never used in an
@@ -154,6 +154,12 @@ def load_encoder(uri: str) -> tuple[Encoder, ModelCard]:
     encoder = Encoder(card.config, card.shape)
     encoder.load_state_dict(state)
     return encoder.eval(), card
+
+
+def encoder_digest(uri: str) -> str:
+    """SHA-256 of a saved encoder's tensors, from its card. Raises: WeightsError without one."""
+    card = json.loads(_read(f"{uri.rstrip('/')}/encoder.json"))
+    return str(card["sha256"])
 
 
 def save_classifier(
@@ -350,7 +356,8 @@ def _parse_safetensors(payload: bytes, uri: str) -> dict[str, Tensor]:
 def _read(uri: str) -> bytes:
     try:
         with fsspec.open(uri, "rb") as file:
-            return file.read()
+            payload: bytes = file.read()
+            return payload
     except (OSError, ValueError, ImportError) as error:
         raise WeightsError(f"{uri} cannot be read: {type(error).__name__}: {error}") from error
 

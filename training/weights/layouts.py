@@ -1,4 +1,4 @@
-"""Names and shapes of weights in other people's files, translated to and from the encoder's own.
+"""from_cavmae, from_mae, to_cavmae: weights of other people's files under our names and shapes.
 
 Pure dictionaries of tensors: knows nothing of files or URIs. Invariant: what CAV-MAE computes with
 a state dict, the encoder computes with its translation; translating back loses nothing CAV-MAE

@@ -1,56 +1,21 @@
 """Fine-tuning: it learns, resumes to the bit, averages, and can be plain cross-entropy."""
 
-import copy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.memory import SHAPE, MemoryReader, memory_index
+from support.memory import memory_index
+from support.ranks import run_ranks
+from support.trainers import finetune_config, make_tuner
 from torch.nn import functional as F
 
-from training.config import PretrainConfig, TrainingConfig
-from training.data.batches import BatchPlan, lanes_of
-from training.data.reader import WindowPlan
+from training.config import PretrainConfig
+from training.data.device import on_device
+from training.data.order import EpochReads, FrameDraw
 from training.errors import TrainingError
-from training.loop.finetuner import Finetuner, _mix
-from training.loop.pretrainer import Hooks, World
-from training.model.classifier import Classifier
-from training.model.encoder import Encoder
-
-
-def _config(**tuning: Any) -> TrainingConfig:
-    return TrainingConfig.model_validate(
-        {
-            "encoder": {"preset": "tiny", "dim": 32, "projection": 16},
-            "data": {"lanes": 4, "fbank_mean": 0.0, "fbank_std": 3.0},
-            "pretrain": {"log_every": 1},
-            "confusion": {"update_steps": 2},
-            "finetune": {
-                "epochs": 3,
-                "batch_size": 16,
-                "optim": {"lr": 2e-3, "head_lr_scale": 1.0, "warmup_epochs": 0},
-                **tuning,
-            },
-        }
-    )
-
-
-def _tuner(config: TrainingConfig, states: list[dict[str, Any]] | None = None) -> Finetuner:
-    index = memory_index()
-    torch.manual_seed(config.seed)
-    encoder = Encoder(config.encoder, SHAPE)
-    auxiliary = config.finetune.auxiliary > 0
-    classifier = Classifier(encoder, len(index.classes), config.finetune.mode, auxiliary)
-    plan = BatchPlan.of(len(index), config.finetune.batch_size, config.data)
-    reader = MemoryReader(WindowPlan(index, plan, lanes_of(0, 1, plan.lanes), config.seed))
-
-    def save(state: dict[str, Any]) -> None:
-        if states is not None:
-            states.append(copy.deepcopy(state))
-
-    hooks = Hooks(lambda step, metrics: None, save, lambda content: "nowhere")
-    return Finetuner(config, classifier, index, reader, World(), hooks)
+from training.loop.finetuner import Finetuner
+from training.loop.hooks import World
 
 
 def _weights(tuner: Finetuner) -> list[torch.Tensor]:
@@ -58,17 +23,17 @@ def _weights(tuner: Finetuner) -> list[torch.Tensor]:
 
 
 def test_it_learns_the_classes() -> None:
-    tuner = _tuner(_config(epochs=8))
+    tuner = make_tuner(finetune_config(epochs=8))
     assert tuner.run()["accuracy"] > 0.8
 
 
 def test_resumed_fine_tuning_equals_the_uninterrupted_one() -> None:
-    config = _config(mixup=0.5, label_smoothing=0.1, balanced=True, average_from_epoch=2)
+    config = finetune_config(mixup=0.5, label_smoothing=0.1, balanced=True, average_from_epoch=2)
     states: list[dict[str, Any]] = []
-    whole = _tuner(config, states)
+    whole = make_tuner(config, states)
     whole.run()
     for state in states[:-1]:
-        resumed = _tuner(config)
+        resumed = make_tuner(config)
         resumed.run(state)
         pairs = zip(_weights(whole), _weights(resumed), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs), f"resumed at {state['step']}"
@@ -76,7 +41,7 @@ def test_resumed_fine_tuning_equals_the_uninterrupted_one() -> None:
 
 def test_averaged_weights_are_the_mean_of_the_epochs() -> None:
     states: list[dict[str, Any]] = []
-    tuner = _tuner(_config(average_from_epoch=2), states)
+    tuner = make_tuner(finetune_config(average_from_epoch=2), states)
     tuner.run()
     means = [
         torch.stack([s["classifier"][k] for s in states[1:]]).mean(0)
@@ -92,7 +57,7 @@ def test_switches_of_numerics_reach_fine_tuning(
     precision: str, sdpa: bool, attentions: list[tuple[bool, torch.dtype]]
 ) -> None:
     switches = PretrainConfig.model_validate({"precision": precision, "sdpa": sdpa})
-    tuner = _tuner(_config(epochs=1).model_copy(update={"pretrain": switches}))
+    tuner = make_tuner(finetune_config(epochs=1).model_copy(update={"pretrain": switches}))
     tuner.run()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     assert set(attentions) == {(sdpa, dtype)}
@@ -100,10 +65,10 @@ def test_switches_of_numerics_reach_fine_tuning(
 
 @pytest.mark.slow
 def test_compiled_fine_tuning_takes_the_same_steps() -> None:
-    plain = _tuner(_config(epochs=1))
+    plain = make_tuner(finetune_config(epochs=1))
     plain.run()
-    compiled = _tuner(
-        _config(epochs=1).model_copy(update={"pretrain": PretrainConfig(compile=True)})
+    compiled = make_tuner(
+        finetune_config(epochs=1).model_copy(update={"pretrain": PretrainConfig(compile=True)})
     )
     compiled.run()
     for a, b in zip(_weights(plain), _weights(compiled), strict=True):
@@ -112,18 +77,22 @@ def test_compiled_fine_tuning_takes_the_same_steps() -> None:
 
 
 def test_with_every_addition_off_the_loss_is_plain_cross_entropy() -> None:
-    tuner = _tuner(_config(auxiliary=0.0, confusion=0.0))
-    batch = next(tuner.reader.stream([_first_epoch()]))
-    fbank, frames, _ = tuner._inputs(batch, 0)
-    logits = tuner.classifier(fbank, frames)
+    tuner = make_tuner(finetune_config(auxiliary=0.0, confusion=0.0))
+    first_epoch = EpochReads(0, 0, FrameDraw(1))
+    batch = next(on_device(tuner.reader.stream([first_epoch]), torch.device("cpu")))
+    inputs = tuner._inputs(batch, 0)
+    logits = tuner.classifier(inputs.fbank_nTM, inputs.frames_nFCHW)
     assert list(logits) == ["fusion"]
-    expected = F.cross_entropy(logits["fusion"], torch.from_numpy(batch["label"]))
+    expected = F.cross_entropy(logits["fusion"], batch.label_n)
     tuner._train_step(batch)
     assert float(tuner.meter.sums["loss"]) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_confusion_weights_apply_after_their_epoch() -> None:
-    plain, weighted = _tuner(_config(confusion=0.0)), _tuner(_config(confusion=1.0))
+    plain, weighted = (
+        make_tuner(finetune_config(confusion=0.0)),
+        make_tuner(finetune_config(confusion=1.0)),
+    )
     plain.run()
     weighted.run()
     assert float(plain.confusion.weights_KK.max()) == 1.0
@@ -132,37 +101,41 @@ def test_confusion_weights_apply_after_their_epoch() -> None:
     assert any(not torch.equal(a, b) for a, b in pairs)
 
 
-def _first_epoch() -> Any:
-    from training.data.batches import Views
-    from training.data.reader import EpochReads
-
-    return EpochReads(0, 0, Views(1))
-
-
-def test_mixup_adds_powers_and_keeps_targets_normalised() -> None:
-    fbank, frames = torch.randn(8, 6, 5), torch.randn(8, 1, 3, 4, 4)
-    targets = torch.eye(8)
-    mixed, pictures, soft = _mix(fbank, frames, targets, 1.0, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(soft.sum(1), torch.ones(8))
-    for i in range(8):
-        partner = int(torch.where(torch.arange(8) == i, 0, soft[i]).argmax())
-        share = float(soft[i, i])
-        if share == 1.0:
-            continue
-        power = share * fbank[i].exp() + (1 - share) * fbank[partner].exp()
-        torch.testing.assert_close(mixed[i], power.log(), rtol=1e-4, atol=1e-4)
-        blend = share * frames[i] + (1 - share) * frames[partner]
-        torch.testing.assert_close(pictures[i], blend)
-    unmixed, _, hard = _mix(fbank, frames, targets, 0.0, torch.Generator().manual_seed(0))
-    assert torch.equal(unmixed, fbank)
-    assert torch.equal(hard, targets)
-
-
 def test_clips_without_a_label_are_refused() -> None:
-    tuner = _tuner(_config())
+    tuner = make_tuner(finetune_config())
     index = memory_index()
     labels = np.where(np.arange(len(index)) == 3, -1, index.labels_N)
     bare = index.take(np.arange(len(index)))
     object.__setattr__(bare, "labels_N", labels)
     with pytest.raises(TrainingError, match="clip0000003_000003"):
-        Finetuner(tuner.config, tuner.classifier, bare, tuner.reader, World(), tuner.hooks)
+        Finetuner(
+            tuner.config,
+            tuner.classifier,
+            bare,
+            reader=tuner.reader,
+            world=World(),
+            hooks=tuner.hooks,
+        )
+
+
+def _mixing_worker(rank: int, size: int) -> list[float]:
+    tuner = make_tuner(finetune_config(mixup=1.0, epochs=1), world=World(rank, size))
+    losses = []
+    tuner.hooks = tuner.hooks._replace(log=lambda _, metrics: losses.append(metrics["loss"]))
+    tuner.run()
+    return losses
+
+
+def test_clips_meet_across_workers() -> None:
+    one, two, three = (run_ranks(size, _mixing_worker)[0] for size in (1, 2, 3))
+    assert len(one) == 3
+    assert two == pytest.approx(one, rel=1e-3)
+    assert three == pytest.approx(one, rel=1e-3)
+
+
+def test_it_leaves_checkpoints_between_the_ends_of_epochs() -> None:
+    states: list[dict[str, Any]] = []
+    often = PretrainConfig(checkpoint_every=2)
+    config = finetune_config(epochs=2).model_copy(update={"pretrain": often})
+    make_tuner(config, states).run()
+    assert [state["step"] for state in states] == [2, 3, 4, 6]

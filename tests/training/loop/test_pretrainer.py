@@ -1,7 +1,7 @@
 """The pure trainer: resume, chunks, world size, rounds, and steps that must not be taken."""
 
-import copy
-import itertools
+import functools
+import json
 import math
 import shutil
 from pathlib import Path
@@ -9,103 +9,27 @@ from typing import Any
 
 import pytest
 import torch
-from support.memory import N_CLIPS, SHAPE, MemoryReader, memory_index
+from support.memory import N_CLIPS, memory_index
 from support.ranks import run_ranks
+from support.trainers import Recorder, make_trainer, pretrain_config, same, weights_of
 
-from clustering.config import KMeansConfig
 from clustering.kmeans.label_table import LabelTable
-from clustering.rounds.local import LocalRounds
-from training.config import TrainingConfig
-from training.data.batches import Batch, BatchPlan, lanes_of
-from training.data.reader import WindowPlan
+from training.config import LossConfig, TrackingConfig
+from training.data.device import DeviceBatch
 from training.errors import NonFiniteLoss, TrainingError
+from training.evaluation.variants import Variant
 from training.loop.controls import control_labels
-from training.loop.pretrainer import Hooks, Pretrainer, World
-from training.model.encoder import Encoder
-
-_ALONE = World()
-_NO_GUARD = {"max_mean_cosine": 1.0, "min_effective_frac": 0.0, "max_churn": 1.0}
-"""Embeddings of a few steps lie close together, which a real run would be stopped for."""
-
-
-def _config(**changes: Any) -> TrainingConfig:
-    base: dict[str, Any] = {
-        "encoder": {"preset": "tiny", "dim": 32, "projection": 16},
-        "data": {"lanes": 4, "shuffle_window": 8, "fbank_mean": 0.0, "fbank_std": 3.0},
-        "augment": {"crop_scale_min": 0.8, "gain": 0.2, "fbank_noise": 0.1, "shift_frac": 0.1},
-        "loss": {"temperature": 0.1, "instance_on": "h", "intra": 1.0, "intra_epochs": 1},
-        "rounds": {"warmup_epochs": 1, "margin_nats": -9.0, "lead_steps": 2, "features": "train"},
-        "pretrain": {"epochs": 3, "batch_size": 16, "checkpoint_every": 2, "log_every": 2},
-        "confusion": {"update_steps": 2},
-        "optim": {"lr": 1e-3},
-    }
-    for section, values in changes.items():
-        base[section] = {**base.get(section, {}), **values}
-    return TrainingConfig.model_validate(base)
-
-
-class Recorder:
-    """Hooks that keep everything."""
-
-    def __init__(self, rounds: LocalRounds | None = None, folder: str = "") -> None:
-        self.rounds, self.folder = rounds, folder
-        self.states: list[dict[str, Any]] = []
-        self.logged: list[tuple[int, dict[str, float]]] = []
-        self.failed: list[dict[str, Any]] = []
-        self._number = itertools.count()
-
-    def save(self, state: dict[str, Any]) -> None:
-        state = copy.deepcopy(state)
-        if self.rounds is not None:
-            state["bank"] = f"{self.folder}/bank-{next(self._number)}"
-            self.rounds.save(state["bank"])
-        self.states.append(state)
-
-    def hooks(self) -> Hooks:
-        def failed(content: dict[str, Any]) -> str:
-            self.failed.append(content)
-            return "kept"
-
-        return Hooks(lambda step, m: self.logged.append((step, m)), self.save, failed)
-
-
-def _trainer(
-    config: TrainingConfig,
-    folder: Path,
-    recorder: Recorder | None = None,
-    world: World = _ALONE,
-    rounds: bool = True,
-    poison: int | None = None,
-    given: LabelTable | None = None,
-) -> tuple[Pretrainer, Recorder]:
-    index = memory_index()
-    torch.manual_seed(config.seed)
-    encoder = Encoder(config.encoder, SHAPE)
-    widths = {s: config.encoder.projection for s in config.loss.label_streams}
-    clusters = None
-    if rounds:
-        clustering = KMeansConfig.model_validate({"k": 4, "guard": _NO_GUARD})
-        clusters = LocalRounds(clustering, widths, str(folder / "rounds"), seed=0, given=given)
-    recorder = recorder or Recorder(clusters, str(folder))
-    plan = BatchPlan.of(len(index), config.pretrain.batch_size, config.data)
-    lanes = lanes_of(world.rank, world.size, plan.lanes)
-    reader = MemoryReader(WindowPlan(index, plan, lanes, config.seed), poison)
-    trainer = Pretrainer(config, encoder, index, reader, clusters, world, recorder.hooks())
-    return trainer, recorder
-
-
-def _weights(trainer: Pretrainer) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in trainer.encoder.state_dict().items()}
-
-
-def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+from training.loop.hooks import World
+from training.losses import objective
+from training.report.page import write_report
+from training.tracking.copier import mlflow_client
+from training.tracking.tracker import Tracker, create_run
 
 
 @pytest.mark.parametrize("features", ["train", "pass"])
 def test_resumed_run_equals_uninterrupted_run(features: str, tmp_path: Path) -> None:
-    config = _config(rounds={"features": features})
-    whole, recorder = _trainer(config, tmp_path / "whole")
+    config = pretrain_config(rounds={"features": features})
+    whole, recorder = make_trainer(config, tmp_path / "whole")
     whole.run()
     steps = [state["step"] for state in recorder.states]
     assert steps == sorted(steps)
@@ -114,13 +38,13 @@ def test_resumed_run_equals_uninterrupted_run(features: str, tmp_path: Path) -> 
         folder = tmp_path / f"resumed-{number}"
         folder.mkdir()
         _copy_rounds(tmp_path / "whole", folder, state)
-        resumed, again = _trainer(config, folder)
-        assert resumed.rounds is not None
-        resumed.rounds.restore(state["bank"])
+        resumed, again = make_trainer(config, folder)
+        assert resumed.labelling.rounds is not None
+        resumed.labelling.rounds.restore(state["bank"])
         path = folder / "state.pt"
         torch.save(state, path)
         resumed.run(torch.load(path, weights_only=True))
-        assert _same(_weights(whole), _weights(resumed)), f"resumed at step {state['step']}"
+        assert same(weights_of(whole), weights_of(resumed)), f"resumed at step {state['step']}"
         later = [(s, m["loss"]) for s, m in recorder.logged if s > state["step"]]
         assert [(s, m["loss"]) for s, m in again.logged] == later
 
@@ -132,21 +56,21 @@ def test_resumed_run_equals_uninterrupted_run(features: str, tmp_path: Path) -> 
 def test_a_variant_from_a_shared_warmup_equals_one_trained_alone(
     changes: dict[str, Any], features: str, tmp_path: Path
 ) -> None:
-    recipe = _config(rounds={"features": features})
+    recipe = pretrain_config(rounds={"features": features})
     rounds = {"features": features, **changes.get("rounds", {})}
-    variant = _config(**{**changes, "rounds": rounds})
+    variant = pretrain_config(**{**changes, "rounds": rounds})
     labelled = variant.rounds.labels != "none"
-    alone, log = _trainer(variant, tmp_path / "alone", rounds=labelled)
+    alone, log = make_trainer(variant, tmp_path / "alone", rounds=labelled)
     alone.run()
-    warmup, recorder = _trainer(recipe, tmp_path / "warmup")
+    warmup, recorder = make_trainer(recipe, tmp_path / "warmup")
     warmup.run(until_epoch=1)
     assert not (tmp_path / "warmup" / "rounds" / "round-0001").exists(), "a round no one waits for"
     state = recorder.states[-1]
-    branch, again = _trainer(variant, tmp_path / "branch", rounds=labelled)
-    if branch.rounds is not None:
-        branch.rounds.restore(state["bank"])
+    branch, again = make_trainer(variant, tmp_path / "branch", rounds=labelled)
+    if branch.labelling.rounds is not None:
+        branch.labelling.rounds.restore(state["bank"])
     branch.run(state)
-    assert _same(_weights(alone), _weights(branch))
+    assert same(weights_of(alone), weights_of(branch))
     assert bool(branch.labelling.heads) == labelled
     later = [(s, m["loss"]) for s, m in log.logged if s > state["step"]]
     assert [(s, m["loss"]) for s, m in again.logged] == later
@@ -162,8 +86,10 @@ def _copy_rounds(source: Path, target: Path, state: dict[str, Any]) -> None:
 
 
 def test_a_node_that_is_announced_to_go_costs_no_steps(tmp_path: Path) -> None:
-    config = _config(pretrain={"log_every": 1, "checkpoint_every": 100}, rounds={"labels": "none"})
-    trainer, recorder = _trainer(config, tmp_path, rounds=False)
+    config = pretrain_config(
+        pretrain={"log_every": 1, "checkpoint_every": 100}, rounds={"labels": "none"}
+    )
+    trainer, recorder = make_trainer(config, tmp_path, rounds=False)
     answers = iter([False, True])
     trainer.hooks = trainer.hooks._replace(leaving=lambda: next(answers, False))
     trainer.run()
@@ -176,27 +102,27 @@ def test_switches_of_numerics_reach_every_pass(
     precision: str, sdpa: bool, attentions: list[tuple[bool, torch.dtype]], tmp_path: Path
 ) -> None:
     switches = {"precision": precision, "sdpa": sdpa}
-    config = _config(pretrain={"epochs": 2, **switches}, rounds={"features": "pass"})
-    trainer, _ = _trainer(config, tmp_path)
+    config = pretrain_config(pretrain={"epochs": 2, **switches}, rounds={"features": "pass"})
+    trainer, _ = make_trainer(config, tmp_path)
     trainer.run()
     assert trainer.labelling.round == 1, "no evaluation pass"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     assert set(attentions) == {(sdpa, dtype)}
 
 
-def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
-    first, _ = _trainer(_config(), tmp_path / "a")
-    second, _ = _trainer(_config().model_copy(update={"seed": 1}), tmp_path / "b")
+def test_another_seed_gives_otherweights_of(tmp_path: Path) -> None:
+    first, _ = make_trainer(pretrain_config(), tmp_path / "a")
+    second, _ = make_trainer(pretrain_config().model_copy(update={"seed": 1}), tmp_path / "b")
     first.run()
     second.run()
-    assert not _same(_weights(first), _weights(second))
+    assert not same(weights_of(first), weights_of(second))
 
 
 @pytest.mark.parametrize("micro_batch", [4, 8])
 def test_cached_gradient_chunks_equal_the_whole_batch(micro_batch: int, tmp_path: Path) -> None:
-    whole, whole_log = _trainer(_config(), tmp_path / "whole")
-    parts, parts_log = _trainer(
-        _config(pretrain={"micro_batch": micro_batch}), tmp_path / f"parts-{micro_batch}"
+    whole, whole_log = make_trainer(pretrain_config(), tmp_path / "whole")
+    parts, parts_log = make_trainer(
+        pretrain_config(pretrain={"micro_batch": micro_batch}), tmp_path / f"parts-{micro_batch}"
     )
     whole.run()
     parts.run()
@@ -204,13 +130,13 @@ def test_cached_gradient_chunks_equal_the_whole_batch(micro_batch: int, tmp_path
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     worst = max(
         float((a - b).abs().max())
-        for a, b in zip(_weights(whole).values(), _weights(parts).values(), strict=True)
+        for a, b in zip(weights_of(whole).values(), weights_of(parts).values(), strict=True)
     )
     assert worst < 5e-3
 
 
 def test_labels_apply_at_the_announced_step_and_not_before(tmp_path: Path) -> None:
-    trainer, recorder = _trainer(_config(pretrain={"log_every": 1}), tmp_path)
+    trainer, recorder = make_trainer(pretrain_config(pretrain={"log_every": 1}), tmp_path)
     trainer.run()
     steps_per_epoch = N_CLIPS // 16
     announced = steps_per_epoch + 2
@@ -226,7 +152,7 @@ def test_controls_are_the_labels_of_the_losses(labels: str, tmp_path: Path) -> N
     control = control_labels(labels, memory_index(), 4, seed=0)
     assert control is not None
     given = LabelTable(control.keys_N, control.labels_N)
-    trainer, recorder = _trainer(_config(), tmp_path, given=given)
+    trainer, recorder = make_trainer(pretrain_config(), tmp_path, given=given)
     trainer.run()
     index = memory_index()
     [head] = trainer.labelling.of(index.keys_N)
@@ -240,73 +166,88 @@ def test_controls_are_the_labels_of_the_losses(labels: str, tmp_path: Path) -> N
 
 
 def test_without_the_fusion_stream_nothing_trains_its_pass(tmp_path: Path) -> None:
-    trainer, _ = _trainer(_config(loss={"fusion": False}), tmp_path)
-    before = _weights(trainer)
+    trainer, _ = make_trainer(pretrain_config(loss={"fusion": False}), tmp_path)
+    before = weights_of(trainer)
     trainer.run()
     [head] = trainer.labelling.of(memory_index().keys_N)
     assert set(head.prototypes) == {"audio", "video"}
-    after = _weights(trainer)
+    after = weights_of(trainer)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert any(name.startswith("class_heads.audio") for name in moved)
     assert not any("class_heads.fusion" in name for name in moved)
 
 
 def test_first_round_waits_until_infonce_has_left_its_plateau(tmp_path: Path) -> None:
-    waiting, _ = _trainer(_config(rounds={"margin_nats": 2.0}), tmp_path / "waiting")
+    waiting, _ = make_trainer(pretrain_config(rounds={"margin_nats": 2.0}), tmp_path / "waiting")
     waiting.run()
     assert waiting.labelling.round == 0
-    going, _ = _trainer(_config(), tmp_path / "going")
+    going, _ = make_trainer(pretrain_config(), tmp_path / "going")
     going.run()
     assert going.labelling.round >= 1
 
 
+def test_with_local_negatives_the_gate_knows_how_few_they_are(tmp_path: Path) -> None:
+    """4 lanes of 4 clips: the plateau is ln 4, which lies below ln 16 - 0.5."""
+    config = pretrain_config(
+        loss={"negatives": "local"}, rounds={"margin_nats": 0.5}, optim={"lr": 1e-9}
+    )
+    trainer, recorder = make_trainer(config, tmp_path)
+    trainer.run()
+    assert recorder.logged[-1][1]["loss_instance"] < math.log(16) - 0.5, "no plateau to be wrong on"
+    assert trainer.labelling.round == 0
+
+
 def test_infonce_falls_below_its_plateau(tmp_path: Path) -> None:
-    config = _config(pretrain={"epochs": 12}, rounds={"labels": "none"}, loss={"intra": 0.0})
-    trainer, recorder = _trainer(config, tmp_path, rounds=False)
+    config = pretrain_config(
+        pretrain={"epochs": 12}, rounds={"labels": "none"}, loss={"intra": 0.0}
+    )
+    trainer, recorder = make_trainer(config, tmp_path, rounds=False)
     trainer.run()
     assert recorder.logged[-1][1]["loss_instance"] < math.log(16) - 0.25
 
 
 def test_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path: Path) -> None:
-    trainer, recorder = _trainer(_config(), tmp_path, poison=5)
+    trainer, recorder = make_trainer(pretrain_config(), tmp_path, poison=5)
     before: dict[str, torch.Tensor] = {}
     step = trainer._train_step
 
-    def watched(batch: Batch) -> None:
-        before.update(_weights(trainer))
+    def watched(batch: DeviceBatch) -> None:
+        before.update(weights_of(trainer))
         step(batch)
 
     trainer._train_step = watched  # type: ignore[method-assign]
     with pytest.raises(NonFiniteLoss, match="saved in kept"):
         trainer.run()
     assert "clip0000005_000005" in recorder.failed[0]["clip_ids"]
-    assert _same(before, _weights(trainer))
+    assert same(before, weights_of(trainer))
 
 
 def test_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"batch_size = 18.*data.lanes = 4"):
-        _trainer(_config(pretrain={"batch_size": 18}), tmp_path)
+        make_trainer(pretrain_config(pretrain={"batch_size": 18}), tmp_path)
     with pytest.raises(TrainingError, match="only 48 clips"):
-        _trainer(_config(pretrain={"batch_size": 64}), tmp_path)
+        make_trainer(pretrain_config(pretrain={"batch_size": 64}), tmp_path)
 
 
-def _worker(rank: int, size: int) -> dict[str, Any]:
-    config = _config(rounds={"labels": "none"})
+def _worker(negatives: str, rank: int, size: int) -> dict[str, Any]:
+    config = pretrain_config(rounds={"labels": "none"}, loss={"negatives": negatives})
     world = World(rank, size)
-    trainer, recorder = _trainer(config, Path(), Recorder(), world, rounds=False)
+    trainer, recorder = make_trainer(config, Path(), Recorder(), world, rounds=False)
     trainer.run()
     return {
-        "weights": _weights(trainer),
+        "weights": weights_of(trainer),
         "losses": [m["loss"] for _, m in recorder.logged],
         "gather_s": [m.get("time/gather", 0.0) for _, m in recorder.logged],
     }
 
 
-def test_workers_train_as_one() -> None:
-    one, *others = (run_ranks(size, _worker)[0] for size in (1, 2, 3))
+@pytest.mark.parametrize("negatives", ["global", "local"])
+def test_workers_train_as_one(negatives: str) -> None:
+    worker = functools.partial(_worker, negatives)
+    one, *others = (run_ranks(size, worker)[0] for size in (1, 2, 3))
     assert not any(one["gather_s"])
     for several in others:
-        assert all(several["gather_s"])
+        assert all(several["gather_s"]) == (negatives == "global")
         assert several["losses"] == pytest.approx(one["losses"], rel=1e-3)
         assert _distance(one["weights"], several["weights"]) < 5e-3
 
@@ -317,19 +258,67 @@ def _distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def _resumed_between_logs(rank: int, size: int) -> dict[str, Any]:
     """A run resumed from a checkpoint that lies between two logs, beside the uninterrupted one."""
-    config = _config(rounds={"labels": "none"}, pretrain={"log_every": 3, "checkpoint_every": 2})
+    config = pretrain_config(
+        rounds={"labels": "none"}, pretrain={"log_every": 3, "checkpoint_every": 2}
+    )
     outcome = {}
     state = None
     for name in ("whole", "resumed"):
-        trainer, recorder = _trainer(config, Path(), Recorder(), World(rank, size), rounds=False)
+        trainer, recorder = make_trainer(
+            config, Path(), Recorder(), World(rank, size), rounds=False
+        )
         trainer.run(state)
         state = recorder.states[0]
-        outcome[name] = _weights(trainer)
+        outcome[name] = weights_of(trainer)
         outcome[f"{name}_losses"] = {step: m["loss"] for step, m in recorder.logged}
     return outcome
 
 
 def test_ranks_resumed_between_two_logs_equal_the_uninterrupted_run() -> None:
     for outcome in run_ranks(2, _resumed_between_logs):
-        assert _same(outcome["whole"], outcome["resumed"])
+        assert same(outcome["whole"], outcome["resumed"])
         assert outcome["whole_losses"] == outcome["resumed_losses"]
+
+
+class _ToyLoss(LossConfig):
+    toy: float = 0.25
+
+
+def test_a_new_loss_term_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered here alone, it trains, is logged, drawn, sent to MLflow and known to ablations."""
+
+    def value(given: objective.LossInputs) -> objective.TermValue:
+        spread = given.embeddings.h["audio"].std()
+        return objective.TermValue(spread, {"toy_rows": spread.detach() * 0 + 3}, [])
+
+    toy = objective.LossTerm("loss_toy", "toy", "pair", value)
+    monkeypatch.setattr(objective, "LOSS_TERMS", (*objective.LOSS_TERMS, toy))
+    plain = pretrain_config(pretrain={"epochs": 1, "log_every": 1})
+    loss = _ToyLoss.model_validate(plain.loss.model_dump())
+    _, recorder = trained = make_trainer(
+        plain.model_copy(update={"loss": loss}), tmp_path, Recorder(), rounds=False
+    )
+    trained[0].run()
+    handle = create_run(TrackingConfig(), str(tmp_path), {}, {}, {})
+    tracker = Tracker(handle, tmp_path / "metrics.jsonl")
+    for step, logged in recorder.logged:
+        terms = (logged[name] * getattr(loss, weight) for name, weight in (
+            ("loss_instance", "instance"), ("loss_intra", "intra"), ("loss_toy", "toy")
+        ))  # fmt: skip
+        assert logged["loss"] == pytest.approx(sum(terms), rel=1e-5)
+        assert logged["toy_rows"] == 3
+        tracker.log(step, logged)
+    assert tracker.close()
+    points = mlflow_client(handle.uri).get_metric_history(handle.run_id, "loss_toy")
+    assert [p.step for p in points] == [step for step, _ in recorder.logged]
+
+    (tmp_path / "run.json").write_text("{}")
+    page = write_report(tmp_path).read_text()
+    drawn = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
+    [panel] = [panel for panel in drawn["panels"] if panel["title"] == "Loss"]
+    assert "loss_toy" in [series["name"] for series in panel["series"]]
+
+    assert not Variant("", {"loss": {"toy": 0.0}}).shares_warmup
+    late = toy._replace(needs="labels")
+    monkeypatch.setattr(objective, "LOSS_TERMS", (*objective.LOSS_TERMS[:-1], late))
+    assert Variant("", {"loss": {"toy": 0.0}}).shares_warmup

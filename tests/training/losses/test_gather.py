@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 import training.losses.terms
 from training.config import STREAMS, ConfusionConfig, EncoderConfig
 from training.losses.confusion import ConfusionState
-from training.losses.gather import Share, gather_with_grad, of_every_rank, of_this_rank, world
+from training.losses.gather import RankShare, gather_with_grad, of_every_rank, of_this_rank, world
 from training.losses.terms import (
     class_alignment,
     confusion_loss,
@@ -36,17 +36,17 @@ def _step(rank: int, n_ranks: int) -> dict[str, torch.Tensor]:
     state = ConfusionState(torch.softmax(torch.randn(_CLASSES, _CLASSES), 1), ConfusionConfig())
     state.update(0.0, since_labels_epochs=9)
     rows = [slice(r * _CLIPS // n_ranks, (r + 1) * _CLIPS // n_ranks) for r in range(n_ranks)]
-    share = Share(tuple(each.stop - each.start for each in rows), rank)
+    share = RankShare(tuple(each.stop - each.start for each in rows), rank)
     labels = _LABELS[rows[rank]]
     model = DistributedDataParallel(encoder) if n_ranks > 1 else encoder
     z, h, _ = model(fbank[rows[rank]], frames[rows[rank]])
     labelled = labelled_rows(labels)
     weights_KK = state.weights_KK.double()
-    conf = confusion_loss(h, prototypes, labels, 0.1, weights_KK, STREAMS, labelled)
+    conf = confusion_loss(h, prototypes, labels, 0.1, weights_KK, STREAMS, rows=labelled)
     loss = (
         info_nce(z["audio"], z["video"], 0.05, share=share).loss
         + intra_modal({"audio": h["audio"]}, {"audio": h["fusion"]}, 0.1, share=share)
-        + class_alignment(h, prototypes, labels, 0.1, STREAMS, labelled)
+        + class_alignment(h, prototypes, labels, 0.1, STREAMS, rows=labelled)
         + conf.loss
     )
     loss.backward()
@@ -106,7 +106,7 @@ def test_ranks_have_loss_gradient_and_confusion_of_one_process(one_process, n_ra
         assert torch.equal(result["confusion"], results[0]["confusion"])
 
 
-def _without_gradient(x: torch.Tensor, share: Share) -> torch.Tensor:
+def _without_gradient(x: torch.Tensor, share: RankShare) -> torch.Tensor:
     rank, n_ranks = world()
     parts = [torch.empty_like(x) for _ in range(n_ranks)]
     torch.distributed.all_gather(parts, x.detach().contiguous())
@@ -134,7 +134,7 @@ def test_a_gather_without_gradient_would_be_noticed(one_process):
 
 
 def test_weighing_unequal_shares_alike_would_be_noticed(one_process):
-    result = run_ranks(3, _step_with("Share.weight", property(lambda share: 1.0)))[0]
+    result = run_ranks(3, _step_with("RankShare.weight", property(lambda share: 1.0)))[0]
     assert _error(result["loss"], one_process["loss"]) > 1e-3
 
 
@@ -146,7 +146,7 @@ def test_counting_labels_per_rank_would_be_noticed(one_process):
 def test_rows_come_in_rank_order():
     def gather(rank: int, n_ranks: int) -> torch.Tensor:
         equal = gather_with_grad(torch.full((2, 3), float(rank)))
-        unequal = gather_with_grad(torch.full((rank, 3), float(rank)), Share((0, 1, 2), rank))
+        unequal = gather_with_grad(torch.full((rank, 3), float(rank)), RankShare((0, 1, 2), rank))
         return torch.cat([equal, unequal])
 
     for gathered in run_ranks(3, gather):

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from training.config import STREAMS, EncoderConfig
-from training.model.blocks import PATCH, sincos_2d
+from training.model.blocks import PATCH, Block, sincos_2d
 from training.model.encoder import Encoder, InputShape, MaskNoise
 from training.model.reconstruction import masking_from_noise
 from training.model.stems import AudioConvStem
@@ -176,9 +176,9 @@ def test_masked_reconstruction_equals_its_literal_definition():
     encoder = _perturbed(_PATCH, decoder=True)
     clips, noise = _clips(), _noise(encoder)
     with torch.no_grad():
-        _, audio, video = encoder.forward_masked(*clips, *noise)
+        errors = encoder(*clips, STREAMS, noise, reconstruct=True).reconstruction
         expected = _literal_reconstruction(encoder, *clips, noise)
-    torch.testing.assert_close([audio, video], expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(list(errors.values()), expected, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("config", [_PATCH, _CONV], ids=["patch", "conv"])
@@ -269,8 +269,8 @@ def test_every_trainable_weight_has_a_gradient(config, streams, heads):
 def test_reconstruction_gives_every_decoder_weight_a_gradient_but_no_position():
     encoder = _perturbed(_PATCH, decoder=True)
     encoder.train_only(STREAMS, class_heads=False)
-    encoding, audio, video = encoder.forward_masked(*_clips(), *_noise(encoder))
-    (audio + video + sum(z.sum() for z in encoding.z.values())).backward()
+    encoding = encoder(*_clips(), STREAMS, _noise(encoder), reconstruct=True)
+    (sum(encoding.reconstruction.values()) + sum(z.sum() for z in encoding.z.values())).backward()
     idle = {n for n, p in encoder.named_parameters() if p.grad is None}
     assert {n for n in idle if "class_heads" not in n} == {
         "pos_embed_a",
@@ -384,7 +384,7 @@ def test_training_core_imports_without_ray_mlflow_decord_and_faiss():
         "sys.meta_path.insert(0, Absent())\n"
         "import training.model.encoder, training.model.classifier, training.weights.files\n"
         "import training.losses.terms\n"
-        "import training.losses.confusion, training.losses.gather, training.loop.budget\n"
+        "import training.losses.confusion, training.losses.gather, training.model.budget\n"
         "import training.evaluation.metrics, training.evaluation.probes\n"
         "import training.evaluation.retrieval\n"
     )
@@ -401,3 +401,23 @@ def test_a_stem_in_bf16_on_a_cpu_is_finite() -> None:
             tokens_BLD = stem(torch.randn(32, 32, 16))
         assert tokens_BLD.dtype == torch.bfloat16, "the linear layer is not in bf16"
         assert torch.isfinite(tokens_BLD).all()
+
+
+def test_no_block_of_a_compiled_run_falls_back_to_running_uncompiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Masked and whole passes, with and without gradients, and two sizes of a chunk."""
+    compiled = torch.nn.Module.compile
+    # The guards are those of a real compilation, which would take minutes.
+    monkeypatch.setattr(Block, "compile", lambda block: compiled(block, backend="eager"))
+    torch._dynamo.reset()
+    encoder = Encoder(_PATCH, _SHAPE, decoder=True).double()
+    encoder.compile_blocks()
+    with torch.compiler.config.patch(fail_on_recompile_limit_hit=True):
+        for n_clips in (4, 3):
+            clips = _clips(n_clips)
+            for gradients in (False, True):
+                with torch.set_grad_enabled(gradients):
+                    encoder(*clips, STREAMS)
+                    encoder(*clips, STREAMS, _noise(encoder, n_clips), reconstruct=True)
+    torch._dynamo.reset()

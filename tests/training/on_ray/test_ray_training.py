@@ -26,11 +26,14 @@ from clustering.rounds.local import LocalRounds
 from clustering.rounds.protocol import PublishedRound
 from pipeline.config import FeatureSpec
 from training.config import STREAMS, TrainingConfig
-from training.data.batches import BatchPlan, lanes_of
-from training.data.reader import LocalReader, WindowPlan
-from training.loop.pretrainer import Hooks, Pretrainer, World
-from training.on_ray.fit import interruptible
-from training.on_ray.pretrain import check, make_encoder, pin, pretrain
+from training.data.order import BatchPlan, WindowPlan, lanes_of
+from training.data.reader import LocalReader
+from training.errors import WeightsError
+from training.loop.hooks import Hooks, World
+from training.loop.pretrainer import Pretrainer
+from training.model.make import make_encoder
+from training.on_ray.fit import fit, interruptible, this_world
+from training.on_ray.pretrain import check, pin, pretrain
 from training.tracking.copier import RunHandle
 
 SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
@@ -155,7 +158,8 @@ def _plain_ranks(store: str, folder: Path, rank: int, size: int) -> tuple[Any, A
     rounds = OneBank(CLUSTERING, widths, str(folder / f"rounds-{rank}"), CONFIG.seed)
     encoder = make_encoder(CONFIG, index.spec)
     reader = LocalReader(windows)
-    Pretrainer(CONFIG, encoder, index, reader, rounds, World(rank, size), hooks).run()
+    world = World(rank, size)
+    Pretrainer(CONFIG, encoder, index, reader=reader, rounds=rounds, world=world, hooks=hooks).run()
     return dict(encoder.state_dict()), metrics
 
 
@@ -208,6 +212,20 @@ def test_a_worker_that_dies_costs_no_bit_of_the_result(
         assert {name: a[name] for name in same} == {name: b[name] for name in same}
     assert again.keys() == weights.keys()
     assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def _one_rank_fails(settings: dict[str, Any]) -> None:
+    """Rank 1 has no file that the others have; they wait for it in a collective."""
+    if this_world(CONFIG.scale).rank == 1:
+        raise WeightsError("/nowhere/encoder cannot be read")
+    dist.barrier()
+
+
+def test_an_error_on_one_rank_ends_all_of_them(ray_session: None, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(WeightsError, match="/nowhere/encoder cannot be read"):
+        fit(_one_rank_fails, {}, tmp_path, "pretrain", CONFIG.scale)
+    assert time.monotonic() - started < 100, "waited for the collective's own timeout"
 
 
 def _elastic(store: str, folder: Path, *arguments: int) -> list[dict[str, Any]]:

@@ -17,12 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 
+from clustering.rounds.files import publish
+from clustering.rounds.protocol import HeadLabels, PublishedRound
 from pipeline.config import FeatureSpec
 from pipeline.errors import PipelineError
 from pipeline.store.schema import CLIPS_SCHEMA
 from pipeline.store.shards import ShardWriter
 from pipeline.store.store import FeatureStore
-from training.data.batches import clip_keys
+from training.data.rows import clip_keys
 from training.errors import TrainingError
 from training.report.page import write_report
 
@@ -119,21 +121,25 @@ def _rounds(folder: Path) -> None:
     rng = np.random.default_rng(1)
     train = [(clip_id, label) for clip_id, label, split in CLIPS if split == "train"]
     keys = clip_keys([clip_id for clip_id, _ in train])
+    order = np.argsort(keys)
     for number in range(1, 5):
-        path = folder / "rounds" / f"round-{number:04d}"
         ok = number != 3
         health = {"inertia": 140.0 / number, "iterations": 12, "n_empty": 0, "size_min": 9}
         health |= {"size_max": 31, "effective_clusters": 8 + number / 2, "churn": 0.4 / number}
         health |= {"coverage": 0.9 + number / 50, "seconds": 0.8}
-        _write_json(path / "health.json", health)
         reason = "" if ok else "collapse guard: effective_clusters 1.2 < 5"
-        marker = {"round": number, "effective_step": 300 * number, "ok": ok, "reason": reason}
-        _write_json(path / "round.json", marker | {"heads": [{"name": "head0"}]})
+        heads = []
         if ok:
             labels = [label if rng.random() < 0.8 else TWIN.get(label, 9) for _, label in train]
-            order = np.argsort(keys)
-            columns = {"key": keys[order], "label_head0": np.array(labels, np.int32)[order]}
-            pq.write_table(pa.table(columns), path / "labels.parquet")
+            labels_N = np.array(labels, np.int32)[order]
+            prototypes = {"audio": np.eye(10, WIDTH, dtype=np.float32)}
+            confusion_KK = np.eye(10, dtype=np.float32)
+            heads = [
+                HeadLabels("head0", ("audio",), keys[order], labels_N, prototypes, confusion_KK)
+            ]
+        publish(
+            str(folder / "rounds"), PublishedRound(number, 300 * number, ok, reason, heads, health)
+        )
 
 
 def _evaluation(folder: Path) -> None:
@@ -177,9 +183,13 @@ def make_run(folder: Path, store_uri: str) -> Path:
     _write_json(folder / "run.json", run)
     by_stream = {"audio": 0.71, "video": 0.76, "fusion": 0.9125}
     results = {"encoder": "tiny", "n_train": 160, "n_test": 160, "top1": by_stream}
-    results |= {"top5": {"audio": 0.95, "video": 0.97, "fusion": 0.99}, "probe": by_stream}
+    results |= {"top5": {"audio": 0.95, "video": 0.97, "fusion": 1.0}, "map": by_stream}
+    results |= {"probe": by_stream | {"audio_video": 0.88}, "pair_accuracy": by_stream}
+    results |= {"knn": by_stream | {"audio_video": 1.0}, "confusion": {"training_pairs": [[]] * 3}}
     results |= {"retrieval": {"a2v_r1": 0.31, "a2v_r5": 0.6, "v2a_r1": 0.3, "v2a_r5": 0.58}}
-    results["retrieval"] |= {"n_clips": 40.0, "a2v_median_rank": 4.5}
+    results["retrieval"] |= {"n_clips": 40.0, "a2v_median_rank": 4.5, "a2v_r10": 0.875}
+    results["retrieval"] |= {"a2v_class_r1": 0.999, "a2v_class_map": 0.875}
+    results["retrieval_middle_frame"] = results["retrieval"] | {"a2v_r1": 0.27}
     results |= {"pseudo_labels": {"k": 10, "nmi": 0.62, "churn": [0.4, 0.2, 0.1]}}
     seconds = {"ingest": 12.0, "pretrain": 95.0, "cluster": 3.1, "finetune": 25, "evaluate": 4.5}
     _write_json(folder / "results.json", results | {"seconds": seconds, "store": store})
@@ -216,7 +226,8 @@ def test_page_is_whole_and_fetches_nothing(whole_run: Path) -> None:
     assert 'class="absent"' not in page
     text = _text(page)
     reason = "collapse guard: effective_clusters 1.2 < 5"
-    figures = ("91.2 %", "31.0 %", "among 40 clips", "NMI", reason)
+    figures = ("91.2 %", "31.0 %", "27.0 %", "among 40 clips", "NMI", reason)
+    figures += ("confused pairs", "middle frame (CAV-MAE's protocol)", "Accuracy of each class")
     for expected in (*figures, "Fine-tuning", "c0ffee", "started 2026-11-20 21:00 UTC"):
         assert expected in text
 
@@ -240,6 +251,17 @@ def test_frames_are_the_stores_own_jpegs(whole_run: Path) -> None:
         label, position = index[clip_id]
         middle = _frame(label, position % (len(CLASSES) * PER_CLASS) + 1)
         assert base64.b64decode(data) == middle, clip_id
+
+
+def test_cosines_do_not_depend_on_the_length_of_embeddings(run: Path) -> None:
+    said = re.findall(r"cosine (-?[0-9.]+)", write_report(run).read_text())
+    file = run / "evaluation" / "embeddings.npz"
+    with np.load(file) as arrays:
+        kept = {name: arrays[name] for name in arrays.files}
+    long = np.linspace(0.5, 3, len(kept["video"]), dtype=np.float32)[:, None]
+    np.savez(file, **kept | {"video": kept["video"] * long, "audio": kept["audio"] * 2})
+    assert re.findall(r"cosine (-?[0-9.]+)", write_report(run).read_text()) == said
+    assert len(said) >= 40
 
 
 @pytest.mark.parametrize(
@@ -331,6 +353,8 @@ addEventListener("load", () => setTimeout(() => {
     broken: [...document.images].filter((i) => !i.complete || !i.naturalWidth).length,
     cards: seen(".pair") + seen(".cluster") + seen(".query"),
     blank: fusion < 2000, switched, tipText, mapTip: tip.textContent,
+    cut: [...document.querySelectorAll("#results .scroll, .cluster header b")]
+      .filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.textContent),
   }, "*");
 }, 300));
 </script>"""
@@ -339,6 +363,7 @@ const found = [];
 addEventListener("message", (e) => { found.push(e.data);
   document.getElementById("found").textContent = JSON.stringify(found); });
 </script><pre id="found"></pre>
+<iframe src="probed.html" width="1920" height="1080"></iframe>
 <iframe src="probed.html" width="1280" height="900"></iframe>
 <iframe src="probed.html" width="390" height="844"></iframe></body>"""
 
@@ -380,7 +405,7 @@ def seen(whole_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int,
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1920, 1280, 390])
 def test_browser_shows_every_part_without_an_error(
     seen: dict[int, dict[str, Any]], width: int
 ) -> None:
@@ -398,6 +423,8 @@ def test_browser_shows_every_part_without_an_error(
     assert report["images"] > 60
     assert report["broken"] == 0
     assert report["cards"] >= 6 + 10 + 8
+    if width > 390:  # A telephone scrolls a table of seven columns; its first one stays.
+        assert report["cut"] == []
 
 
 @pytest.mark.browser

@@ -1,4 +1,4 @@
-"""An ablation as one table and one picture.
+"""An ablation as Markdown tables and one picture.
 
 Knows nothing of how variants are trained. Invariant: every mean stands beside its number of seeds,
 every difference beside its interval.
@@ -9,18 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.evaluation.ablate import PairedDifference, Variant, spread
-
-_BESIDE = (
-    "probe/audio",
-    "probe/video",
-    "probe/fusion",
-    "probe/audio_video",
-    "top1/fusion",
-    "retrieval/a2v_class_r1",
-    "pseudo_labels/nmi",
-)
-"""Metrics shown beside the one the variants are judged by."""
+from training.evaluation.metrics import headlines
+from training.evaluation.paired import PairedDifference, spread
+from training.evaluation.variants import Variant
 
 Metrics = Mapping[str, Mapping[int, Mapping[str, float]]]
 """Metrics by variant and seed."""
@@ -35,10 +26,13 @@ def values_of(metrics: Metrics, name: str) -> dict[str, dict[int, float]]:
 
 
 def variant_rows(metrics: Metrics, metric: str) -> tuple[list[str], list[list[str]]]:
-    """Header and one row a variant: seeds, then mean and standard deviation in per cent."""
+    """Header and one row a variant: seeds, then mean and standard deviation in per cent.
+
+    Beside the metric that variants are judged by stand the headlines of all that is measured.
+    """
     beside = [
         name
-        for name in _BESIDE
+        for name in (*headlines(), "pseudo_labels/nmi")
         if name != metric and any(any(values_of(metrics, name)[v].values()) for v in metrics)
     ]
     rows = []

@@ -9,14 +9,16 @@ from support.stores import noise_store
 
 from pipeline.config import FeatureSpec
 from training.config import DataConfig
-from training.data.batches import Batch, BatchPlan, RowIndex, Views, index_rows
-from training.data.reader import EpochReads, LocalReader, RayReader, WindowPlan
+from training.data.order import BatchPlan, EpochReads, FrameDraw, WindowPlan
+from training.data.reader import Batch, LocalReader
+from training.data.rows import RowIndex, index_rows
+from training.on_ray.reader import RayReader
 
 SPEC = FeatureSpec(n_frames=3, frame_size=32, fbank_frames=16, n_mels=8)
 N_CLIPS = 300
 READING = "ray::read"
 """Title of a process that decodes a window now; idle ones have another."""
-EPOCHS = [EpochReads(0, 5, Views(1)), EpochReads(1, 0, Views(2, 2))]
+EPOCHS = [EpochReads(0, 5, FrameDraw(1)), EpochReads(1, 0, FrameDraw(2, 2))]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,9 @@ def windows(index: RowIndex) -> WindowPlan:
 
 def _same(found: list[Batch], expected: list[Batch]) -> bool:
     return len(found) == len(expected) and all(
-        a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+        np.array_equal(x, y)
         for a, b in zip(found, expected, strict=True)
+        for x, y in zip(a, b, strict=True)
     )
 
 
@@ -46,7 +49,7 @@ def test_tasks_give_the_batches_of_one_process(
     expected = list(local.stream(EPOCHS))
     assert len(expected) == 2 * windows.plan.steps(N_CLIPS) - 5
     assert _same(list(ours.stream(EPOCHS)), expected)
-    assert _same(list(ours.sweep(Views(1))), list(local.sweep(Views(1))))
+    assert _same(list(ours.sweep(FrameDraw(1))), list(local.sweep(FrameDraw(1))))
 
 
 def test_a_reader_killed_on_the_way_changes_nothing(ray_session: None, windows: WindowPlan) -> None:

@@ -10,7 +10,7 @@ from training.config import (
     PretrainConfig,
     TrainingConfig,
 )
-from training.loop.budget import budget_table, finetuning_budget, pretraining_budget
+from training.model.budget import budget_table, finetuning_budget, pretraining_budget
 from training.model.encoder import Encoder, InputShape
 
 _VGGSOUND = InputShape(1024, 128, 224)
@@ -86,7 +86,10 @@ def test_parameters_equal_those_of_the_model():
 def test_table_shows_hours_only_from_a_measured_step():
     config = TrainingConfig(encoder=EncoderConfig(preset="tiny"))
     budget = pretraining_budget(config, _SMALL)
-    plain = dict(budget_table(budget, 32, 7200))
+    plain = dict(budget_table(budget, 64, 32, 7200))
     assert plain["steps"] == "7,200"
+    assert (plain["clips per device"], plain["clips at once"]) == ("64", "32")
+    gib = (budget.bytes_fixed + 32 * budget.bytes_per_clip) / 2**30
+    assert plain["memory per device"] == f"{gib:,.2f} GiB"
     assert "estimated time" not in plain
-    assert dict(budget_table(budget, 32, 7200, 0.5))["estimated time"] == "1.0 h"
+    assert dict(budget_table(budget, 64, 32, 7200, 0.5))["estimated time"] == "1.0 h"

@@ -1,23 +1,13 @@
-"""Variants of an ablation, their paired statistics, and what is shown of them."""
+"""Variants of an ablation and their paired statistics."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from training.evaluation.ablate import (
-    CONTRASTS,
-    DEFAULT_VARIANTS,
-    VARIANTS,
-    Variant,
-    contrasts,
-    dotted,
-    paired_difference,
-    spread,
-)
-from training.report.ablation import contrast_rows, draw, markdown, note, variant_rows
+from training.evaluation.paired import contrasts, paired_difference, spread
+from training.evaluation.variants import CONTRASTS, DEFAULT_VARIANTS, VARIANTS, Variant, dotted
 
 _RNG = np.random.default_rng(0)
 _SEEDS = {seed: float(level) for seed, level in enumerate(_RNG.normal(0.6, 0.1, 5))}
@@ -26,7 +16,6 @@ _VALUES = {
     "full": {s: x + 0.01 + 0.002 * s for s, x in _SEEDS.items()},
     "gamma0": {0: 0.7},
 }
-_METRICS = {v: {s: {"probe/audio_video": x} for s, x in by.items()} for v, by in _VALUES.items()}
 
 
 def test_difference_is_the_paired_t_test_of_scipy() -> None:
@@ -76,26 +65,3 @@ def test_mean_and_deviation_are_of_the_seeds() -> None:
     assert math.isnan(spread({0: 1.0}).sd)
     with pytest.raises(ValueError, match="no seed"):
         spread({})
-
-
-def test_tables_and_figure_show_every_variant_and_difference(tmp_path: Path) -> None:
-    differences = contrasts(_VALUES)
-    header, rows = variant_rows(_METRICS, "probe/audio_video")
-    assert header[:3] == ["variant", "seeds", "probe/audio_video"]
-    assert [row[:2] for row in rows] == [["instance", "5"], ["full", "5"], ["gamma0", "1"]]
-    _, told = contrast_rows(differences)
-    assert told[0][0] == "full - instance"
-    assert told[0][2] == "+1.4"
-    assert told[-1][3:5] == ["-", "-"]
-    pinned = {
-        "store": {"uri": "s3://b/vgg", "version": 3, "digest": "ab" * 32},
-        "config_hash": "c0ffee",
-        "split": "validation",
-    }
-    chosen = {name: VARIANTS[name] for name in _VALUES}
-    page = markdown(_METRICS, "probe/audio_video", differences, chosen, pinned, 1234)
-    for said in ("version 3", "c0ffee", "1,234 validation clips", "| full - instance | 5 | +1.4"):
-        assert said in page
-    draw(_METRICS, "probe/audio_video", differences, tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
-    assert "not corrected for 3 comparisons" in note(differences, 1234, "test")

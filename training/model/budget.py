@@ -1,4 +1,4 @@
-"""What a training run costs before it starts: parameters, FLOPs, memory, hours.
+"""Budget: what a training step costs before it runs: parameters, FLOPs, memory, hours.
 
 Runs the real model on tensors without data, so every stem, mask and option is counted as it will
 run; knows nothing of Ray, clusters or data. Invariant: nothing is allocated and nothing trained.
@@ -14,10 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.config import STREAMS, TrainingConfig
+from training.config import SIDES, STREAMS, TrainingConfig
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder, InputShape, MaskNoise
-from training.weights.export import cavmae_state
 
 _ADAM_BYTES = 16
 """Bytes per trainable fp32 weight: itself, its gradient, two moments."""
@@ -49,8 +48,10 @@ class Budget(NamedTuple):
 
 
 def pretraining_budget(config: TrainingConfig, shape: InputShape) -> Budget:
-    """Costs of pretraining with this config on clips of this shape."""
-    reconstruct = config.loss.reconstruction > 0
+    """Costs of pretraining with this config on clips of this shape: every loss in force."""
+    reconstruct, intra = config.loss.reconstruction > 0, config.loss.intra > 0
+    fused = config.loss.fusion and config.rounds.labels != "none"
+    streams = STREAMS if fused else SIDES
     frames = config.data.frames_per_clip
     with FakeTensorMode():
         encoder = Encoder(config.encoder, shape, decoder=reconstruct)
@@ -58,8 +59,11 @@ def pretraining_budget(config: TrainingConfig, shape: InputShape) -> Budget:
         def forward(clips: int) -> list[Tensor]:
             fbank, pictures = _clips(clips, shape, frames)
             masks = _noise(encoder, clips, frames, config.loss.mask_ratio) if reconstruct else None
-            encoding = encoder(fbank, pictures, STREAMS, masks, reconstruct)
-            return [*encoding.h.values(), *encoding.reconstruction.values()]
+            encoding = encoder(fbank, pictures, streams, masks, reconstruct)
+            outputs = [*encoding.h.values(), *encoding.reconstruction.values()]
+            if intra:
+                outputs += encoder(fbank, pictures, SIDES, masks).h.values()
+            return outputs
 
         return _measure(encoder, forward, config.pretrain.precision == "bf16")
 
@@ -80,16 +84,24 @@ def finetuning_budget(config: TrainingConfig, shape: InputShape, n_classes: int)
 
 
 def budget_table(
-    budget: Budget, clips_per_device: int, steps: int, seconds_per_step: float | None = None
+    budget: Budget,
+    clips_per_device: int,
+    clips_at_once: int,
+    steps: int,
+    seconds_per_step: float | None = None,
 ) -> list[tuple[str, str]]:
-    """Name and value of each line that `pretrain --dry-run` shows."""
+    """Name and value of each line that `--dry-run` shows.
+
+    Args: clips_per_device: of a batch. clips_at_once: in one forward pass, which memory is for.
+    """
     rows = [
         ("parameters", f"{budget.parameters:,}"),
         ("trainable", f"{budget.trainable:,}"),
         ("forward per clip", f"{budget.flops_forward / 1e9:,.2f} GFLOP"),
         ("training per clip", f"{budget.flops_train / 1e9:,.2f} GFLOP"),
         ("clips per device", f"{clips_per_device:,}"),
-        ("memory per device", f"{budget.step_bytes(clips_per_device) / 2**30:,.2f} GiB"),
+        ("clips at once", f"{clips_at_once:,}"),
+        ("memory per device", f"{budget.step_bytes(clips_at_once) / 2**30:,.2f} GiB"),
         ("steps", f"{steps:,}"),
     ]
     if seconds_per_step is not None:
@@ -99,12 +111,6 @@ def budget_table(
             ("estimated time", f"{budget.hours(steps, seconds_per_step):,.1f} h"),
         ]
     return rows
-
-
-def cavmae_parameters(model: Encoder | Classifier) -> tuple[int, int]:
-    """(tensors, weights) of the model as CAV-MAE builds it, norms it never uses included."""
-    state = cavmae_state(model)
-    return len(state), sum(tensor.numel() for tensor in state.values())
 
 
 def _clips(clips: int, shape: InputShape, frames: int) -> tuple[Tensor, Tensor]:

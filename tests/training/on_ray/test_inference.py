@@ -1,0 +1,155 @@
+"""Models applied to clips, without Ray: precision, memory, and where probes are fitted."""
+
+import pickle
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from support.memory import SHAPE, MemoryReader, memory_index
+
+from training.config import (
+    DataConfig,
+    EncoderConfig,
+    EvaluateConfig,
+    ScaleConfig,
+    TrainingConfig,
+)
+from training.data.order import BatchPlan, FrameDraw, WindowPlan
+from training.data.reader import Batch
+from training.evaluation.probes import Probe
+from training.model.encoder import Encoder
+from training.on_ray import evaluate, inference
+from training.on_ray.inference import Job, Model, Models, Outputs, run_jobs
+from training.weights.files import save_encoder
+
+_DATA = DataConfig(lanes=4, shuffle_window=8, fbank_mean=0.0, fbank_std=3.0)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("encoder"))
+    torch.manual_seed(0)
+    config = EncoderConfig(preset="tiny", dim=32, projection=16)
+    save_encoder(Encoder(config, SHAPE), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    index = memory_index()
+    plan = BatchPlan.of(len(index), 16, _DATA)
+    reader = MemoryReader(WindowPlan(index, plan, range(4), 0))
+    return next(iter(reader.sweep(FrameDraw(2, random=False))))
+
+
+def test_bf16_reaches_the_trunk_and_outputs_stay_close(
+    encoder: str, batch: Batch, attentions: list[tuple[bool, torch.dtype]]
+) -> None:
+    found = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        attentions.clear()
+        found[precision] = Model(Models(encoder), _DATA, "cpu", precision)(batch, n_passes=2)
+        assert {seen for _, seen in attentions} == {dtype}
+    for space in ("z", "h"):
+        for stream, x_NP in found["fp32"].of(space).items():
+            y_NP = found["bf16"].of(space)[stream]
+            assert y_NP.dtype == np.float32
+            assert 0 < np.abs(x_NP - y_NP).max() < 0.05 * np.abs(x_NP).max()
+
+
+@pytest.mark.parametrize(
+    ("use_gpu", "asked", "expected"),
+    [(True, None, "bf16"), (False, None, "fp32"), (True, "fp32", "fp32"), (False, "bf16", "bf16")],
+)
+def test_evaluation_is_bf16_on_gpus_unless_told_otherwise(
+    use_gpu: bool, asked: Any, expected: str
+) -> None:
+    scale = ScaleConfig(use_gpu=use_gpu)
+    assert inference.precision_of(EvaluateConfig(precision=asked), scale) == expected
+
+
+def test_memory_of_the_driver_does_not_grow_with_the_clips(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """256 MiB of outputs, in any order, cost the driver next to nothing of its own."""
+    n_rows, width, piece = 32768, 2048, 1024
+    starts = np.random.default_rng(0).permutation(np.arange(0, n_rows, piece))
+
+    def rows(*_: Any) -> Iterator[dict[str, Any]]:
+        for start in starts:
+            positions = np.arange(start, start + piece)
+            x = np.repeat(positions[:, None], width, axis=1).astype(np.float32)
+            yield {"job": 0, "outputs": pickle.dumps((positions, {"z": {"audio": x}}))}
+
+    monkeypatch.setattr(inference, "_rows", rows)
+    index = memory_index()
+    monkeypatch.setattr(type(index), "__len__", lambda _: n_rows)
+    before = _own_bytes()
+    [outputs] = run_jobs(
+        [Job(index, None, ("z",))], Models(None), _DATA, ScaleConfig(), EvaluateConfig()
+    )
+    grown = _own_bytes() - before
+    np.testing.assert_array_equal(outputs.z["audio"][:, -1], np.arange(n_rows))
+    assert grown < 64 * 2**20, f"{grown / 2**20:.0f} MiB"
+
+
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            inference.paged_array(2**14, 64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _own_bytes() -> int:
+    """Memory that cannot be paged out to a file of its own."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - _file_backed())
+
+
+def _file_backed() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssFile"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def test_probes_are_fitted_on_a_workers_gpu_where_training_has_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The driver's node has no GPU: the fit is a task that reserves one."""
+    asked: list[dict[str, Any]] = []
+
+    def remote(**resources: Any) -> Callable[[Callable[..., Any]], Any]:
+        asked.append(resources)
+        return lambda call: SimpleNamespace(remote=call)
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(remote=remote, get=lambda x: x))
+    index = memory_index()
+    rng = np.random.default_rng(0)
+    z = {
+        s: rng.normal(size=(len(index), 8)).astype(np.float32) for s in ("audio", "video", "fusion")
+    }
+    devices: list[str] = []
+
+    def knn(*args: Any, device: str, **_: Any) -> np.ndarray:
+        devices.append(device)
+        return np.eye(4, dtype=np.float32)[np.zeros(len(args[2]), int)]
+
+    probe = Probe("knn", "", lambda *given, config, device: knn(*given, device=device))
+    monkeypatch.setattr(evaluate, "PROBES", (probe,))
+    monkeypatch.setattr(evaluate, "knn_probe", knn)
+    config = TrainingConfig(scale=ScaleConfig(use_gpu=True))
+    outputs = Outputs(z, {}, {})
+    evaluate._probe(config, index, index, outputs, outputs)
+    assert devices == ["cuda"] * 5
+    assert asked == [{"num_gpus": 1}] * 5

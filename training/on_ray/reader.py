@@ -1,0 +1,71 @@
+"""RayReader: batches decoded ahead of training, by Ray tasks.
+
+The edge of reading to Ray: knows nothing of what a window holds. Invariant: it gives the batches of
+`LocalReader`, whatever the number of tasks and whichever of them die.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import ray
+
+from training.data.order import EpochReads, FrameDraw, Window, WindowPlan
+from training.data.reader import Batch, read_window
+
+_STEPS_AHEAD = 4
+"""Decoded steps a task holds that training has not taken yet."""
+
+
+class RayReader:
+    """Decodes windows in Ray tasks, ahead of training.
+
+    Plain tasks and not a Ray Data set: iterated in a Ray Train worker on two cores, its scheduler
+    never rested, and the same pretraining ran at a third of the speed (benchmarks/README.md). It
+    also wants every window of all epochs beforehand.
+    """
+
+    def __init__(self, windows: WindowPlan, tasks: int, cpus: float) -> None:
+        """Args: tasks: windows decoded at the same time; cpus: what each of them reserves."""
+        self.windows, self.tasks = windows, tasks
+        self._decode = ray.remote(read_window).options(
+            name="read",
+            num_cpus=cpus,
+            num_returns="streaming",
+            max_retries=-1,
+            scheduling_strategy="DEFAULT",
+            _generator_backpressure_num_objects=_STEPS_AHEAD,
+        )
+
+    def stream(self, epochs: Iterable[EpochReads]) -> Iterator[Batch]:
+        """See `Reader`."""
+        return self._run(w for reads in epochs for w in self.windows.windows(reads))
+
+    def sweep(self, frames: FrameDraw) -> Iterator[Batch]:
+        """See `Reader`."""
+        return self._run(self.windows.sweep(frames))
+
+    def _run(self, windows: Iterator[Window]) -> Iterator[Batch]:
+        started: deque[Any] = deque()
+        try:
+            while True:
+                # Never more tasks than CPUs were reserved for: one that has to be run again would
+                # wait behind a later one, which waits for it to be read.
+                while _n_running(started) < self.tasks and (window := next(windows, None)):
+                    started.append(self._decode.remote(window))
+                if not started:
+                    return
+                step = next(started[0], None)
+                if step is None:
+                    started.popleft()
+                else:
+                    yield ray.get(step)
+        finally:
+            for task in started:
+                ray.cancel(task)
+
+
+def _n_running(tasks: Iterable[Any]) -> int:
+    """Tasks that have not decoded all of their window yet."""
+    ends = [task.completed() for task in tasks]
+    return len(ray.wait(ends, num_returns=len(ends), timeout=0)[1]) if ends else 0
