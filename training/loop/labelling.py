@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clustering.kmeans.label_table import lookup
 from clustering.rounds.health import agreement
 from clustering.rounds.protocol import HeadLabels, PublishedRound, RoundRequest, Rounds
 from training.config import TrainingConfig
@@ -53,6 +52,7 @@ class Labelling:
         compared = plan.batch_size if config.loss.negatives == "global" else plan.lane_size
         self.gate_nats = math.log(compared) - config.rounds.margin_nats
         order = np.argsort(index.keys_N)
+        order = order[index.labels_N[order] >= 0]
         self.true_keys_N, self.true_labels_N = index.keys_N[order], index.labels_N[order]
         self.heads: list[HeadLabels] = []
         self.in_force: list[Labels] = []
@@ -168,9 +168,9 @@ class Labelling:
         self.first_step = step if self.first_step is None else self.first_step
         self.confusion_step = step
         first = published.heads[0]
-        true_N = lookup(self.true_keys_N, self.true_labels_N, first.keys_N, default=-1)
-        if (true_N >= 0).any():
-            self.health |= agreement(first.labels_N[true_N >= 0], true_N[true_N >= 0])
+        known_N = np.isin(first.keys_N, self.true_keys_N)
+        places = np.searchsorted(self.true_keys_N, first.keys_N[known_N])
+        self.health |= agreement(first.labels_N[known_N], self.true_labels_N[places])
 
     def _enforce(self, head: HeadLabels) -> Labels:
         prototypes = {s: self._on_device(m) for s, m in head.prototypes.items()}
