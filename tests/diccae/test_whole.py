@@ -211,9 +211,10 @@ def _copied(run: Path, to: Path) -> Path:
 
 
 def test_retrieval_by_the_middle_frame_is_that_of_one_frame(
-    place: Path, diccae: Diccae, tmp_path: Path
+    place: Path, diccae: Diccae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CAV-MAE's protocol beside the mean over frames, and not instead of it."""
+    monkeypatch.chdir(place)
     run = _copied(place / "run", tmp_path / "run")
     whole = json.loads((run / "results.json").read_text())
     diccae("evaluate", "--out", str(run), "--evaluate.frames", "1")
@@ -236,6 +237,7 @@ def test_a_new_metric_is_one_entry(
 
     toy = metrics.Metric("toy", "a toy", "classifier", measured, ("fusion",))
     monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, toy))
+    monkeypatch.chdir(place)
     run = _copied(place / "run", tmp_path / "run")
     printed = diccae("evaluate", "--out", str(run))
     value = N_TEST / (N_TEST + 1)
@@ -256,8 +258,13 @@ def test_a_new_metric_is_one_entry(
 
 
 def test_an_evaluation_that_cannot_fit_is_refused_at_once(
-    place: Path, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path,
+    store: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(place)
     run = str(place / "run")
     embed = ["embed", "--store", store, "--encoder", f"{run}/encoder", "--out", str(tmp_path / "v")]
     for command in (["evaluate", "--out", run], embed):

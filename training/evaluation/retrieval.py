@@ -96,7 +96,8 @@ def unit_rows(x_NP: Vectors) -> NDArray[np.float32]:
     """Rows scaled to unit length, float32; rows of zeros stay. The one place that normalises."""
     x = np.asarray(x_NP, np.float32)
     norms_N1 = np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    return np.divide(x, norms_N1, dtype=np.float32)
+    rows: NDArray[np.float32] = np.divide(x, norms_N1, dtype=np.float32)
+    return rows
 
 
 def _cosines(queries_NP: Vectors, gallery_NP: Vectors) -> Iterator[tuple[int, Vectors]]:
