@@ -22,12 +22,13 @@ import ray
 import threadpoolctl
 from matplotlib.figure import Figure
 
-from clustering.config import ClusteringConfig
-from clustering.kmeans.grid import prepare
+from clustering.config import KMeansConfig, PoolConfig
+from clustering.kmeans.fit_plan import plan_fit
+from clustering.kmeans.label_table import LabelTable
 from clustering.kmeans.lloyd import fit, kmeans
 from clustering.kmeans.passes import LocalPasses, Passes
-from clustering.kmeans.share import Block, Share
-from clustering.kmeans.views import View
+from clustering.kmeans.share import RowBlock, Share
+from clustering.kmeans.space import whole_rows
 from clustering.pool.compute import RayPasses, compute_actors, stop
 from clustering.pool.pool import ClusterPool
 from clustering.rounds.protocol import HeadLabels, RoundRequest
@@ -79,18 +80,14 @@ class GeneratedSource:
             rows = min(16384, n - start)
             first = self._part * n + start
             x = unit_rows(rows, d, k, seed=first)
-            yield Block(np.arange(first, first + rows, dtype=np.uint64), x)
-
-
-def view_of(d: int) -> View:
-    return View("vectors", ((0, d),), "concat", True)
+            yield RowBlock(np.arange(first, first + rows, dtype=np.uint64), x)
 
 
 def our_iterations(x: np.ndarray, k: int) -> Callable[[int], Callable[[], Any]]:
     """Runs of so many iterations from the first k rows."""
 
     def run(iterations: int) -> Callable[[], Any]:
-        config = ClusteringConfig(k=k, iterations=iterations, tol=0, empty="keep")
+        config = KMeansConfig(k=k, iterations=iterations, tol=0, empty="keep")
         return lambda: kmeans(x, config, init_KD=x[:k].copy())
 
     return run
@@ -145,10 +142,10 @@ def pool() -> None:
     row("N", "d", "K", "one s", "actors s", "driver s", "ratio", "target")
     for n, d, k in [(60_000, 512, 309), (40_000, 512, 1000)]:
         sources = [GeneratedSource(n // 2, d, k, part) for part in (0, 1)]
-        config = ClusteringConfig(k=k)
+        config = KMeansConfig(k=k)
         single = LocalPasses(Share(BothSources(sources), config.block_rows, "cpu"))
         one, _ = iterations_cpu(single, [], d, k)
-        actors = compute_actors(config, 2)
+        actors = compute_actors(config, PoolConfig().groups(config).compute)
         driver, theirs = iterations_cpu(RayPasses(actors, sources, "driver"), actors, d, k)
         row(n, d, k, one, theirs, driver, (theirs + driver) / one, "<= 1.20")
         stop(actors)
@@ -156,13 +153,13 @@ def pool() -> None:
 
 def iterations_cpu(passes: Passes, actors: list[Any], d: int, k: int) -> tuple[float, float]:
     """Least CPU seconds of five iterations: of this process, and of the actors."""
-    config = ClusteringConfig(k=k, iterations=ITERATIONS, tol=0)
-    prepared = prepare(passes, view_of(d), config, 0)
+    config = KMeansConfig(k=k, iterations=ITERATIONS, tol=0)
+    plan = plan_fit(passes, whole_rows(d, spherical=True), config, 0)
     start = unit_rows(k, d, k, seed=99)
     spent = []
     for _ in range(4):
         before, here = actor_cpu(actors), time.process_time()
-        fit(passes, prepared, config, 0, init_KD=start)
+        fit(passes, plan, config, 0, init_KD=start)
         spent.append((time.process_time() - here, actor_cpu(actors) - before))
     return min(spent, key=sum)
 
@@ -184,14 +181,14 @@ def warm() -> None:
     """Iterations to tol 1e-4 after the features moved, from the old labels and from nothing."""
     row("cos(x, x')", "warm", "cold random", "ratio", "cold ++", "same ids", "target")
     x = unit_rows(20_000, 128, 309, noise=1.6)
-    random = ClusteringConfig(k=309, iterations=60, warm_iterations=60, init="random")
+    random = KMeansConfig(k=309, iterations=60, warm_iterations=60, init="random")
     refined = random.model_copy(update={"init": "kmeans++"})
     first = kmeans(x, random, seed=0)
     rng = np.random.default_rng(1)
     for noise in (0.1, 0.36, 0.8):
         moved = x + rng.normal(size=x.shape).astype(np.float32) * np.float32(noise / np.sqrt(128))
         moved /= np.linalg.norm(moved, axis=1, keepdims=True)
-        again = kmeans(moved, random, seed=1, warm=(first.keys_N, first.labels_N))
+        again = kmeans(moved, random, seed=1, warm=LabelTable(first.keys_N, first.labels_N))
         cold = kmeans(moved, random, seed=1)
         row(
             float((x * moved).sum(axis=1).mean()),
@@ -241,11 +238,11 @@ def plot(axis: Any, name: str, values: Any, seconds: list[float], at: float, top
 def shares(axis: Any) -> None:
     """CPU of an actor's iteration, and memory of the largest, when 1, 2, 4 share the rows."""
     n, d, k = 192_000, 256, 100
-    config = ClusteringConfig(k=k, cpus_per_actor=0.5)
+    config = KMeansConfig(k=k)
     counts, seconds = (1, 2, 4), []
     row("actors", "CPU s", "x actors", "MiB / actor", "rows MiB")
     for count in counts:
-        actors = compute_actors(config, count)
+        actors = compute_actors(config, PoolConfig(n_actors=count).groups(config).compute)
         empty = max(actor_memory(actor) for actor in actors)
         sources = [GeneratedSource(n // count, d, k, part) for part in range(count)]
         passes = RayPasses(actors, sources, "driver")
@@ -296,7 +293,7 @@ def push() -> None:
     rows = rng.normal(size=(64, 768)).astype(np.float16)
     row("rows", "CPU ms/push", "median ms", "p99 ms", "max ms", "target")
     with tempfile.TemporaryDirectory() as folder:
-        made = ClusterPool(ClusteringConfig(), streams, folder)
+        made = ClusterPool(KMeansConfig(), PoolConfig(), streams, folder)
         client = made.client()
         client.push(np.arange(64), rows, 0)
         client.flush(60)
@@ -325,7 +322,7 @@ def stall() -> None:
     row("clustering", "epoch s", "flush s", "wait s", "stall %", "target")
     for clustering in (False, True):
         with tempfile.TemporaryDirectory() as folder:
-            made = ClusterPool(ClusteringConfig(k=32), streams, folder)
+            made = ClusterPool(KMeansConfig(k=32), PoolConfig(), streams, folder)
             client = made.client()
             ray.get([a.__ray_ready__.remote() for a in (*made.banks, *made.actors)])
             flushed, waited, step, started = 0.0, 0.0, 0, time.perf_counter()

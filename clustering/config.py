@@ -1,11 +1,11 @@
-"""How vectors are clustered, and how the clustering is spread over actors.
+"""KMeansConfig, which decides a label, and PoolConfig, which decides where and how fast it is made.
 
 Pure pydantic models: imports neither numpy nor Ray, so that `--help` answers at once.
-Invariant: only the fields of `ClusteringConfig.result_fields` can change a label; the others change
-where and how fast the work is done.
+Invariant: a field that can change a label, an id or a prototype is one of `KMeansConfig`, so that
+the whole of it identifies a round; a field of `PoolConfig` changes no bit.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -29,8 +29,12 @@ class GuardConfig(Frozen):
     """Smallest share of the expected rows that is in the bank."""
 
 
-class ClusteringConfig(Frozen):
-    """One clustering (k-means, full Lloyd), its targets for training and its scale."""
+Init = Literal["random", "kmeans++"]
+"""Names of the cold starts; `kmeans.start.STARTS` has the function of each."""
+
+
+class KMeansConfig(Frozen):
+    """One clustering (k-means, full Lloyd) and whom its labels teach."""
 
     k: int = Field(32, ge=1)
     """Number of clusters K."""
@@ -42,7 +46,7 @@ class ClusteringConfig(Frozen):
     """Stop when the inertia falls by less than this share; 0 stops only at a fixed point."""
     spherical: bool = True
     """Rows and centroids of unit length (cosine); false is Euclidean k-means."""
-    init: Literal["random", "kmeans++"] = "kmeans++"
+    init: Init = "kmeans++"
     """Cold start: K rows of smallest hash (free), or greedy k-means++ on a sample."""
     init_sample: int = Field(16, ge=1)
     """Rows per centroid in the sample of `kmeans++`, at least 4096 rows in all."""
@@ -72,6 +76,42 @@ class ClusteringConfig(Frozen):
     """Virtual shards of the bank: fixed, so that results do not depend on the number of actors."""
     block_rows: int = Field(2048, ge=16)
     """Rows of one matrix product; fewer cost up to 15 % at wide rows."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where rows are assigned; faiss on a GPU (`cuda`) rounds scores otherwise than a CPU."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "KMeansConfig":
+        if self.balance == "sinkhorn" and not self.spherical:
+            raise ValueError("balance = sinkhorn needs spherical = true: its scores are cosines")
+        if len(set(self.streams)) != len(self.streams):
+            raise ValueError(f"streams = {self.streams} names one twice")
+        if self.targets == "swapped" and len(self.streams) < 2:
+            raise ValueError(f"targets = swapped needs two streams, found {self.streams}")
+        return self
+
+
+class ActorGroup(NamedTuple):
+    """Like actors that are alive at the same time, and what Ray reserves for each."""
+
+    part: str
+    """What they do, for a table of who wants what."""
+    n: int
+    cpus: float
+    gpus: float
+
+
+class PoolGroups(NamedTuple):
+    """All actors of a pool that makes rounds beside training."""
+
+    compute: ActorGroup
+    """The only ones that `diccae cluster` starts."""
+    banks: ActorGroup
+    coordinator: ActorGroup
+
+
+class PoolConfig(Frozen):
+    """The actors that cluster, and what waits between them and training."""
+
     n_actors: int = Field(2, ge=1)
     """Compute actors."""
     n_banks: int | None = Field(None, ge=1)
@@ -80,10 +120,8 @@ class ClusteringConfig(Frozen):
     """CPUs a compute actor reserves; it computes on one thread."""
     cpus_per_bank: float = Field(0.1, ge=0)
     """CPUs a bank actor, and the coordinator, reserve."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """`cuda`: compute actors assign rows with faiss on a GPU."""
-    gpus_per_actor: float = Field(0.0, ge=0)
-    """GPUs a compute actor reserves."""
+    gpus_per_actor: float = Field(1.0, gt=0)
+    """GPUs a compute actor reserves where `clustering.device` = cuda."""
     reducer: Literal["auto", "driver", "tree"] = "auto"
     """Who adds the partial sums: the coordinator, or the actors in a tree (auto: above 16)."""
     fan_in: int = Field(8, ge=2)
@@ -97,40 +135,16 @@ class ClusteringConfig(Frozen):
     keep_vectors: int = Field(2, ge=1)
     """Rounds whose frozen vectors stay on storage; labels always stay."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "ClusteringConfig":
-        if self.balance == "sinkhorn" and not self.spherical:
-            raise ValueError("balance = sinkhorn needs spherical = true: its scores are cosines")
-        if len(set(self.streams)) != len(self.streams):
-            raise ValueError(f"streams = {self.streams} names one twice")
-        if self.targets == "swapped" and len(self.streams) < 2:
-            raise ValueError(f"targets = swapped needs two streams, found {self.streams}")
-        if self.n_actors > self.vshards:
-            raise ValueError(
-                f"n_actors = {self.n_actors} > vshards = {self.vshards}: some would have no rows"
-            )
-        if self.device == "cuda" and self.gpus_per_actor == 0:
-            raise ValueError("device = cuda needs gpus_per_actor > 0")
-        return self
-
     @property
     def bank_actors(self) -> int:
         """Number of bank actors."""
         return self.n_banks if self.n_banks is not None else (self.n_actors + 1) // 2
 
-    @property
-    def cpus(self) -> float:
-        """CPUs the actors of a pool reserve: compute actors, banks and the coordinator."""
-        return self.n_actors * self.cpus_per_actor + (self.bank_actors + 1) * self.cpus_per_bank
-
-    def result_fields(self) -> dict[str, object]:
-        """The fields that can change a label, an id or a prototype."""
-        return self.model_dump(
-            mode="json",
-            include={
-                *("k", "iterations", "warm_iterations", "tol", "spherical", "init", "init_sample"),
-                *("init_trials",),
-                *("empty", "balance", "balance_epsilon", "balance_iterations", "heads", "targets"),
-                *("max_points_per_centroid", "streams", "guard", "vshards", "block_rows", "device"),
-            },
+    def groups(self, kmeans: KMeansConfig) -> "PoolGroups":
+        """The actors that are started: what a resource check counts is what the pool asks for."""
+        gpus = self.gpus_per_actor if kmeans.device == "cuda" else 0.0
+        return PoolGroups(
+            ActorGroup("clustering actors", self.n_actors, self.cpus_per_actor, gpus),
+            ActorGroup("feature banks", self.bank_actors, self.cpus_per_bank, 0.0),
+            ActorGroup("clustering coordinator", 1, self.cpus_per_bank, 0.0),
         )

@@ -1,4 +1,4 @@
-"""The errors clustering raises on purpose.
+"""ClusteringError and its kinds: what clustering raises on purpose.
 
 Knows nothing of how they are shown. Invariant: each message names what was found, where, what was
 expected and the next step; `exit_code` is what the `diccae` command returns.

@@ -20,7 +20,8 @@ def join(uri: str, *parts: str) -> str:
 
 
 def _open(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    return fsspec.core.url_to_fs(uri)
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    return filesystem, path
 
 
 def write_bytes(uri: str, payload: bytes | memoryview) -> None:
@@ -39,14 +40,15 @@ def write_bytes(uri: str, payload: bytes | memoryview) -> None:
 def read_bytes(uri: str) -> bytes:
     """The file's bytes. Raises FileNotFoundError."""
     filesystem, path = _open(uri)
-    return filesystem.cat_file(path)
+    payload: bytes = filesystem.cat_file(path)
+    return payload
 
 
 def exists(uri: str) -> bool:
     """Whether there is a file or folder at `uri`."""
     filesystem, path = _open(uri)
     filesystem.invalidate_cache()
-    return filesystem.exists(path)
+    return bool(filesystem.exists(path))
 
 
 def names(uri: str) -> list[str]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 
-from clustering.config import ClusteringConfig
+from clustering.config import KMeansConfig, PoolConfig
 from diccae.errors import UsageError
 from pipeline.config import FeatureSpec, IngestConfig
 from training.config import TrainingConfig
@@ -25,11 +25,21 @@ class RunConfig(TrainingConfig):
 
     features: FeatureSpec = FeatureSpec()
     ingest: IngestConfig = IngestConfig()
-    clustering: ClusteringConfig = ClusteringConfig()
+    clustering: KMeansConfig = KMeansConfig()
+    pool: PoolConfig = PoolConfig()
+
+    @model_validator(mode="after")
+    def _rows_for_every_actor(self) -> "RunConfig":
+        if self.pool.n_actors > self.clustering.vshards:
+            raise ValueError(
+                f"pool.n_actors = {self.pool.n_actors} > clustering.vshards = "
+                f"{self.clustering.vshards}: some would have no rows"
+            )
+        return self
 
     def digest(self) -> str:
         """SHA-256 of what decides the result: not how many workers, where or how it is logged."""
-        content = self.model_dump(mode="json", exclude={"scale", "tracking", "ingest"})
+        content = self.model_dump(mode="json", exclude={"scale", "pool", "tracking", "ingest"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -49,10 +59,22 @@ def load_config(path: str | Path | None) -> RunConfig:
         raise UsageError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: found {type(content).__name__}, expected sections such as data:")
+    _move_pool_keys(content)
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
         raise UsageError(f"{path}: {explain(error, RunConfig)}") from None
+
+
+def _move_pool_keys(content: dict[str, Any]) -> None:
+    """Before 0.2 the keys of `pool` were keys of `clustering`: a run of then goes on, in place."""
+    clustering = content.get("clustering")
+    if isinstance(clustering, dict):
+        moved = {key: clustering.pop(key) for key in PoolConfig.model_fields if key in clustering}
+        if not moved.get("gpus_per_actor", True):
+            del moved["gpus_per_actor"]  # It was 0 without a GPU; `clustering.device` says that.
+        if moved:
+            content["pool"] = moved | (content.get("pool") or {})
 
 
 def save_config(config: BaseModel, path: Path) -> None:
@@ -83,6 +105,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 def _explain_one(item: Any, model: type[BaseModel]) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
+    if item["type"] == "value_error":  # Ours, of several fields together: it names what it found.
+        return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
     if item["type"] != "extra_forbidden":
         return f"{key}: {item['msg']}, found {item['input']!r}"
     known = _fields_at(model, location[:-1])

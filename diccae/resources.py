@@ -19,7 +19,7 @@ from typing import NamedTuple, NoReturn
 
 import psutil
 
-from clustering.config import ClusteringConfig
+from clustering.config import PoolGroups
 from diccae.errors import ResourceError
 from training.config import ScaleConfig, TrainingConfig
 
@@ -157,8 +157,15 @@ class Demand(NamedTuple):
     gpus: float
 
 
-def training_demands(config: TrainingConfig, clustering: ClusteringConfig | None) -> list[Demand]:
-    """All that is on the cluster at once while training runs."""
+class Node(NamedTuple):
+    """What one machine of the cluster has."""
+
+    cpus: float
+    gpus: float
+
+
+def training_demands(config: TrainingConfig, pool: PoolGroups | None) -> list[Demand]:
+    """All that is on the cluster at once while training runs, with a pool where labels are made."""
     scale = config.scale
     workers = scale.min_workers or scale.num_workers
     demands = [
@@ -166,35 +173,62 @@ def training_demands(config: TrainingConfig, clustering: ClusteringConfig | None
         Demand("readers", workers * scale.reader_tasks, scale.reader_cpus, 0),
         Demand("Ray's own tasks", 1, 1.0, 0),
     ]
-    if clustering is not None:
-        banks = clustering.n_banks or max(1, clustering.n_actors // 2)
-        demands += [
-            Demand("clustering actors", clustering.n_actors, clustering.cpus_per_actor, 0),
-            Demand("feature bank and coordinator", banks + 1, clustering.cpus_per_bank, 0),
-        ]
-    return demands
+    return demands + [Demand(*group) for group in pool or ()]
 
 
-def check_fits(demands: list[Demand]) -> None:
-    """Compare with the cluster Ray is connected to.
+def left_over(demands: list[Demand], nodes: list[Node]) -> list[Demand]:
+    """What finds no place when the largest are placed first, each where least is left.
 
+    One by one, because an actor lives on one node: four 4-CPU workers do not fit on eight nodes of
+    2 CPUs. Ray places in the order of arrival, so what fails here would wait there, too.
+    """
+    free = list(nodes)
+    missing: list[Demand] = []
+    for demand in sorted(demands, key=lambda d: (d.gpus, d.cpus), reverse=True):
+        for placed in range(demand.n):
+            fitting = [
+                i
+                for i, node in enumerate(free)
+                if node.cpus + 1e-6 >= demand.cpus and node.gpus + 1e-6 >= demand.gpus
+            ]
+            if not fitting:
+                missing.append(demand._replace(n=demand.n - placed))
+                break
+            best = min(fitting, key=lambda i: (free[i].gpus, free[i].cpus))
+            free[best] = Node(free[best].cpus - demand.cpus, free[best].gpus - demand.gpus)
+    return missing
+
+
+def check_fits(
+    demands: list[Demand], lower: str = "scale.num_workers, scale.cpus_per_worker or pool.n_actors"
+) -> None:
+    """Compare with the nodes of the cluster Ray is connected to.
+
+    Args: lower: the keys that make the run smaller, for the message.
     Raises: ResourceError with a table of who wants what.
     """
     import ray
 
-    have = ray.cluster_resources()
-    cpus = sum(d.n * d.cpus for d in demands)
-    gpus = sum(d.n * d.gpus for d in demands)
-    if cpus <= have.get("CPU", 0) + 1e-6 and gpus <= have.get("GPU", 0) + 1e-6:
+    nodes = [
+        Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    missing = left_over(demands, nodes)
+    if not missing:
         return
     rows = "\n".join(
         f"  {d.part:<30} {d.n:>4} x {d.cpus:g} CPU" + (f", {d.gpus:g} GPU" if d.gpus else "")
         for d in demands
     )
+    cpus, gpus = sum(d.n * d.cpus for d in demands), sum(d.n * d.gpus for d in demands)
+    largest = max(nodes, key=lambda node: (node.gpus, node.cpus), default=Node(0, 0))
     raise ResourceError(
-        f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs, this run "
-        f"needs {cpus:g} and {gpus:g}:\n{rows}\n"
-        "Lower scale.num_workers, scale.cpus_per_worker or clustering.n_actors, or add nodes."
+        f"the cluster has {sum(n.cpus for n in nodes):g} CPUs and {sum(n.gpus for n in nodes):g} "
+        f"GPUs on {len(nodes)} node(s), the largest {largest.cpus:g} and {largest.gpus:g}; this "
+        f"run needs {cpus:g} and {gpus:g}:\n{rows}\n"
+        f"No room for {', '.join(f'{d.n} of the {d.part}' for d in missing)}. "
+        f"Lower {lower}, or add nodes."
     )
 
 

@@ -23,7 +23,7 @@ from diccae.screen import ProgressLine, clock
 from training.errors import ConfigMismatch
 
 _VERSIONS = ("diccae", "torch", "torchaudio", "ray", "faiss-gpu", "mlflow", "pyarrow", "deltalake")
-_NOT_PINNED = ("scale.", "tracking.", "ingest.", "finetune.", "evaluate.")
+_NOT_PINNED = ("scale.", "pool.", "tracking.", "ingest.", "finetune.", "evaluate.")
 """Sections that may change between the stages of a run."""
 
 

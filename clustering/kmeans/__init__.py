@@ -1,1 +1,1 @@
-"""Exact spherical k-means: shares of vectors to labels and centroids."""
+"""Exact k-means, spherical or Euclidean: rows in any shares to labels and centroids."""

@@ -1,4 +1,4 @@
-"""Nearest centroid of each row: the one expensive step of k-means.
+"""assign: the nearest centroid of each row, the one expensive step of k-means.
 
 Knows nothing of where rows lie. Invariant: calls on the same rows with the same centroids give the
 same labels on one kind of hardware, because blocks have a fixed size and BLAS runs on one thread;
@@ -71,7 +71,7 @@ def assign_cuda(
     index = _cuda_index(centroids.shape[1])
     index.reset()
     index.add(np.ascontiguousarray(centroids))
-    return index.search(np.ascontiguousarray(rows), 1)[1][:, 0].astype(np.int32)
+    return np.asarray(index.search(np.ascontiguousarray(rows), 1)[1][:, 0], dtype=np.int32)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Sums that do not depend on the order of their terms.
+"""Exact sums on a grid, which do not depend on the order of their terms.
 
 Pure numpy: knows nothing of k-means. Rows are snapped to a power-of-two grid that is coarse enough
 for every possible sum of them to be a whole number of grid units below 2^53; float64 then adds

@@ -1,15 +1,17 @@
-"""A label table: sorted keys and their labels.
+"""LabelTable: sorted keys and their labels, and the search of keys in it.
 
-Pure numpy. Invariant: a key is found or it is not; keys of which the round knew nothing get the
-default, which losses ignore.
+Pure numpy; knows nothing of who made the labels. Invariant: a key is found or it is not; keys of
+which the table knows nothing get a default that losses ignore.
 
 Shapes: N rows of the table, B keys asked for.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
-UNLABELLED = -100
-"""Label of a row that has none; cross-entropy ignores it by default."""
+NO_LABEL = -100
+"""Label of a row that has none: what PyTorch's cross-entropy ignores by default."""
 
 _STRIDE = 256
 
@@ -39,17 +41,24 @@ class KeyIndex:
         return position
 
 
-def lookup(
-    keys_N: np.ndarray,
-    labels_N: np.ndarray,
-    keys_B: np.ndarray,
-    default: int = UNLABELLED,
-    index: KeyIndex | None = None,
-) -> np.ndarray:
-    """Labels int32 [B] of keys in a table of sorted keys; `default` where a key is not in it."""
-    if len(keys_N) == 0:
-        return np.full(len(keys_B), default, dtype=np.int32)
-    keys = np.asarray(keys_B, dtype=np.uint64)
-    position = (index or KeyIndex(keys_N)).find(keys)
-    labels = labels_N[position].astype(np.int32, copy=False)
-    return np.where(keys_N[position] == keys, labels, np.int32(default))
+class LabelTable(NamedTuple):
+    """Labels by key."""
+
+    keys_N: np.ndarray
+    """uint64, sorted, distinct."""
+    labels_N: np.ndarray
+    """int32."""
+
+    def lookup(
+        self, keys_B: np.ndarray, default: int = NO_LABEL, index: KeyIndex | None = None
+    ) -> np.ndarray:
+        """Labels int32 [B]; `default` for a key that is not here.
+
+        Args: index: over `keys_N`, for somebody who looks up many times.
+        """
+        if len(self.keys_N) == 0:
+            return np.full(len(keys_B), default, dtype=np.int32)
+        keys = np.asarray(keys_B, dtype=np.uint64)
+        position = (index or KeyIndex(self.keys_N)).find(keys)
+        labels = self.labels_N[position].astype(np.int32, copy=False)
+        return np.where(self.keys_N[position] == keys, labels, np.int32(default))

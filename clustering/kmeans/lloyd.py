@@ -1,4 +1,4 @@
-"""Full Lloyd k-means, spherical or Euclidean, over rows held by anybody.
+"""Lloyd's iterations, spherical or Euclidean, from planned rows to a `Clustering`.
 
 Knows nothing of Ray, rounds or files. Invariant: the clustering is a function of the rows, the
 config and the seed: all sums come from `Passes` and are exact, all random numbers from the seed, so
@@ -9,73 +9,23 @@ Shapes: N rows, D width, K clusters.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
-from clustering.config import ClusteringConfig
-from clustering.errors import BadVectors, ClusteringError, MissingLabels
-from clustering.kmeans.grid import Prepared, prepare
-from clustering.kmeans.passes import LocalPasses, Passes, Sums, Table
-from clustering.kmeans.share import Block, Share
-from clustering.kmeans.start import best_start, split_empty
-from clustering.kmeans.views import View
+from clustering.config import KMeansConfig
+from clustering.errors import BadVectors, MissingLabels
+from clustering.kmeans.checkpoint import Checkpoint, LloydState
+from clustering.kmeans.fit_plan import FitPlan, plan_fit
+from clustering.kmeans.label_table import LabelTable
+from clustering.kmeans.passes import LocalPasses, Passes
+from clustering.kmeans.share import RowBlock, Share
+from clustering.kmeans.space import PointSpace, whole_rows
+from clustering.kmeans.start import start
+from clustering.kmeans.update import new_centroids
 
 _MIN_MASS = 2.0**-24
-_MIN_SAMPLE = 4096
-
-
-@dataclass
-class LloydState:
-    """All that a resumed fit needs to go on with the same bits."""
-
-    centroids_KD: np.ndarray
-    """float32, in the prepared coordinates."""
-    offset_K: np.ndarray | None = None
-    """Balancing term of the last assignment, float32; None without balancing."""
-    inertia: list[float] = field(default_factory=list)
-    """One value per iteration, before its update."""
-    n_empty: list[int] = field(default_factory=list)
-    """Clusters without rows, likewise."""
-    done: bool = False
-    limit: int = 0
-    """Most iterations: fewer after a warm start."""
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The state as named arrays."""
-        arrays = {
-            "centroids": self.centroids_KD,
-            "inertia": np.array(self.inertia),
-            "n_empty": np.array(self.n_empty, dtype=np.int64),
-            "done": np.array(self.done),
-            "limit": np.array(self.limit),
-        }
-        return arrays if self.offset_K is None else {**arrays, "offset": self.offset_K}
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "LloydState":
-        """Inverse of `arrays`."""
-        return cls(
-            arrays["centroids"],
-            arrays.get("offset"),
-            arrays["inertia"].tolist(),
-            arrays["n_empty"].tolist(),
-            bool(arrays["done"]),
-            int(arrays["limit"]),
-        )
-
-
-class Checkpoint(Protocol):
-    """Where a fit keeps its state after each iteration."""
-
-    def load(self) -> dict[str, np.ndarray] | None:
-        """The last state, or None."""
-        ...
-
-    def save(self, arrays: dict[str, np.ndarray]) -> None:
-        """Replace the state."""
-        ...
+"""Least mass of a cluster in the balancing: an empty one would ask for an infinite offset."""
 
 
 @dataclass(frozen=True)
@@ -116,16 +66,17 @@ class Clustering:
 
 def kmeans(
     x_ND: np.ndarray,
-    config: ClusteringConfig,
+    config: KMeansConfig,
     seed: int = 0,
+    *,
     keys_N: np.ndarray | None = None,
     init_KD: np.ndarray | None = None,
-    warm: Table | None = None,
+    warm: LabelTable | None = None,
 ) -> Clustering:
     """Cluster an array in this process: the reference for the actor pool, bit for bit.
 
     Args: x_ND float; keys_N uint64, distinct (default: row numbers); init_KD: centroids to start
-        from; warm: sorted keys and labels to start from.
+        from; warm: labels to start from.
     Raises: BadVectors for rows that cannot be clustered.
     """
     if x_ND.ndim != 2:
@@ -134,24 +85,24 @@ def kmeans(
     check_distinct(keys)
     source = ArraySource(keys, np.ascontiguousarray(x_ND, dtype=np.float32))
     passes = LocalPasses(Share(source, config.block_rows, config.device))
-    view = View("vectors", ((0, x_ND.shape[1]),), "concat", config.spherical)
-    return cluster(passes, view, config, seed, init_KD=init_KD, warm=warm)
+    space = whole_rows(x_ND.shape[1], config.spherical)
+    return cluster(passes, space, config, seed, init_KD=init_KD, warm=warm)
 
 
 def cluster(
     passes: Passes,
-    view: View,
-    config: ClusteringConfig,
+    space: PointSpace,
+    config: KMeansConfig,
     seed: int,
     *,
     init_KD: np.ndarray | None = None,
-    warm: Table | None = None,
+    warm: LabelTable | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Clustering:
-    """Prepare, fit and label all rows of `passes`."""
-    prepared = prepare(passes, view, config, seed)
-    state = fit(passes, prepared, config, seed, init_KD=init_KD, warm=warm, checkpoint=checkpoint)
-    return label(passes, prepared, state, config)
+    """Plan, fit and label all rows of `passes`."""
+    plan = plan_fit(passes, space, config, seed)
+    state = fit(passes, plan, config, seed, init_KD=init_KD, warm=warm, checkpoint=checkpoint)
+    return label(passes, plan, state, config)
 
 
 def check_distinct(keys: np.ndarray) -> None:
@@ -167,45 +118,41 @@ def check_distinct(keys: np.ndarray) -> None:
 
 def fit(
     passes: Passes,
-    prepared: Prepared,
-    config: ClusteringConfig,
+    plan: FitPlan,
+    config: KMeansConfig,
     seed: int,
     *,
     init_KD: np.ndarray | None = None,
-    warm: Table | None = None,
+    warm: LabelTable | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> LloydState:
     """Lloyd iterations until the inertia settles, from the checkpoint if there is one."""
-    stored = checkpoint.load() if checkpoint else None
-    if stored is not None:
-        state = LloydState.from_arrays(stored)
-    else:
-        state = _start(passes, prepared, config, seed, init_KD, warm)
+    state = checkpoint.load() if checkpoint else None
+    if state is None:
+        state = start(passes, plan, config, seed, init_KD=init_KD, warm=warm)
     while not state.done and len(state.inertia) < state.limit:
-        _iterate(passes, prepared, config, seed, state)
+        _iterate(passes, plan, config, seed, state)
         if checkpoint:
-            checkpoint.save(state.arrays())
+            checkpoint.save(state)
     return state
 
 
 def _iterate(
-    passes: Passes,
-    prepared: Prepared,
-    config: ClusteringConfig,
-    seed: int,
-    state: LloydState,
+    passes: Passes, plan: FitPlan, config: KMeansConfig, seed: int, state: LloydState
 ) -> None:
     """One assignment and update, in place."""
     old = state.centroids_KD
     if config.balance == "sinkhorn":
-        state.offset_K = _balance(passes, prepared, config, old)
-    sums_KD, counts_K = passes.lloyd_sums(prepared.fit, old, _offset(old, state, prepared))
-    state.inertia.append(inertia_of(sums_KD, counts_K, old, prepared.sum_of_squares))
+        state.offset_K = _balance(passes, plan, config, old)
+    total = passes.lloyd_sums(plan.rule, old, _offset(state, plan))
+    sums_KD, counts_K = total
+    state.inertia.append(inertia_of(sums_KD, counts_K, old, plan.sum_of_squares))
     state.n_empty.append(int((counts_K == 0).sum()))
     settled = _settled(state, config.tol) or len(state.inertia) == state.limit
     # The last update moves no donor away from its mean.
     fill = config.empty == "split" and not settled
-    new = _update((sums_KD, counts_K), old, prepared, fill, (seed, len(state.inertia)))
+    entropy = (seed, len(state.inertia)) if fill else None
+    new = new_centroids(total, old, plan.spherical, fill_empty=entropy)
     state.done = settled or bool(np.array_equal(new, old))
     state.centroids_KD = new
 
@@ -233,41 +180,34 @@ def inertia_of(
     return max(0.0, sum_of_squares - 2.0 * cross + lengths)
 
 
-def label(
-    passes: Passes, prepared: Prepared, state: LloydState, config: ClusteringConfig
-) -> Clustering:
+def label(passes: Passes, plan: FitPlan, state: LloydState, config: KMeansConfig) -> Clustering:
     """Label every row with its nearest centroid and measure the result.
 
     Raises: MissingLabels if a row has no label or two: a clustering is whole or not at all.
     """
-    everything = prepared.fit.everything()
+    everything = plan.rule.everything()
     centroids = state.centroids_KD
-    offset_K = _offset(centroids, state, prepared)
-    keys_N, labels_N, squared_N = passes.label(everything, centroids, offset_K)
-    if len(keys_N) != prepared.n_rows or (keys_N[1:] == keys_N[:-1]).any():
+    keys_N, labels_N, squared_N = passes.label(everything, centroids, _offset(state, plan))
+    if len(keys_N) != plan.n_rows or (keys_N[1:] == keys_N[:-1]).any():
         raise MissingLabels(
-            f"{len(np.unique(keys_N))} distinct keys were labelled of {prepared.n_rows} rows: "
-            "rows were lost or occur twice. Make the snapshot again."
+            f"{len(np.unique(keys_N))} distinct keys were labelled of {plan.n_rows} rows: "
+            "rows were lost or occur twice. Freeze the rows again."
         )
-    sums_KD, counts_K = passes.label_sums(
-        everything, passes.share_out((keys_N, labels_N)), config.k
-    )
-    total_D, sum_of_squares = prepared.total_D, prepared.sum_of_squares
-    if everything != prepared.fit:
-        total_D, squares = passes.totals(everything, prepared.square_exponent)
-        sum_of_squares = squares * 2.0**prepared.square_exponent
-    shift = prepared.fit.shift_D
-    n = prepared.n_rows
-    spherical = prepared.fit.view.spherical
+    table = passes.share_out(LabelTable(keys_N, labels_N))
+    sums_KD, counts_K = passes.label_sums(everything, table, config.k)
+    total_D, sum_of_squares = plan.total_D, plan.sum_of_squares
+    if everything != plan.rule:
+        total_D, sum_of_squares = passes.totals(everything, plan.square_exponent)
+    shift = plan.rule.shift_D
     return Clustering(
-        keys_N,
-        labels_N,
-        squared_N / np.float32(2) if spherical else np.sqrt(squared_N),
-        centroids if shift is None else centroids + shift,
-        counts_K,
-        inertia_of(sums_KD, counts_K, centroids, sum_of_squares),
-        tuple(state.inertia),
-        mean_cosine(total_D, sum_of_squares, n),
+        keys_N=keys_N,
+        labels_N=labels_N,
+        distances_N=squared_N / np.float32(2) if plan.spherical else np.sqrt(squared_N),
+        centroids_KD=centroids if shift is None else centroids + shift,
+        counts_K=counts_K,
+        inertia=inertia_of(sums_KD, counts_K, centroids, sum_of_squares),
+        history=tuple(state.inertia),
+        mean_cosine=mean_cosine(total_D, sum_of_squares, plan.n_rows),
     )
 
 
@@ -278,89 +218,24 @@ def mean_cosine(total_D: np.ndarray, sum_of_squares: float, n: int) -> float:
     return min(1.0, (float(total_D @ total_D) - sum_of_squares) / (sum_of_squares * (n - 1)))
 
 
-def _start(
-    passes: Passes,
-    prepared: Prepared,
-    config: ClusteringConfig,
-    seed: int,
-    init_KD: np.ndarray | None,
-    warm: Table | None,
-) -> LloydState:
-    """Centroids before the first iteration, float32 [K, D], in prepared coordinates."""
-    shift, k = prepared.fit.shift_D, config.k
-    if init_KD is not None:
-        expected = (k, prepared.fit.view.width)
-        if init_KD.shape != expected:
-            raise BadVectors(f"init has shape {init_KD.shape}; k and the rows ask for {expected}.")
-        start = init_KD.astype(np.float64) - (0 if shift is None else shift)
-        centroids = _on_sphere(start, prepared).astype(np.float32)
-        return LloydState(centroids, limit=config.iterations)
-    if warm is not None:
-        if (warm[1] >= k).any():
-            raise ClusteringError(f"warm labels go up to {warm[1].max()}, k is {k}. Start cold.")
-        sums = passes.label_sums(prepared.fit, passes.share_out(warm), k)
-        if sums[1].any():
-            origin = np.zeros((k, prepared.fit.view.width), dtype=np.float32)
-            centroids = _update(sums, origin, prepared, True, (seed, 0))
-            return LloydState(centroids, limit=config.warm_iterations)
-    if config.init == "kmeans++":
-        n = min(prepared.n_fit, max(_MIN_SAMPLE, k * config.init_sample))
-        sample = passes.points_below(prepared.fit, seed, passes.nth_hash(seed, n))
-        trials = max(1, min(config.init_trials, 1000 // k))
-        start = best_start(sample, k, seed, trials, prepared.fit.view.spherical)
-        return LloydState(start, limit=config.iterations)
-    first = passes.points_below(prepared.fit, seed, passes.nth_hash(seed, k))
-    return LloydState(first, limit=config.iterations)
-
-
-def _update(
-    sums: Sums,
-    old_KD: np.ndarray,
-    prepared: Prepared,
-    fill_empty: bool,
-    entropy: tuple[int, int],
-) -> np.ndarray:
-    """New centroids, float32 [K, D]."""
-    sums_KD, counts_K = sums
-    filled = counts_K > 0
-    means = old_KD.astype(np.float64)
-    means[filled] = sums_KD[filled] / counts_K[filled, None]
-    means = _on_sphere(means, prepared, old_KD)
-    if fill_empty:
-        split_empty(means, counts_K, entropy)
-        means = _on_sphere(means, prepared, old_KD)
-    return means.astype(np.float32)
-
-
-def _on_sphere(
-    means_KD: np.ndarray, prepared: Prepared, fallback_KD: np.ndarray | None = None
-) -> np.ndarray:
-    """Unit length for a spherical clustering; a mean of zero length keeps the fallback."""
-    if not prepared.fit.view.spherical:
-        return means_KD
-    length = np.sqrt((means_KD * means_KD).sum(axis=1, keepdims=True))
-    unit = means_KD / np.where(length > 0, length, 1.0)
-    return unit if fallback_KD is None else np.where(length > 0, unit, fallback_KD)
-
-
-def _offset(centroids_KD: np.ndarray, state: LloydState, prepared: Prepared) -> np.ndarray | None:
+def _offset(state: LloydState, plan: FitPlan) -> np.ndarray | None:
     """What is added to x c' before the largest is taken."""
-    if prepared.fit.view.spherical:
+    if plan.spherical:
         return state.offset_K
-    c = centroids_KD.astype(np.float64)
-    return (-0.5 * (c * c).sum(axis=1)).astype(np.float32)
+    c = state.centroids_KD.astype(np.float64)
+    return np.asarray(-0.5 * (c * c).sum(axis=1), dtype=np.float32)
 
 
 def _balance(
-    passes: Passes, prepared: Prepared, config: ClusteringConfig, centroids_KD: np.ndarray
+    passes: Passes, plan: FitPlan, config: KMeansConfig, centroids_KD: np.ndarray
 ) -> np.ndarray:
     """Offset after Sinkhorn iterations towards equal sizes (Cuturi 2013; soft when few)."""
     log_scale_K = np.zeros(config.k)
     centroids = passes.share_out(centroids_KD)
     for _ in range(config.balance_iterations):
         offset_K = (config.balance_epsilon * log_scale_K).astype(np.float32)
-        mass_K = passes.balance_mass(prepared.fit, centroids, offset_K, config.balance_epsilon)
-        log_scale_K += np.log(prepared.n_fit / config.k) - np.log(np.maximum(mass_K, _MIN_MASS))
+        mass_K = passes.balance_mass(plan.rule, centroids, offset_K, config.balance_epsilon)
+        log_scale_K += np.log(plan.n_fit / config.k) - np.log(np.maximum(mass_K, _MIN_MASS))
     return (config.balance_epsilon * log_scale_K).astype(np.float32)
 
 
@@ -372,8 +247,8 @@ class ArraySource:
     def __init__(self, keys_N: np.ndarray, rows_NW: np.ndarray) -> None:
         order = np.argsort(keys_N, kind="stable")
         self.token = f"array-{id(self)}"
-        self._block = Block(keys_N[order], rows_NW[order])
+        self._block = RowBlock(keys_N[order], rows_NW[order])
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[RowBlock]:
         """The one block."""
         yield self._block

@@ -1,4 +1,4 @@
-"""The rows one process holds, and every pass k-means makes over them.
+"""Share: the rows one process holds, and every pass k-means makes over them.
 
 Knows nothing of Ray, of rounds or of who holds the other rows. Invariant: the result of a pass is
 a function of the source's blocks and the arguments; what is summed lies on a grid (kmeans.exact
@@ -17,15 +17,18 @@ from clustering.errors import BadVectors
 from clustering.kmeans.assign import assign, assign_cuda, one_blas_thread, scores_by_block
 from clustering.kmeans.exact import add_by_label, fixed_point_sum, snap
 from clustering.kmeans.hashing import hash64
-from clustering.kmeans.label_table import KeyIndex, lookup
-from clustering.kmeans.views import View, points
+from clustering.kmeans.label_table import KeyIndex, LabelTable
+from clustering.kmeans.space import PointSpace
 
 POSTERIOR_EXPONENT = -24
 """Grid of probabilities: finer than float32 needs, exact for 2^29 rows in one cluster."""
 
 
-class Block(NamedTuple):
-    """Rows that are never split: keys uint64 [n], rows float [n, W]."""
+_NOT_COUNTED = np.empty(0, dtype=np.int64)
+
+
+class RowBlock(NamedTuple):
+    """Rows (or the points made of them) that are never split: keys uint64 [n], float [n, W]."""
 
     keys: np.ndarray
     rows: np.ndarray
@@ -44,26 +47,27 @@ class Source(Protocol):
         """Whether rows stay in memory between passes, besides the points made of them."""
         ...
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[RowBlock]:
         """The blocks in a fixed order."""
         ...
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """How rows become the numbers that are added: view, grid, origin and sample."""
+class PointRule:
+    """How rows become the numbers that are added: space, grid, origin and sample."""
 
-    view: View
+    space: PointSpace
     exponent: int = 0
     """Points are multiples of 2^exponent."""
     shift: bytes = b""
-    """float32 [D] subtracted first (Euclidean only); empty: nothing."""
+    """float32 [D] subtracted first (Euclidean only); empty: nothing. Bytes, because rules are
+    compared: an actor keeps the points of the rule it was last asked for."""
     sample_below: int | None = None
     """Only rows whose hash is at most this; None: all rows."""
     sample_seed: int = 0
     """Seed of that hash."""
 
-    def everything(self) -> "Preparation":
+    def everything(self) -> "PointRule":
         """The same without sampling."""
         return replace(self, sample_below=None)
 
@@ -71,6 +75,17 @@ class Preparation:
     def shift_D(self) -> np.ndarray | None:
         """The shift as an array."""
         return np.frombuffer(self.shift, dtype=np.float32) if self.shift else None
+
+    def points(self, block: RowBlock) -> RowBlock:
+        """Keys and points, float32 [n, D] on the grid, of the rows that are in the sample."""
+        keys, rows = block
+        if self.sample_below is not None:
+            chosen = hash64(keys, self.sample_seed) <= np.uint64(self.sample_below)
+            keys, rows = keys[chosen], rows[chosen]
+        x = self.space.points(rows)
+        if self.shift_D is not None:
+            x = x - self.shift_D
+        return RowBlock(keys, snap(x, self.exponent))
 
 
 class Moments(NamedTuple):
@@ -80,12 +95,45 @@ class Moments(NamedTuple):
     max_abs: float
 
 
+class Sums(NamedTuple):
+    """What a pass adds up, of one share or of several: both parts are exact."""
+
+    sums: np.ndarray
+    """float64, on a grid."""
+    counts: np.ndarray
+    """int64; empty where a pass counts nothing."""
+
+    @classmethod
+    def zeros(cls, k: int, width: int) -> "Sums":
+        """Nothing yet: [K, D] and [K]."""
+        return cls(np.zeros((k, width)), np.zeros(k, dtype=np.int64))
+
+
+class HashedPoints(NamedTuple):
+    """Points that were chosen by the hash of their key."""
+
+    hashes: np.ndarray
+    """uint64 [n]."""
+    points: np.ndarray
+    """float32 [n, D]."""
+
+
+class LabelledPoints(NamedTuple):
+    """The nearest centroid of every row."""
+
+    keys: np.ndarray
+    """uint64 [n]."""
+    labels: np.ndarray
+    """int32 [n]."""
+    squared: np.ndarray
+    """Squared distance to the centroid, float32 [n]."""
+
+
 class LastSums(NamedTuple):
     """What the last Lloyd iteration added up."""
 
-    prep: Preparation
-    sums_KD: np.ndarray
-    counts_K: np.ndarray
+    rule: PointRule
+    total: Sums
     labels: list[np.ndarray]
     """Per block; empty before the first iteration."""
 
@@ -97,33 +145,33 @@ class Share:
         self._source = source
         self._block_rows = block_rows
         self._device = device
-        self._rows: list[Block] | None = None
-        self._points: tuple[Preparation, list[Block]] | None = None
-        self._last_sums: LastSums | None = None
+        self._rows: list[RowBlock] | None = None
+        self._kept: tuple[PointRule, list[RowBlock]] | None = None
+        self._last: LastSums | None = None
 
-    def moments(self, view: View) -> Moments:
-        """Number of rows and greatest coordinate of the view.
+    def moments(self, space: PointSpace) -> Moments:
+        """Number of rows and greatest coordinate of their points.
 
-        Raises: BadVectors for NaN or infinite rows, and for rows without a direction when the view
-            is spherical; the first keys are named.
+        Raises: BadVectors for NaN or infinite rows, and for rows without a direction when the
+            space is spherical; the first keys are named.
         """
         n_rows, max_abs = 0, 0.0
         for keys, rows in self._blocks():
-            _check_rows(keys, rows, view)
+            _check_rows(keys, rows, space)
             n_rows += len(keys)
-            if not view.spherical and len(rows):
-                max_abs = max(max_abs, float(np.abs(points(rows, view)).max()))
-        return Moments(n_rows, 1.0 if view.spherical else max_abs)
+            if not space.spherical and len(rows):
+                max_abs = max(max_abs, float(np.abs(space.points(rows)).max()))
+        return Moments(n_rows, 1.0 if space.spherical else max_abs)
 
-    def totals(self, prep: Preparation, square_exponent: int) -> tuple[np.ndarray, np.ndarray]:
+    def totals(self, rule: PointRule, square_exponent: int) -> Sums:
         """Sum of points, float64 [D], and of their squared lengths, int64 [1] on its own grid."""
-        total_D = np.zeros((1, prep.view.width))
+        total_1D = np.zeros((1, rule.space.width))
         squares = 0
-        for _, x in self._prepared(prep):
-            add_by_label(x, np.zeros(len(x), dtype=np.int32), total_D)
+        for _, x in self._points(rule):
+            add_by_label(x, np.zeros(len(x), dtype=np.int32), total_1D)
             lengths = np.einsum("nd,nd->n", x, x, dtype=np.float64)
             squares += fixed_point_sum(lengths, square_exponent)
-        return total_D[0], np.array([squares], dtype=np.int64)
+        return Sums(total_1D[0], np.array([squares], dtype=np.int64))
 
     def keys(self) -> np.ndarray:
         """Keys of this share's rows, uint64."""
@@ -137,97 +185,96 @@ class Share:
             merged = np.partition(merged, n - 1)[:n]
         return np.sort(merged)
 
-    def points_below(self, prep: Preparation, seed: int, below: int) -> tuple[np.ndarray, ...]:
-        """Hashes uint64 [n] up to `below` and their points float32 [n, D]."""
-        hashes, found = [np.empty(0, dtype=np.uint64)], [_no_points(prep)]
-        for keys, x in self._prepared(prep):
+    def points_below(self, rule: PointRule, seed: int, below: int) -> HashedPoints:
+        """The points whose hash is at most `below`."""
+        hashes = [np.empty(0, dtype=np.uint64)]
+        found = [np.empty((0, rule.space.width), dtype=np.float32)]
+        for keys, x in self._points(rule):
             block_hashes = hash64(keys, seed)
             chosen = block_hashes <= np.uint64(below)
             hashes.append(block_hashes[chosen])
             found.append(x[chosen])
-        return np.concatenate(hashes), np.concatenate(found)
+        return HashedPoints(np.concatenate(hashes), np.concatenate(found))
 
     def lloyd_sums(
-        self, prep: Preparation, centroids_KD: np.ndarray, offset_K: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, rule: PointRule, centroids_KD: np.ndarray, offset_K: np.ndarray | None
+    ) -> Sums:
         """Assign and add: sums float64 [K, D] and counts int64 [K].
 
         Rows that kept their label since the last call are not added again: exact sums have the
         same bits however they were reached.
         """
-        last = self._last_sums
-        if last is None or last.prep != prep or last.sums_KD.shape != centroids_KD.shape:
-            last = LastSums(prep, *_empty_sums(centroids_KD.shape), [])
-        self._last_sums = None
+        last = self._last
+        if last is None or last.rule != rule or last.total.sums.shape != centroids_KD.shape:
+            last = LastSums(rule, Sums.zeros(*centroids_KD.shape), [])
+        # The total is changed in place: a call that dies half way must not be gone on from.
+        self._last = None
         labels = []
         with one_blas_thread():
-            for i, (_, x) in enumerate(self._prepared(prep)):
+            for i, (_, x) in enumerate(self._points(rule)):
                 labels.append(self._assign(x, centroids_KD, offset_K))
-                before = last.labels[i] if last.labels else None
-                _move(x, before, labels[-1], last.sums_KD, last.counts_K)
-        self._last_sums = last._replace(labels=labels)
-        return last.sums_KD.copy(), last.counts_K.copy()
+                _move(x, last.labels[i] if last.labels else None, labels[-1], last.total)
+        self._last = last._replace(labels=labels)
+        return Sums(last.total.sums.copy(), last.total.counts.copy())
 
-    def label_sums(
-        self, prep: Preparation, table: tuple[np.ndarray, np.ndarray], k: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Add under given labels (sorted keys, labels); rows not in the table are left out."""
-        sums, counts = _empty_sums((k, prep.view.width))
-        index = KeyIndex(table[0])
-        for keys, x in self._prepared(prep):
-            labels = lookup(*table, keys, index=index)
+    def label_sums(self, rule: PointRule, table: LabelTable, k: int) -> Sums:
+        """Sums float64 [K, D] and counts int64 [K] under given labels; rows not in the table are
+        left out."""
+        total = Sums.zeros(k, rule.space.width)
+        index = KeyIndex(table.keys_N)
+        for keys, x in self._points(rule):
+            labels = table.lookup(keys, index=index)
             known = labels >= 0
-            if known.all():
-                _add(x, labels, sums, counts)
+            if known.all():  # The usual case, without a copy of the block.
+                _add(x, labels, total)
             else:
-                _add(x[known], labels[known], sums, counts)
-        return sums, counts
+                _add(x[known], labels[known], total)
+        return total
 
     def balance_mass(
-        self, prep: Preparation, centroids_KD: np.ndarray, offset_K: np.ndarray, epsilon: float
-    ) -> tuple[np.ndarray]:
+        self, rule: PointRule, centroids_KD: np.ndarray, offset_K: np.ndarray, epsilon: float
+    ) -> Sums:
         """Sum over rows of softmax((x c' + offset) / epsilon), float64 [K] on the grid."""
-        mass_K = np.zeros((1, len(centroids_KD)))
+        mass_1K = np.zeros((1, len(centroids_KD)))
         with one_blas_thread():
-            for _, x in self._prepared(prep):
-                blocks = scores_by_block(x, centroids_KD, offset_K, self._block_rows)
-                for _, scores in blocks:
+            for _, x in self._points(rule):
+                for _, scores in scores_by_block(x, centroids_KD, offset_K, self._block_rows):
                     soft = snap(_softmax(scores, epsilon), POSTERIOR_EXPONENT)
-                    add_by_label(soft, np.zeros(len(soft), dtype=np.int32), mass_K)
-        return (mass_K[0],)
+                    add_by_label(soft, np.zeros(len(soft), dtype=np.int32), mass_1K)
+        return Sums(mass_1K[0], _NOT_COUNTED)
 
     def label(
-        self, prep: Preparation, centroids_KD: np.ndarray, offset_K: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Keys uint64, labels int32 and squared distances float32 of all rows."""
+        self, rule: PointRule, centroids_KD: np.ndarray, offset_K: np.ndarray | None
+    ) -> LabelledPoints:
+        """The nearest centroid of every row."""
         keys, labels = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.int32)]
-        distances = [np.empty(0, dtype=np.float32)]
+        squared = [np.empty(0, dtype=np.float32)]
         with one_blas_thread():
-            for block_keys, x in self._prepared(prep):
+            for block_keys, x in self._points(rule):
                 found = self._assign(x, centroids_KD, offset_K)
                 keys.append(block_keys)
                 labels.append(found)
-                distances.append(_squared_distances(x, centroids_KD, found))
-        return np.concatenate(keys), np.concatenate(labels), np.concatenate(distances)
+                squared.append(_squared_distances(x, centroids_KD, found))
+        return LabelledPoints(np.concatenate(keys), np.concatenate(labels), np.concatenate(squared))
 
     def posterior_sums(
         self,
-        prep: Preparation,
+        rule: PointRule,
         prototypes: tuple[tuple[int, np.ndarray], ...],
         temperature: float,
-        table: tuple[np.ndarray, np.ndarray],
-    ) -> tuple[np.ndarray]:
-        """Posteriors added by label over streams, float64 [K, K] on the grid; rows not in the
-        table are left out.
+        table: LabelTable,
+    ) -> Sums:
+        """Posteriors added by label over streams, float64 [K, K] on the grid; rows not in
+        the table are left out.
 
         Args: prototypes: per stream, its first column in the point and its prototypes [K, P].
         """
         k = len(prototypes[0][1])
         sums_KK = np.zeros((k, k))
-        index = KeyIndex(table[0])
+        index = KeyIndex(table.keys_N)
         with one_blas_thread():
-            for keys, x in self._prepared(prep):
-                labels = lookup(*table, keys, index=index)
+            for keys, x in self._points(rule):
+                labels = table.lookup(keys, index=index)
                 known = labels >= 0
                 if not known.all():
                     x, labels = x[known], labels[known]
@@ -236,7 +283,7 @@ class Share:
                     for at, scores in scores_by_block(h, prototypes_KP, None, self._block_rows):
                         soft = snap(_softmax(scores, temperature), POSTERIOR_EXPONENT)
                         add_by_label(soft, labels[at : at + len(soft)], sums_KK)
-        return (sums_KK,)
+        return Sums(sums_KK, _NOT_COUNTED)
 
     def _assign(
         self, x_ND: np.ndarray, centroids_KD: np.ndarray, offset_K: np.ndarray | None
@@ -245,7 +292,7 @@ class Share:
             return assign_cuda(x_ND, centroids_KD, offset_K)
         return assign(x_ND, centroids_KD, offset_K, self._block_rows)
 
-    def _blocks(self) -> Iterator[Block]:
+    def _blocks(self) -> Iterator[RowBlock]:
         if self._rows is not None:
             yield from self._rows
             return
@@ -255,41 +302,30 @@ class Share:
         self._rows = list(self._source.blocks())
         yield from self._rows
 
-    def _prepared(self, prep: Preparation) -> Iterator[Block]:
-        """Points of the preparation: kept when they are what Lloyd iterates over."""
-        if self._points is not None and self._points[0] == prep:
-            yield from self._points[1]
+    def _points(self, rule: PointRule) -> Iterator[RowBlock]:
+        """Points by a rule: kept when they are what Lloyd iterates over, else made again."""
+        if self._kept is not None and self._kept[0] == rule:
+            yield from self._kept[1]
             return
-        made = (_prepare(block, prep) for block in self._blocks())
-        if prep.view.combine == "each" or (
-            self._points is not None and self._points[0].everything() == prep
+        made = (rule.points(block) for block in self._blocks())
+        if rule.space.combine == "each" or (
+            self._kept is not None and self._kept[0].everything() == rule
         ):
             # One pass over everything must not evict the sample or double the memory.
             yield from made
             return
-        self._points = None
-        self._points = (prep, list(made))
-        yield from self._points[1]
+        self._kept = None
+        self._kept = (rule, list(made))
+        yield from self._kept[1]
 
 
-def _prepare(block: Block, prep: Preparation) -> Block:
-    keys, rows = block
-    if prep.sample_below is not None:
-        chosen = hash64(keys, prep.sample_seed) <= np.uint64(prep.sample_below)
-        keys, rows = keys[chosen], rows[chosen]
-    x = points(rows, prep.view)
-    if prep.shift_D is not None:
-        x = x - prep.shift_D
-    return Block(keys, snap(x, prep.exponent))
-
-
-def _check_rows(keys: np.ndarray, rows: np.ndarray, view: View) -> None:
-    for start, stop in view.slices:
+def _check_rows(keys: np.ndarray, rows: np.ndarray, space: PointSpace) -> None:
+    for start, stop in space.slices:
         part = rows[:, start:stop].astype(np.float32, copy=False)
         finite = np.isfinite(part).all(axis=1)
         if not finite.all():
             raise _bad(keys[~finite], "NaN or infinite values")
-        if view.spherical:
+        if space.spherical:
             empty = ~part.any(axis=1)
             if empty.any():
                 raise _bad(keys[empty], "only zeros: a spherical clustering needs a direction")
@@ -319,32 +355,18 @@ def _squared_distances(x: np.ndarray, centroids: np.ndarray, labels: np.ndarray)
     return distances
 
 
-def _empty_sums(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    return np.zeros(shape), np.zeros(shape[0], dtype=np.int64)
+def _add(x: np.ndarray, labels: np.ndarray, total: Sums) -> None:
+    add_by_label(x, labels, total.sums)
+    np.add(total.counts, np.bincount(labels, minlength=len(total.counts)), out=total.counts)
 
 
-def _add(x: np.ndarray, labels: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> None:
-    add_by_label(x, labels, sums)
-    counts += np.bincount(labels, minlength=len(counts))
-
-
-def _move(
-    x: np.ndarray,
-    before: np.ndarray | None,
-    labels: np.ndarray,
-    sums: np.ndarray,
-    counts: np.ndarray,
-) -> None:
-    """Bring sums of the labels before up to the labels now."""
+def _move(x: np.ndarray, before: np.ndarray | None, labels: np.ndarray, total: Sums) -> None:
+    """Bring a total under the labels before up to the labels now."""
     if before is None:
-        _add(x, labels, sums, counts)
+        _add(x, labels, total)
         return
     moved = np.flatnonzero(before != labels)
-    rows = x[moved]
-    add_by_label(rows, before[moved], sums, weight=-1.0)
-    counts -= np.bincount(before[moved], minlength=len(counts))
-    _add(rows, labels[moved], sums, counts)
-
-
-def _no_points(prep: Preparation) -> np.ndarray:
-    return np.empty((0, prep.view.width), dtype=np.float32)
+    rows, left = x[moved], before[moved]
+    add_by_label(rows, left, total.sums, weight=-1.0)
+    np.subtract(total.counts, np.bincount(left, minlength=len(total.counts)), out=total.counts)
+    _add(rows, labels[moved], total)

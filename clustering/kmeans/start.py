@@ -1,44 +1,98 @@
-"""Where centroids come from when no row says so: k-means++ and the filling of empty clusters.
+"""STARTS: how a fit gets its first centroids, by the name that `init` has in the config.
 
-Pure numpy on small arrays. Invariant: results depend on the arrays and the seed alone.
+Knows nothing of iterations over all rows. Invariant: a start depends on the rows and the seed
+alone, so that it is the same whoever holds them.
+
+A new start is a function here, an entry of `STARTS` and a name in `clustering.config.Init`.
+
+Shapes: N rows, D width, K clusters.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 
+from clustering.config import Init, KMeansConfig
+from clustering.errors import BadVectors, ClusteringError
 from clustering.kmeans.assign import assign, one_blas_thread
+from clustering.kmeans.checkpoint import LloydState
 from clustering.kmeans.exact import add_by_label
+from clustering.kmeans.fit_plan import FitPlan
+from clustering.kmeans.label_table import LabelTable
+from clustering.kmeans.passes import Passes
+from clustering.kmeans.space import unit_rows
+from clustering.kmeans.update import new_centroids
 
-_SPLIT = 1.0 / 1024
+_MIN_SAMPLE = 4096
+"""Rows that k-means++ looks at even for few clusters: they cost nothing."""
 _TRIAL_ITERATIONS = 8
+_TRIAL_CENTROIDS = 1000
+"""Centroids of all starts of k-means++ together: above K = 250 one start takes seconds."""
 
 
-def split_empty(means_KD: np.ndarray, counts_K: np.ndarray, entropy: tuple[int, int]) -> None:
-    """Give each empty cluster a copy of a large one, both moved apart by 1/1024, in place.
+def start(
+    passes: Passes,
+    plan: FitPlan,
+    config: KMeansConfig,
+    seed: int,
+    *,
+    init_KD: np.ndarray | None = None,
+    warm: LabelTable | None = None,
+) -> LloydState:
+    """The state before the first iteration: from centroids, from labels, or cold.
 
-    The donor is drawn with p ~ n - 1, as faiss does, and counts as halved afterwards. Without a
-    donor of two rows the cluster stays empty. entropy: seed and iteration.
+    Labels of which no row is left start cold.
+    Raises: BadVectors for centroids of another shape; ClusteringError for labels above k.
     """
-    empty = np.flatnonzero(counts_K == 0)
-    if not len(empty):
-        return
-    seed, iteration = entropy
-    rng = np.random.default_rng([seed & 0xFFFFFFFFFFFFFFFF, 1 + iteration])
-    counts = counts_K.astype(np.float64)
-    sign = np.where(np.arange(means_KD.shape[1]) % 2 == 0, _SPLIT, -_SPLIT)
-    for cluster in empty:
-        weights = np.maximum(counts - 1, 0)
-        if not weights.any():
-            break
-        cumulative = np.cumsum(weights)
-        draw = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], "right"))
-        donor = min(draw, int(np.flatnonzero(weights)[-1]))
-        means_KD[cluster] = means_KD[donor] * (1 + sign)
-        means_KD[donor] *= 1 - sign
-        counts[cluster] = counts[donor] // 2
-        counts[donor] -= counts[cluster]
+    if init_KD is not None:
+        return LloydState(_as_planned(init_KD, plan, config.k), config.iterations)
+    if warm is not None:
+        if (warm.labels_N >= config.k).any():
+            raise ClusteringError(
+                f"warm labels go up to {warm.labels_N.max()}, k is {config.k}. Start cold."
+            )
+        total = passes.label_sums(plan.rule, passes.share_out(warm), config.k)
+        if total.counts.any():
+            origin_KD = np.zeros((config.k, plan.rule.space.width), dtype=np.float32)
+            # A class that vanished since the round before is an empty cluster from the start.
+            centroids_KD = new_centroids(total, origin_KD, plan.spherical, fill_empty=(seed, 0))
+            return LloydState(centroids_KD, config.warm_iterations)
+    return LloydState(STARTS[config.init](passes, plan, config, seed), config.iterations)
 
 
-def best_start(x_ND: np.ndarray, k: int, seed: int, trials: int, spherical: bool) -> np.ndarray:
+def _as_planned(init_KD: np.ndarray, plan: FitPlan, k: int) -> np.ndarray:
+    """Centroids of the rows' coordinates in those of the plan, float32 [K, D]."""
+    expected = (k, plan.rule.space.width)
+    if init_KD.shape != expected:
+        raise BadVectors(f"init has shape {init_KD.shape}; k and the rows ask for {expected}.")
+    shift_D = plan.rule.shift_D
+    centroids_KD = init_KD.astype(np.float64) - (0 if shift_D is None else shift_D)
+    if plan.spherical:
+        centroids_KD = unit_rows(centroids_KD)
+    return np.asarray(centroids_KD, dtype=np.float32)
+
+
+def random_rows(passes: Passes, plan: FitPlan, config: KMeansConfig, seed: int) -> np.ndarray:
+    """The K rows of smallest hash, float32 [K, D]: a draw that needs no order of the rows."""
+    return passes.points_below(plan.rule, seed, passes.nth_hash(seed, config.k))
+
+
+def spread_rows(passes: Passes, plan: FitPlan, config: KMeansConfig, seed: int) -> np.ndarray:
+    """The best of some k-means++ starts on a sample of the rows, float32 [K, D]."""
+    n = min(plan.n_fit, max(_MIN_SAMPLE, config.k * config.init_sample))
+    sample_ND = passes.points_below(plan.rule, seed, passes.nth_hash(seed, n))
+    trials = max(1, min(config.init_trials, _TRIAL_CENTROIDS // config.k))
+    return _best_start(sample_ND, config.k, seed, trials, plan.spherical)
+
+
+Start = Callable[[Passes, FitPlan, KMeansConfig, int], np.ndarray]
+"""From the rows, the plan, the config and the seed to centroids float32 [K, D]."""
+
+STARTS: dict[Init, Start] = {"random": random_rows, "kmeans++": spread_rows}
+"""Every cold start."""
+
+
+def _best_start(x_ND: np.ndarray, k: int, seed: int, trials: int, spherical: bool) -> np.ndarray:
     """The best of several k-means++ starts, each improved by a few iterations on the sample.
 
     A single start often leaves two clusters in one class and two classes in one cluster, and Lloyd
@@ -70,8 +124,7 @@ def _small_step(
     filled = np.bincount(labels, minlength=len(c)) > 0
     c[filled] = sums_KD[filled] / np.bincount(labels, minlength=len(c))[filled, None]
     if spherical:
-        length = np.sqrt((c * c).sum(axis=1, keepdims=True))
-        c /= np.where(length > 0, length, 1.0)
+        c = unit_rows(c)
     return c.astype(np.float32), float((difference * difference).sum())
 
 
@@ -103,4 +156,4 @@ def kmeans_plus_plus(x_ND: np.ndarray, k: int, seed: int) -> np.ndarray:
 
 def _squared_to(x_ND: np.ndarray, lengths: np.ndarray, rows: list[int]) -> np.ndarray:
     products = (x_ND[rows] @ x_ND.T).astype(np.float64)
-    return np.maximum(lengths[rows][:, None] - 2 * products + lengths, 0.0)
+    return np.asarray(np.maximum(lengths[rows][:, None] - 2 * products + lengths, 0.0))

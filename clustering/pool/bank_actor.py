@@ -1,10 +1,13 @@
-"""A bank that survives its own death: rows in memory, and on storage what was acknowledged.
+"""BankActor: a bank that survives its own death: rows in memory, and a log of them on storage.
 
 Runs as a Ray actor but imports no Ray. Invariant: after `sync` returned, every row pushed before is
 read again by a restarted actor, so a round's rows are the same whenever an actor dies.
 
-On storage, under `folder`: `base.json` names the part file of the last freeze (or restore), and
-`segment-*.parquet` hold what was pushed since.
+Why a log and not only a checkpoint: the encoder that made a row has moved on since (`features:
+train`), so a row that is lost cannot be made again, and the round would depend on the death.
+
+On storage, under `folder`: `base.json` names the file of the last freeze (or restore),
+`segment-*.parquet` hold what was pushed since, `hold.json` the step of a freeze that is to come.
 """
 
 import uuid
@@ -13,9 +16,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from clustering import storage
-from clustering.kmeans.hashing import vshard_of
-from clustering.rounds.bank import Bank, BankRows
-from clustering.rounds.snapshot import Part, read_rows, saved_rows, write_part
+from clustering.rounds.bank import Bank, BankAges, BankRows
+from clustering.rounds.frozen import Owner, RowFile, read_rows, saved_rows, write_rows
 
 
 class BankActor:
@@ -25,13 +27,11 @@ class BankActor:
         self, index: int, count: int, folder: str, streams: Mapping[str, int], vshards: int
     ) -> None:
         """Read back what an earlier incarnation had acknowledged."""
-        self._index, self._count = index, count
+        self._owner = Owner(index, count, vshards)
         self._folder = folder
         self._streams = dict(streams)
-        self._width = sum(streams.values())
-        self._vshards = vshards
         self._incarnation = uuid.uuid4().hex
-        self._bank = Bank(self._width)
+        self._bank = Bank(sum(streams.values()))
         self._unsaved: list[BankRows] = []
         self._segments: dict[str, int] = {}
         self._recover()
@@ -49,56 +49,67 @@ class BankActor:
         if self._unsaved:
             rows = BankRows.concat(self._unsaved)
             name = f"segment-{uuid.uuid4().hex}.parquet"
-            self._write(storage.join(self._folder, name), rows)
+            self._write(self._at(name), rows)
             self._segments[name] = int(rows.steps.max())
             self._unsaved = []
         return self._incarnation
 
-    def freeze(self, uri: str, step: int) -> Part:
-        """Write the rows of `step` and before as part file `uri`; a retry writes the same rows."""
-        part = self._write(uri, self._bank.freeze(step))
+    def hold(self, step: int) -> None:
+        """See `Bank.hold`; also after a restart of this actor."""
+        storage.write_json(self._at("hold.json"), {"step": step})
+        self._bank.hold(step)
+
+    def freeze(self, uri: str, step: int) -> RowFile:
+        """Write the rows of `step` and before as file `uri`; a retry writes the same rows."""
+        written = self._write(uri, self._bank.freeze(step))
         self._rebase(uri)
+        # A segment may also hold later rows: it stays until a freeze has all of it.
         for name in [name for name, newest in self._segments.items() if newest <= step]:
-            storage.remove(storage.join(self._folder, name))
+            storage.remove(self._at(name))
             del self._segments[name]
-        return part
+        return written
 
     def save(self, uri: str) -> None:
         """Write all live rows into the folder `uri`."""
-        self._write(storage.join(uri, f"bank-{self._index:04d}.parquet"), self._bank.everything())
+        name = f"bank-{self._owner.index:04d}.parquet"
+        self._write(storage.join(uri, name), self._bank.everything())
 
     def restore(self, uri: str) -> None:
         """Hold the saved rows of this actor's virtual shards, whoever saved them."""
-        saved = saved_rows(uri, self._streams)
-        mine = vshard_of(saved.keys, self._vshards) % self._count == self._index
-        rows = saved.take(mine)
-        base = storage.join(self._folder, f"base-{uuid.uuid4().hex}.parquet")
+        rows = saved_rows(uri, self._streams, self._owner)
+        base = self._at(f"base-{uuid.uuid4().hex}.parquet")
         self._write(base, rows)
         self._rebase(base)
         for name in self._segments:
-            storage.remove(storage.join(self._folder, name))
+            storage.remove(self._at(name))
         self._segments, self._unsaved = {}, []
         self._bank.replace(rows)
 
-    def ages(self) -> tuple[int, int, int, int, int]:
-        """Clips, sum of steps, oldest and newest step, bytes."""
-        return (*self._bank.ages(), self._bank.n_bytes)
+    def ages(self) -> BankAges:
+        """How many clips this bank holds, and how old they are."""
+        return self._bank.ages()
 
-    def _write(self, uri: str, rows: BankRows) -> Part:
-        return write_part(uri, rows, self._streams, self._vshards)
+    def _at(self, name: str) -> str:
+        return storage.join(self._folder, name)
+
+    def _write(self, uri: str, rows: BankRows) -> RowFile:
+        return write_rows(uri, rows, self._streams, self._owner.vshards)
 
     def _rebase(self, uri: str) -> None:
-        storage.write_json(storage.join(self._folder, "base.json"), {"uri": uri})
+        storage.write_json(self._at("base.json"), {"uri": uri})
+        storage.remove(self._at("hold.json"))
 
     def _recover(self) -> None:
         found = storage.names(self._folder)
+        width = sum(self._streams.values())
+        if "hold.json" in found:
+            self._bank.hold(storage.read_json(self._at("hold.json"))["step"])
         if "base.json" in found:
-            base = storage.read_json(storage.join(self._folder, "base.json"))["uri"]
-            for rows in read_rows(base, self._width):
+            for rows in read_rows(storage.read_json(self._at("base.json"))["uri"], width):
                 self._bank.push(*rows)
         for name in found:
             if name.startswith("segment-"):
-                groups = list(read_rows(storage.join(self._folder, name), self._width))
+                groups = list(read_rows(self._at(name), width))
                 for rows in groups:
                     self._bank.push(*rows)
                 self._segments[name] = max((int(rows.steps.max()) for rows in groups), default=0)

@@ -1,6 +1,6 @@
-"""What a training worker holds of a pool.
+"""PoolClient: `Rounds` for a training worker, over the handles of a pool's actors.
 
-Knows Ray only as handles of the pool's actors. Invariant: rows wait only in the process that pushed
+Knows nothing of how rounds are made. Invariant: rows wait only in the process that pushed
 them; a pickled client starts without any.
 """
 
@@ -11,11 +11,11 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectLostError
 
-from clustering.config import ClusteringConfig
+from clustering.config import PoolConfig
 from clustering.errors import RoundTimeout
 from clustering.pool.compute import unwrapped
 from clustering.pool.sender import Sender
-from clustering.rounds.bank import BankRows, check_push
+from clustering.rounds.bank import BankRows, check_push, stats_of
 from clustering.rounds.protocol import BankStats, PublishedRound, RoundRequest
 
 
@@ -24,18 +24,20 @@ class PoolClient:
 
     def __init__(
         self,
-        config: ClusteringConfig,
+        vshards: int,
+        config: PoolConfig,
         streams: Mapping[str, int],
         banks: list[Any],
         coordinator: Any,
     ) -> None:
-        self._config, self._streams = config, dict(streams)
+        self._vshards, self._config, self._streams = vshards, config, dict(streams)
         self._banks, self._coordinator = banks, coordinator
         self._sender: Sender | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Without the rows that wait in this process."""
-        return PoolClient, (self._config, self._streams, self._banks, self._coordinator)
+        handles = (self._banks, self._coordinator)
+        return PoolClient, (self._vshards, self._config, self._streams, *handles)
 
     def push(self, keys_B: np.ndarray, features_BW: np.ndarray, step: int) -> None:
         """See `Rounds.push`."""
@@ -58,11 +60,12 @@ class PoolClient:
             if not found:
                 raise RoundTimeout(
                     f"round {round} is not ready after {timeout_s:g} s. Raise rounds.timeout_s, or "
-                    "make rounds cheaper: more clustering.n_actors, fewer iterations, "
+                    "make rounds cheaper: more pool.n_actors, fewer iterations, "
                     "clustering.max_points_per_centroid."
                 )
             try:
-                return ray.get(found[0])
+                published: PublishedRound = ray.get(found[0])
+                return published
             except ObjectLostError:
                 # The coordinator died after it had answered; its successor reads from storage.
                 continue
@@ -77,22 +80,10 @@ class PoolClient:
 
     def stats(self) -> BankStats:
         """See `Rounds.stats`."""
-        ages = [age for age in ray.get([bank.ages.remote() for bank in self._banks])]
-        held = [age for age in ages if age[0]]
-        rows = sum(age[0] for age in held)
-        newest = max((age[3] for age in held), default=0)
-        oldest = min((age[2] for age in held), default=0)
-        age_mean = newest - sum(age[1] for age in held) / rows if rows else 0.0
-        dropped = self._sender.dropped if self._sender else 0
-        return BankStats(rows, dropped, age_mean, newest - oldest, sum(age[4] for age in ages))
+        ages = ray.get([bank.ages.remote() for bank in self._banks])
+        return stats_of(ages, self._sender.dropped if self._sender else 0)
 
     def _sending(self) -> Sender:
         if self._sender is None:
-            self._sender = Sender(
-                self._banks,
-                self._config.vshards,
-                self._config.coalesce_rows,
-                self._config.coalesce_s,
-                self._config.buffer_rows,
-            )
+            self._sender = Sender(self._banks, self._vshards, self._config)
         return self._sender

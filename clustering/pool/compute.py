@@ -1,4 +1,4 @@
-"""The passes of k-means over compute actors, one share each.
+"""RayPasses: the passes of k-means over Ray actors that hold one share each.
 
 Knows nothing of rounds. Invariant: a call is a function of its arguments and of storage, so Ray may
 retry it on a restarted actor; sums are exact, so the reducer changes no bit.
@@ -11,16 +11,17 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import RayTaskError
 
-from clustering.config import ClusteringConfig
+from clustering.config import ActorGroup, KMeansConfig
 from clustering.errors import ClusteringError
-from clustering.kmeans.passes import Passes, Sums, merge
-from clustering.kmeans.share import Share, Source
+from clustering.kmeans.passes import Arguments, Passes, Result, merge
+from clustering.kmeans.share import Share, Source, Sums
 
 FOREVER: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
 """Options of an actor whose calls may be repeated. A finite number of retries can be used up while
 the actor is still restarting."""
 
 _TREE_ABOVE = 16
+"""Shares whose sums one process adds before it is what everybody waits for."""
 
 
 class ComputeActor:
@@ -31,17 +32,19 @@ class ComputeActor:
         self._token = ""
         self._share: Share | None = None
 
-    def run(self, source: Source, method: str, *args: Any) -> Any:
-        """Call a method of `Share` on the share of `source`."""
+    def run(
+        self, source: Source, method: Callable[[Share, *Arguments], Result], *args: *Arguments
+    ) -> Result:
+        """A pass over the share of `source`, which is kept for the next one."""
         if self._share is None or self._token != source.token:
-            self._share = None
+            self._share = None  # Before the next one is read: not two at once in memory.
             self._share = Share(source, self._block_rows, self._device)
             self._token = source.token
-        return getattr(self._share, method)(*args)
+        return method(self._share, *args)
 
     def merge(self, *parts: Sums) -> Sums:
         """Partial sums added."""
-        return merge(list(parts))
+        return merge(parts)
 
 
 class RayPasses(Passes):
@@ -59,44 +62,42 @@ class RayPasses(Passes):
         """One copy per node in the object store."""
         return ray.put(value)
 
-    def gather(self, method: str, *args: Any) -> list[Any]:
+    def gather(
+        self, method: Callable[[Share, *Arguments], Result], *args: *Arguments
+    ) -> list[Result]:
         """See `Passes.gather`."""
-        return unwrapped(lambda: results(self._submit(method, args)))
+        return unwrapped(lambda: results(self._submit(method, *args)))
 
-    def reduce(self, method: str, *args: Any) -> Sums:
-        """See `Passes.reduce`: folded as the parts arrive, or in a tree on the actors."""
-        references = self._submit(method, args)
+    def reduce(self, method: Callable[[Share, *Arguments], Sums], *args: *Arguments) -> Sums:
+        """See `Passes.reduce`: added as the parts arrive, or in a tree on the actors."""
+        references = self._submit(method, *args)
         while self._tree and len(references) > 1:
             starts = range(0, len(references), self._fan_in)
             references = [
                 self._actors[start].merge.remote(*references[start : start + self._fan_in])
                 for start in starts
             ]
-        return unwrapped(lambda: _fold(references))
+        arriving = as_completed([reference.future() for reference in references])
+        return unwrapped(lambda: merge(future.result() for future in arriving))
 
-    def _submit(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+    def _submit(
+        self, method: Callable[[Share, *Arguments], Result], *args: *Arguments
+    ) -> list[Any]:
         return [
             actor.run.remote(source, method, *args)
             for actor, source in zip(self._actors, self._sources, strict=True)
         ]
 
 
-def _fold(references: list[Any]) -> Sums:
-    # Futures, not ray.wait: a thread of an asyncio actor must not call blocking Ray functions.
-    arriving = as_completed([reference.future() for reference in references])
-    total: Sums = tuple(array.copy() for array in next(arriving).result())
-    for part in arriving:
-        for array, addend in zip(total, part.result(), strict=True):
-            array += addend
-    return total
-
-
 def results(references: list[Any]) -> list[Any]:
-    """Values of references, in their order; usable from a thread of an asyncio actor."""
+    """Values of references, in their order.
+
+    By futures: the thread of an asyncio actor must not call blocking Ray functions.
+    """
     return [future.result() for future in [reference.future() for reference in references]]
 
 
-def unwrapped(call: Callable[[], Any]) -> Any:
+def unwrapped(call: Callable[[], Result]) -> Result:
     """Raise an actor's ClusteringError itself, without Ray's envelope."""
     try:
         return call()
@@ -107,20 +108,15 @@ def unwrapped(call: Callable[[], Any]) -> Any:
 
 
 def compute_actors(
-    config: ClusteringConfig, count: int, names: list[str] | None = None
+    kmeans: KMeansConfig, group: ActorGroup, names: Sequence[str] | None = None
 ) -> list[Any]:
-    """Compute actors that restart and retry for ever, named if names are given."""
-    options = {
-        "num_cpus": config.cpus_per_actor,
-        "num_gpus": config.gpus_per_actor,
-        **FOREVER,
-    }
+    """The compute actors of a pool, named if names are given."""
     remote = ray.remote(ComputeActor)
     return [
-        remote.options(**options, **({"name": names[i]} if names else {})).remote(
-            config.block_rows, config.device
-        )
-        for i in range(count)
+        remote.options(
+            num_cpus=group.cpus, num_gpus=group.gpus, name=names[i] if names else None, **FOREVER
+        ).remote(kmeans.block_rows, kmeans.device)
+        for i in range(group.n)
     ]
 
 

@@ -1,67 +1,63 @@
-"""One round after the other: freeze the banks, cluster on the compute actors, publish.
+"""Coordinator: one round after the other: freezes the banks, clusters, publishes.
 
-An asyncio Ray actor. Invariant: a round that was begun is finished or raises, also by the successor
-of a coordinator that died: what it needs is on storage.
+An asyncio Ray actor; knows nothing of training. Invariant: a round that was begun is finished or
+raises, also by the successor of a coordinator that died: what it needs is on storage.
 """
 
 import asyncio
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
 from clustering import storage
-from clustering.config import ClusteringConfig
-from clustering.kmeans.passes import Table
+from clustering.config import PoolConfig
 from clustering.kmeans.share import Source
 from clustering.pool.compute import RayPasses, results
-from clustering.rounds.files import (
-    begin,
-    forget_vectors,
-    is_complete,
-    load_round,
-    unfinished,
-    vectors_uri,
-)
-from clustering.rounds.maker import RoundMaker, identity
+from clustering.rounds.files import forget_vectors, is_complete, load_round, vectors_uri
+from clustering.rounds.frozen import FrozenRows
+from clustering.rounds.maker import RoundMaker
 from clustering.rounds.protocol import RoundRequest
-from clustering.rounds.snapshot import Snapshot
+
+
+class ActorNames(NamedTuple):
+    """Whom a coordinator works with."""
+
+    banks: list[str]
+    compute: list[str]
 
 
 class Coordinator:
-    """Freezes, clusters and publishes one round after the other; an asyncio actor."""
+    """Makes the rounds of a pool in one thread, while its event loop answers who waits."""
 
     def __init__(
-        self,
-        config: ClusteringConfig,
-        streams: Mapping[str, int],
-        uri: str,
-        seed: int,
-        folder: str,
-        names: tuple[list[str], list[str]],
-        given: Table | None,
+        self, maker: RoundMaker, config: PoolConfig, folder: str, names: ActorNames
     ) -> None:
-        """Args: folder: where this pool keeps its own state; names of bank and compute actors."""
-        self._config = config
-        self._uri = uri
-        self._width = sum(streams.values())
-        self._identity = identity(config, streams, seed, given)
-        self._maker = RoundMaker(config, streams, uri, seed, given)
+        """Args: folder: where this pool keeps its own state."""
+        self._maker, self._uri, self._config = maker, maker.uri, config
         # By name: handles among the arguments of an actor that restarts make Ray complain.
-        self._banks, self._actors = ([ray.get_actor(name) for name in group] for group in names)
+        self._banks = [ray.get_actor(name) for name in names.banks]
+        self._actors = [ray.get_actor(name) for name in names.compute]
+        # One thread: compute actors hold one share at a time.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="clustering")
         self._rounds: dict[int, asyncio.Future[Any]] = {}
+        # The marker tells a restarted coordinator from that of a new pool, which must not go on
+        # with rounds of an earlier driver before they are asked for.
         marker = storage.join(folder, "coordinator.json")
         restarted = storage.exists(marker)
-        storage.write_json(marker, self._identity)
-        self._orphans = unfinished(uri, self._identity) if restarted else []
+        storage.write_json(marker, maker.identity)
+        self._orphans = maker.unfinished() if restarted else []
 
     async def start(self, request: RoundRequest) -> None:
         """Begin a round, or go on with it."""
-        begin(self._uri, request, self._identity)
+        self._maker.begin(request)
+        if self._maker.frozen(request.round) is None:
+            # Before training goes on: the freeze may come late, after a restart of this actor.
+            await asyncio.gather(*(bank.hold.remote(request.step) for bank in self._banks))
         self._adopt()
-        self._schedule(request)
+        self._schedule(request.round, lambda: self._make(request))
 
     async def wait(self, round: int, timeout_s: float) -> list[Any]:
         """[reference of the PublishedRound]; an empty list after the timeout."""
@@ -76,54 +72,49 @@ class Coordinator:
         """After a restart of this actor: go on with what it had begun."""
         orphans, self._orphans = self._orphans, []
         for request in orphans:
-            self._schedule(request)
+            self._schedule(request.round, functools.partial(self._make, request))
 
     def _resume(self, round: int) -> None:
         """A round of an earlier pool: published, or frozen and not yet finished."""
         if is_complete(self._uri, round):
-            self._schedule(RoundRequest(round, 0, 0))
+            self._schedule(round, lambda: ray.put(load_round(self._uri, round)))
             return
-        for request in unfinished(self._uri, self._identity):
-            frozen = Snapshot.load(vectors_uri(self._uri, round)) is not None
-            if request.round == round and frozen:
-                self._schedule(request)
+        request = self._maker.resumable(round)
+        if request is not None:
+            self._schedule(round, lambda: self._make(request))
 
-    def _schedule(self, request: RoundRequest) -> None:
+    def _schedule(self, round: int, work: Callable[[], Any]) -> None:
+        """Promise the round, and keep the promise by `work`, in its turn."""
         # A worker may still ask for the round before; older ones are read from storage.
-        for old in [r for r, made in self._rounds.items() if r < request.round - 1 and made.done()]:
+        for old in [r for r, made in self._rounds.items() if r < round - 1 and made.done()]:
             del self._rounds[old]
         loop = asyncio.get_running_loop()
-        promised = self._rounds.get(request.round)
+        promised = self._rounds.get(round)
         if promised is None or promised.done():
-            promised = self._rounds[request.round] = loop.create_future()
-        work = loop.run_in_executor(self._executor, self._make, request)
-        work.add_done_callback(lambda made: _settle(promised, made))
+            promised = self._rounds[round] = loop.create_future()
+        working = loop.run_in_executor(self._executor, work)
+        working.add_done_callback(lambda made: _settle(promised, made))
 
     def _make(self, request: RoundRequest) -> Any:
         if is_complete(self._uri, request.round):
             return ray.put(load_round(self._uri, request.round))
-        snapshot = self._freeze(request)
+        frozen = self._maker.frozen(request.round) or self._freeze(request)
         count = len(self._actors)
-        sources: list[Source] = [snapshot.source(index, count) for index in range(count)]
+        sources: list[Source] = [frozen.source(index, count) for index in range(count)]
         passes = RayPasses(self._actors, sources, self._config.reducer, self._config.fan_in)
-        published = self._maker.make(passes, snapshot, request)
+        published = self._maker.make(passes, frozen, request)
         forget_vectors(self._uri, request.round, self._config.keep_vectors)
         return ray.put(published)
 
-    def _freeze(self, request: RoundRequest) -> Snapshot:
+    def _freeze(self, request: RoundRequest) -> FrozenRows:
         folder = vectors_uri(self._uri, request.round)
-        stored = Snapshot.load(folder)
-        if stored is not None:
-            return stored
         parts = results(
             [
                 bank.freeze.remote(storage.join(folder, f"part-{i:04d}.parquet"), request.step)
                 for i, bank in enumerate(self._banks)
             ]
         )
-        snapshot = Snapshot(folder, tuple(parts), self._width)
-        snapshot.write_manifest()
-        return snapshot
+        return FrozenRows.commit(folder, tuple(parts), sum(self._maker.streams.values()))
 
 
 def _settle(promised: "asyncio.Future[Any]", made: "asyncio.Future[Any]") -> None:

@@ -1,8 +1,8 @@
-"""Rounds over Ray actors: banks take pushes, compute actors read the frozen snapshot.
+"""ClusterPool: starts and stops the Ray actors of one run: banks, compute actors, coordinator.
 
-Invariant: the same bits as rounds.local, for any number of actors, any reducer, and actors
-killed at any moment: what a call needs is on storage or among its arguments, so every call is
-retried until it succeeds.
+Knows nothing of what they do with rows. Invariant: the same bits as rounds.local, for any number of
+actors, any reducer, and actors killed at any moment: what a call needs is on storage or among its
+arguments, so every call is retried until it succeeds.
 
 `uri` is storage that all nodes reach. Actors belong to the driver and end with it; a round that was
 frozen before the driver died goes on from its last iteration when it is asked for again.
@@ -15,12 +15,13 @@ from typing import Any
 import ray
 
 from clustering import storage
-from clustering.config import ClusteringConfig
-from clustering.kmeans.passes import Table
+from clustering.config import KMeansConfig, PoolConfig
+from clustering.kmeans.label_table import LabelTable
 from clustering.pool.bank_actor import BankActor
 from clustering.pool.client import PoolClient
 from clustering.pool.compute import FOREVER, compute_actors, stop
-from clustering.pool.coordinator import Coordinator
+from clustering.pool.coordinator import ActorNames, Coordinator
+from clustering.rounds.maker import RoundMaker
 
 
 class ClusterPool:
@@ -28,45 +29,48 @@ class ClusterPool:
 
     def __init__(
         self,
-        config: ClusteringConfig,
+        kmeans: KMeansConfig,
+        config: PoolConfig,
         streams: Mapping[str, int],
         uri: str,
         seed: int = 0,
-        given: Table | None = None,
+        *,
+        given: LabelTable | None = None,
     ) -> None:
         """Args: as `LocalRounds`; `uri` must be reachable from all nodes."""
-        self._config, self._streams = config, dict(streams)
+        self._kmeans, self._config, self._streams = kmeans, config, dict(streams)
         # What an earlier driver's banks kept can only be restored through a checkpoint.
         storage.remove(storage.join(uri, "bank"))
-        folder = self._folder = storage.join(uri, "bank", uuid.uuid4().hex)
-        prefix = folder.rsplit("/", 1)[-1]
-        names = [f"{prefix}-bank-{i}" for i in range(config.bank_actors)]
-        actor_names = [f"{prefix}-compute-{i}" for i in range(config.n_actors)]
-        self.banks = [self._bank(i, names) for i in range(len(names))]
-        self.actors = compute_actors(config, config.n_actors, actor_names)
+        # Names that no other pool of this cluster has: actors find each other by them.
+        pool_id = uuid.uuid4().hex
+        folder = self._folder = storage.join(uri, "bank", pool_id)
+        groups = config.groups(kmeans)
+        names = ActorNames(
+            banks=[f"{pool_id}-bank-{i}" for i in range(groups.banks.n)],
+            compute=[f"{pool_id}-compute-{i}" for i in range(groups.compute.n)],
+        )
+        maker = RoundMaker(kmeans, self._streams, uri, seed, given)
+        self.banks = [self._bank(i, names.banks, groups.banks.cpus) for i in range(groups.banks.n)]
+        self.actors = compute_actors(kmeans, groups.compute, names.compute)
         self.coordinator = (
             ray.remote(Coordinator)
-            .options(num_cpus=config.cpus_per_bank, **FOREVER)
-            .remote(config, self._streams, uri, seed, folder, (names, actor_names), given)
+            .options(num_cpus=groups.coordinator.cpus, **FOREVER)
+            .remote(maker, config, folder, names)
         )
 
-    def _bank(self, index: int, names: list[str]) -> Any:
-        options = {"num_cpus": self._config.cpus_per_bank, "name": names[index], **FOREVER}
+    def _bank(self, index: int, names: list[str], cpus: float) -> Any:
+        folder = storage.join(self._folder, names[index])
         return (
             ray.remote(BankActor)
-            .options(**options)
-            .remote(
-                index,
-                len(names),
-                storage.join(self._folder, names[index]),
-                self._streams,
-                self._config.vshards,
-            )
+            .options(num_cpus=cpus, name=names[index], **FOREVER)
+            .remote(index, len(names), folder, self._streams, self._kmeans.vshards)
         )
 
     def client(self) -> PoolClient:
         """A `Rounds` for a training worker; picklable."""
-        return PoolClient(self._config, self._streams, self.banks, self.coordinator)
+        return PoolClient(
+            self._kmeans.vshards, self._config, self._streams, self.banks, self.coordinator
+        )
 
     def close(self) -> None:
         """Stop the actors and remove what the banks kept for their own restart."""

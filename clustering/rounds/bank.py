@@ -1,4 +1,4 @@
-"""The newest row of each clip, and its frozen state for a round.
+"""Bank: the newest row of each clip, and the freeze that a round is made of.
 
 Pure numpy: knows nothing of Ray or files. Invariant: the rows at a freeze depend on what was
 pushed, not on the order or the grouping of the pushes; rows of later steps wait for the next round.
@@ -12,9 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from clustering.errors import BadVectors
-from clustering.kmeans.views import stream_slices
+from clustering.kmeans.hashing import GOLDEN
+from clustering.rounds.protocol import BankStats
+from clustering.rounds.targets import stream_slices
 
 _FOLD_ROWS = 65536
+"""Pending rows that are worth sorting in before a freeze asks for it."""
 _LOCKSTEP = 16
 """Steps that one rank may be ahead of another: more than synchronous training allows."""
 
@@ -46,6 +49,31 @@ class BankRows(NamedTuple):
     def take(self, index: np.ndarray) -> "BankRows":
         """The rows at `index`."""
         return BankRows(self.keys[index], self.steps[index], self.rows[index])
+
+
+class BankAges(NamedTuple):
+    """Steps of the rows one bank holds; zeros without rows."""
+
+    n_rows: int
+    step_sum: int
+    oldest: int
+    newest: int
+    n_bytes: int
+
+
+def stats_of(banks: list[BankAges], dropped: int) -> BankStats:
+    """State of the banks of a run together. Args: dropped: rows this worker gave up."""
+    held = [ages for ages in banks if ages.n_rows]
+    rows = sum(ages.n_rows for ages in held)
+    newest = max((ages.newest for ages in held), default=0)
+    oldest = min((ages.oldest for ages in held), default=0)
+    return BankStats(
+        rows=rows,
+        dropped=dropped,
+        age_mean=newest - sum(ages.step_sum for ages in held) / rows if rows else 0.0,
+        age_max=newest - oldest,
+        bytes=sum(ages.n_bytes for ages in banks),
+    )
 
 
 def check_push(
@@ -85,6 +113,7 @@ class Bank:
         self._pending: list[BankRows] = []
         self._n_pending = 0
         self._fold_above = _FOLD_ROWS
+        self._held: int | None = None
 
     def push(self, keys_B: np.ndarray, steps_B: np.ndarray, rows_BW: np.ndarray) -> None:
         """Take rows over; they are sorted in later."""
@@ -95,12 +124,14 @@ class Bank:
         if self._n_pending > self._fold_above:
             self._shrink()
 
+    def hold(self, step: int) -> None:
+        """A freeze at `step` will come, however late: keep the rows it will want."""
+        self._held = step
+
     def freeze(self, step: int) -> BankRows:
         """Rows pushed at `step` or before, sorted by key; later ones stay pending."""
-        self._live, later = self._merged(step)
-        self._pending = [later] if len(later.keys) else []
-        self._n_pending = len(later.keys)
-        return self._live
+        self._held = None
+        return self._fold(step)
 
     def everything(self) -> BankRows:
         """Newest row of every clip, sorted by key; changes nothing that a freeze will see."""
@@ -109,6 +140,7 @@ class Bank:
     def replace(self, rows: BankRows) -> None:
         """Forget everything and hold these rows."""
         self._live, self._pending, self._n_pending = BankRows.empty(self._width), [], 0
+        self._held = None
         self.push(*rows)
 
     @property
@@ -117,21 +149,29 @@ class Bank:
         row_bytes = 16 + 2 * self._width
         return (len(self._live.keys) + self._n_pending) * row_bytes
 
-    def ages(self) -> tuple[int, int, int, int]:
-        """Clips, sum of steps, oldest and newest step; zeros without clips."""
+    def ages(self) -> BankAges:
+        """How many clips there are, and how old."""
         steps = self.everything().steps
         if not len(steps):
-            return 0, 0, 0, 0
-        return len(steps), int(steps.sum()), int(steps.min()), int(steps.max())
+            return BankAges(0, 0, 0, 0, self.n_bytes)
+        oldest, newest = int(steps.min()), int(steps.max())
+        return BankAges(len(steps), int(steps.sum()), oldest, newest, self.n_bytes)
 
     def _shrink(self) -> None:
         """Drop older versions, so that epochs between freezes do not pile up in memory.
 
-        The last steps stay pending: a freeze asked for a moment ago must still find its rows.
+        The last steps stay pending: the next freeze may be asked for by a rank that is behind.
+        Nothing after a held step is folded: its freeze would find rows of later steps.
         """
-        newest = max(int(part.steps.max()) for part in self._pending)
-        self.freeze(newest - _LOCKSTEP)
+        step = max(int(part.steps.max()) for part in self._pending) - _LOCKSTEP
+        self._fold(step if self._held is None else min(step, self._held))
         self._fold_above = max(_FOLD_ROWS, 2 * (len(self._live.keys) + self._n_pending))
+
+    def _fold(self, step: int) -> BankRows:
+        self._live, later = self._merged(step)
+        self._pending = [later] if len(later.keys) else []
+        self._n_pending = len(later.keys)
+        return self._live
 
     def _merged(self, step: int | None) -> tuple[BankRows, BankRows]:
         """Live rows with the pending ones up to `step`, and the pending ones after it."""
@@ -161,8 +201,8 @@ def _content(rows_NW: np.ndarray) -> np.ndarray:
     bits = rows_NW.view(np.uint16).astype(np.uint64)
     weights = np.arange(1, rows_NW.shape[1] + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        weights = weights * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)
-        return (bits * weights).sum(axis=1, dtype=np.uint64)
+        weights = weights * GOLDEN | np.uint64(1)
+        return np.asarray((bits * weights).sum(axis=1, dtype=np.uint64))
 
 
 def _update(live: BankRows, newest: BankRows) -> BankRows:

@@ -1,4 +1,4 @@
-"""Rounds on storage: request, labels, prototypes, health, and the marker that completes them.
+"""The folder of a round on storage: request, labels, prototypes, health, and the marker.
 
 Knows nothing of how a round is made. Invariant: `round.json` is written last, so a round that can
 be loaded is whole.
@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from clustering import storage
 from clustering.errors import ClusteringError
+from clustering.rounds.frozen import column
 from clustering.rounds.protocol import HeadLabels, PublishedRound, RoundRequest
-from clustering.rounds.snapshot import column
 
 
 def round_uri(uri: str, round: int) -> str:

@@ -1,4 +1,4 @@
-"""Labels that are given instead of found: the controls of an experiment.
+"""GivenLabels: labels that a round publishes without finding them, the controls of an experiment.
 
 Knows nothing of where they come from (true classes, chance). Invariant: prototypes, confusion,
 guard and publishing treat them as they treat a clustering, so that the labels are all that differs.
@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clustering.config import ClusteringConfig
+from clustering.config import KMeansConfig
 from clustering.errors import ClusteringError
-from clustering.kmeans.grid import prepare
-from clustering.kmeans.label_table import lookup
+from clustering.kmeans.fit_plan import plan_fit
+from clustering.kmeans.label_table import LabelTable
 from clustering.kmeans.lloyd import inertia_of, mean_cosine
-from clustering.kmeans.passes import Passes, Table
-from clustering.kmeans.views import View
+from clustering.kmeans.passes import Passes
+from clustering.kmeans.space import PointSpace, unit_rows
 
 
 class GivenLabels(NamedTuple):
@@ -36,9 +36,9 @@ class GivenLabels(NamedTuple):
     iterations: int = 0
 
 
-def check_given(table: Table, k: int) -> Table:
+def check_given(table: LabelTable, k: int) -> LabelTable:
     """Sorted by key. Raises: ClusteringError for labels outside 0..K-1."""
-    keys_N, labels_N = np.asarray(table[0], np.uint64), np.asarray(table[1], np.int32)
+    keys_N, labels_N = np.asarray(table.keys_N, np.uint64), np.asarray(table.labels_N, np.int32)
     outside = labels_N[(labels_N < 0) | (labels_N >= k)]
     if len(outside):
         raise ClusteringError(
@@ -46,39 +46,36 @@ def check_given(table: Table, k: int) -> Table:
             "rows without a label."
         )
     order = np.argsort(keys_N)
-    return keys_N[order], labels_N[order]
+    return LabelTable(keys_N[order], labels_N[order])
 
 
-def digest(table: Table) -> str:
+def digest(table: LabelTable) -> str:
     """SHA-256 of a labelling."""
     return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in table)).hexdigest()
 
 
 def label_as_given(
-    passes: Passes, view: View, config: ClusteringConfig, seed: int, table: Table
+    passes: Passes, space: PointSpace, config: KMeansConfig, seed: int, table: LabelTable
 ) -> GivenLabels:
-    """The given labels of the rows there are, measured as a clustering of `view` is.
+    """The given labels of the rows there are, measured as a clustering in `space` is.
 
     Raises: BadVectors for rows that cannot be clustered.
     """
-    prepared = prepare(passes, view, config, seed)
-    everything = prepared.fit.everything()
+    plan = plan_fit(passes, space, config, seed)
     keys_N = passes.keys()
-    labels_N = lookup(*table, keys_N)
+    labels_N = table.lookup(keys_N)
     known = labels_N >= 0
-    keys_N, labels_N = keys_N[known], labels_N[known]
-    sums_KD, counts_K = passes.label_sums(
-        everything, passes.share_out((keys_N, labels_N)), config.k
-    )
-    sum_of_squares = prepared.sum_of_squares * known.sum() / prepared.n_rows
+    found = LabelTable(keys_N[known], labels_N[known])
+    everything = plan.rule.everything()
+    sums_KD, counts_K = passes.label_sums(everything, passes.share_out(found), config.k)
+    sum_of_squares = plan.sum_of_squares * known.sum() / plan.n_rows
     centroids_KD = sums_KD / np.maximum(counts_K, 1)[:, None]
-    if view.spherical:
-        length = np.linalg.norm(centroids_KD, axis=1, keepdims=True)
-        centroids_KD /= np.where(length > 0, length, 1.0)
+    if space.spherical:
+        centroids_KD = unit_rows(centroids_KD)
     return GivenLabels(
-        keys_N,
-        labels_N,
-        counts_K,
-        inertia_of(sums_KD, counts_K, centroids_KD, sum_of_squares),
-        mean_cosine(prepared.total_D, prepared.sum_of_squares, prepared.n_fit),
+        keys_N=found.keys_N,
+        labels_N=found.labels_N,
+        counts_K=counts_K,
+        inertia=inertia_of(sums_KD, counts_K, centroids_KD, sum_of_squares),
+        mean_cosine=mean_cosine(plan.total_D, plan.sum_of_squares, plan.n_fit),
     )

@@ -1,4 +1,4 @@
-"""How good labels are, and whether they may be published.
+"""Health of a round: measures of its labels, and the collapse guard that withholds them.
 
 Pure numpy and scipy: knows nothing of how labels were made. Invariant: no measure changes when
 cluster ids are permuted.
@@ -12,7 +12,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 
 from clustering.config import GuardConfig
-from clustering.kmeans.label_table import lookup
+from clustering.kmeans.label_table import LabelTable
 
 
 def agreement(labels: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -69,15 +69,13 @@ def _entropy(p: np.ndarray) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def churn(
-    table: tuple[np.ndarray, np.ndarray], before: tuple[np.ndarray, np.ndarray] | None
-) -> float:
+def churn(table: LabelTable, before: LabelTable | None) -> float:
     """1 - NMI with the round before, over the keys both know; 0 for the first round."""
     if before is None:
         return 0.0
-    old = lookup(*before, table[0])
-    common = old >= 0
-    return 1.0 - nmi(table[1][common], old[common])
+    old_N = before.lookup(table.keys_N)
+    common = old_N >= 0
+    return 1.0 - nmi(table.labels_N[common], old_N[common])
 
 
 def effective_clusters(counts_K: np.ndarray) -> float:

@@ -1,7 +1,7 @@
-"""Rounds in one process: the same bits as the actor pool, without Ray.
+"""LocalRounds: `Rounds` in one process, the same bits as the actor pool, without Ray.
 
 For tests and for training in one process. Invariant: everything a round depends on goes through the
-same bank, snapshot, passes and maker as in clustering.pool.pool.
+same bank, frozen rows, passes and maker as in clustering.pool.pool.
 """
 
 import threading
@@ -11,22 +11,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from clustering import storage
-from clustering.config import ClusteringConfig
+from clustering.config import KMeansConfig, PoolConfig
 from clustering.errors import RoundTimeout
-from clustering.kmeans.passes import LocalPasses, Table
+from clustering.kmeans.label_table import LabelTable
+from clustering.kmeans.passes import LocalPasses
 from clustering.kmeans.share import Share
-from clustering.rounds.bank import Bank, BankRows, check_push
-from clustering.rounds.files import (
-    begin,
-    forget_vectors,
-    is_complete,
-    load_round,
-    unfinished,
-    vectors_uri,
-)
-from clustering.rounds.maker import RoundMaker, identity
+from clustering.rounds.bank import Bank, BankRows, check_push, stats_of
+from clustering.rounds.files import forget_vectors, is_complete, load_round, vectors_uri
+from clustering.rounds.frozen import FrozenRows, saved_rows, write_rows
+from clustering.rounds.maker import RoundMaker
 from clustering.rounds.protocol import BankStats, PublishedRound, RoundRequest
-from clustering.rounds.snapshot import Snapshot, saved_rows, write_part
 
 
 class LocalRounds:
@@ -34,23 +28,24 @@ class LocalRounds:
 
     def __init__(
         self,
-        config: ClusteringConfig,
+        config: KMeansConfig,
         streams: Mapping[str, int],
         uri: str,
         seed: int = 0,
-        given: Table | None = None,
+        *,
+        given: LabelTable | None = None,
+        keep_vectors: int | None = None,
     ) -> None:
         """Args: streams: name and width P of each slice of a bank row, in their order.
 
-        given: keys and labels in 0..K-1 to publish instead of a clustering; clips not among them
-            have none.
+        given: labels in 0..K-1 to publish instead of a clustering; clips not among them have none.
+        keep_vectors: as in `PoolConfig`.
         """
         self._config = config
         self._streams = dict(streams)
-        self._width = sum(streams.values())
         self._uri = uri
-        self._identity = identity(config, streams, seed, given)
-        self._bank = Bank(self._width)
+        self._keep_vectors = keep_vectors or PoolConfig().keep_vectors
+        self._bank = Bank(sum(streams.values()))
         self._lock = threading.Lock()
         self._maker = RoundMaker(config, streams, uri, seed, given)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="clustering")
@@ -67,7 +62,7 @@ class LocalRounds:
 
     def start(self, request: RoundRequest) -> None:
         """See `Rounds.start`; the bank is frozen before this returns."""
-        begin(self._uri, request, self._identity)
+        self._maker.begin(request)
         for old in [r for r, made in self._running.items() if r < request.round and made.done()]:
             del self._running[old]
         with self._lock:
@@ -90,7 +85,7 @@ class LocalRounds:
         """See `Rounds.save`."""
         with self._lock:
             rows = self._bank.everything()
-        write_part(
+        write_rows(
             storage.join(uri, "bank-0000.parquet"), rows, self._streams, self._config.vshards
         )
 
@@ -103,10 +98,7 @@ class LocalRounds:
     def stats(self) -> BankStats:
         """See `Rounds.stats`."""
         with self._lock:
-            rows, step_sum, oldest, newest = self._bank.ages()
-            n_bytes = self._bank.n_bytes
-        age_mean = newest - step_sum / rows if rows else 0.0
-        return BankStats(rows, 0, age_mean, newest - oldest, n_bytes)
+            return stats_of([self._bank.ages()], dropped=0)
 
     def close(self) -> None:
         """Stop after the round in progress."""
@@ -114,10 +106,10 @@ class LocalRounds:
 
     def _resume(self, round: int) -> None:
         """A round of an earlier process: finished, or frozen and not yet finished."""
-        for request in unfinished(self._uri, self._identity):
-            if request.round == round and self._snapshot(request) is not None:
-                self._running[round] = self._worker.submit(self._make, request, None)
-                return
+        request = self._maker.resumable(round)
+        if request is not None:
+            self._running[round] = self._worker.submit(self._make, request, None)
+            return
         done: Future[PublishedRound] = Future()
         done.set_result(load_round(self._uri, round))
         self._running[round] = done
@@ -125,22 +117,17 @@ class LocalRounds:
     def _make(self, request: RoundRequest, rows: BankRows | None) -> PublishedRound:
         if is_complete(self._uri, request.round):
             return load_round(self._uri, request.round)
-        snapshot = self._snapshot(request)
-        if snapshot is None:
+        frozen = self._maker.frozen(request.round)
+        if frozen is None:
             assert rows is not None
-            snapshot = self._write(request, rows)
-        share = Share(snapshot.source(), self._config.block_rows, self._config.device)
-        published = self._maker.make(LocalPasses(share), snapshot, request)
-        forget_vectors(self._uri, request.round, self._config.keep_vectors)
+            frozen = self._write(request, rows)
+        share = Share(frozen.source(), self._config.block_rows, self._config.device)
+        published = self._maker.make(LocalPasses(share), frozen, request)
+        forget_vectors(self._uri, request.round, self._keep_vectors)
         return published
 
-    def _snapshot(self, request: RoundRequest) -> Snapshot | None:
-        return Snapshot.load(vectors_uri(self._uri, request.round))
-
-    def _write(self, request: RoundRequest, rows: BankRows) -> Snapshot:
+    def _write(self, request: RoundRequest, rows: BankRows) -> FrozenRows:
         folder = vectors_uri(self._uri, request.round)
         part_uri = storage.join(folder, "part-0000.parquet")
-        part = write_part(part_uri, rows, self._streams, self._config.vshards)
-        snapshot = Snapshot(folder, (part,), self._width)
-        snapshot.write_manifest()
-        return snapshot
+        part = write_rows(part_uri, rows, self._streams, self._config.vshards)
+        return FrozenRows.commit(folder, (part,), sum(self._streams.values()))

@@ -1,7 +1,7 @@
-"""A round from frozen rows: cluster, prototypes, confusion, health, publish.
+"""RoundMaker: from frozen rows to a published round: cluster, prototypes, confusion, health.
 
 Knows nothing of Ray or of who holds the rows (`Passes` does). Invariant: labels, prototypes,
-confusion and health (but for the seconds) are a function of snapshot, round before, config, seed
+confusion and health (but for the seconds) are a function of frozen rows, round before, config, seed
 and, where labels are given, of them.
 
 Shapes: N rows, K clusters, P width of a stream.
@@ -9,50 +9,28 @@ Shapes: N rows, K clusters, P width of a stream.
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from clustering import storage
-from clustering.config import ClusteringConfig
+from clustering.config import KMeansConfig
 from clustering.errors import MissingLabels
+from clustering.kmeans.checkpoint import StateFile
 from clustering.kmeans.exact import grid_exponent
+from clustering.kmeans.label_table import LabelTable
 from clustering.kmeans.lloyd import Clustering, cluster
-from clustering.kmeans.passes import Passes, Table
-from clustering.kmeans.share import Preparation
-from clustering.kmeans.views import Target, each_stream, stream_slices, targets_of
-from clustering.rounds.files import publish, round_before, round_uri
+from clustering.kmeans.passes import Passes
+from clustering.kmeans.share import PointRule
+from clustering.kmeans.space import unit_rows
+from clustering.rounds.files import begin, publish, round_before, round_uri, unfinished, vectors_uri
+from clustering.rounds.frozen import FrozenRows
 from clustering.rounds.given import GivenLabels, check_given, digest, label_as_given
 from clustering.rounds.health import churn, effective_clusters, merge_health, withheld_because
 from clustering.rounds.protocol import HeadLabels, PublishedRound, RoundRequest
-from clustering.rounds.snapshot import Snapshot
+from clustering.rounds.targets import Target, each_stream, stream_slices, targets_of
 
 Labelled = Clustering | GivenLabels
-
-
-def identity(
-    config: ClusteringConfig, streams: Mapping[str, int], seed: int, given: Table | None = None
-) -> dict[str, object]:
-    """What two makers of the same round must share for a restart to go on with it."""
-    same = {"config": config.result_fields(), "streams": dict(streams), "seed": seed}
-    return same if given is None else {**same, "given": digest(given)}
-
-
-class StateFile:
-    """The checkpoint of one clustering, replaced after each iteration."""
-
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
-
-    def load(self) -> dict[str, np.ndarray] | None:
-        """The last state, or None."""
-        try:
-            return storage.read_arrays(self._uri)
-        except FileNotFoundError:
-            return None
-
-    def save(self, arrays: dict[str, np.ndarray]) -> None:
-        """Replace the state."""
-        storage.write_arrays(self._uri, arrays)
 
 
 class RoundMaker:
@@ -60,128 +38,150 @@ class RoundMaker:
 
     def __init__(
         self,
-        config: ClusteringConfig,
+        config: KMeansConfig,
         streams: Mapping[str, int],
         uri: str,
         seed: int,
-        given: Table | None = None,
+        given: LabelTable | None = None,
     ) -> None:
-        self._config = config
-        self._streams = dict(streams)
-        self._uri = uri
+        self.config, self.streams, self.uri = config, dict(streams), uri
         self._seed = seed
         self._targets = targets_of(config, streams)
         self._given = given if given is None else check_given(given, config.k)
+        # What two makers of one round must share for a restart to go on with it.
+        self.identity: dict[str, Any] = {
+            "config": config.model_dump(mode="json"),
+            "streams": self.streams,
+            "seed": seed,
+        }
         if given is not None:
+            self.identity["given"] = digest(given)
             # All streams learn the same labels: one head, measured in the space of the first.
-            self._targets = [Target("given", self._targets[0].view, 0, tuple(streams))]
+            self._targets = [Target("given", self._targets[0].space, 0, tuple(streams))]
 
-    def make(self, passes: Passes, snapshot: Snapshot, request: RoundRequest) -> PublishedRound:
-        """Cluster the snapshot and publish the round, or withhold it with its reason.
+    def begin(self, request: RoundRequest) -> None:
+        """Note that a round was asked for, so that a restart goes on with it."""
+        begin(self.uri, request, self.identity)
 
-        Raises: BadVectors if the snapshot cannot be clustered at all.
+    def unfinished(self) -> list[RoundRequest]:
+        """Rounds of this run that were begun and never completed."""
+        return unfinished(self.uri, self.identity)
+
+    def frozen(self, round: int) -> FrozenRows | None:
+        """The rows of a round, or None before they are frozen."""
+        return FrozenRows.load(vectors_uri(self.uri, round))
+
+    def resumable(self, round: int) -> RoundRequest | None:
+        """The request of a round that an earlier process froze and did not finish."""
+        if self.frozen(round) is None:
+            return None
+        return next((request for request in self.unfinished() if request.round == round), None)
+
+    def make(self, passes: Passes, frozen: FrozenRows, request: RoundRequest) -> PublishedRound:
+        """Cluster the rows and publish the round, or withhold it with its reason.
+
+        Raises: BadVectors if the rows cannot be clustered at all.
         """
         started = time.perf_counter()
-        before = round_before(self._uri, request.round)
-        heads, health = [], {}
+        before = round_before(self.uri, request.round)
+        heads: list[HeadLabels] = []
+        health: dict[str, dict[str, float]] = {}
         reason = ""
         try:
             for target in self._targets:
                 old = _head_named(before, target.name)
-                clustering = self._labelled(passes, target, request, old)
-                health[target.name] = self._health(clustering, old)
-                heads.append(self._head(passes, snapshot, target, clustering, request))
+                labelled = self._labelled(passes, target, request, old)
+                health[target.name] = _health(labelled, old)
+                heads.append(self._head(passes, frozen.n_rows, target, labelled, request))
         except MissingLabels as error:
             reason = f"missing labels: {error}"
         merged = merge_health(health) if health else {}
-        merged.update(_bank_health(snapshot, request), seconds=time.perf_counter() - started)
+        merged.update(_bank_health(frozen, request), seconds=time.perf_counter() - started)
         if not reason:
             reasons = (
-                withheld_because({**merged, **own}, self._config.k, self._config.guard)
+                withheld_because({**merged, **own}, self.config.k, self.config.guard)
                 for own in health.values()
             )
             reason = next(filter(None, reasons), "")
         published = PublishedRound(
-            request.round,
-            request.effective_step,
-            not reason,
-            reason,
-            [] if reason else heads,
-            merged,
+            round=request.round,
+            effective_step=request.effective_step,
+            ok=not reason,
+            reason=reason,
+            heads=[] if reason else heads,
+            health=merged,
         )
-        publish(self._uri, published)
-        self._forget_states(request.round)
+        publish(self.uri, published)
+        storage.remove(self._states_uri(request.round))
         return published
 
     def _labelled(
         self, passes: Passes, target: Target, request: RoundRequest, old: HeadLabels | None
     ) -> Labelled:
         if self._given is not None:
-            return label_as_given(passes, target.view, self._config, self._seed, self._given)
-        warm: Table | None = None
-        if old is not None and not request.cold:
-            warm = (old.keys_N, old.labels_N)
+            return label_as_given(passes, target.space, self.config, self._seed, self._given)
+        # Heads and rounds draw apart; the mask makes a negative seed a seed, too.
         entropy = [self._seed & 0xFFFFFFFFFFFFFFFF, target.head, request.round]
+        state = storage.join(self._states_uri(request.round), f"{target.name}.npz")
         return cluster(
             passes,
-            target.view,
-            self._config,
+            target.space,
+            self.config,
             int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]),
-            warm=warm,
-            checkpoint=StateFile(self._state_uri(request.round, target.name)),
+            warm=old.table if old is not None and not request.cold else None,
+            checkpoint=StateFile(state),
         )
 
     def _head(
         self,
         passes: Passes,
-        snapshot: Snapshot,
+        n_rows: int,
         target: Target,
-        clustering: Labelled,
+        labelled: Labelled,
         request: RoundRequest,
     ) -> HeadLabels:
-        """Prototypes and confusion of one clustering, from exact sums over the snapshot."""
-        table = passes.share_out((clustering.keys_N, clustering.labels_N))
-        view = each_stream(self._streams)
-        prep = Preparation(view, grid_exponent(1.0, snapshot.n_rows))
-        sums, _ = passes.label_sums(prep, table, self._config.k)
-        slices = stream_slices(self._streams)
-        prototypes = {name: _unit(sums[:, a:b]) for name, (a, b) in slices.items()}
+        """Prototypes and confusion of one clustering, from exact sums over the frozen rows."""
+        k = self.config.k
+        table = passes.share_out(LabelTable(labelled.keys_N, labelled.labels_N))
+        rule = PointRule(each_stream(self.streams), grid_exponent(1.0, n_rows))
+        sums_KW = passes.label_sums(rule, table, k).sums
+        slices = stream_slices(self.streams)
+        prototypes = {
+            name: unit_rows(sums_KW[:, start:stop]).astype(np.float32)
+            for name, (start, stop) in slices.items()
+        }
         teaching = tuple((slices[name][0], prototypes[name]) for name in target.teaches)
-        confusion = passes.posterior_sums(
-            prep, passes.share_out(teaching), request.posterior_temperature, table
-        )
-        totals = confusion.sum(axis=1, keepdims=True)
-        confusion = np.where(
-            totals > 0, confusion / np.where(totals > 0, totals, 1), np.eye(self._config.k)
+        confusion_KK = passes.posterior_sums(rule, teaching, request.posterior_temperature, table)
+        totals_K1 = confusion_KK.sum(axis=1, keepdims=True)
+        confusion_KK = np.where(
+            totals_K1 > 0, confusion_KK / np.where(totals_K1 > 0, totals_K1, 1), np.eye(k)
         )
         return HeadLabels(
-            target.name,
-            target.teaches,
-            clustering.keys_N,
-            clustering.labels_N,
-            prototypes,
-            confusion.astype(np.float32),
+            name=target.name,
+            teaches=target.teaches,
+            keys_N=labelled.keys_N,
+            labels_N=labelled.labels_N,
+            prototypes=prototypes,
+            confusion_KK=confusion_KK.astype(np.float32),
         )
 
-    def _health(self, clustering: Labelled, old: HeadLabels | None) -> dict[str, float]:
-        counts = clustering.counts_K
-        table = (clustering.keys_N, clustering.labels_N)
-        return {
-            "inertia": clustering.inertia,
-            "iterations": float(clustering.iterations),
-            "n_empty": float((counts == 0).sum()),
-            "size_min": float(counts.min()),
-            "size_max": float(counts.max()),
-            "effective_clusters": effective_clusters(counts),
-            "churn": churn(table, (old.keys_N, old.labels_N) if old is not None else None),
-            "mean_cosine": clustering.mean_cosine,
-        }
+    def _states_uri(self, round: int) -> str:
+        return storage.join(round_uri(self.uri, round), "state")
 
-    def _state_uri(self, round: int, head: str) -> str:
-        return storage.join(round_uri(self._uri, round), "state", f"{head}.npz")
 
-    def _forget_states(self, round: int) -> None:
-        storage.remove(storage.join(round_uri(self._uri, round), "state"))
+def _health(labelled: Labelled, old: HeadLabels | None) -> dict[str, float]:
+    counts_K = labelled.counts_K
+    table = LabelTable(labelled.keys_N, labelled.labels_N)
+    return {
+        "inertia": labelled.inertia,
+        "iterations": float(labelled.iterations),
+        "n_empty": float((counts_K == 0).sum()),
+        "size_min": float(counts_K.min()),
+        "size_max": float(counts_K.max()),
+        "effective_clusters": effective_clusters(counts_K),
+        "churn": churn(table, None if old is None else old.table),
+        "mean_cosine": labelled.mean_cosine,
+    }
 
 
 def _head_named(published: PublishedRound | None, name: str) -> HeadLabels | None:
@@ -189,13 +189,8 @@ def _head_named(published: PublishedRound | None, name: str) -> HeadLabels | Non
     return next((head for head in heads if head.name == name), None)
 
 
-def _bank_health(snapshot: Snapshot, request: RoundRequest) -> dict[str, float]:
-    n_rows = snapshot.n_rows
-    age_mean = request.step - snapshot.step_sum / n_rows if n_rows else 0.0
+def _bank_health(frozen: FrozenRows, request: RoundRequest) -> dict[str, float]:
+    n_rows = frozen.n_rows
+    age_mean = request.step - frozen.step_sum / n_rows if n_rows else 0.0
     expected = request.expected_rows
     return {"coverage": n_rows / expected if expected else 1.0, "age_mean": age_mean}
-
-
-def _unit(sums_KP: np.ndarray) -> np.ndarray:
-    length = np.sqrt((sums_KP * sums_KP).sum(axis=1, keepdims=True))
-    return (sums_KP / np.where(length > 0, length, 1.0)).astype(np.float32)

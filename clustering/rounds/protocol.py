@@ -1,8 +1,8 @@
-"""What a training worker holds of the clustering: push features, ask for rounds, get labels.
+"""Rounds: the protocol between training and clustering: push features, ask for rounds, get labels.
 
-Types and the protocol only; rounds.local (one process) and pool (Ray actors) keep it
-with the same bits. Invariant: a round that is `ok` labels every row that was frozen for it; where
-labels are given (clustering.rounds.given), every row that has one.
+Types only; rounds.local (one process) and pool (Ray actors) keep it with the same bits. Invariant:
+a round that is `ok` labels every row that was frozen for it; where labels are given
+(clustering.rounds.given), every row that has one.
 
 Shapes: B clips of a batch, N clips of a round, K clusters, W width of a bank row, P of a stream.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from clustering.kmeans.label_table import KeyIndex, lookup
+from clustering.kmeans.label_table import NO_LABEL, KeyIndex, LabelTable
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,14 @@ class HeadLabels:
     """float32: mean posterior softmax(h_s M^s' / tau_c) of the clips of each class, over the
     streams it teaches; rows sum to 1. An empty class is confused with nobody: identity row."""
 
-    def lookup(self, keys_B: np.ndarray, default: int = -100) -> np.ndarray:
+    @property
+    def table(self) -> LabelTable:
+        """Its labels by key."""
+        return LabelTable(self.keys_N, self.labels_N)
+
+    def lookup(self, keys_B: np.ndarray, default: int = NO_LABEL) -> np.ndarray:
         """Labels of clips, int32 [B]; `default` where the round did not see the clip."""
-        return lookup(self.keys_N, self.labels_N, keys_B, default, self._index)
+        return self.table.lookup(keys_B, default, self._index)
 
     @functools.cached_property
     def _index(self) -> KeyIndex:

@@ -1,4 +1,4 @@
-"""k-means over any Parquet of vectors: the `diccae cluster` command.
+"""cluster_vectors: k-means over any Parquet of vectors, from files to files.
 
 Knows nothing of clips or training. Invariant: labels, centroids and digest are the same for any
 number of actors, and for a run that was killed and started again.
@@ -18,13 +18,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clustering import storage
-from clustering.config import ClusteringConfig
+from clustering.config import KMeansConfig, PoolConfig
 from clustering.errors import BadVectors, ClusteringError
+from clustering.kmeans.checkpoint import StateFile
 from clustering.kmeans.lloyd import Clustering, cluster
 from clustering.kmeans.passes import LocalPasses, Passes
 from clustering.kmeans.share import Share
-from clustering.kmeans.views import View
-from clustering.rounds.maker import StateFile
+from clustering.kmeans.space import whole_rows
 from clustering.vectors.source import VectorFile, VectorSource, find_files, shares_of, width_of
 
 _ID_NAMES = ("id", "clip_id", "key")
@@ -32,14 +32,14 @@ _ID_NAMES = ("id", "clip_id", "key")
 
 def cluster_vectors(
     vectors_uri: str,
-    column: str,
-    k: int,
-    n_actors: int,
-    seed: int,
     out: str,
-    config: ClusteringConfig,
-    start_ray: Callable[[], None] | None = None,
+    kmeans: KMeansConfig,
+    pool: PoolConfig,
+    *,
+    seed: int,
+    column: str,
     id_column: str | None = None,
+    start_ray: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Cluster the vectors of a Parquet file or folder and write the result under `out`.
 
@@ -51,18 +51,17 @@ def cluster_vectors(
     Raises: BadVectors, naming file and row; ClusteringError.
     """
     started = time.perf_counter()
-    config = _config_for(config, k, n_actors)
     files = find_files(vectors_uri)
     width = width_of(files, column)
     ids = _read_ids(files, id_column)
     token = _token(files, column)
-    shares = enumerate(shares_of(files, n_actors))
+    shares = enumerate(shares_of(files, pool.n_actors))
     sources = [VectorSource(f"{token}-{i}", pieces, column, width) for i, pieces in shares]
-    state = storage.join(out, f"state-{_fingerprint(token, config, seed)}.npz")
-    with _passes(sources, config, start_ray) as passes:
+    state = storage.join(out, f"state-{_fingerprint(token, kmeans, seed)}.npz")
+    with _passes(sources, kmeans, pool, start_ray) as passes:
         try:
-            view = View("vectors", ((0, width),), "concat", config.spherical)
-            made = cluster(passes, view, config, seed, checkpoint=StateFile(state))
+            space = whole_rows(width, kmeans.spherical)
+            made = cluster(passes, space, kmeans, seed, checkpoint=StateFile(state))
         except BadVectors as error:
             raise _with_place(error, files, ids) from None
     summary = _summary(made, time.perf_counter() - started)
@@ -71,28 +70,24 @@ def cluster_vectors(
     return summary
 
 
-def _config_for(config: ClusteringConfig, k: int, n_actors: int) -> ClusteringConfig:
-    # Rows are shared out by blocks of the files; here vshards only bounds the number of actors.
-    options = {"k": k, "n_actors": n_actors, "vshards": 4096}
-    return ClusteringConfig(**{**config.model_dump(), **options})
-
-
 @contextmanager
 def _passes(
     sources: list[VectorSource],
-    config: ClusteringConfig,
+    kmeans: KMeansConfig,
+    pool: PoolConfig,
     start_ray: Callable[[], None] | None,
 ) -> Iterator[Passes]:
     if len(sources) == 1:
-        yield LocalPasses(Share(sources[0], config.block_rows, config.device))
+        yield LocalPasses(Share(sources[0], kmeans.block_rows, kmeans.device))
         return
     if start_ray is not None:
         start_ray()
+    # Here, so that one actor needs no Ray, which takes seconds to import.
     from clustering.pool.compute import RayPasses, compute_actors, stop
 
-    actors = compute_actors(config, len(sources))
+    actors = compute_actors(kmeans, pool.groups(kmeans).compute)
     try:
-        yield RayPasses(actors, sources, config.reducer, config.fan_in)
+        yield RayPasses(actors, sources, pool.reducer, pool.fan_in)
     finally:
         stop(actors)
 
@@ -130,8 +125,8 @@ def _token(files: list[VectorFile], column: str) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _fingerprint(token: str, config: ClusteringConfig, seed: int) -> str:
-    facts = json.dumps([token, config.result_fields(), seed], sort_keys=True)
+def _fingerprint(token: str, kmeans: KMeansConfig, seed: int) -> str:
+    facts = json.dumps([token, kmeans.model_dump(mode="json"), seed], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 

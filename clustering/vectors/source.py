@@ -1,4 +1,4 @@
-"""Vectors of any Parquet files as blocks of rows.
+"""VectorSource: the vectors of any Parquet files as blocks of rows.
 
 Knows nothing of k-means or Ray. Invariant: a block is a fixed range of rows of one row group, so
 blocks are the same whoever reads them; the key of a row is its number over all files in the order
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clustering.errors import BadVectors, ClusteringError
-from clustering.kmeans.share import Block
+from clustering.kmeans.share import RowBlock
 
 _BLOCK_ROWS = 16384
 
@@ -57,12 +57,12 @@ class VectorSource:
     width: int
     keep_rows: bool = False
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[RowBlock]:
         """Blocks of up to 16,384 rows. Raises: BadVectors for another width or missing rows."""
         for piece in self.pieces:
             for start, vectors in _read(piece, self.column, self.width):
                 first = piece.first_key + start
-                yield Block(np.arange(first, first + len(vectors), dtype=np.uint64), vectors)
+                yield RowBlock(np.arange(first, first + len(vectors), dtype=np.uint64), vectors)
 
 
 def find_files(uri: str) -> list[VectorFile]:
@@ -104,7 +104,7 @@ def width_of(files: list[VectorFile], column: str) -> int:
         for group, rows in enumerate(file.group_rows):
             if rows:
                 piece = Piece(file.uri, group, 0, 1, 0)
-                return next(_read(piece, column, None))[1].shape[1]
+                return int(next(_read(piece, column, None))[1].shape[1])
     raise BadVectors(f"{len(files)} files hold no rows: nothing to cluster.")
 
 
@@ -197,7 +197,7 @@ def _numbers(values: pa.Array, where: str) -> np.ndarray:
     if values.null_count:
         raise BadVectors(f"{where}: a vector has a null among its values. Repair this row.")
     with np.errstate(over="ignore"):  # an infinite value is reported with its row later
-        return values.to_numpy(zero_copy_only=False).astype(np.float32)
+        return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float32)
 
 
 def _from_binary(values: pa.Array, metadata: dict[bytes, bytes], where: str) -> np.ndarray:

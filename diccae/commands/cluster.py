@@ -3,10 +3,17 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
+from clustering.config import KMeansConfig, PoolConfig
 from diccae.args import parse
-from diccae.config import RunConfig
-from diccae.resources import start_ray
+from diccae.config import RunConfig, explain
+from diccae.errors import UsageError
+from diccae.resources import Demand, check_fits, start_ray
+
+Config = TypeVar("Config", KMeansConfig, PoolConfig)
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class ClusterArgs:
     seed: int = 0
     """Equal seeds give equal bits."""
     config: str | None = None
-    """YAML config; its `clustering` section is used."""
+    """YAML config; its sections `clustering` and `pool` are used."""
     json: bool = False
     """Print the summary as one JSON line."""
     run: RunConfig = field(default_factory=RunConfig)
@@ -36,19 +43,25 @@ class ClusterArgs:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("cluster", ClusterArgs, argv, ("clustering",))
+    args = parse("cluster", ClusterArgs, argv, ("clustering", "pool"))
     from clustering.vectors.cluster import cluster_vectors
+
+    kmeans = _changed(args.run.clustering, k=args.k)
+    pool = _changed(args.run.pool, n_actors=args.actors)
+
+    def start() -> None:
+        start_ray()
+        check_fits([Demand(*pool.groups(kmeans).compute)], "--actors or --pool.cpus-per-actor")
 
     summary = cluster_vectors(
         args.vectors,
-        args.column,
-        args.k,
-        args.actors,
-        args.seed,
         args.out,
-        args.run.clustering,
-        start_ray=start_ray,
+        kmeans,
+        pool,
+        seed=args.seed,
+        column=args.column,
         id_column=args.id_column,
+        start_ray=start,
     )
     if args.json:
         print(json.dumps(summary))
@@ -60,3 +73,11 @@ def main(argv: Sequence[str]) -> int:
         f"{summary['seconds']:.1f} s; written to {args.out}"
     )
     return 0
+
+
+def _changed(config: Config, **options: Any) -> Config:
+    """The config with these fields. Raises: UsageError for a value out of range."""
+    try:
+        return type(config).model_validate(config.model_dump() | options)
+    except ValidationError as error:
+        raise UsageError(explain(error, type(config))) from None

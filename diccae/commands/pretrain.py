@@ -17,6 +17,7 @@ SECTIONS = (
     "confusion",
     "rounds",
     "clustering",
+    "pool",
     "optim",
     "pretrain",
     "scale",

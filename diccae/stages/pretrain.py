@@ -42,8 +42,9 @@ def run_pretrain(
     steps = BatchPlan.of(n_clips, config.pretrain.batch_size, config.data).steps(n_clips)
     total = steps * (span.until_epoch or config.pretrain.epochs)
     start_ray()
-    labels = config.clustering if config.rounds.labels != "none" else None
-    check_fits(training_demands(config, labels))
+    makes_labels = config.rounds.labels != "none"
+    pool = config.pool.groups(config.clustering) if makes_labels else None
+    check_fits(training_demands(config, pool))
     handle = tracking_run(folder, config, data, tags)
     scale_note(config.scale, say)
     say(
@@ -63,6 +64,7 @@ def run_pretrain(
                 handle,
                 provenance(folder, config),
                 span=span,
+                pool=config.pool,
             ),
         )
     before = folder.results.get("seconds", {})

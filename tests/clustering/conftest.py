@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from clustering.kmeans.passes import Passes, Sums, merge
-from clustering.kmeans.share import Block, Share
+from clustering.kmeans.passes import Passes, merge
+from clustering.kmeans.share import RowBlock, Share, Sums
 from clustering.rounds.protocol import PublishedRound, Rounds
 
 WIDTH = 32
@@ -76,7 +76,7 @@ class BlockSource:
 
     keep_rows = True
 
-    def __init__(self, name: str, blocks: list[Block]) -> None:
+    def __init__(self, name: str, blocks: list[RowBlock]) -> None:
         self.token, self._blocks = name, blocks
 
     def blocks(self) -> Any:
@@ -91,13 +91,13 @@ class ManyShares(Passes):
         self._rng = np.random.default_rng(seed)
         self._dtype = dtype
 
-    def gather(self, method: str, *args: Any) -> list[Any]:
-        return [getattr(share, method)(*args) for share in self._shares]
+    def gather(self, method: Callable[..., Any], *args: Any) -> list[Any]:
+        return [method(share, *args) for share in self._shares]
 
-    def reduce(self, method: str, *args: Any) -> Sums:
+    def reduce(self, method: Callable[..., Sums], *args: Any) -> Sums:
         parts = self.gather(method, *args)
         if self._dtype is not np.float64:
-            parts = [tuple(np.asarray(a, dtype=self._dtype) for a in part) for part in parts]
+            parts = [Sums(*(np.asarray(a, dtype=self._dtype) for a in part)) for part in parts]
         return merge([parts[i] for i in self._rng.permutation(len(parts))])
 
 
@@ -112,7 +112,7 @@ def many_shares() -> Callable[..., ManyShares]:
         for v in range(16):
             mine = np.flatnonzero(keys % np.uint64(16) == v)
             mine = mine[np.argsort(keys[mine])]
-            blocks.append(Block(keys[mine], x[mine]))
+            blocks.append(RowBlock(keys[mine], x[mine]))
         order = np.random.default_rng(seed).permutation(16)
         shares = [
             Share(BlockSource(f"{i}/{count}", [blocks[v] for v in order[i::count]]), 256, "cpu")

@@ -9,7 +9,7 @@ import pytest
 from support.s3 import s3_server
 
 from clustering import storage
-from clustering.config import ClusteringConfig
+from clustering.config import KMeansConfig, PoolConfig
 from clustering.rounds.files import load_round
 from clustering.rounds.local import LocalRounds
 from clustering.rounds.protocol import RoundRequest
@@ -36,7 +36,7 @@ def test_rounds_on_s3_have_the_bits_of_rounds_on_disk(
 ) -> None:
     digests = []
     for uri in (str(tmp_path), f"{bucket}/a/rounds"):
-        rounds = LocalRounds(ClusteringConfig(k=8, keep_vectors=1), streams, uri)
+        rounds = LocalRounds(KMeansConfig(k=8), streams, uri, keep_vectors=1)
         push_all(rounds, features(), 100)
         for number in (1, 2):
             rounds.start(RoundRequest(number, 100, 120))
@@ -58,7 +58,12 @@ def test_vectors_are_read_from_and_results_written_to_s3(bucket: str, mixture) -
     with fsspec.open(f"{bucket}/vectors/part-0.parquet", "wb") as handle:
         pq.write_table(table, handle)
     made = cluster_vectors(
-        f"{bucket}/vectors", "embedding", 4, 1, 0, f"{bucket}/out", ClusteringConfig()
+        f"{bucket}/vectors",
+        f"{bucket}/out",
+        KMeansConfig(k=4),
+        PoolConfig(n_actors=1),
+        seed=0,
+        column="embedding",
     )
     assert storage.read_json(f"{bucket}/out/summary.json") == made
     assert storage.names(f"{bucket}/out") == ["centroids.parquet", "labels.parquet", "summary.json"]

@@ -34,6 +34,17 @@ def test_value_out_of_range_names_key_and_value(tmp_path: Path) -> None:
         load_config(tmp_path / "c.yaml")
 
 
+def test_a_config_of_before_pool_had_its_section_opens(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("clustering: {k: 9, n_actors: 3, gpus_per_actor: 0.0}\npool: {n_banks: 1}")
+    config = load_config(path)
+    assert (config.clustering.k, config.pool.n_actors, config.pool.n_banks) == (9, 3, 1)
+    assert config.pool.gpus_per_actor == RunConfig().pool.gpus_per_actor
+    path.write_text("clustering: {n_actors: 65}")
+    with pytest.raises(UsageError, match=r"pool.n_actors = 65 > clustering.vshards = 64"):
+        load_config(path)
+
+
 def test_missing_file_lists_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such config file"):
         load_config(tmp_path / "nothing.yaml")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from support.memory import SHAPE, MemoryReader, memory_index
 
-from clustering.config import ClusteringConfig
-from clustering.kmeans.passes import Table
+from clustering.config import KMeansConfig
+from clustering.kmeans.label_table import LabelTable
 from clustering.rounds.local import LocalRounds
 from training.config import TrainingConfig
 from training.data.order import BatchPlan, WindowPlan, balanced_draws, lanes_of
@@ -75,7 +75,7 @@ def make_trainer(
     world: World = _ALONE,
     rounds: bool = True,
     poison: int | None = None,
-    given: Table | None = None,
+    given: LabelTable | None = None,
 ) -> tuple[Pretrainer, Recorder]:
     index = memory_index()
     torch.manual_seed(config.seed)
@@ -83,7 +83,7 @@ def make_trainer(
     widths = {s: config.encoder.projection for s in config.loss.label_streams}
     clusters = None
     if rounds:
-        clustering = ClusteringConfig.model_validate({"k": 4, "guard": _NO_GUARD})
+        clustering = KMeansConfig.model_validate({"k": 4, "guard": _NO_GUARD})
         clusters = LocalRounds(clustering, widths, str(folder / "rounds"), seed=0, given=given)
     recorder = recorder or Recorder(clusters, str(folder))
     plan = BatchPlan.of(len(index), config.pretrain.batch_size, config.data)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clustering.config import ClusteringConfig
+from clustering.config import KMeansConfig, PoolConfig
+from clustering.kmeans.label_table import LabelTable
 from clustering.pool.pool import ClusterPool
 from clustering.rounds.protocol import Rounds
 from pipeline.store.store import FeatureStore, Snapshot
@@ -70,7 +71,7 @@ def pin(store: str, version: int | None, config: TrainingConfig) -> Pinned:
     return Pinned(snapshot, index)
 
 
-def check(config: TrainingConfig, clustering: ClusteringConfig, data: Pinned) -> None:
+def check(config: TrainingConfig, clustering: KMeansConfig, data: Pinned) -> None:
     """Refuse what cannot work, before anything is started.
 
     Raises: TrainingError naming the keys, the values and what is allowed.
@@ -120,12 +121,13 @@ def _refuse_what_cannot_learn(config: TrainingConfig) -> None:
 
 def pretrain(
     config: TrainingConfig,
-    clustering: ClusteringConfig,
+    clustering: KMeansConfig,
     data: Pinned,
     out: Path,
     handle: RunHandle,
     provenance: dict[str, Any],
     *,
+    pool: PoolConfig,
     span: Span = WHOLE,
 ) -> dict[str, Any]:
     """Train on the cluster Ray is connected to. Returns: the last metrics and times.
@@ -134,11 +136,11 @@ def pretrain(
     """
     import ray
 
-    pool: ClusterPool | None = None
+    actors: ClusterPool | None = None
     rounds: Rounds | None = None
     if config.rounds.labels != "none":
-        pool = _pool(config, clustering, data.train, str(out / "rounds"))
-        rounds = pool.client()
+        actors = _actors(config, clustering, pool, data.train, str(out / "rounds"))
+        rounds = actors.client()
     settings = {
         "config": ray_fit.for_workers(config),
         "index": [ray.put(data.train)],
@@ -151,20 +153,21 @@ def pretrain(
     try:
         result = ray_fit.fit(_loop, settings, out, CHECKPOINTS, config.scale)
     finally:
-        if pool is not None:
-            pool.close()
+        if actors is not None:
+            actors.close()
     return dict(result or {})
 
 
-def _pool(
-    config: TrainingConfig, clustering: ClusteringConfig, train: RowIndex, uri: str
+def _actors(
+    config: TrainingConfig, clustering: KMeansConfig, pool: PoolConfig, train: RowIndex, uri: str
 ) -> ClusterPool:
     widths: dict[str, int] = {s: config.encoder.projection for s in config.loss.label_streams}
     control = control_labels(config.rounds.labels, train, clustering.k, config.seed)
     if control is None:
-        return ClusterPool(clustering, widths, uri, config.seed)
+        return ClusterPool(clustering, pool, widths, uri, config.seed)
     with_k = clustering.model_copy(update={"k": control.k})
-    return ClusterPool(with_k, widths, uri, config.seed, (control.keys_N, control.labels_N))
+    given = LabelTable(control.keys_N, control.labels_N)
+    return ClusterPool(with_k, pool, widths, uri, config.seed, given=given)
 
 
 def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ import faiss
 import numpy as np
 import pytest
 
-from clustering.config import ClusteringConfig
+from clustering.config import KMeansConfig
 from clustering.kmeans.assign import assign, assign_cuda
 from clustering.kmeans.lloyd import kmeans
 
@@ -25,8 +25,8 @@ def test_labels_are_those_of_the_cpu(mixture, with_offset: bool) -> None:
 def test_clustering_is_that_of_the_cpu(mixture) -> None:
     data = mixture(n=5000, k=20)
     start = data.x[:20]
-    cpu = kmeans(data.x, ClusteringConfig(k=20, iterations=5, tol=0), init_KD=start)
-    config = ClusteringConfig(k=20, iterations=5, tol=0, device="cuda", gpus_per_actor=1)
+    cpu = kmeans(data.x, KMeansConfig(k=20, iterations=5, tol=0), init_KD=start)
+    config = KMeansConfig(k=20, iterations=5, tol=0, device="cuda")
     gpu = kmeans(data.x, config, init_KD=start)
     assert (gpu.labels_N == cpu.labels_N).mean() >= 0.9999
     assert np.abs(gpu.centroids_KD - cpu.centroids_KD).max() <= 1e-5

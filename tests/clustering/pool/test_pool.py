@@ -13,28 +13,20 @@ import pytest
 import ray
 from support.processes import ray_env
 
-from clustering.config import ClusteringConfig
+from clustering.config import KMeansConfig, PoolConfig
 from clustering.errors import BadVectors, ClusteringError, RoundTimeout
 from clustering.pool.client import PoolClient
 from clustering.pool.compute import RayPasses, compute_actors, stop
 from clustering.pool.pool import ClusterPool
+from clustering.rounds.frozen import FrozenRows
 from clustering.rounds.local import LocalRounds
 from clustering.rounds.maker import RoundMaker
 from clustering.rounds.protocol import RoundRequest
-from clustering.rounds.snapshot import Snapshot
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-SETTINGS = {
-    "k": 8,
-    "vshards": 16,
-    "tol": 0.0,
-    "init": "random",
-    "cpus_per_actor": 0.1,
-    "cpus_per_bank": 0.1,
-    "coalesce_rows": 256,
-}
-CONFIG = ClusteringConfig(**SETTINGS)
+CONFIG = KMeansConfig(k=8, vshards=16, tol=0.0, init="random")
+POOL = PoolConfig(cpus_per_actor=0.1, cpus_per_bank=0.1, coalesce_rows=256)
 
 
 @pytest.fixture
@@ -42,8 +34,8 @@ def make_pool(streams, tmp_path: Path):
     pools = []
 
     def make(name: str = "pool", **options) -> ClusterPool:
-        config = ClusteringConfig(**{**SETTINGS, **options})
-        pools.append(ClusterPool(config, streams, str(tmp_path / name), seed=1))
+        config = POOL.model_copy(update=options)
+        pools.append(ClusterPool(CONFIG, config, streams, str(tmp_path / name), seed=1))
         return pools[-1]
 
     yield make
@@ -54,7 +46,7 @@ def make_pool(streams, tmp_path: Path):
 @pytest.fixture(scope="module")
 def shared_pool(ray_session, streams, tmp_path_factory):
     """One pool for the tests that do not compare bits; each takes round numbers of its own."""
-    pool = ClusterPool(CONFIG, streams, str(tmp_path_factory.mktemp("shared")), seed=1)
+    pool = ClusterPool(CONFIG, POOL, streams, str(tmp_path_factory.mktemp("shared")), seed=1)
     yield pool
     pool.close()
 
@@ -100,8 +92,8 @@ def test_any_number_of_actors_and_any_reducer_give_the_same_bits(
     request = RoundRequest(1, 100, 120, expected_rows=1500)
     rounds.start(request)
     rounds.wait(1, 60)
-    snapshot = Snapshot.load(str(tmp_path / "local" / "round-0001" / "vectors"))
-    actors = compute_actors(CONFIG, 5)
+    frozen = FrozenRows.load(str(tmp_path / "local" / "round-0001" / "vectors"))
+    actors = compute_actors(CONFIG, POOL.groups(CONFIG).compute._replace(n=5))
     try:
         for count, reducer in [
             (1, "driver"),
@@ -110,10 +102,10 @@ def test_any_number_of_actors_and_any_reducer_give_the_same_bits(
             (5, "tree"),
             (5, "driver"),
         ]:
-            sources = [snapshot.source(index, count) for index in range(count)]
+            sources = [frozen.source(index, count) for index in range(count)]
             passes = RayPasses(actors[:count], sources, reducer, fan_in=2)
             maker = RoundMaker(CONFIG, streams, str(tmp_path / f"{count}-{reducer}"), seed=1)
-            assert round_digest(maker.make(passes, snapshot, request)) == expected[0]
+            assert round_digest(maker.make(passes, frozen, request)) == expected[0]
     finally:
         stop(actors)
 
@@ -147,7 +139,7 @@ def _die_once(owner: str, function: str, marker: str, call: int):
 DEATHS = {
     "push, then between writing a freeze and committing to it": [
         ("banks", 0, "clustering.rounds.bank.Bank", "push", 3),
-        ("banks", 1, "clustering.storage", "write_json", 2),
+        ("banks", 1, "clustering.storage", "write_json", 4),
     ],
     "acknowledgement, then freeze": [
         ("banks", 0, "clustering.storage", "write_bytes", 1),
@@ -176,27 +168,71 @@ def test_actors_killed_at_any_moment_change_no_bit(
     assert all(marker.exists() for marker in markers)
 
 
+def _fold_soon():
+    def arm(actor) -> None:
+        import clustering.rounds.bank
+
+        clustering.rounds.bank._FOLD_ROWS = actor._bank._fold_above = 64
+
+    return arm
+
+
+def _freeze_late(gate: str):
+    def arm(_actor) -> None:
+        import os
+        import time
+
+        from clustering.pool.coordinator import Coordinator
+
+        freeze = Coordinator._freeze
+
+        def late(self, request):
+            while not os.path.exists(gate):
+                time.sleep(0.02)
+            return freeze(self, request)
+
+        Coordinator._freeze = late
+
+    return arm
+
+
+def test_rows_pushed_before_a_late_freeze_do_not_reach_its_round(
+    make_pool, features, push_all, round_digest, expected, tmp_path: Path
+) -> None:
+    pool = make_pool()
+    gate = tmp_path / "gate"
+    ray.get([bank.__ray_call__.remote(_fold_soon()) for bank in pool.banks])
+    ray.get(pool.coordinator.__ray_call__.remote(_freeze_late(str(gate))))
+    client = pool.client()
+    push_all(client, features(noise=2.0, drift=1), 100, seed=1)
+    client.flush(60)
+    client.start(RoundRequest(1, 100, 120, expected_rows=1500))
+    # Many more steps than ranks are apart, and more rows than a bank leaves unsorted.
+    for step in (130, 160, 190, 220):
+        push_all(client, features(noise=2.0, drift=2), step)
+        client.flush(60)
+    gate.touch()
+    assert round_digest(client.wait(1, 60)) == expected[0]
+
+
 _DRIVER = """
 import pickle, sys
 import ray
-from clustering.config import ClusteringConfig
-from clustering.rounds.maker import RoundMaker
 from clustering.pool.pool import ClusterPool
-from clustering.pool.compute import RayPasses, compute_actors, stop
 from clustering.rounds.protocol import RoundRequest
 
 with open(sys.argv[1], "rb") as handle:
-    settings, streams, uri, keys, rows = pickle.load(handle)
+    config, pool, streams, uri, keys, rows = pickle.load(handle)
 ray.init(address="auto")
-pool = ClusterPool(ClusteringConfig(**settings), streams, uri, seed=1)
+pool = ClusterPool(config, pool, streams, uri, seed=1)
 
 
 def slow(_actor):
     import time
-    from clustering.rounds.maker import StateFile
+    from clustering.kmeans.checkpoint import StateFile
     save = StateFile.save
-    def slowly(self, arrays):
-        save(self, arrays)
+    def slowly(self, state):
+        save(self, state)
         time.sleep(0.3)
     StateFile.save = slowly
 
@@ -216,7 +252,7 @@ def test_a_killed_driver_is_resumed_by_the_next_one(
     data = features(noise=2.0, drift=1)
     uri = tmp_path / "killed"
     with open(tmp_path / "input", "wb") as handle:
-        pickle.dump((SETTINGS, streams, str(uri), data.keys, data.rows), handle)
+        pickle.dump((CONFIG, POOL, streams, str(uri), data.keys, data.rows), handle)
     driver = subprocess.Popen(
         [sys.executable, "-c", _DRIVER, str(tmp_path / "input")],
         stdout=subprocess.DEVNULL,
@@ -251,8 +287,8 @@ def _until(condition, timeout_s: float) -> None:
 
 
 def test_a_stalled_bank_never_makes_training_wait(shared_pool, features, streams) -> None:
-    config = CONFIG.model_copy(update={"coalesce_rows": 64, "buffer_rows": 1000})
-    client = PoolClient(config, streams, shared_pool.banks, shared_pool.coordinator)
+    config = POOL.model_copy(update={"coalesce_rows": 64, "buffer_rows": 1000})
+    client = PoolClient(CONFIG.vshards, config, streams, shared_pool.banks, shared_pool.coordinator)
     data = features()
     client.push(data.keys[:64], data.rows[:64], 1)
     client.flush(60)

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from clustering.errors import BadVectors, ClusteringError
 from clustering.kmeans.hashing import vshard_of
 from clustering.pool.bank_actor import BankActor
 from clustering.rounds.bank import Bank, BankRows, check_push
-from clustering.rounds.snapshot import read_rows
+from clustering.rounds.frozen import read_rows
 
 STREAMS = {"audio": 2, "video": 3}
 
@@ -64,7 +65,7 @@ def test_rows_of_later_steps_wait_for_the_next_round() -> None:
 def test_looking_at_the_bank_does_not_change_the_next_freeze() -> None:
     bank = Bank(5)
     bank.push(*_rows([1, 2], [10, 12]))
-    assert bank.ages() == (2, 22, 10, 12)
+    assert bank.ages() == (2, 22, 10, 12, bank.n_bytes)
     assert bank.everything().keys.tolist() == [1, 2]
     assert bank.freeze(10).keys.tolist() == [1]
 
@@ -176,3 +177,23 @@ def test_saved_rows_are_restored_into_any_number_of_banks(tmp_path: Path) -> Non
     assert sum(actor.ages()[0] for actor in restarted) == 100
     with pytest.raises(ClusteringError, match="no saved bank"):
         three[0].restore(str(tmp_path / "elsewhere"))
+
+
+def test_banks_read_each_saved_row_group_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = _actor(tmp_path / "one")
+    actor.push(*_rows(list(range(100)), [3] * 100))
+    actor.save(str(tmp_path / "saved"))
+    read = []
+    whole = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_group",
+        lambda self, group: (read.append(group), whole(self, group))[1],
+    )
+    four = [_actor(tmp_path / "four", i, 4) for i in range(4)]
+    for actor in four:
+        actor.restore(str(tmp_path / "saved"))
+    assert sorted(read) == list(range(8))
+    assert sum(actor.ages().n_rows for actor in four) == 100

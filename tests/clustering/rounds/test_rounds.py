@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 
 from clustering import storage
-from clustering.config import ClusteringConfig, GuardConfig
+from clustering.config import GuardConfig, KMeansConfig
 from clustering.errors import BadVectors, ClusteringError
-from clustering.kmeans.views import stream_slices
-from clustering.rounds import maker
+from clustering.kmeans.checkpoint import StateFile
+from clustering.kmeans.label_table import LabelTable
 from clustering.rounds.files import load_round
 from clustering.rounds.health import agreement
 from clustering.rounds.local import LocalRounds
 from clustering.rounds.protocol import RoundRequest
+from clustering.rounds.targets import stream_slices
 
-CONFIG = ClusteringConfig(k=8, vshards=8)
+CONFIG = KMeansConfig(k=8, vshards=8)
 
 
 def _run(rounds: LocalRounds, number: int = 1, **options):
@@ -30,7 +31,7 @@ def test_every_target_finds_the_classes(
     features, push_all, streams, tmp_path: Path, targets: str, heads: int
 ) -> None:
     data = features()
-    config = ClusteringConfig(k=8, vshards=8, targets=targets, heads=heads)
+    config = KMeansConfig(k=8, vshards=8, targets=targets, heads=heads)
     rounds = LocalRounds(config, streams, str(tmp_path))
     push_all(rounds, data, 100)
     made = _run(rounds, expected_rows=len(data.keys))
@@ -47,7 +48,7 @@ def test_prototypes_and_confusion_match_their_definition(
     features, push_all, streams, tmp_path: Path
 ) -> None:
     data = features(noise=1.0)
-    rounds = LocalRounds(ClusteringConfig(k=8, targets="own"), streams, str(tmp_path))
+    rounds = LocalRounds(KMeansConfig(k=8, targets="own"), streams, str(tmp_path))
     push_all(rounds, data, 100)
     for head in _run(rounds, posterior_temperature=0.2).heads:
         labels = head.lookup(data.keys)
@@ -72,7 +73,7 @@ def test_an_empty_cluster_has_zero_prototypes_and_confuses_nobody(
 ) -> None:
     data = features(n=40)
     same = data._replace(rows=np.repeat(data.rows[:1], 40, axis=0))
-    config = ClusteringConfig(
+    config = KMeansConfig(
         k=3, guard=GuardConfig(min_effective_frac=0, max_mean_cosine=1, max_churn=1)
     )
     rounds = LocalRounds(config, streams, str(tmp_path))
@@ -176,12 +177,12 @@ def test_a_round_with_a_missing_label_is_never_published(
 def test_a_round_killed_in_any_iteration_resumes_with_the_same_bits(
     features, push_all, streams, round_digest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = ClusteringConfig(k=8, vshards=8, tol=0, targets="own", init="random")
+    config = KMeansConfig(k=8, vshards=8, tol=0, targets="own", init="random")
     data = features(noise=2.0)
     undisturbed = LocalRounds(config, streams, str(tmp_path / "undisturbed"))
     push_all(undisturbed, data, 100)
     expected = round_digest(_run(undisturbed))
-    save = maker.StateFile.save
+    save = StateFile.save
     for fatal in (1, 4, 9):
         saves = iter(range(1, 10**6))
 
@@ -194,7 +195,7 @@ def test_a_round_killed_in_any_iteration_resumes_with_the_same_bits(
         killed = LocalRounds(config, streams, folder)
         push_all(killed, data, 100, seed=fatal)
         with monkeypatch.context() as patch:
-            patch.setattr(maker.StateFile, "save", dying)
+            patch.setattr(StateFile, "save", dying)
             with pytest.raises(KeyboardInterrupt):
                 _run(killed)
         assert round_digest(LocalRounds(config, streams, folder).wait(1, 60)) == expected
@@ -207,7 +208,7 @@ def test_the_same_request_by_another_config_makes_the_round_again(
 ) -> None:
     data = features()
     for k in (8, 6):
-        rounds = LocalRounds(ClusteringConfig(k=k), streams, str(tmp_path))
+        rounds = LocalRounds(KMeansConfig(k=k), streams, str(tmp_path))
         push_all(rounds, data, 100)
         assert len(_run(rounds).heads[0].prototypes["audio"]) == k
 
@@ -241,7 +242,7 @@ def test_pushes_after_the_start_do_not_change_the_round(
 
 
 def test_old_vectors_go_and_labels_stay(features, push_all, streams, tmp_path: Path) -> None:
-    rounds = LocalRounds(ClusteringConfig(k=8, keep_vectors=1), streams, str(tmp_path))
+    rounds = LocalRounds(KMeansConfig(k=8), streams, str(tmp_path), keep_vectors=1)
     push_all(rounds, features(), 100)
     for number in (1, 2, 3):
         _run(rounds, number)
@@ -257,21 +258,41 @@ def test_a_round_of_too_few_clips_is_an_error(features, push_all, streams, tmp_p
         _run(rounds)
 
 
+def test_rows_lost_before_their_freeze_can_be_pushed_again(
+    features, push_all, streams, round_digest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver died between asking for a round and its freeze; its bank was not saved."""
+    undisturbed = LocalRounds(CONFIG, streams, str(tmp_path / "undisturbed"))
+    push_all(undisturbed, features(), 100)
+    expected = round_digest(_run(undisturbed))
+    killed = LocalRounds(CONFIG, streams, str(tmp_path / "killed"))
+    push_all(killed, features(), 100)
+    with monkeypatch.context() as patch:
+        patch.setattr("clustering.rounds.local.write_rows", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            _run(killed)
+    resumed = LocalRounds(CONFIG, streams, str(tmp_path / "killed"))
+    with pytest.raises(ClusteringError, match="no rows to cluster, the feature bank is empty"):
+        _run(resumed)
+    push_all(resumed, features(), 100)
+    assert round_digest(_run(resumed)) == expected
+
+
 def test_given_labels_are_published_with_prototypes_and_confusion_of_their_own(
     features, push_all, streams, round_digest, tmp_path: Path
 ) -> None:
     data = features(noise=1.0)
-    given = data.keys[:-5], (data.truth[:-5] % 8).astype(np.int32)
+    given = LabelTable(data.keys[:-5], (data.truth[:-5] % 8).astype(np.int32))
     rounds = LocalRounds(CONFIG, streams, str(tmp_path / "given"), given=given)
     push_all(rounds, data, 100)
     made = _run(rounds, posterior_temperature=0.2)
     [head] = made.heads
-    np.testing.assert_array_equal(head.lookup(data.keys[:-5]), given[1])
+    np.testing.assert_array_equal(head.lookup(data.keys[:-5]), given.labels_N)
     assert (head.lookup(data.keys[-5:]) == -100).all(), "rows without a label got one"
     start, stop = stream_slices(streams)["audio"]
     h = data.rows[:-5, start:stop].astype(np.float64)
     h /= np.linalg.norm(h, axis=1, keepdims=True)
-    prototypes = np.stack([h[given[1] == c].sum(axis=0) for c in range(8)])
+    prototypes = np.stack([h[given.labels_N == c].sum(axis=0) for c in range(8)])
     prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
     np.testing.assert_allclose(head.prototypes["audio"], prototypes, atol=1e-6)
     np.testing.assert_allclose(head.confusion_KK.sum(axis=1), 1, atol=1e-6)
@@ -286,7 +307,7 @@ def test_labels_of_a_clustering_given_again_are_the_same_round(
     data = features(noise=1.0)
     push_all(clustered, data, 100)
     found = _run(clustered)
-    given = found.heads[0].keys_N, found.heads[0].labels_N
+    given = found.heads[0].table
     again = LocalRounds(config, streams, str(tmp_path / "given"), given=given)
     push_all(again, data, 100)
     made = _run(again)
@@ -298,6 +319,6 @@ def test_labels_of_a_clustering_given_again_are_the_same_round(
 
 
 def test_labels_outside_k_are_refused(streams, tmp_path: Path) -> None:
-    given = np.arange(3, dtype=np.uint64), np.array([0, 8, 1], np.int32)
+    given = LabelTable(np.arange(3, dtype=np.uint64), np.array([0, 8, 1], np.int32))
     with pytest.raises(ClusteringError, match="found 8, allowed are 0 to 7"):
         LocalRounds(CONFIG, streams, str(tmp_path), given=given)

@@ -8,15 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clustering.config import ClusteringConfig
+from clustering.config import KMeansConfig, PoolConfig
 from clustering.errors import BadVectors, ClusteringError
+from clustering.kmeans.checkpoint import StateFile
 from clustering.kmeans.lloyd import kmeans
 from clustering.rounds.health import nmi
-from clustering.rounds.maker import StateFile
 from clustering.vectors.cluster import cluster_vectors
 from clustering.vectors.source import VectorFile, shares_of
 
-CONFIG = ClusteringConfig()
+CONFIG = KMeansConfig()
 
 
 def _list(x: np.ndarray, kind: pa.DataType | None = None) -> pa.Array:
@@ -46,8 +46,11 @@ def _write(
 
 
 def _cluster(where: Path, out: Path, k: int = 12, n_actors: int = 1, seed: int = 0, **options):
-    config = options.pop("config", CONFIG)
-    return cluster_vectors(str(where), "embedding", k, n_actors, seed, str(out), config, **options)
+    config = options.pop("config", CONFIG).model_copy(update={"k": k})
+    pool = PoolConfig(n_actors=n_actors, cpus_per_actor=0.1)
+    return cluster_vectors(
+        str(where), str(out), config, pool, seed=seed, column="embedding", **options
+    )
 
 
 @pytest.fixture
@@ -118,7 +121,7 @@ def test_actors_read_a_folder_with_an_empty_file_to_the_same_bits(mixture, tmp_p
         _write(folder / f"part-{i}.parquet", _fixed_list(part), rows=[7000, 10**6, 10**6][i])
     _write(folder / "part-1-empty.parquet", _fixed_list(x[:0]))
     (folder / "_SUCCESS").write_text("")
-    config = ClusteringConfig(cpus_per_actor=0.1, spherical=False, vshards=2)
+    config = KMeansConfig(spherical=False, vshards=2)
     started = []
     made = [
         _cluster(
@@ -156,15 +159,15 @@ def test_shares_cover_every_row_once_and_cut_at_blocks(count: int) -> None:
 def test_a_killed_run_goes_on_where_it_stopped(
     data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = ClusteringConfig(init="random", tol=0)
+    config = KMeansConfig(init="random", tol=0)
     _write(tmp_path / "v.parquet", _fixed_list(data.x))
     expected = _cluster(tmp_path / "v.parquet", tmp_path / "a", config=config)
     saves = []
     save = StateFile.save
 
-    def dying(self, arrays):
-        save(self, arrays)
-        saves.append(arrays)
+    def dying(self, state):
+        save(self, state)
+        saves.append(state)
         if len(saves) == 3:
             raise KeyboardInterrupt
 
@@ -173,7 +176,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
         with pytest.raises(KeyboardInterrupt):
             _cluster(tmp_path / "v.parquet", tmp_path / "b", config=config)
     resumed = []
-    monkeypatch.setattr(StateFile, "save", lambda self, arrays: resumed.append(arrays))
+    monkeypatch.setattr(StateFile, "save", lambda self, state: resumed.append(state))
     made = _cluster(tmp_path / "v.parquet", tmp_path / "b", config=config)
     assert len(resumed) == expected["iterations"] - 3
     assert made["digest"] == expected["digest"]

@@ -13,6 +13,7 @@ from support.memory import N_CLIPS, memory_index
 from support.ranks import run_ranks
 from support.trainers import Recorder, make_trainer, pretrain_config, same, weights_of
 
+from clustering.kmeans.label_table import LabelTable
 from clustering.rounds.local import LocalRounds
 from training.config import LossConfig, TrackingConfig
 from training.data.device import DeviceBatch
@@ -163,7 +164,7 @@ def test_rows_that_a_slow_bank_dropped_are_logged_with_their_round(
 def test_controls_are_the_labels_of_the_losses(labels: str, tmp_path: Path) -> None:
     control = control_labels(labels, memory_index(), 4, seed=0)
     assert control is not None
-    given = (control.keys_N, control.labels_N)
+    given = LabelTable(control.keys_N, control.labels_N)
     trainer, recorder = make_trainer(pretrain_config(), tmp_path, given=given)
     trainer.run()
     index = memory_index()

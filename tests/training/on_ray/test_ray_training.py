@@ -21,7 +21,7 @@ from support.processes import kill
 from support.ranks import run_ray_ranks
 from support.stores import noise_store
 
-from clustering.config import ClusteringConfig
+from clustering.config import KMeansConfig, PoolConfig
 from clustering.rounds.local import LocalRounds
 from clustering.rounds.protocol import PublishedRound
 from pipeline.config import FeatureSpec
@@ -48,16 +48,14 @@ CONFIG = TrainingConfig.model_validate(
         "scale": {"num_workers": 2, "cpus_per_worker": 0.3, "reader_cpus": 0.1},
     }
 )
-CLUSTERING = ClusteringConfig.model_validate(
+CLUSTERING = KMeansConfig.model_validate(
     {
         "k": 4,
-        "n_actors": 2,
-        "cpus_per_actor": 0.2,
-        "cpus_per_bank": 0.1,
         # Noise lies close together, which a real run would be stopped for.
         "guard": {"max_mean_cosine": 1.0, "min_effective_frac": 0.0, "max_churn": 1.0},
     }
 )
+POOL = PoolConfig(n_actors=2, cpus_per_actor=0.2, cpus_per_bank=0.1)
 N_CLIPS = 90
 STEPS = 4 * (N_CLIPS // 18)
 ELASTIC = """
@@ -110,7 +108,7 @@ if __name__ == "__main__":
     config = type(CONFIG).model_validate(plain)
     data = pin(store, None, config)
     check(config, CLUSTERING, data)
-    settings = (config, CLUSTERING, data, out, RunHandle("", "", str(out)), {})
+    settings = (config, CLUSTERING, data, out, RunHandle("", "", str(out)), {}, pool=POOL)
     training = threading.Thread(target=pretrain, args=settings)
     training.start()
     come_and_go(cluster, node, out)  # Ray starts nodes in the main thread only.
@@ -128,7 +126,7 @@ def _pretrain(store: str, out: Path) -> tuple[dict[str, torch.Tensor], list[dict
     """The weights and the metrics of a run of two workers that share three lanes."""
     data = pin(store, None, CONFIG)
     check(CONFIG, CLUSTERING, data)
-    pretrain(CONFIG, CLUSTERING, data, out, RunHandle("", "", str(out)), {})
+    pretrain(CONFIG, CLUSTERING, data, out, RunHandle("", "", str(out)), {}, pool=POOL)
     lines = (out / "metrics.jsonl").read_text().splitlines()
     weights = load_file(out / "encoder" / "encoder.safetensors")
     return weights, [json.loads(line) for line in lines]

@@ -1,6 +1,6 @@
-"""Frozen bank rows as Parquet: what a round is made of, and what a restart reads again.
+"""FrozenRows: the bank rows a round is made of, as Parquet files that a restart reads again.
 
-Knows nothing of Ray or k-means. Invariant: a part file holds whole virtual shards, one row group
+Knows nothing of Ray or k-means. Invariant: a file of rows holds whole virtual shards, one row group
 each, rows sorted by key; which actor wrote it changes nothing that is read.
 
 The row is a fixed-size binary of {dtype, dim} (file metadata): ten times as fast to write as a
@@ -19,14 +19,37 @@ import pyarrow.parquet as pq
 from clustering import storage
 from clustering.errors import ClusteringError
 from clustering.kmeans.hashing import vshard_of
-from clustering.kmeans.share import Block
-from clustering.kmeans.views import stream_slices
+from clustering.kmeans.share import RowBlock
 from clustering.rounds.bank import BankRows
+from clustering.rounds.targets import stream_slices
 
 
 @dataclass(frozen=True)
-class Part:
-    """One file of a snapshot."""
+class Owner:
+    """Bank `index` of `count`: it owns every count-th of the virtual shards."""
+
+    index: int
+    count: int
+    vshards: int
+
+    def owns(self, vshard: np.ndarray) -> np.ndarray:
+        """Whether virtual shards are this bank's."""
+        return np.asarray(vshard % self.count == self.index)
+
+    def groups_of(self, metadata: Mapping[bytes, bytes]) -> list[int] | None:
+        """Row groups with this bank's rows; None, all, where a file does not say.
+
+        A hundred banks that each read all rows would read the checkpoint a hundred times.
+        """
+        written = json.loads(metadata.get(b"vshards", b"{}"))
+        if written.get("count") != self.vshards:
+            return None
+        return np.flatnonzero(self.owns(np.array(written["groups"], dtype=np.int64))).tolist()
+
+
+@dataclass(frozen=True)
+class RowFile:
+    """One file of bank rows."""
 
     uri: str
     vshards: tuple[int, ...]
@@ -35,18 +58,21 @@ class Part:
     """Rows of each row group."""
     step_sum: int
     """Sum of the rows' steps."""
-    step_min: int
-    """Smallest step; 0 without rows."""
 
 
-def write_part(uri: str, rows: BankRows, streams: Mapping[str, int], vshards: int) -> Part:
+def write_rows(uri: str, rows: BankRows, streams: Mapping[str, int], vshards: int) -> RowFile:
     """Write rows, sorted by virtual shard and key, as one file."""
     width = sum(streams.values())
     vshard = vshard_of(rows.keys, vshards)
     order = np.lexsort((rows.keys, vshard))
     present, starts = np.unique(vshard[order], return_index=True)
     stops = np.append(starts, len(order))[1:].astype(np.int64)
-    metadata = {"dtype": "float16", "dim": str(width), "streams": json.dumps(dict(streams))}
+    metadata = {
+        "dtype": "float16",
+        "dim": str(width),
+        "streams": json.dumps(dict(streams)),
+        "vshards": json.dumps({"count": vshards, "groups": present.tolist()}),
+    }
     schema = pa.schema(
         [("key", pa.uint64()), ("step", pa.int64()), ("row", pa.binary(2 * width))], metadata
     )
@@ -58,17 +84,13 @@ def write_part(uri: str, rows: BankRows, streams: Mapping[str, int], vshards: in
             table = pa.table([column(values) for values in group], schema=schema)
             writer.write_table(table, row_group_size=len(group.keys))
     storage.write_bytes(uri, memoryview(sink.getvalue()))
-    return Part(
-        uri,
-        tuple(present.tolist()),
-        tuple((stops - starts).tolist()),
-        int(rows.steps.sum()),
-        int(rows.steps.min()) if len(rows.steps) else 0,
+    return RowFile(
+        uri, tuple(present.tolist()), tuple((stops - starts).tolist()), int(rows.steps.sum())
     )
 
 
 def read_rows(uri: str, width: int, row_groups: list[int] | None = None) -> Iterator[BankRows]:
-    """Yield the row groups of a part file.
+    """Yield the row groups of a file.
 
     Raises: ClusteringError by way of pyarrow if the file is damaged; ValueError for another width.
     """
@@ -85,23 +107,27 @@ def read_rows(uri: str, width: int, row_groups: list[int] | None = None) -> Iter
             yield BankRows(keys.to_numpy(), steps.to_numpy(), values)
 
 
-def saved_rows(uri: str, streams: Mapping[str, int]) -> BankRows:
-    """All rows that `Rounds.save` wrote under `uri`, of them the slices named in `streams`.
+EVERYTHING = Owner(0, 1, 1)
 
-    Raises: ClusteringError if there are no rows, or rows without such a slice.
+
+def saved_rows(uri: str, streams: Mapping[str, int], owner: Owner = EVERYTHING) -> BankRows:
+    """The rows of `owner` that `Rounds.save` wrote under `uri`: the slices named in `streams`.
+
+    Raises: ClusteringError if nothing was saved, or rows without such a slice.
     """
     files = [name for name in storage.names(uri) if name.startswith("bank-")]
     if not files:
         raise ClusteringError(
             f"{uri}: no saved bank (bank-*.parquet). Restore from a checkpoint that was saved."
         )
-    groups = [rows for name in files for rows in _slices(storage.join(uri, name), streams)]
+    groups = [rows for name in files for rows in _owned(storage.join(uri, name), streams, owner)]
     return BankRows.concat([BankRows.empty(sum(streams.values())), *groups])
 
 
-def _slices(uri: str, streams: Mapping[str, int]) -> Iterator[BankRows]:
+def _owned(uri: str, streams: Mapping[str, int], owner: Owner) -> Iterator[BankRows]:
     with fsspec.open(uri, "rb") as handle:
-        saved = json.loads(pq.read_schema(handle).metadata[b"streams"])
+        metadata = pq.read_schema(handle).metadata
+    saved = json.loads(metadata[b"streams"])
     if any(saved.get(name) != width for name, width in streams.items()):
         raise ClusteringError(
             f"{uri}: saved rows hold {saved}, the bank {dict(streams)}. Restore from a checkpoint "
@@ -109,8 +135,9 @@ def _slices(uri: str, streams: Mapping[str, int]) -> Iterator[BankRows]:
         )
     slices = stream_slices(saved)
     columns = np.concatenate([np.arange(*slices[name]) for name in streams])
-    for rows in read_rows(uri, sum(saved.values())):
-        yield rows if list(saved) == list(streams) else rows._replace(rows=rows.rows[:, columns])
+    for rows in read_rows(uri, sum(saved.values()), owner.groups_of(metadata)):
+        mine = rows.take(np.flatnonzero(owner.owns(vshard_of(rows.keys, owner.vshards))))
+        yield mine if list(saved) == list(streams) else mine._replace(rows=mine.rows[:, columns])
 
 
 def column(values: np.ndarray) -> pa.Array:
@@ -127,11 +154,11 @@ def column(values: np.ndarray) -> pa.Array:
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """All frozen rows of a round."""
+class FrozenRows:
+    """All rows of a round."""
 
     uri: str
-    parts: tuple[Part, ...]
+    parts: tuple[RowFile, ...]
     width: int
 
     @property
@@ -144,54 +171,61 @@ class Snapshot:
         """Sum of their steps."""
         return sum(part.step_sum for part in self.parts)
 
-    def write_manifest(self) -> None:
-        """Commit: from here on the snapshot exists."""
-        parts = [
+    @classmethod
+    def commit(cls, uri: str, parts: tuple[RowFile, ...], width: int) -> "FrozenRows":
+        """From here on a restart uses these rows instead of freezing again.
+
+        Raises: ClusteringError without rows: a round of nothing would be gone on with for ever.
+        """
+        frozen = cls(uri, parts, width)
+        if frozen.n_rows == 0:
+            raise ClusteringError(
+                f"{uri}: no rows to cluster, the feature bank is empty. Push features before the "
+                "round is started; after a restart, push them again."
+            )
+        written = [
             {
                 "file": part.uri.rsplit("/", 1)[-1],
                 "vshards": part.vshards,
                 "rows": part.rows,
                 "step_sum": part.step_sum,
-                "step_min": part.step_min,
             }
-            for part in self.parts
+            for part in parts
         ]
-        storage.write_json(
-            storage.join(self.uri, "manifest.json"), {"width": self.width, "parts": parts}
-        )
+        storage.write_json(storage.join(uri, "manifest.json"), {"width": width, "parts": written})
+        return frozen
 
     @classmethod
-    def load(cls, uri: str) -> "Snapshot | None":
-        """The snapshot under `uri`, or None if it was never completed."""
+    def load(cls, uri: str) -> "FrozenRows | None":
+        """The rows under `uri`, or None if they were never committed."""
         try:
             manifest = storage.read_json(storage.join(uri, "manifest.json"))
         except FileNotFoundError:
             return None
         parts = tuple(
-            Part(
+            RowFile(
                 storage.join(uri, part["file"]),
                 tuple(part["vshards"]),
                 tuple(part["rows"]),
                 part["step_sum"],
-                part["step_min"],
             )
             for part in manifest["parts"]
         )
         return cls(uri, parts, manifest["width"])
 
-    def source(self, index: int = 0, count: int = 1) -> "SnapshotSource":
+    def source(self, index: int = 0, count: int = 1) -> "FrozenSource":
         """Share `index` of `count`: virtual shards go round robin."""
         chosen = []
         for part in self.parts:
             groups = [g for g, vshard in enumerate(part.vshards) if vshard % count == index]
             if groups:
                 chosen.append((part.uri, tuple(groups)))
-        return SnapshotSource(f"{self.uri}#{index}/{count}", tuple(chosen), self.width)
+        return FrozenSource(f"{self.uri}#{index}/{count}", tuple(chosen), self.width)
 
 
 @dataclass(frozen=True)
-class SnapshotSource:
-    """One share of a snapshot, read from storage."""
+class FrozenSource:
+    """One share of a round's rows, read from storage."""
 
     token: str
     chosen: tuple[tuple[str, tuple[int, ...]], ...]
@@ -199,8 +233,8 @@ class SnapshotSource:
     width: int
     keep_rows: bool = True
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[RowBlock]:
         """One block per virtual shard."""
         for uri, groups in self.chosen:
             for rows in read_rows(uri, self.width, list(groups)):
-                yield Block(rows.keys, rows.rows)
+                yield RowBlock(rows.keys, rows.rows)

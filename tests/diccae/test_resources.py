@@ -1,0 +1,96 @@
+"""A run that cannot fit is refused with who wants what; Ray would wait for it in silence."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from support.runs import SMOKE
+from support.stores import noise_store
+
+from diccae.cli import main
+from diccae.resources import Demand, Node, left_over
+from pipeline.config import FeatureSpec
+
+SPEC = FeatureSpec(n_frames=3, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch):
+    """Say which nodes Ray is connected to; a run that would start is stopped."""
+
+    def give(*nodes: tuple[float, float]) -> None:
+        said = [{"Alive": True, "Resources": {"CPU": c, "GPU": g}} for c, g in nodes]
+        dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+        monkeypatch.setattr(ray, "nodes", lambda: [*said, dead])
+
+    for command in ("stages.pretrain", "commands.cluster"):
+        monkeypatch.setattr(f"diccae.{command}.start_ray", lambda: None)
+    monkeypatch.setattr("diccae.stages.pretrain.tracking_run", lambda *_: 1 / 0)
+    return give
+
+
+def _pretrain(folder: Path, *options: str) -> int:
+    store = folder / "store"
+    if not store.exists():
+        noise_store(store, SPEC, 64)
+    out = ["--out", str(folder / "run"), "--store", str(store)]
+    return main(["pretrain", "--config", SMOKE, *out, "--encoder.dim", "32", *options])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "said"),
+    [
+        (
+            [(64.0, 1.0)],
+            ["--clustering.device", "cuda", "--pool.n-actors", "3"],
+            "2 of the clustering actors",
+        ),
+        # Five actors have three banks, and a coordinator: 13 CPUs with all that trains.
+        (
+            [(12.9, 0.0)],
+            ["--pool.n-actors", "5", "--pool.cpus-per-bank", "2"],
+            "1 of the clustering actors",
+        ),
+        (
+            [(2.0, 0.0)] * 8,
+            ["--scale.num-workers", "2", "--scale.cpus-per-worker", "4"],
+            "2 of the training workers",
+        ),
+    ],
+)
+def test_a_pretraining_that_no_nodes_can_hold_is_refused(
+    cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], nodes, options, said: str
+) -> None:
+    cluster(*nodes)
+    assert _pretrain(tmp_path, *options) == 1
+    assert f"No room for {said}" in capsys.readouterr().err
+
+
+def test_a_pretraining_that_fits_exactly_is_started(cluster, tmp_path: Path) -> None:
+    cluster((13.0, 0.0))
+    with pytest.raises(ZeroDivisionError):
+        _pretrain(tmp_path, "--pool.n-actors", "5", "--pool.cpus-per-bank", "2")
+
+
+def test_more_actors_than_processors_are_refused_by_diccae_cluster(
+    cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    pq.write_table(pa.table({"embedding": x.tolist()}), tmp_path / "v.parquet")
+    cluster((4.0, 0.0))
+    where = ["--vectors", str(tmp_path / "v.parquet"), "--out", str(tmp_path / "out")]
+    assert main(["cluster", *where, "--k", "2", "--actors", "12"]) == 1
+    assert "No room for 4 of the clustering actors. Lower --actors" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["cluster", *where, "--k", "2", "--pool.n-bank", "1"])
+    assert stopped.value.code == 2
+
+
+def test_the_largest_are_placed_first_and_where_least_is_left() -> None:
+    nodes = [Node(4, 0), Node(2, 1), Node(8, 0)]
+    demands = [Demand("small", 6, 1, 0), Demand("large", 1, 8, 0), Demand("gpu", 1, 0.5, 1)]
+    assert left_over(demands, nodes) == [Demand("small", 1, 1, 0)]
+    assert left_over(demands[1:], nodes) == []
