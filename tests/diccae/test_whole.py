@@ -270,7 +270,7 @@ def test_an_evaluation_that_cannot_fit_is_refused_at_once(
     for command in (["evaluate", "--out", run], embed):
         assert main([*command, "--scale.use-gpu"]) == 1
         said = capsys.readouterr().err
-        assert "0 GPUs, this run needs" in said
+        assert "0 GPUs" in said
         assert "inference actors" in said
 
 
