@@ -101,38 +101,42 @@ def _sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_finished_run_repeated_keeps_its_results(place: Path, store: str, diccae: Diccae) -> None:
-    out = place / "run"
-    before = json.loads((out / "results.json").read_text())
+def test_a_finished_run_repeated_keeps_its_results(
+    place: Path, diccae: Diccae, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    before = json.loads(Path("run/results.json").read_text())
     assert before["pretraining"]["loss"] > 0
-    settings = ["--pretrain.log-every", "1", "--pretrain.epochs", str(EPOCHS)]
-    settings += ["--finetune.mixup", "0.25"]
-    diccae("pretrain", "--config", SMOKE, "--store", store_of(out), "--out", str(out), *settings)
-    after = json.loads((out / "results.json").read_text())
+    changed = yaml.safe_load(Path(SMOKE).read_text())
+    changed["finetune"]["mixup"] = 0.25
+    Path("changed.yaml").write_text(yaml.safe_dump(changed))
+    arguments = ["pretrain", "--config", "changed.yaml", "--store", before["store"]["uri"]]
+    arguments += ["--out", "run", "--pretrain.log-every", "1", "--pretrain.epochs", str(EPOCHS)]
+    diccae(*arguments)
+    after = json.loads(Path("run/results.json").read_text())
     assert after["pretraining"] == before["pretraining"]
     assert after["seconds"]["cluster"] == before["seconds"]["cluster"]
-    saved = yaml.safe_load((out / "config.yaml").read_text())
+    saved = yaml.safe_load(Path("run/config.yaml").read_text())
     assert saved["finetune"]["mixup"] != 0.25, "not what the classifier was made with"
 
 
-def store_of(out: Path) -> str:
-    uri: str = json.loads((out / "run.json").read_text())["store"]["uri"]
-    return uri
-
-
 def test_fine_tuning_with_other_settings_trains_or_is_refused_by_key(
-    place: Path, store: str, diccae: Diccae, capsys: pytest.CaptureFixture[str]
+    place: Path,
+    diccae: Diccae,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out = place / "run"
+    monkeypatch.chdir(place)
+    out = Path("run")
     model = out / "classifier" / "classifier.safetensors"
     config, before = (out / "config.yaml").read_text(), _sha(model)
-    changed = ["finetune", "--out", str(out), "--finetune.optim.lr", "0.003"]
+    changed = ["finetune", "--out", "run", "--finetune.optim.lr", "0.003"]
     assert main(changed) == 2
     said = capsys.readouterr().err
     assert "finetune.optim.lr: 0.0001 -> 0.003" in said
     assert "--fresh" in said
     assert (out / "config.yaml").read_text() == config
-    diccae("finetune", "--out", str(out))
+    diccae("finetune", "--out", "run")
     assert _sha(model) == before, "the same command changes nothing"
     diccae(*changed, "--fresh")
     assert _sha(model) != before
@@ -266,7 +270,7 @@ def test_an_evaluation_that_cannot_fit_is_refused_at_once(
     for command in (["evaluate", "--out", run], embed):
         assert main([*command, "--scale.use-gpu"]) == 1
         said = capsys.readouterr().err
-        assert "0 GPUs, this run needs" in said
+        assert "0 GPUs" in said
         assert "inference actors" in said
 
 

@@ -14,13 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from clustering.kmeans.hashing import hash64
+from clustering.kmeans.hashing import GOLDEN, hash64
 from pipeline.decode.payload import decode_jpegs, fbank_array
 from pipeline.store.store import read_rows
 from training.data.order import EpochReads, FrameDraw, Window, WindowPlan
-
-_STRIDE = np.uint64(0x9E3779B97F4A7C15)
-"""Between the draws of one clip: that of splitmix64, whose finaliser `hash64` is."""
 
 
 class Batch(NamedTuple):
@@ -84,9 +81,12 @@ def choose_frames(
 
 
 def _uniform(keys_n: NDArray[np.uint64], seed: int, epoch: int, k: int) -> NDArray[np.float64]:
-    """k numbers in [0, 1) per clip, from its key, seed and epoch alone: [n, k]."""
+    """k numbers in [0, 1) per clip, from its key, seed and epoch alone: [n, k].
+
+    The first k outputs of a splitmix64 generator, whose finaliser `hash64` is.
+    """
     start = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
-    draws_nk = hash64((keys_n ^ start)[:, None] + np.arange(k, dtype=np.uint64) * _STRIDE)
+    draws_nk = hash64((keys_n ^ start)[:, None] + np.arange(k, dtype=np.uint64) * GOLDEN)
     # The upper 53 bits: what a float64 holds exactly.
     return (draws_nk >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

@@ -22,8 +22,8 @@ class Control(NamedTuple):
     """Number of labels."""
     keys_N: NDArray[np.uint64]
     """uint64, of the clips that have a label."""
-    labels_N: NDArray[np.int64]
-    """In 0..k-1."""
+    labels_N: NDArray[np.int32]
+    """int32 in 0..k-1."""
 
 
 def control_labels(labels: str, index: RowIndex, k: int, seed: int) -> Control | None:
@@ -33,7 +33,7 @@ def control_labels(labels: str, index: RowIndex, k: int, seed: int) -> Control |
     Raises: TrainingError if the train split has no classes to take.
     """
     if labels == "random":
-        drawn_N = np.random.default_rng([seed, k]).integers(0, k, len(index))
+        drawn_N = np.random.default_rng([seed, k]).integers(0, k, len(index)).astype(np.int32)
         # By key, so that they do not hang on the order of rows in the store.
         return Control(k, np.sort(index.keys_N), drawn_N)
     if labels == "true":
@@ -43,5 +43,7 @@ def control_labels(labels: str, index: RowIndex, k: int, seed: int) -> Control |
                 "rounds.labels = true, but no clip of the train split has a label; ingest a CSV "
                 "with labels, or take clusters"
             )
-        return Control(len(index.classes), index.keys_N[known_N], index.labels_N[known_N])
+        return Control(
+            len(index.classes), index.keys_N[known_N], index.labels_N[known_N].astype(np.int32)
+        )
     return None

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clustering.kmeans.label_table import NO_LABEL
 from training.config import ConfusionConfig
 from training.losses.gather import of_every_rank, of_this_rank, world
-from training.losses.terms import IGNORED
 
 
 def relative_degrees(confusion_KK: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class ConfusionState:
     @torch.no_grad()
     def accumulate(self, posteriors_BK: Tensor, labels_B: Tensor) -> None:
         """Add this rank's clips; rows labelled -100 are left out. No communication."""
-        labelled_B = (labels_B != IGNORED).double()
+        labelled_B = (labels_B != NO_LABEL).double()
         rows = torch.cat([posteriors_BK.double(), labelled_B.new_ones(len(labels_B), 1)], dim=1)
         self.sums_KK1.index_add_(0, labels_B.long().clamp_min(0), rows * labelled_B[:, None])
 

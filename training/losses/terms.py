@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clustering.kmeans.label_table import NO_LABEL
 from training.losses.gather import RankShare, equal_share, gather_with_grad, mean_over_ranks, world
 from training.model.blocks import full_precision
-
-IGNORED = -100
-"""Label of a clip that has none yet."""
 
 
 class Contrast(NamedTuple):
@@ -92,7 +90,7 @@ def labelled_rows(labels_B: Tensor) -> Tensor:
     Dividing by the mean over ranks makes the mean of losses exact when ranks hold different
     numbers of labelled rows. Collective: every rank calls it.
     """
-    rows = mean_over_ranks((labels_B != IGNORED).sum().double())
+    rows = mean_over_ranks((labels_B != NO_LABEL).sum().double())
     return rows.clamp_min(1.0 / world()[1])
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from clustering.kmeans.label_table import NO_LABEL
 from training.config import STREAMS, EvaluateConfig, TrainingConfig
 from training.data.rows import RowIndex
 from training.errors import TrainingError
@@ -66,7 +67,7 @@ def evaluate(
         embeddings={s: of_test.of(space)[s] for s in STREAMS},
         middle_frame=middle.of(space),
         confused_pairs=probed.confused_pairs,
-        clusters_M=np.array([clusters.get(c, -100) for c in test.clip_ids_N], np.int32),
+        clusters_M=np.array([clusters.get(c, NO_LABEL) for c in test.clip_ids_N], np.int32),
         retrieval_per_class=config.evaluate.retrieval_per_class,
     )
     confusion = count_confusion(given, test.classes)

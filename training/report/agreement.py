@@ -9,10 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from clustering.kmeans.label_table import NO_LABEL
 from clustering.rounds.health import agreement
 from clustering.rounds.protocol import PublishedRound
-
-UNLABELLED = -100
 
 
 def with_agreement(done: PublishedRound, clip_of: dict[int, tuple[str, str]]) -> PublishedRound:
@@ -24,7 +23,7 @@ def with_agreement(done: PublishedRound, clip_of: dict[int, tuple[str, str]]) ->
         return done
     keys_N, labels_N = done.heads[0].keys_N, done.heads[0].labels_N
     truths = [clip_of.get(int(key), ("", ""))[1] for key in keys_N]
-    known = np.array([bool(t) for t in truths], dtype=bool) & (labels_N != UNLABELLED)
+    known = np.array([bool(t) for t in truths], dtype=bool) & (labels_N != NO_LABEL)
     if not known.any():
         return done
     names = np.array(truths, dtype=str)[known]

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from clustering.kmeans.label_table import NO_LABEL
 from training.report.confusions import Pair
 
 
@@ -89,7 +90,7 @@ def cluster_examples(
     order = np.argsort(labels_N, kind="stable")
     values, starts = np.unique(labels_N[order], return_index=True)
     members = dict(zip(values.tolist(), np.split(order, starts[1:]), strict=True))
-    members.pop(-100, None)
+    members.pop(NO_LABEL, None)
     largest = sorted(members, key=lambda k: (-len(members[k]), k))[:most]
     clusters = []
     for k in largest:

@@ -14,6 +14,7 @@ from support.ranks import run_ranks
 from support.trainers import Recorder, make_trainer, pretrain_config, same, weights_of
 
 from clustering.kmeans.label_table import LabelTable
+from clustering.rounds.local import LocalRounds
 from training.config import LossConfig, TrackingConfig
 from training.data.device import DeviceBatch
 from training.errors import NonFiniteLoss, TrainingError
@@ -145,6 +146,18 @@ def test_labels_apply_at_the_announced_step_and_not_before(tmp_path: Path) -> No
     last = recorder.logged[-1][1]
     assert last["labelled_frac"] == 1.0
     assert 0.0 <= last["clustering/nmi"] <= 1.0
+
+
+def test_rows_that_a_slow_bank_dropped_are_logged_with_their_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats = LocalRounds.stats
+    monkeypatch.setattr(LocalRounds, "stats", lambda rounds: stats(rounds)._replace(dropped=5))
+    trainer, recorder = make_trainer(pretrain_config(), tmp_path)
+    trainer.run()
+    logged = {m["clustering/rows_dropped"] for _, m in recorder.logged if "clustering/nmi" in m}
+    assert trainer.labelling.round == 2
+    assert logged == {5.0, 0.0}, "five before the first round, none since"
 
 
 @pytest.mark.parametrize("labels", ["true", "random"])
