@@ -55,7 +55,12 @@ class FeatureSpec(Frozen):
 
     def spec_hash(self) -> str:
         """16 hex digits that are equal exactly for equal specs."""
-        return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:16]
+        return self.hash_of(self.canonical_json().encode())
+
+    @staticmethod
+    def hash_of(canonical_json: bytes) -> str:
+        """The `spec_hash` of a spec that was written down, perhaps by another version."""
+        return hashlib.sha256(canonical_json).hexdigest()[:16]
 
     def canonical_json(self) -> str:
         """The spec as JSON, fields in order of declaration, no spaces."""

@@ -1,31 +1,32 @@
-"""A feature store: one URI with Parquet shards and the clips table that says which rows count.
+"""FeatureStore: one URI with Parquet shards and the clips table that says which rows count.
 
 Knows nothing of decoding or of Ray. Invariant: the clips table, a Delta table, is the truth and
-the only commit point: a feature row exists if and only if a clips row of status ok points at it.
-A version of the table pins a data set for ever.
+the only commit point: a feature row exists if and only if a clips row of status ok points at it,
+and every commit builds on the version its writer has seen. A version pins a data set for ever.
 
 The table is a log: a commit only appends, so that its cost depends on neither the clips already
-there nor the commits before; the row with the highest `seq` is a clip's state.
+there nor the commits before (log.LogKeys says which rows count).
 """
 
-import hashlib
+import contextlib
 import json
 import re
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, write_deltalake
-from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from pipeline.config import FeatureSpec
 from pipeline.errors import StoreError
 from pipeline.storage import Location, delta_options
-from pipeline.store.schema import CLIPS_SCHEMA, FORMAT
+from pipeline.store.lease import Lease
+from pipeline.store.schema import CLIPS_SCHEMA, FORMAT, OLDEST_FORMAT, SPEC_PROPERTY
 from pipeline.store.shards import read_rows
+from pipeline.store.snapshot import Snapshot
 
 __all__ = ["FeatureStore", "Snapshot", "read_rows"]
 
@@ -34,74 +35,8 @@ _STORE_FILE = "store.json"
 _CHECKPOINT_EVERY = 50
 _FOLD_EVERY = 64
 _FOLDED_BYTES = 32 << 20
-
-
-class Snapshot:
-    """One version of a store: what training reads, unchanged for ever."""
-
-    def __init__(self, store: "FeatureStore", table: DeltaTable) -> None:
-        self.uri = store.uri
-        self.version: int = table.version()
-        self._store = store
-        self._table = table
-
-    def states(self, columns: list[str]) -> pa.Table:
-        """The newest row of each clip, tombstones left out, in no particular order."""
-        needed = list(dict.fromkeys([*columns, "clip_id", "seq", "status"]))
-        log = self._table.to_pyarrow_table(columns=needed).cast(_subschema(needed))
-        newest = log.take(_newest_rows(log))
-        return newest.filter(pc.not_equal(newest["status"], "removed")).select(columns)
-
-    @cached_property
-    def clips(self) -> pa.Table:
-        """The clips table: one row per source clip (schema.CLIPS_SCHEMA)."""
-        return self.states(CLIPS_SCHEMA.names)
-
-    @cached_property
-    def spec(self) -> FeatureSpec:
-        """What the features of this version are: the spec of its newest rows."""
-        return self._store.read_spec(self.spec_hash)
-
-    @cached_property
-    def spec_hash(self) -> str:
-        """Hash of `spec`; rows of another spec are not part of the data set."""
-        log = self._table.to_pyarrow_table(columns=["seq", "spec_hash"])
-        if not len(log):
-            return self._store.initial_spec_hash()
-        return log["spec_hash"][int(np.argmax(log["seq"].to_numpy()))].as_py()
-
-    @cached_property
-    def _live(self) -> pa.Table:
-        columns = ["clip_id", "label", "split", "shard", "row", "row_key", "status", "spec_hash"]
-        states = self.states(columns)
-        ok = pc.and_(
-            pc.equal(states["status"], "ok"), pc.equal(states["spec_hash"], self.spec_hash)
-        )
-        return states.filter(ok).sort_by([("shard", "ascending"), ("row", "ascending")])
-
-    @cached_property
-    def digest(self) -> str:
-        """Equal for equal data: ids, contents (row_key), labels, splits; not for where they lie."""
-        columns = ["clip_id", "row_key", "label", "split"]
-        rows = self._live.select(columns).sort_by("clip_id").combine_chunks()
-        digest = hashlib.sha256()
-        for name in columns:
-            # Lengths and bytes: unlike a buffer, independent of offsets and chunking.
-            joined = "\0".join(value or "" for value in rows[name].to_pylist())
-            digest.update(joined.encode() + b"\0\0")
-        return digest.hexdigest()
-
-    def rows(self, split: str | None) -> pa.Table:
-        """Live clips of a split (None: all) by (shard, row): clip_id, label, split, shard, row."""
-        live = self._live
-        if split is not None:
-            live = live.filter(pc.equal(live["split"], split))
-        return live.select(["clip_id", "label", "split", "shard", "row"])
-
-    @cached_property
-    def classes(self) -> list[str]:
-        """Distinct labels of live clips, sorted."""
-        return sorted(label for label in pc.unique(self._live["label"]).to_pylist() if label)
+_MOST_TRIES = 20
+"""Commits of others that one commit gives way to before it gives up."""
 
 
 class FeatureStore:
@@ -112,7 +47,6 @@ class FeatureStore:
         self.uri = self.location.uri
         self._options = delta_options()
         self._table: DeltaTable | None = None
-        self._n_appended = 0
 
     @classmethod
     def open(cls, uri: str) -> "FeatureStore":
@@ -128,10 +62,10 @@ class FeatureStore:
                 f"{uri}: no feature store here ({_STORE_FILE} is missing). Make one with "
                 '"diccae ingest --clips CSV --videos DIR --store URI".'
             ) from None
-        if about["format"] != FORMAT:
+        if not OLDEST_FORMAT <= about["format"] <= FORMAT:
             raise StoreError(
-                f"{uri}: store format {about['format']}, this version reads {FORMAT}. Ingest into "
-                "a new store, or use the version of diccae that wrote it."
+                f"{uri}: store format {about['format']}, this version reads {OLDEST_FORMAT} to "
+                f"{FORMAT}. Ingest into a new store, or use the version of diccae that wrote it."
             )
         return store
 
@@ -167,7 +101,9 @@ class FeatureStore:
                 "delta.checkpointInterval": str(_CHECKPOINT_EVERY),
                 # Old versions are pinned by training runs; only `store vacuum` may drop them.
                 "delta.enableExpiredLogCleanup": "false",
+                SPEC_PROPERTY: spec.spec_hash(),
             },
+            raise_if_key_not_exists=False,
             storage_options=store._options,
         )
         about = {"format": FORMAT, "spec_hash": spec.spec_hash()}
@@ -200,47 +136,124 @@ class FeatureStore:
                 "Versions are kept by pins and by the retention of store vacuum."
             ) from error
 
-    def append(self, rows: pa.Table, about: dict[str, Any]) -> int:
+    @contextlib.contextmanager
+    def lease(self, stale_s: float, purpose: str) -> Iterator[Lease]:
+        """Be the one writer; a store of an older format becomes one of this.
+
+        Raises: StoreLocked; StoreError if the storage refuses.
+        """
+        with Lease(self.location, stale_s, purpose) as lease:
+            newest = self.snapshot()
+            if not newest.names_its_spec:
+                # First the format: an older diccae would go on deriving the spec from the rows.
+                about = {"format": FORMAT, "spec_hash": self.initial_spec_hash()}
+                self.location.write_bytes(_STORE_FILE, json.dumps(about).encode())
+                self._put_in_force(newest.spec_hash, {"by": "upgrade"}, lease.check)
+            yield lease
+
+    def append(
+        self, rows: pa.Table, about: dict[str, Any], check: Callable[[], None] | None = None
+    ) -> int:
         """Commit clips rows (seq is set here; a clip at most once). Returns the new version.
 
+        Args: check: called between reading the newest version and committing on top of it, so that
+            a writer that lost its lease (Lease.check) cannot commit over its successor.
         Raises: StoreError if the storage refuses; nothing of these rows is committed then.
         """
-        try:
-            return self._append(rows, about)
-        except (DeltaError, OSError) as error:
-            raise StoreError(
-                f"{self.uri}: a commit failed ({error}). What was committed before is kept. Mend "
-                "the storage, then run the same again."
-            ) from error
 
-    def _append(self, rows: pa.Table, about: dict[str, Any]) -> int:
-        if self._table is None:
-            self._table = self._load()
-        self._table.update_incremental()
-        seq = pa.array(np.full(len(rows), self._table.version() + 1, np.int64))
-        index = CLIPS_SCHEMA.get_field_index("seq")
-        rows = rows.set_column(index, CLIPS_SCHEMA.field(index), seq).cast(CLIPS_SCHEMA)
-        write_deltalake(
-            self._table,
-            rows,
-            mode="append",
-            commit_properties=CommitProperties(
-                custom_metadata={key: str(value) for key, value in about.items()}
-            ),
-        )
-        version = self._table.version()
-        self._n_appended += 1
-        if self._n_appended % _FOLD_EVERY == 0:
-            # A commit costs time for each file of the table: small ones are put together.
-            self._table.optimize.compact(target_size=_FOLDED_BYTES)
+        def write(table: DeltaTable, properties: CommitProperties) -> None:
+            seq = pa.array(np.full(len(rows), table.version() + 1, np.int64))
+            index = CLIPS_SCHEMA.get_field_index("seq")
+            stamped = rows.set_column(index, CLIPS_SCHEMA.field(index), seq).cast(CLIPS_SCHEMA)
+            write_deltalake(table, stamped, mode="append", commit_properties=properties)
+
+        version = self._commit(write, about, check)
+        if version % _FOLD_EVERY == 0:
+            self._fold_files()
         return version
 
-    def rewrite_log(self, rows: pa.Table) -> int:
-        """Commit `rows` in place of the whole log (older versions keep theirs)."""
-        table = self._load()
-        write_deltalake(table, rows.cast(CLIPS_SCHEMA), mode="overwrite")
-        self._table = None
-        return table.version()
+    def put_in_force(
+        self, spec: FeatureSpec, about: dict[str, Any], check: Callable[[], None] | None = None
+    ) -> int:
+        """Commit that the data set is that of `spec` from now on. Returns the new version.
+
+        Args, raises: as append.
+        """
+        self.write_spec(spec)
+        return self._put_in_force(spec.spec_hash(), about, check)
+
+    def _put_in_force(
+        self, spec_hash: str, about: dict[str, Any], check: Callable[[], None] | None
+    ) -> int:
+        def write(table: DeltaTable, properties: CommitProperties) -> None:
+            table.alter.set_table_properties(
+                {SPEC_PROPERTY: spec_hash},
+                raise_if_not_exists=False,
+                commit_properties=properties,
+            )
+
+        return self._commit(write, about, check)
+
+    def rewrite_log(
+        self, rows: pa.Table, read_version: int, check: Callable[[], None] | None = None
+    ) -> int:
+        """Commit `rows`, made from `read_version`, in place of the whole log.
+
+        Older versions keep theirs. Raises: StoreError if another version was committed meanwhile,
+        whose rows would be lost, or if the storage refuses.
+        """
+
+        def write(table: DeltaTable, properties: CommitProperties) -> None:
+            if table.version() != read_version:
+                raise StoreError(
+                    f"{self.uri}: version {table.version()} was committed while version "
+                    f"{read_version} was being rewritten. Nothing was changed; run the same again."
+                )
+            write_deltalake(
+                table, rows.cast(CLIPS_SCHEMA), mode="overwrite", commit_properties=properties
+            )
+
+        return self._commit(write, {"read_version": read_version}, check)
+
+    def _commit(
+        self,
+        write: Callable[[DeltaTable, CommitProperties], None],
+        about: dict[str, Any],
+        check: Callable[[], None] | None,
+    ) -> int:
+        """Have `write` commit exactly the version after the newest. Returns that version."""
+        properties = CommitProperties(
+            custom_metadata={key: str(value) for key, value in about.items()},
+            # Never rebased by the library: whoever commits has seen all that was there before, and
+            # a seq made from the version is no one else's.
+            max_commit_retries=0,
+        )
+        refused: Exception | None = None
+        try:
+            for _ in range(_MOST_TRIES):
+                if self._table is None:
+                    self._table = self._load()
+                self._table.update_incremental()
+                if check is not None:
+                    check()
+                try:
+                    write(self._table, properties)
+                    return self._table.version()
+                except CommitFailedError as error:
+                    refused, self._table = error, None
+        except (DeltaError, OSError) as error:
+            refused = error
+        raise StoreError(
+            f"{self.uri}: a commit failed ({refused}). What was committed before is kept. Mend "
+            "the storage, then run the same again."
+        ) from refused
+
+    def _fold_files(self) -> None:
+        """Put small files of the table together: reading costs time for each one."""
+        assert self._table is not None
+        # A rewrite of the log meanwhile has done more than this would.
+        with contextlib.suppress(CommitFailedError):
+            self._table.optimize.compact(target_size=_FOLDED_BYTES)
 
     def drop_log_files(self, retention_hours: float, kept_versions: list[int]) -> None:
         """Delete files of the clips table that no version of `kept_versions` needs."""
@@ -297,16 +310,3 @@ class FeatureStore:
     def write_spec(self, spec: FeatureSpec) -> None:
         """Keep a spec for `read_spec`."""
         self.location.write_bytes(f"specs/{spec.spec_hash()}.json", spec.canonical_json().encode())
-
-
-def _subschema(names: list[str]) -> pa.Schema:
-    return pa.schema([CLIPS_SCHEMA.field(name) for name in names])
-
-
-def _newest_rows(log: pa.Table) -> np.ndarray:
-    """Positions of the row with the highest seq of each clip_id."""
-    newest_first = np.argsort(-log["seq"].to_numpy(), kind="stable")
-    ids = log["clip_id"].take(newest_first).combine_chunks()
-    first_position = pc.index_in(ids, value_set=pc.unique(ids)).to_numpy()
-    _, first = np.unique(first_position, return_index=True)
-    return newest_first[first]

@@ -79,7 +79,7 @@ CASES = {
         {"clip_id": "a", **MISSING},
         {"clip_id": "a", **MISSING, "status": "failed", "reason": "missing"}, "unchanged", None,
     ),
-    "never_there": ({"clip_id": "a", **MISSING}, None, "new", None),
+    "never_there": ({"clip_id": "a", **MISSING}, None, "missing", None),
     "came_back": (
         {"clip_id": "a"}, {"clip_id": "a", **MISSING, "status": "failed", "reason": "missing"},
         "new", "new",

@@ -14,7 +14,7 @@ from pipeline.config import FeatureSpec
 from pipeline.errors import SourceError, StoreError
 from pipeline.ingest.maintenance import compact, export, failures, status, vacuum
 from pipeline.ingest.verify import verify
-from pipeline.store.schema import CLIPS_SCHEMA
+from pipeline.store.schema import CLIPS_SCHEMA, SPEC_PROPERTY
 from pipeline.store.shards import ShardWriter, read_rows
 from pipeline.store.store import FeatureStore
 
@@ -78,14 +78,65 @@ def test_digest_speaks_of_content_not_of_shards_or_order(store, tmp_path):
         assert store.snapshot().digest != other.snapshot().digest
 
 
-def test_rows_of_another_spec_are_not_part_of_the_data_set(store):
+def test_rows_of_another_spec_are_not_part_of_the_data_set_until_it_is_put_in_force(store):
     commit(store, ["a", "b"])
     newer = SPEC.model_copy(update={"jpeg_quality": 50})
-    store.write_spec(newer)
     commit(store, ["a"], spec_hash=newer.spec_hash())
+    assert live(store) == {"a", "b"}
+    assert store.snapshot().spec == SPEC
+    switched = store.put_in_force(newer, {})
     assert live(store) == {"a"}
     assert store.snapshot().spec == newer
-    assert store.snapshot(1).spec == SPEC
+    assert store.snapshot(switched - 1).spec == SPEC
+    assert live(store, switched - 1) == {"a", "b"}
+    store.put_in_force(SPEC, {})
+    assert live(store) == {"a", "b"}
+
+
+@pytest.mark.parametrize("gone", [{"status": "removed"}, {"status": "failed", "reason": "missing"}])
+def test_a_clip_that_is_gone_is_gone_for_every_spec(store, gone):
+    commit(store, ["a", "b"])
+    newer = SPEC.model_copy(update={"jpeg_quality": 50})
+    commit(store, ["a"], spec_hash=newer.spec_hash(), **gone)
+    assert live(store) == {"b"}
+    commit(store, ["a"], spec_hash=newer.spec_hash())
+    assert live(store) == {"b"}, "what came back under another spec has no features of this one"
+    commit(store, ["a"])
+    assert live(store) == {"a", "b"}
+
+
+def as_format_1(store: FeatureStore, newest_spec: FeatureSpec) -> FeatureStore:
+    """The store as the version before would have left it: no spec is named."""
+    commit(store, ["a", "b"])
+    store.write_spec(newest_spec)
+    commit(store, ["c"], spec_hash=newest_spec.spec_hash())
+    for path in Path(store.uri, "clips", "_delta_log").glob("*.json"):
+        path.write_text(path.read_text().replace(SPEC_PROPERTY, "another.property"))
+    about = json.dumps({"format": 1, "spec_hash": SPEC.spec_hash()})
+    Path(store.uri, "store.json").write_text(about)
+    return FeatureStore.open(store.uri)
+
+
+def test_a_store_of_format_1_opens_and_its_first_writer_names_the_spec_in_force(store):
+    newer = SPEC.model_copy(update={"jpeg_quality": 50})
+    old = as_format_1(store, newer)
+    before = old.snapshot()
+    assert (before.spec, live(old)) == (newer, {"c"})
+    with old.lease(30.0, "the first"):
+        pass
+    after = FeatureStore.open(store.uri).snapshot()
+    assert after.names_its_spec
+    assert (after.version, after.spec, after.digest) == (before.version + 1, newer, before.digest)
+    assert json.loads(Path(store.uri, "store.json").read_text())["format"] == 2
+    assert old.snapshot(before.version).digest == before.digest
+    with old.lease(30.0, "the second"):
+        assert old.version() == after.version
+
+
+def test_a_store_of_the_future_is_refused_by_its_number(store):
+    Path(store.uri, "store.json").write_text(json.dumps({"format": 3}))
+    with pytest.raises(StoreError, match="store format 3, this version reads 1 to 2"):
+        FeatureStore.open(store.uri)
 
 
 def test_spec_hash_changes_with_every_field():
