@@ -26,7 +26,7 @@ from pipeline.source.listing import list_sources, sha256_of
 from pipeline.store.lease import Lease
 from pipeline.store.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
 from pipeline.store.shards import discard_unfinished
-from pipeline.store.store import FeatureStore
+from pipeline.store.store import FeatureStore, Snapshot
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,23 @@ def plan_ingest(
 
     Raises: SourceError, StoreError, MassRemoval.
     """
-    cache, snapshot = None, None
-    if FeatureStore.exists(store):
-        existing = FeatureStore.open(store)
-        cache, snapshot = existing.location, existing.snapshot()
+    existing = FeatureStore.open(store) if FeatureStore.exists(store) else None
+    snapshot = existing.snapshot() if existing else None
+    return _plan(clips, videos, existing, snapshot, spec, config)
+
+
+def _plan(
+    clips: str,
+    videos: str | None,
+    store: FeatureStore | None,
+    snapshot: Snapshot | None,
+    spec: FeatureSpec | None,
+    config: IngestConfig,
+) -> Plan:
+    """What brings a version of the store up to date."""
     spec = spec or (snapshot.spec if snapshot else FeatureSpec())
     states = snapshot.states(STATE_COLUMNS, spec.spec_hash()) if snapshot else _NO_STATES
-    sources = list_sources(clips, videos, cache)
+    sources = list_sources(clips, videos, store.location if store else None)
     plan = make_plan(
         sources, states, spec.spec_hash(), config, _same_content(sources, states, config)
     )
@@ -133,7 +143,7 @@ def ingest(
         read_entries(clips)  # A mistake in the list should not leave an empty store behind.
     target = FeatureStore.create(store, spec or FeatureSpec())
     newest = target.snapshot()
-    plan = plan_ingest(clips, videos, store, spec, config)
+    plan = _plan(clips, videos, target, newest, spec, config)
     if plan.is_empty:
         seconds = round(time.monotonic() - started, 3)
         return IngestSummary(**plan.counts, ok=0, failed=0, seconds=seconds, version=newest.version)
@@ -141,10 +151,10 @@ def ingest(
         if target.version() != newest.version:
             # Another run finished before this one had the lease.
             newest = target.snapshot()
-            plan = plan_ingest(clips, videos, store, spec, config)
+            plan = _plan(clips, videos, target, newest, spec, config)
         spec = spec or newest.spec
         run = _Run(target, spec, config, lease, len(plan.todo), on_progress, start_ray)
-        run.settle(plan)
+        run.settle(plan, newest)
         if len(plan.todo):
             run.decode(plan.todo)
         if plan.puts_in_force:
@@ -182,16 +192,18 @@ class _Run:
     _waiting: list[pa.Table] = field(default_factory=list)
     _last_commit: float = field(default_factory=time.monotonic)
 
-    def settle(self, plan: Plan) -> None:
-        """Commit what needs no decoding: missing, restated and removed clips."""
+    def settle(self, plan: Plan, planned: Snapshot) -> None:
+        """Commit what needs no decoding: missing, restated and removed clips.
+
+        Args: planned: the version the plan was made from.
+        """
         tables = []
         if len(plan.missing):
             tables.append(
                 self._rows(plan.missing, "failed", Reason.MISSING, "no file is there for the clip")
             )
         if len(plan.restated) or plan.removed_ids:
-            snapshot = self.store.snapshot()
-            states = snapshot.states(CLIPS_SCHEMA.names, self.spec.spec_hash())
+            states = planned.states(CLIPS_SCHEMA.names, self.spec.spec_hash())
             tables.append(_restate(states, plan.restated))
             gone = pc.is_in(states["clip_id"], value_set=pa.array(plan.removed_ids, pa.string()))
             removed = states.filter(gone).select(SOURCE_SCHEMA.names)
@@ -306,8 +318,7 @@ def _restate(states: pa.Table, restated: pa.Table) -> pa.Table:
     Everything else stays, above all the spec: it is that of the features the row points at.
     """
     position = pc.index_in(restated["clip_id"], value_set=states["clip_id"].combine_chunks())
-    restated = restated.filter(pc.is_valid(position))
-    rows = states.take(position.drop_null())
+    rows = states.take(position)
     for name in ("label", "split", "uri", "size", "mtime_ns"):
         index = CLIPS_SCHEMA.get_field_index(name)
         rows = rows.set_column(index, CLIPS_SCHEMA.field(index), restated[name])

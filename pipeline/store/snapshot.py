@@ -156,7 +156,10 @@ class Snapshot:
                 begin += len(batch)
         except Exception as error:
             raise self._unreadable(error) from error
-        return pa.Table.from_batches(parts).cast(schema) if parts else schema.empty_table()
+        if not parts:
+            return schema.empty_table()
+        rows = pa.Table.from_batches(parts)
+        return rows if rows.schema.equals(schema) else rows.cast(schema)
 
     def _unreadable(self, error: Exception) -> Exception:
         """What to raise for an error while the log is read."""

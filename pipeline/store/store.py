@@ -123,6 +123,14 @@ class FeatureStore:
                 "ingest into a new one."
             ) from error
 
+    def _newest(self) -> DeltaTable:
+        """The table as it is now. Never handed out: it moves on with the next call."""
+        if self._table is None:
+            self._table = self._load()
+        else:
+            self._table.update_incremental()
+        return self._table
+
     def snapshot(self, version: int | None = None) -> Snapshot:
         """A version of the store, None for the newest.
 
@@ -143,8 +151,8 @@ class FeatureStore:
         Raises: StoreLocked; StoreError if the storage refuses.
         """
         with Lease(self.location, stale_s, purpose) as lease:
-            newest = self.snapshot()
-            if not newest.names_its_spec:
+            if SPEC_PROPERTY not in self._newest().metadata().configuration:
+                newest = self.snapshot()
                 # First the format: an older diccae would go on deriving the spec from the rows.
                 about = {"format": FORMAT, "spec_hash": self.initial_spec_hash()}
                 self.location.write_bytes(_STORE_FILE, json.dumps(about).encode())
@@ -231,14 +239,12 @@ class FeatureStore:
         refused: Exception | None = None
         try:
             for _ in range(_MOST_TRIES):
-                if self._table is None:
-                    self._table = self._load()
-                self._table.update_incremental()
+                table = self._newest()
                 if check is not None:
                     check()
                 try:
-                    write(self._table, properties)
-                    return self._table.version()
+                    write(table, properties)
+                    return table.version()
                 except CommitFailedError as error:
                     refused, self._table = error, None
         except (DeltaError, OSError) as error:
@@ -297,7 +303,7 @@ class FeatureStore:
 
     def version(self) -> int:
         """The newest version."""
-        return self._load().version()
+        return self._newest().version()
 
     def initial_spec_hash(self) -> str:
         """Hash of the spec the store was created with."""
