@@ -24,7 +24,6 @@ from pipeline.decode.payload import fbank_array
 from pipeline.errors import SourceError, StoreError
 from pipeline.reasons import Reason
 from pipeline.storage import Location
-from pipeline.store.lease import Lease
 from pipeline.store.schema import CLIPS_SCHEMA, ROW_GROUP_ROWS, SHARD_SCHEMA
 from pipeline.store.shards import ShardWriter, read_rows
 from pipeline.store.store import FeatureStore, Snapshot
@@ -186,8 +185,8 @@ def vacuum(uri: str, retention_hours: float = 168.0, dry_run: bool = False) -> d
     """Delete shards and log files that no kept version needs.
 
     Kept are the newest version, pinned ones and all younger than the retention, which must be
-    longer than a run lasts: younger files are never touched. Features of a spec that none of these
-    has in force are forgotten when they are older than the retention.
+    longer than a run lasts: younger files are never touched. A spec that was neither in force nor
+    decoded for since then is forgotten: going back to it means to decode again.
 
     Returns: {"shards", "bytes", "kept"}.
     Raises: StoreLocked, StoreError.
@@ -195,15 +194,17 @@ def vacuum(uri: str, retention_hours: float = 168.0, dry_run: bool = False) -> d
     store = FeatureStore.open(uri)
     with store.lease(_LEASE_STALE_S, "store vacuum") as lease:
         oldest = time.time() - 3600 * retention_hours
-        if not dry_run:
-            _forget_old_specs(store, oldest, lease)
-        young = store.versions_since(oldest)
+        young, pinned = store.versions_since(oldest), set(store.pins().values())
         newest = store.snapshot()
-        kept = sorted({*young, *store.pins().values(), newest.version})
+        needed = [newest, *(store.snapshot(version) for version in {young[0], *pinned})]
+        # What a version in between has in force was put in force since: its spec is younger.
+        specs = {snapshot.spec_hash for snapshot in needed} | store.specs_since(oldest)
         # A shard that only a version in between needs is younger than the retention.
-        referenced = newest.shards() | store.snapshot(young[0]).shards()
-        for version in set(store.pins().values()):
-            referenced.update(pc.unique(store.snapshot(version).rows(None)["shard"]).to_pylist())
+        referenced = set[str]().union(*(snapshot.shards(specs) for snapshot in needed))
+        kept = sorted({*young, *pinned, newest.version})
+        if not dry_run and newest.specs - specs:
+            rows = newest.kept_rows(specs)
+            kept.append(store.rewrite_log(rows, newest.version, lease.check))
         garbage = {
             shard: size
             for shard, (size, modified) in shard_sizes(store).items()
@@ -214,18 +215,6 @@ def vacuum(uri: str, retention_hours: float = 168.0, dry_run: bool = False) -> d
             store.location.remove_all(list(garbage))
             store.drop_log_files(retention_hours, kept)
     return {"shards": len(garbage), "bytes": sum(garbage.values()), "kept": kept}
-
-
-def _forget_old_specs(store: FeatureStore, oldest: float, lease: Lease) -> None:
-    """Drop log rows of specs that no kept version has in force, unless decoded since `oldest`
-    (Unix, s): a run that was stopped goes on from its rows, and a spec left for ever frees space.
-    """
-    snapshot = store.snapshot()
-    versions = {*store.pins().values(), store.versions_since(oldest)[0]}
-    specs = {snapshot.spec_hash, *(store.snapshot(version).spec_hash for version in versions)}
-    if snapshot.has_other_rows(specs, oldest):
-        rows = snapshot.kept_rows(specs, oldest)
-        store.rewrite_log(rows, snapshot.version, lease.check)
 
 
 def export(

@@ -7,7 +7,7 @@ A store holds a data set per spec. A row that says a clip is gone (removed, or i
 speaks for all specs and ends what they held of the clip before; any other row speaks for its own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -90,21 +90,17 @@ class LogKeys:
             chosen_C = np.where(own_C >= 0, own_C, chosen_C)
         return np.sort(chosen_C[~self.is_removed_N[chosen_C]])
 
-    def kept(self, specs: Iterable[str], young_N: np.ndarray | None = None) -> np.ndarray:
-        """Sorted positions of the rows a shorter log needs to give the same `states`.
+    def kept(self, specs: Set[str] | None) -> np.ndarray:
+        """Sorted positions of the rows that a shorter log needs to give the same `states`.
 
-        Args: specs: those whose rows are kept whole; young_N: rows kept also of other specs.
+        Args: specs: those that will be asked for, None for all; of others nothing is kept.
         """
-        wanted = set(specs)
         newest_C = self._newest_C()
-        gone = newest_C[self.is_gone_N[newest_C] & ~self.is_removed_N[newest_C]]
-        parts = [gone]
+        parts = [newest_C[self.is_gone_N[newest_C] & ~self.is_removed_N[newest_C]]]
         for spec_hash in self.specs:
-            own_C = self._live_C(spec_hash)
-            own = own_C[own_C >= 0]
-            if spec_hash not in wanted:
-                own = own[young_N[own]] if young_N is not None else own[:0]
-            parts.append(own)
+            if specs is None or spec_hash in specs:
+                own_C = self._live_C(spec_hash)
+                parts.append(own_C[own_C >= 0])
         return np.sort(np.concatenate(parts))
 
     def _live_C(self, spec_hash: str) -> np.ndarray:

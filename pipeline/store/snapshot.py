@@ -46,31 +46,22 @@ class Snapshot:
             spec_hash = self.spec_hash
         return self._rows_at(self._keys.states(spec_hash), columns)
 
-    def kept_rows(self, specs: set[str] | None = None, since_s: float = 0.0) -> pa.Table:
+    def kept_rows(self, specs: set[str] | None = None) -> pa.Table:
         """The log without what nobody can ask for: all CLIPS_SCHEMA columns.
 
-        Args: specs: those whose states are kept, None for all; since_s: rows decoded at or after
-            that time (Unix) are kept whatever their spec. Raises: like states.
+        Args: specs: those that may be asked for, None for all. Raises: like states.
         """
-        return self._rows_at(self._kept(specs, since_s), CLIPS_SCHEMA.names)
+        return self._rows_at(self._keys.kept(specs), CLIPS_SCHEMA.names)
 
-    def has_other_rows(self, specs: set[str], since_s: float) -> bool:
-        """Whether `kept_rows` of these arguments leaves out what a spec still has."""
-        if specs.issuperset(self._keys.specs):
-            return False
-        return len(self._kept(specs, since_s)) < len(self._kept(None, 0.0))
-
-    def _kept(self, specs: set[str] | None, since_s: float) -> np.ndarray:
-        if specs is None:
-            return self._keys.kept(self._keys.specs)
-        times = self._rows_at(np.arange(len(self._keys.seq_N)), ["decoded_at"])["decoded_at"]
-        young = pc.greater_equal(times, pa.scalar(int(since_s * 1e6), times.type))
-        return self._keys.kept(specs, young.fill_null(False).to_numpy())
-
-    def shards(self) -> set[str]:
-        """Shards that a row of any spec needs: going back to an old spec must find them."""
-        rows = self._rows_at(self._kept(None, 0.0), ["shard"])
+    def shards(self, specs: set[str] | None = None) -> set[str]:
+        """Shards that `kept_rows` needs: going back to a spec must find them. Raises: like states."""
+        rows = self._rows_at(self._keys.kept(specs), ["shard"])
         return set(pc.unique(rows["shard"]).to_pylist()) - {None}
+
+    @property
+    def specs(self) -> set[str]:
+        """Hashes of specs that the log has rows of."""
+        return set(self._keys.specs)
 
     @cached_property
     def clips(self) -> pa.Table:

@@ -313,6 +313,14 @@ class FeatureStore:
         """A spec that was used in this store, by its hash."""
         return FeatureSpec.model_validate_json(self.location.read_bytes(f"specs/{spec_hash}.json"))
 
+    def specs_since(self, moment: float) -> set[str]:
+        """Hashes of specs that were decoded for or put in force at or after a time (Unix, s)."""
+        return {
+            entry["name"].rsplit("/", 1)[-1].removesuffix(".json")
+            for entry in self.location.ls("specs")
+            if self.location.modified(entry) >= moment
+        }
+
     def write_spec(self, spec: FeatureSpec) -> None:
-        """Keep a spec for `read_spec`."""
+        """Keep a spec for `read_spec`, and when it was last used for `specs_since`."""
         self.location.write_bytes(f"specs/{spec.spec_hash()}.json", spec.canonical_json().encode())

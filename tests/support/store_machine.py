@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -22,6 +21,7 @@ import pyarrow.compute as pc
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from support import store_model
+from support.cheap_source import CHEAP_SPECS, decode_cheaply
 from support.store_model import File, Listed, StoreModel
 
 from pipeline.config import FeatureSpec, IngestConfig
@@ -29,16 +29,13 @@ from pipeline.errors import MassRemoval, StoreError, StoreLocked
 from pipeline.ingest import run
 from pipeline.ingest.maintenance import compact, status, vacuum
 from pipeline.ingest.verify import verify
-from pipeline.source.listing import sha256_of
 from pipeline.storage import Location
 from pipeline.store.lease import Lease
-from pipeline.store.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
 from pipeline.store.shards import ShardWriter, read_rows
 from pipeline.store.snapshot import Snapshot
 from pipeline.store.store import FeatureStore
 
-SPECS = [FeatureSpec(n_frames=n, frame_size=16, n_mels=8, fbank_frames=8) for n in (1, 2)]
-HASHES = [spec.spec_hash() for spec in SPECS]
+HASHES = [spec.spec_hash() for spec in CHEAP_SPECS]
 CLIPS = st.sampled_from([f"c{i}" for i in range(7)])
 CONTENTS = st.sampled_from(["good1", "good2", "other", "longer file", "bad", "slow"])
 RAMDISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -136,35 +133,9 @@ class StoreMachine(RuleBasedStateMachine):
         rows = todo.to_pylist()
         if self.compares_plans:
             assert {row["clip_id"]: row["why"] for row in rows} == self.made.todo
-        for begin in range(0, len(rows), 3):
+        for states in decode_cheaply(this, todo):
             self.at_shard()
-            yield self.decode_shard(this, rows[begin : begin + 3], begin)
-
-    def decode_shard(self, this: run._Run, clips: list[dict], begin: int) -> pa.Table:
-        name = f"features/part-{this.run_id}-{begin:06d}-0.parquet"
-        writer = ShardWriter(this.store.location, name, this.spec)
-        states = []
-        spec_hash = this.spec.spec_hash()
-        for clip in clips:
-            content = Path(clip["uri"]).read_text()
-            state = {name: clip[name] for name in SOURCE_SCHEMA.names} | {
-                "attempts": clip["attempts"] + 1, "spec_hash": spec_hash, "run_id": this.run_id,
-                "decoded_at": datetime.now(UTC), "status": "ok",
-            }  # fmt: skip
-            if this.config.fingerprint == "sha256":
-                state |= {"fp_kind": "sha256", "fp": sha256_of(clip["uri"])}
-            reason = store_model.outcome(content)
-            if reason != "ok":
-                states.append(state | {"status": "failed", "reason": reason})
-                continue
-            key = f"{clip['clip_id']}-{content}-{spec_hash}"
-            stored = store_model.features(spec_hash, clip["clip_id"], content).encode()
-            row = writer.add({"clip_id": clip["clip_id"], "row_key": key, "frames": [stored]})
-            states.append(state | {"row_key": key, "shard": name, "row": row})
-        if writer.n_rows:
-            writer.publish()
-        writer.discard()
-        return pa.Table.from_pylist(states, CLIPS_SCHEMA)
+            yield states
 
     # The sources.
 
@@ -252,7 +223,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.made = self.model.predict(
             HASHES[spec], self.listing, self.files, kind, retry, anything
         )
-        return str(manifest), str(self.folder / "videos"), self.uri, SPECS[spec], config
+        return str(manifest), str(self.folder / "videos"), self.uri, CHEAP_SPECS[spec], config
 
     def has_files(self) -> bool:
         return any(one.uri in self.files for one in self.listing.values())

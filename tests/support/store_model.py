@@ -1,11 +1,13 @@
 """StoreModel: what a feature store must hold after any history, in plain Python.
 
-Knows nothing of Delta, shards or the pipeline's tables: it is the second opinion that the store is
+Knows nothing of Delta, shards or the clips table: it is the second opinion that the store is
 compared with. Invariant: one dictionary per spec, changed only by what a run committed.
 """
 
 import hashlib
 from dataclasses import dataclass, field, replace
+
+from support.cheap_source import features, outcome
 
 
 @dataclass
@@ -187,13 +189,3 @@ class StoreModel:
 
     def forget_specs_but(self, specs: set[str]) -> None:
         self.rows = {spec: rows for spec, rows in self.rows.items() if spec in specs}
-
-
-def outcome(content: str) -> str:
-    """What the cheap decoder makes of a file: ok, or the reason it fails with."""
-    return {"b": "open_failed", "s": "timeout"}.get(content[0], "ok")
-
-
-def features(spec: str, clip: str, content: str) -> str:
-    """What the cheap decoder stores."""
-    return f"{spec} {clip} {content}"
