@@ -24,6 +24,7 @@ from pipeline.errors import StoreLocked
 from pipeline.storage import Location, storage_failures_ignored
 
 _FOLDER = "lease"
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _ended: set[str] = set()
 """Owners of leases that this process has given up."""
 
@@ -137,7 +138,7 @@ def _host() -> str:
     Machines made from one image share their name and the number of their first namespace.
     """
     with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path(_BOOT_ID).read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
     return f"{socket.gethostname()} {psutil.boot_time():.0f}"
 

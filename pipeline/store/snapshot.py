@@ -54,7 +54,10 @@ class Snapshot:
         return self._rows_at(self._keys.kept(specs), CLIPS_SCHEMA.names)
 
     def shards(self, specs: set[str] | None = None) -> set[str]:
-        """Shards that `kept_rows` needs: going back to a spec must find them. Raises: like states."""
+        """Shards that `kept_rows` points at: going back to a spec must find them.
+
+        Args, raises: as kept_rows.
+        """
         rows = self._rows_at(self._keys.kept(specs), ["shard"])
         return set(pc.unique(rows["shard"]).to_pylist()) - {None}
 

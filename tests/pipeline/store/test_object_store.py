@@ -207,6 +207,43 @@ def test_pinned_version_on_s3_survives_compact_and_vacuum(s3):
     assert store.snapshot(old.version).digest == digest == store.snapshot().digest
 
 
+def test_requests_grow_with_listing_pages_not_with_files(s3, monkeypatch):
+    client, _ = s3
+    store = run("s3://data/store7")
+    runs = {
+        "status": lambda: store_status(store.uri),
+        "plan": lambda: plan_ingest(
+            "s3://data/clips.csv", "s3://data/videos", store.uri, None, CONFIG
+        ),
+        "vacuum": lambda: vacuum(store.uri, retention_hours=0.0),
+    }
+
+    def counted() -> dict[str, int]:
+        n_requests = {}
+        for name, work in runs.items():
+            work()  # Connections, regions and the first vacuum's own work.
+            monkeypatch.setattr(Unsteady, "n_requests", 0)
+            work()
+            n_requests[name] = Unsteady.n_requests
+        return n_requests
+
+    before = counted()
+    for i in range(40):
+        client.put_object(Bucket="data", Key=f"store7/features/part-x-{i:06d}-0.parquet", Body=b"x")
+        client.put_object(Bucket="data", Key=f"videos/more-{i}.mp4", Body=b"x")
+    monkeypatch.setattr(Unsteady, "n_requests", 0)
+    assert vacuum(store.uri, retention_hours=0.0)["shards"] == 40
+    n_to_delete_40 = Unsteady.n_requests
+    for i in range(40):
+        client.put_object(Bucket="data", Key=f"store7/features/part-x-{i:06d}-0.parquet", Body=b"x")
+    after = {"vacuum, dry": before["vacuum"]} | counted()
+    for i in range(40):
+        client.delete_object(Bucket="data", Key=f"videos/more-{i}.mp4")
+    assert after["status"] <= before["status"] + 1
+    assert after["plan"] <= before["plan"] + 1
+    assert n_to_delete_40 <= before["vacuum"] + 3
+
+
 def test_temporary_downloads_are_gone(s3, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     run("s3://data/store6")

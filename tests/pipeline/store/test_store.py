@@ -236,6 +236,26 @@ def test_export_holds_every_clip_for_other_tools(kind, store, tmp_path):
         export(store.uri, str(out), kind)
 
 
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+@pytest.mark.parametrize("split", ["../../escape", "/abs", "..", "a/b", "", None])
+def test_export_stays_in_its_folder_whatever_a_split_is_called(kind, split, store, tmp_path):
+    commit(store, ["a"])
+    commit(store, ["b"], split=split)
+    out = tmp_path / "deep" / "out"
+    with pytest.raises(SourceError, match="no name for a folder"):
+        export(store.uri, str(out), kind)
+    assert not out.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"store"}
+
+
+def test_export_to_a_bucket_is_refused(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commit(store, ["a"])
+    with pytest.raises(SourceError, match="s3://b/x: an export goes to a local folder"):
+        export(store.uri, "s3://b/x", "folder")
+    assert {path.name for path in tmp_path.iterdir()} == {"store"}
+
+
 def test_commits_cost_the_same_however_many_there_were(store):
     import time
 
