@@ -70,6 +70,7 @@ def make_plan(
     states: pa.Table,
     spec_hash: str,
     config: IngestConfig,
+    *,
     same_content: Set[str] = frozenset(),
 ) -> Plan:
     """Compare what there is with what the store knows.
@@ -85,7 +86,7 @@ def make_plan(
     touched = _true(
         pc.is_in(sources["clip_id"], value_set=pa.array(sorted(same_content), pa.string()))
     )
-    kinds = _classify(sources, before, is_known, touched, spec_hash, config)
+    kinds = _classify(sources, before, is_known, touched, spec_hash=spec_hash, config=config)
 
     unlisted = np.ones(len(states), bool)
     unlisted[position[is_known]] = False
@@ -144,6 +145,7 @@ def _classify(
     before: pa.Table | None,
     is_known: np.ndarray,
     touched: np.ndarray,
+    *,
     spec_hash: str,
     config: IngestConfig,
 ) -> _Kinds:

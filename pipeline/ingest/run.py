@@ -75,7 +75,7 @@ def plan_ingest(
     """
     existing = FeatureStore.open(store) if FeatureStore.exists(store) else None
     snapshot = existing.snapshot() if existing else None
-    return _plan(clips, videos, existing, snapshot, spec, config)
+    return _plan(clips, videos, existing, snapshot, spec=spec, config=config)
 
 
 def _plan(
@@ -83,6 +83,7 @@ def _plan(
     videos: str | None,
     store: FeatureStore | None,
     snapshot: Snapshot | None,
+    *,
     spec: FeatureSpec | None,
     config: IngestConfig,
 ) -> Plan:
@@ -90,9 +91,8 @@ def _plan(
     spec = spec or (snapshot.spec if snapshot else FeatureSpec())
     states = snapshot.states(STATE_COLUMNS, spec.spec_hash()) if snapshot else _NO_STATES
     sources = list_sources(clips, videos, store.location if store else None)
-    plan = make_plan(
-        sources, states, spec.spec_hash(), config, _same_content(sources, states, config)
-    )
+    same_content = _same_content(sources, states, config)
+    plan = make_plan(sources, states, spec.spec_hash(), config, same_content=same_content)
     if snapshot is not None:
         in_force = snapshot.spec_hash if snapshot.names_its_spec else None
         plan = replace(plan, puts_in_force=in_force != spec.spec_hash())
@@ -143,7 +143,7 @@ def ingest(
         read_entries(clips)  # A mistake in the list should not leave an empty store behind.
     target = FeatureStore.create(store, spec or FeatureSpec())
     newest = target.snapshot()
-    plan = _plan(clips, videos, target, newest, spec, config)
+    plan = _plan(clips, videos, target, newest, spec=spec, config=config)
     if plan.is_empty:
         seconds = round(time.monotonic() - started, 3)
         return IngestSummary(**plan.counts, ok=0, failed=0, seconds=seconds, version=newest.version)
@@ -151,7 +151,7 @@ def ingest(
         if target.version() != newest.version:
             # Another run finished before this one had the lease.
             newest = target.snapshot()
-            plan = _plan(clips, videos, target, newest, spec, config)
+            plan = _plan(clips, videos, target, newest, spec=spec, config=config)
         spec = spec or newest.spec
         run = _Run(target, spec, config, lease, len(plan.todo), on_progress, start_ray)
         run.settle(plan, newest)

@@ -175,10 +175,7 @@ class FeatureStore:
             stamped = rows.set_column(index, CLIPS_SCHEMA.field(index), seq).cast(CLIPS_SCHEMA)
             write_deltalake(table, stamped, mode="append", commit_properties=properties)
 
-        version = self._commit(write, about, check)
-        if version % _FOLD_EVERY == 0:
-            self._fold_files()
-        return version
+        return self._commit(write, about, check)
 
     def put_in_force(
         self, spec: FeatureSpec, about: dict[str, Any], check: Callable[[], None] | None = None
@@ -244,9 +241,13 @@ class FeatureStore:
                     check()
                 try:
                     write(table, properties)
-                    return table.version()
                 except CommitFailedError as error:
                     refused, self._table = error, None
+                    continue
+                version = table.version()
+                if version % _FOLD_EVERY == 0:
+                    self._fold_files(table)
+                return version
         except (DeltaError, OSError) as error:
             refused = error
         raise StoreError(
@@ -254,12 +255,11 @@ class FeatureStore:
             "the storage, then run the same again."
         ) from refused
 
-    def _fold_files(self) -> None:
+    def _fold_files(self, table: DeltaTable) -> None:
         """Put small files of the table together: reading costs time for each one."""
-        assert self._table is not None
         # A rewrite of the log meanwhile has done more than this would.
         with contextlib.suppress(CommitFailedError):
-            self._table.optimize.compact(target_size=_FOLDED_BYTES)
+            table.optimize.compact(target_size=_FOLDED_BYTES)
 
     def drop_log_files(self, retention_hours: float, kept_versions: list[int]) -> None:
         """Delete files of the clips table that no version of `kept_versions` needs."""

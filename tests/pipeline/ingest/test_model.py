@@ -32,8 +32,8 @@ def plant_features_of_the_old_spec(machine: StoreMachine) -> None:
     """A clip that was touched is written down as one of the new spec, without a decode."""
     classify, restate = plan._classify, run._restate
 
-    def classified(sources, before, is_known, touched, spec_hash, config):
-        kinds = classify(sources, before, is_known, touched, spec_hash, config)
+    def classified(sources, before, is_known, touched, **wanted):
+        kinds = classify(sources, before, is_known, touched, **wanted)
         hidden = kinds.spec_changed & touched
         return dataclasses.replace(
             kinds,

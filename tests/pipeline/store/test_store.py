@@ -272,6 +272,15 @@ def test_commits_cost_the_same_however_many_there_were(store):
     assert len(store.snapshot().clips) == 1
 
 
+def test_many_small_runs_leave_few_files_to_read(store):
+    row = {"clip_id": "a", "status": "ok", "spec_hash": SPEC.spec_hash()}
+    rows = pa.Table.from_pylist([row], CLIPS_SCHEMA)
+    for _ in range(150):
+        FeatureStore.open(store.uri).append(rows, {})
+    assert len(store._load().file_uris()) < 70
+    assert store.snapshot().clips["seq"].to_pylist() == [store.version()]
+
+
 def test_a_place_that_cannot_hold_a_table_is_refused():
     with pytest.raises(StoreError, match=r"cannot lie on memory://. Possible: a local path, s3://"):
         FeatureStore.create("memory://a/store", FeatureSpec())
