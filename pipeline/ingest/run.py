@@ -160,12 +160,13 @@ def ingest(
         if plan.puts_in_force:
             # Last: a run that is stopped leaves the data set of the old spec as it was.
             target.put_in_force(spec, {"run_id": run.run_id}, lease.check)
+        version = target.version()
     summary = IngestSummary(
         **plan.counts,
         ok=run.n_ok,
         failed=run.n_failed,
         seconds=round(time.monotonic() - started, 3),
-        version=target.version(),
+        version=version,
     )
     run.refuse_too_many_failures(summary)
     return summary
