@@ -17,7 +17,7 @@ from pipeline.reasons import PASSING, Reason
 
 STATE_COLUMNS = [
     "clip_id", "uri", "start_s", "end_s", "label", "split", "status", "reason", "attempts",
-    "fp_kind", "fp", "size", "mtime_ns", "spec_hash",
+    "fp_kind", "fp", "size", "mtime_ns", "group", "spec_hash",
 ]  # fmt: skip
 """Columns of the clips table a plan needs."""
 
@@ -34,7 +34,7 @@ class Plan:
     missing: pa.Table
     """Listed clips whose file is not there, where the store does not say so yet (SOURCE_SCHEMA)."""
     restated: pa.Table
-    """Clips whose label, split or place changed, but not their content (SOURCE_SCHEMA)."""
+    """Clips whose label, split, group or place changed, but not their content (SOURCE_SCHEMA)."""
     removed_ids: list[str]
     """Clips of the store that are not listed any more."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -139,7 +139,8 @@ def _classify(
     retried = decoded & same_file & same_spec & retry
     kept = rest & ~changed & ~spec_changed & ~retried
     reworded = kept & ~same_words
-    moved = kept & same_words & ~_same(sources, before, "uri")
+    same_place = _same(sources, before, "uri") & _same(sources, before, "group")
+    moved = kept & same_words & ~same_place
     return _Kinds(has_file, new, gone, changed, spec_changed, retried, kept, reworded, moved)
 
 

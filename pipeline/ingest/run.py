@@ -1,4 +1,4 @@
-"""An ingest: plan, decode over Ray Data, commit.
+"""An ingest: plan, decode over Ray Data or here, commit.
 
 The driver: knows nothing of containers or codecs. Invariant: clips rows are committed only for
 shards that are written whole, so that killing any process at any time loses at most the work not
@@ -20,9 +20,10 @@ from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import TooManyFailures
 from pipeline.ingest.plan import STATE_COLUMNS, Plan, make_plan
 from pipeline.reasons import Reason
-from pipeline.source.clip_list import read_entries
 from pipeline.source.fetch import is_local_file
-from pipeline.source.listing import list_sources, sha256_of
+from pipeline.source.files import sha256_of
+from pipeline.source.listing import Listing, list_sources
+from pipeline.storage import Location
 from pipeline.store.lease import Lease
 from pipeline.store.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
 from pipeline.store.shards import discard_unfinished
@@ -65,21 +66,33 @@ class Progress:
 
 
 def plan_ingest(
-    clips: str, videos: str | None, store: str, spec: FeatureSpec | None, config: IngestConfig
+    clips: str | None,
+    videos: str | None,
+    store: str,
+    spec: FeatureSpec | None,
+    config: IngestConfig,
+    *,
+    label_from_folder: bool = False,
 ) -> Plan:
     """What `ingest` would do; starts nothing and changes nothing.
 
     Raises: SourceError, StoreError, MassRemoval.
     """
-    cache = None
+    cache = Location(store) if FeatureStore.exists(store) else None
+    listing = list_sources(clips, videos, cache, label_from_folder=label_from_folder)
+    return _compare(listing, store, spec, config)
+
+
+def _compare(listing: Listing, store: str, spec: FeatureSpec | None, config: IngestConfig) -> Plan:
     states = _NO_STATES
     if FeatureStore.exists(store):
-        existing = FeatureStore.open(store)
-        cache, snapshot = existing.location, existing.snapshot()
+        snapshot = FeatureStore.open(store).snapshot()
         states = snapshot.states(STATE_COLUMNS)
         spec = spec or snapshot.spec
     spec = spec or FeatureSpec()
-    plan = make_plan(list_sources(clips, videos, cache), states, spec.spec_hash(), config)
+    readable, known = listing.without_unreadable(states)
+    plan = make_plan(readable, known, spec.spec_hash(), config)
+    plan.counts["unchanged"] += len(states) - len(known)
     if config.fingerprint == "sha256":
         plan = _without_touched(plan)
     if config.probe:
@@ -116,7 +129,7 @@ def _without_touched(plan: Plan) -> Plan:
 
 
 def ingest(
-    clips: str,
+    clips: str | None,
     videos: str | None,
     store: str,
     spec: FeatureSpec | None,
@@ -124,34 +137,43 @@ def ingest(
     *,
     start_ray: Callable[[], None],
     on_progress: Callable[[Progress], None],
+    label_from_folder: bool = False,
 ) -> IngestSummary:
     """Bring a store up to date with its source.
 
-    Args: spec: None takes the store's own, or FeatureSpec() for a new store; start_ray: called only
-        if there is something to decode.
+    Args: clips, videos, label_from_folder: as list_sources takes them; spec: None takes the
+        store's own, or FeatureSpec() for a new store; start_ray: called only if there are more
+        clips to decode than config.local_clips.
     Raises: SourceError, MassRemoval, StoreError, StoreLocked, TooManyFailures (all good clips are
         committed), KeyboardInterrupt (what is done is committed).
     """
     started = time.monotonic()
-    if not FeatureStore.exists(store):
-        read_entries(clips)  # A mistake in the list should not leave an empty store behind.
+
+    def plan_now() -> Plan:
+        # The index of tar parts is kept from the first look on, before there is a store.
+        cache = Location(store)
+        listing = list_sources(clips, videos, cache, label_from_folder=label_from_folder)
+        return _compare(listing, store, spec, config)
+
+    planned = FeatureStore.open(store).version() if FeatureStore.exists(store) else 0
+    # Before the store is made: a mistake in the source should not leave an empty one behind.
+    plan = plan_now()
     target = FeatureStore.create(store, spec or FeatureSpec())
-    planned = target.version()
-    plan = plan_ingest(clips, videos, store, spec, config)
     spec = spec or target.snapshot().spec
     if plan.is_empty:
         seconds = round(time.monotonic() - started, 3)
         return IngestSummary(
             **plan.counts, ok=0, failed=0, seconds=seconds, version=target.version()
         )
-    with Lease(target.location, config.lease_stale_s, f"an ingest of {clips}") as lease:
+    with Lease(target.location, config.lease_stale_s, f"an ingest of {clips or videos}") as lease:
         if target.version() != planned:  # Another run finished before this one had the lease.
-            plan = plan_ingest(clips, videos, store, spec, config)
+            plan = plan_now()
         run = _Run(target, spec, config, lease, len(plan.todo), on_progress)
         target.write_spec(spec)
         run.settle(plan)
-        if len(plan.todo):
+        if len(plan.todo) > config.local_clips:
             start_ray()
+        if len(plan.todo):
             run.decode(plan.todo)
     summary = IngestSummary(
         **plan.counts,
@@ -224,11 +246,14 @@ class _Run:
 
     def decode(self, todo: pa.Table) -> None:
         """Decode all clips, committing as shards are finished."""
-        from pipeline.ingest.on_ray import run_shards
+        if len(todo) > self.config.local_clips:
+            from pipeline.ingest.on_ray import run_shards
+        else:
+            from pipeline.ingest.on_threads import run_shards
 
         discard_unfinished(self.store.location)
         try:
-            for states in run_shards(self.store.uri, todo, self.spec, self.config, self.run_id):
+            for states in run_shards(self.store, todo, self.spec, self.config, self.run_id):
                 self._take(states)
                 self._report()
         finally:
@@ -293,13 +318,13 @@ _NO_STATES = CLIPS_SCHEMA.empty_table().select(STATE_COLUMNS)
 
 
 def _restate(states: pa.Table, restated: pa.Table, spec_hash: str) -> pa.Table:
-    """Rows of the clips table with the label, split, place and stat the source gives now.
+    """Rows of the clips table with the label, split, group, place and stat the source gives now.
 
     They are of this spec already, but for clips that were missing under another one.
     """
     position = pc.index_in(restated["clip_id"], value_set=states["clip_id"].combine_chunks())
     rows = states.take(position)
-    for name in ("label", "split", "uri", "size", "mtime_ns"):
+    for name in ("label", "split", "group", "uri", "size", "mtime_ns"):
         index = CLIPS_SCHEMA.get_field_index(name)
         rows = rows.set_column(index, CLIPS_SCHEMA.field(index), restated[name])
     index = CLIPS_SCHEMA.get_field_index("spec_hash")

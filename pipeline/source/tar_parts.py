@@ -2,7 +2,7 @@
 
 Knows nothing of decoding or of the clips table. Invariant: damage in a part costs the clips from
 10 KB before it on (a part is read in such blocks) and no other; a part that did not change is read
-through once to learn what is in it.
+through once to learn what is in it; whatever a part says, reading it takes little memory and disk.
 """
 
 import gzip
@@ -28,6 +28,12 @@ PART_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 SEPARATOR = "#"
 """Between the URI of a part and the name of a member."""
 
+_MOST_HEADER_BYTES = 1 << 20
+"""Of all extended headers before a member. Names and attributes take a few KB; tarfile reads such a
+header whole, and a .tar.gz of 3 MB can announce one of 1.3 GB."""
+_MOST_HEADERS = 8
+"""In a row: tarfile takes each by a call within the call."""
+
 _DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 _SCHEMA = pa.schema([("member", pa.string()), ("size", pa.int64())])
 _DAMAGE_KEY = b"diccae.damage"
@@ -41,6 +47,50 @@ class PartIndex:
     sizes: list[int]
     damage: str
     """Why reading stopped early; empty if it did not."""
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header, of bounded size. `_proc_member` is tarfile's place for own rules."""
+
+    def _proc_member(self, tar: "_BoundedTar") -> tarfile.TarInfo:
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError("a sparse member, which may announce any size")
+        if self.type in _EXTENDED:
+            tar.n_headers += 1
+            tar.header_bytes += self.size
+            if tar.n_headers > _MOST_HEADERS or tar.header_bytes > _MOST_HEADER_BYTES:
+                raise tarfile.ReadError(
+                    f"{tar.n_headers} extended headers of {tar.header_bytes:,} bytes, more than "
+                    f"the {_MOST_HEADERS} and {_MOST_HEADER_BYTES:,} that are read"
+                )
+        else:
+            tar.n_headers = 0
+            # Global headers stay in memory: together they are bounded too.
+            tar.header_bytes = sum(len(k) + len(v) for k, v in tar.pax_headers.items())
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+    def _proc_gnusparse_10(self, *args: object) -> None:
+        raise tarfile.ReadError("a sparse member, which may announce any size")
+
+
+_EXTENDED = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+
+
+class _BoundedTar(tarfile.TarFile):
+    """A tar that is read as a stream and may be hostile."""
+
+    tarinfo = _Header
+    n_headers = 0
+    header_bytes = 0
+
+
+def part_of(uri: str) -> str | None:
+    """The tar part a clip lies in, if it does."""
+    part, separator, _ = uri.rpartition(SEPARATOR)
+    return part if separator and is_part(part) else None
 
 
 def is_part(name: str) -> bool:
@@ -79,7 +129,7 @@ def _read_index(uri: str) -> PartIndex:
     damage = ""
     with fsspec.open(uri, "rb") as file:
         try:
-            with tarfile.open(fileobj=file, mode="r|*") as tar:
+            with _BoundedTar.open(fileobj=file, mode="r|*") as tar:
                 for member in tar:
                     if member.isfile():
                         found.append((member.name, member.size))
@@ -98,7 +148,7 @@ def stream_members(uri: str, wanted: set[str]) -> Iterator[tuple[str, str]]:
     left = set(wanted)
     with fsspec.open(uri, "rb") as file:
         try:
-            with tarfile.open(fileobj=file, mode="r|*") as tar:
+            with _BoundedTar.open(fileobj=file, mode="r|*") as tar:
                 for member in tar:
                     if member.name in left:
                         left.discard(member.name)

@@ -11,6 +11,7 @@ there nor the commits before; the row with the highest `seq` is a clip's state.
 import hashlib
 import json
 import re
+import uuid
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
@@ -24,13 +25,14 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 from pipeline.config import FeatureSpec
 from pipeline.errors import StoreError
 from pipeline.storage import Location, delta_options
+from pipeline.store.identity import STORE_FILE
 from pipeline.store.schema import CLIPS_SCHEMA, FORMAT
 from pipeline.store.shards import read_rows
 
 __all__ = ["FeatureStore", "Snapshot", "read_rows"]
 
 _TABLE_KINDS = ("file", "s3", "s3a", "gs", "az", "abfs", "abfss", "hdfs")
-_STORE_FILE = "store.json"
+_ROW_COLUMNS = ["clip_id", "label", "split", "group", "shard", "row"]
 _CHECKPOINT_EVERY = 50
 _FOLD_EVERY = 64
 _FOLDED_BYTES = 32 << 20
@@ -48,7 +50,13 @@ class Snapshot:
     def states(self, columns: list[str]) -> pa.Table:
         """The newest row of each clip, tombstones left out, in no particular order."""
         needed = list(dict.fromkeys([*columns, "clip_id", "seq", "status"]))
-        log = self._table.to_pyarrow_table(columns=needed).cast(_subschema(needed))
+        there = {field.name for field in self._table.schema().fields}
+        log = self._table.to_pyarrow_table(columns=[name for name in needed if name in there])
+        for name in needed:
+            # A column that is younger than this version of the store: nobody filled it in.
+            if name not in there:
+                log = log.append_column(name, pa.nulls(len(log), CLIPS_SCHEMA.field(name).type))
+        log = log.select(needed).cast(_subschema(needed))
         newest = log.take(_newest_rows(log))
         return newest.filter(pc.not_equal(newest["status"], "removed")).select(columns)
 
@@ -72,7 +80,7 @@ class Snapshot:
 
     @cached_property
     def _live(self) -> pa.Table:
-        columns = ["clip_id", "label", "split", "shard", "row", "row_key", "status", "spec_hash"]
+        columns = [*_ROW_COLUMNS, "row_key", "status", "spec_hash"]
         states = self.states(columns)
         ok = pc.and_(
             pc.equal(states["status"], "ok"), pc.equal(states["spec_hash"], self.spec_hash)
@@ -92,11 +100,12 @@ class Snapshot:
         return digest.hexdigest()
 
     def rows(self, split: str | None) -> pa.Table:
-        """Live clips of a split (None: all) by (shard, row): clip_id, label, split, shard, row."""
+        """Live clips of a split (None: all) by (shard, row): clip_id, label, split, group, shard,
+        row."""
         live = self._live
         if split is not None:
             live = live.filter(pc.equal(live["split"], split))
-        return live.select(["clip_id", "label", "split", "shard", "row"])
+        return live.select(_ROW_COLUMNS)
 
     @cached_property
     def classes(self) -> list[str]:
@@ -122,10 +131,10 @@ class FeatureStore:
         """
         store = cls(uri)
         try:
-            about = json.loads(store.location.read_bytes(_STORE_FILE))
+            about = json.loads(store.location.read_bytes(STORE_FILE))
         except FileNotFoundError:
             raise StoreError(
-                f"{uri}: no feature store here ({_STORE_FILE} is missing). Make one with "
+                f"{uri}: no feature store here ({STORE_FILE} is missing). Make one with "
                 '"diccae ingest --clips CSV --videos DIR --store URI".'
             ) from None
         if about["format"] != FORMAT:
@@ -139,7 +148,7 @@ class FeatureStore:
     def exists(cls, uri: str) -> bool:
         """Whether there is a store at `uri`."""
         location = Location(uri)
-        return bool(location.fs.exists(location.join(_STORE_FILE)))
+        return bool(location.fs.exists(location.join(STORE_FILE)))
 
     @classmethod
     def create(cls, uri: str, spec: FeatureSpec) -> "FeatureStore":
@@ -170,8 +179,8 @@ class FeatureStore:
             },
             storage_options=store._options,
         )
-        about = {"format": FORMAT, "spec_hash": spec.spec_hash()}
-        store.location.write_bytes(_STORE_FILE, json.dumps(about).encode())
+        about = {"format": FORMAT, "id": uuid.uuid4().hex, "spec_hash": spec.spec_hash()}
+        store.location.write_bytes(STORE_FILE, json.dumps(about).encode())
         return store
 
     @property
@@ -224,6 +233,8 @@ class FeatureStore:
             self._table,
             rows,
             mode="append",
+            # Adds the columns that the table of an older store lacks.
+            schema_mode="merge",
             commit_properties=CommitProperties(
                 custom_metadata={key: str(value) for key, value in about.items()}
             ),
@@ -238,7 +249,7 @@ class FeatureStore:
     def rewrite_log(self, rows: pa.Table) -> int:
         """Commit `rows` in place of the whole log (older versions keep theirs)."""
         table = self._load()
-        write_deltalake(table, rows.cast(CLIPS_SCHEMA), mode="overwrite")
+        write_deltalake(table, rows.cast(CLIPS_SCHEMA), mode="overwrite", schema_mode="merge")
         self._table = None
         return table.version()
 
@@ -288,7 +299,7 @@ class FeatureStore:
 
     def initial_spec_hash(self) -> str:
         """Hash of the spec the store was created with."""
-        return json.loads(self.location.read_bytes(_STORE_FILE))["spec_hash"]
+        return json.loads(self.location.read_bytes(STORE_FILE))["spec_hash"]
 
     def read_spec(self, spec_hash: str) -> FeatureSpec:
         """A spec that was used in this store, by its hash."""

@@ -110,7 +110,9 @@ class Source:
 @pytest.fixture(scope="session")
 def done(synth_data, tmp_path_factory, ray_session) -> Source:
     """A source ingested once; tests copy it."""
-    config = IngestConfig(workers=1, shard_clips=16, timeout_s=30, cpus_per_worker=0.5)
+    config = IngestConfig(
+        workers=1, shard_clips=16, timeout_s=30, cpus_per_worker=0.5, local_clips=0
+    )
     source = Source(synth_data, tmp_path_factory.mktemp("done"), SMALL_SPEC, config)
     source.summary = source.ingest(SMALL_SPEC)
     return source

@@ -30,7 +30,7 @@ def videos(tmp_path) -> Path:
 def listed(csv: bytes, videos: Path) -> list[dict]:
     path = videos.parent / "clips.csv"
     path.write_bytes(csv)
-    return list_sources(str(path), str(videos)).to_pylist()
+    return list_sources(str(path), str(videos)).clips.to_pylist()
 
 
 def refused(csv: bytes, videos: Path) -> list[str]:
@@ -143,9 +143,9 @@ def test_manifest_of_another_data_set(kind, videos, tmp_path):
             cells = ("" if value is None else f'"{value}"' for value in row.values())
             lines.append(",".join(cells))
         path.write_text("\n".join(lines))
-    first, second, third = list_sources(str(path), str(videos)).to_pylist()
+    first, second, third = list_sources(str(path), str(videos)).clips.to_pylist()
     assert (first["clip_id"], first["label"], first["start_s"]) == (
-        "_zzzzzzzzzz_000001", "a, b", None,
+        "deep___zzzzzzzzzz_000001", "a, b", None,
     )  # fmt: skip
     assert (second["clip_id"], second["start_s"], second["end_s"]) == (
         "untrimmed00_000002.500", 2.5, 4.0,
@@ -206,7 +206,7 @@ def parts(tmp_path):
 
 def test_clips_are_found_in_tar_parts_and_read_as_a_stream(parts):
     csv, folder = parts
-    rows = list_sources(str(csv), str(folder)).to_pylist()
+    rows = list_sources(str(csv), str(folder)).clips.to_pylist()
     assert [row["fp"] is not None for row in rows] == [True] * 20
     fetched = []
     for one in fetch_all(rows[3:6], IngestConfig()):
@@ -221,7 +221,7 @@ def test_damage_in_a_part_costs_only_what_is_behind_it(parts):
     path = folder / "vgg_00.tar.gz"
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    rows = list_sources(str(csv), str(folder)).to_pylist()
+    rows = list_sources(str(csv), str(folder)).clips.to_pylist()
     found = [row["fp"] is not None for row in rows]
     assert found[:4] == [True] * 4
     assert found[5:10] == [False] * 5
@@ -230,7 +230,7 @@ def test_damage_in_a_part_costs_only_what_is_behind_it(parts):
 
 def test_damage_after_the_listing_rejects_the_clips_behind_it(parts):
     csv, folder = parts
-    rows = list_sources(str(csv), str(folder)).to_pylist()[:10]
+    rows = list_sources(str(csv), str(folder)).clips.to_pylist()[:10]
     path = folder / "vgg_00.tar.gz"
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 2000] = b"\0" * 2000
@@ -249,7 +249,7 @@ def test_a_part_is_read_through_once(parts, tmp_path, monkeypatch):
     cache = Location(str(tmp_path / "store"))
     first = list_sources(str(csv), str(folder), cache)
     # A second listing could not read the parts: it must know them.
-    monkeypatch.setattr(tarfile, "open", None)
+    monkeypatch.setattr("pipeline.source.tar_parts._read_index", None)
     assert list_sources(str(csv), str(folder), cache) == first
     stat = (folder / "vgg_00.tar.gz").stat()
     os.utime(folder / "vgg_00.tar.gz", ns=(1, stat.st_mtime_ns + 1))
@@ -260,5 +260,5 @@ def test_a_part_is_read_through_once(parts, tmp_path, monkeypatch):
 def test_gzip_that_is_no_tar_is_damage_from_the_start(parts):
     csv, folder = parts
     (folder / "vgg_00.tar.gz").write_bytes(gzip.compress(b"no tar"))
-    rows = list_sources(str(csv), str(folder)).to_pylist()
+    rows = list_sources(str(csv), str(folder)).clips.to_pylist()
     assert sum(row["fp"] is not None for row in rows) == 10
