@@ -21,8 +21,8 @@ from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.decode.fbank_service import CPUS_PER_SERVICE, SharedFbanks
 from pipeline.ingest.shard_decoder import Outcome, ShardDecoder, table_from_bytes, table_to_bytes
 from pipeline.ingest.waves import run_waves
+from pipeline.storage import Location
 from pipeline.store.identity import store_id
-from pipeline.store.store import FeatureStore
 
 _LIFE_EVERY_S = 10.0
 """How often an actor says that it is at work: a shard of slow clips takes longer than the driver
@@ -30,7 +30,7 @@ waits for a sign, and a sign costs a few ms."""
 
 
 def run_shards(
-    store: FeatureStore, todo: pa.Table, spec: FeatureSpec, config: IngestConfig, run_id: str
+    store_uri: str, todo: pa.Table, spec: FeatureSpec, config: IngestConfig, run_id: str
 ) -> Iterator[pa.Table]:
     """Decode `todo` (Plan.todo). Yields rows of the clips table, a shard's at a time.
 
@@ -39,11 +39,11 @@ def run_shards(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     n_workers = config.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     arguments = {
-        "store_uri": store.uri,
+        "store_uri": store_uri,
         "spec": spec,
         "config": config,
         "fbank_key": secrets.token_bytes(),
-        "expected_id": store_id(store.location),
+        "expected_id": store_id(Location(store_uri)),
     }
 
     def decode(shards: list[pa.Table], wave_id: str) -> Iterator[Outcome]:

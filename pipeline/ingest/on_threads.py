@@ -16,19 +16,19 @@ from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.decode.fbank_service import SharedFbanks
 from pipeline.ingest.shard_decoder import Outcome, ShardDecoder
 from pipeline.ingest.waves import run_waves
+from pipeline.storage import Location
 from pipeline.store.identity import store_id
-from pipeline.store.store import FeatureStore
 
 
 def run_shards(
-    store: FeatureStore, todo: pa.Table, spec: FeatureSpec, config: IngestConfig, run_id: str
+    store_uri: str, todo: pa.Table, spec: FeatureSpec, config: IngestConfig, run_id: str
 ) -> Iterator[pa.Table]:
     """Decode `todo` (Plan.todo). Yields rows of the clips table, a shard's at a time.
 
     Raises: PipelineError, as run_waves does.
     """
     n_workers = config.workers or os.cpu_count() or 1
-    expected_id = store_id(store.location)
+    expected_id = store_id(Location(store_uri))
     fbank_key = secrets.token_bytes()
 
     def decode(shards: list[pa.Table], wave_id: str) -> Iterator[Outcome]:
@@ -38,7 +38,7 @@ def run_shards(
         for _ in range(min(n_workers, len(shards))):
             fbanks = SharedFbanks(spec, wave_id, fbank_key)
             decoder = ShardDecoder(
-                store.uri, spec, config, wave_id, fbanks, expected_id=expected_id
+                store_uri, spec, config, wave_id, fbanks, expected_id=expected_id
             )
             workers.append((decoder, fbanks))
         workers[0][1].prepare()

@@ -253,7 +253,7 @@ class _Run:
 
         discard_unfinished(self.store.location)
         try:
-            for states in run_shards(self.store, todo, self.spec, self.config, self.run_id):
+            for states in run_shards(self.store.uri, todo, self.spec, self.config, self.run_id):
                 self._take(states)
                 self._report()
         finally:

@@ -21,7 +21,7 @@ from pipeline.store.store import FeatureStore
 from pipeline.synth import write_clips
 
 SPEC = FeatureSpec(n_frames=2, frame_size=32, duration_s=1.0, fbank_frames=100)
-CONFIG = IngestConfig(shard_clips=5, prefetch=3)
+CONFIG = IngestConfig(shard_clips=5, prefetch=3, commit_shards=1)
 
 
 class BothApis(http.server.BaseHTTPRequestHandler):
