@@ -49,17 +49,21 @@ class PartIndex:
     """Why reading stopped early; empty if it did not."""
 
 
+class _Unbounded(tarfile.ReadError):
+    """A header that announces more than is read; what stands before it is whole."""
+
+
 class _Header(tarfile.TarInfo):
     """A member's header, of bounded size. `_proc_member` is tarfile's place for own rules."""
 
     def _proc_member(self, tar: "_BoundedTar") -> tarfile.TarInfo:
         if self.type == tarfile.GNUTYPE_SPARSE:
-            raise tarfile.ReadError("a sparse member, which may announce any size")
+            raise _Unbounded("a sparse member, which may announce any size")
         if self.type in _EXTENDED:
             tar.n_headers += 1
             tar.header_bytes += self.size
             if tar.n_headers > _MOST_HEADERS or tar.header_bytes > _MOST_HEADER_BYTES:
-                raise tarfile.ReadError(
+                raise _Unbounded(
                     f"{tar.n_headers} extended headers of {tar.header_bytes:,} bytes, more than "
                     f"the {_MOST_HEADERS} and {_MOST_HEADER_BYTES:,} that are read"
                 )
@@ -70,7 +74,7 @@ class _Header(tarfile.TarInfo):
         return super()._proc_member(tar)  # type: ignore[misc]
 
     def _proc_gnusparse_10(self, *args: object) -> None:
-        raise tarfile.ReadError("a sparse member, which may announce any size")
+        raise _Unbounded("a sparse member, which may announce any size")
 
 
 _EXTENDED = (
@@ -133,6 +137,8 @@ def _read_index(uri: str) -> PartIndex:
                 for member in tar:
                     if member.isfile():
                         found.append((member.name, member.size))
+        except _Unbounded as error:
+            damage = f"cannot be read behind {found[-1][0] if found else 'its start'}: {error}"
         except _DAMAGE as error:
             # The data of the last member are skipped only on the way to the next header.
             after = found.pop()[0] if found else "its start"

@@ -80,6 +80,7 @@ def test_clip_without_a_file_is_listed_without_fingerprint(videos):
         (b"abc,1,,train", "line 2: the label is empty"),
         (b"abc,1,dog,", "line 2: the split is empty"),
         (b"abc,1,dog, big,train", "line 2: 5 columns, expected 4"),
+        (b"abc,1,dog,../../x", "line 2: '../../x' is not a split: it holds a path"),
         (b"-abc_def_12,30,cat,test", "line 2: clip -abc_def_12_000030 is already on line 1"),
     ],
 )
@@ -162,6 +163,9 @@ def test_manifest_of_another_data_set(kind, videos, tmp_path):
         ("x.mp4,nan,,dog,train,", "start_s 'nan' is not a time"),
         ("x.mp4,,,dog,train,../../a", "it holds a path"),
         (",,,dog,train,", "the uri is empty"),
+        ("x.mp4,,,dog,,", "the split is empty"),
+        ("x.mp4,,,dog,../../x,", "'../../x' is not a split: it holds a path"),
+        ("x.mp4,,,dog,..,", "'..' is not a split: it holds a path"),
     ],
 )
 def test_bad_manifest_row_is_one_clear_line(row, told, videos, tmp_path):
@@ -169,6 +173,49 @@ def test_bad_manifest_row_is_one_clear_line(row, told, videos, tmp_path):
     path.write_text(f"uri,start_s,end_s,label,split,clip_id\n{row}\n")
     with pytest.raises(SourceError, match=told):
         list_sources(str(path), str(videos))
+
+
+def manifest(text: str, videos: Path, base: object = None) -> list[dict]:
+    path = videos.parent / "m.csv"
+    path.write_text(text)
+    return list_sources(str(path), str(base or videos)).clips.to_pylist()
+
+
+@pytest.mark.parametrize("text", ["uri\nuntrimmed00.mkv\n", "uri,label\nuntrimmed00.mkv,\n"])
+def test_manifest_without_labels_and_splits_is_one_of_unlabelled_training_clips(text, videos):
+    (row,) = manifest(text, videos)
+    assert (row["clip_id"], row["label"], row["split"]) == ("untrimmed00", None, "train")
+
+
+def test_files_of_one_name_in_two_folders_are_two_clips_of_a_manifest(videos):
+    (videos / "untrimmed00.webm").touch()
+    (videos / "deep" / "untrimmed00.mkv").touch()
+    text = f"uri\nuntrimmed00.mkv\ndeep/untrimmed00.mkv\n{videos}/deep/_zzzzzzzzzz_000001.webm\n"
+    ids = [row["clip_id"] for row in manifest(text, videos)]
+    assert ids == ["untrimmed00", "deep__untrimmed00", "deep___zzzzzzzzzz_000001"]
+    elsewhere = videos.parent / "elsewhere"
+    elsewhere.mkdir()
+    text = f"uri\n{videos}/untrimmed00.mkv\n{videos}/deep/untrimmed00.mkv\n"
+    with pytest.raises(SourceError) as caught:
+        manifest(text, videos, elsewhere)
+    (message,) = str(caught.value).splitlines()
+    assert "line 3: clip untrimmed00 is already on line 2" in message
+    assert f"({videos}/untrimmed00.mkv there, {videos}/deep/untrimmed00.mkv here)" in message
+    assert "a column clip_id" in message
+    named = f"uri,clip_id\n{videos}/untrimmed00.mkv,a\n{videos}/deep/untrimmed00.mkv,b\n"
+    assert [row["clip_id"] for row in manifest(named, videos, elsewhere)] == ["a", "b"]
+
+
+def test_group_is_the_column_or_the_video_of_a_vggsound_name_or_the_uri(videos):
+    text = (
+        "uri,start_s,group\nuntrimmed00.mkv,1,recording 7\nuntrimmed00.mkv,2,\n"
+        "-abc_def_12_000030.mp4,,\ndeep/_zzzzzzzzzz_000001.webm,,\n"
+    )
+    groups = [row["group"] for row in manifest(text, videos)]
+    assert groups == ["recording 7", "untrimmed00", "-abc_def_12", "_zzzzzzzzzz"]
+    (row,) = manifest("uri\nuntrimmed00.mkv\n", videos)
+    assert row["group"] == "untrimmed00.mkv"
+    assert listed(b"untrimmed00,5,dog,train", videos)[0]["group"] == "untrimmed00"
 
 
 def test_manifest_with_a_misspelt_column_is_refused(videos, tmp_path):
