@@ -5,6 +5,7 @@ import tarfile
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
 import pytest
 
 from pipeline.errors import SourceError
@@ -159,8 +160,6 @@ def test_clips_that_may_lie_where_nothing_can_be_read_are_not_taken_for_gone(csv
         {"clip_id": "dog__0001", "uri": f"{locked}/dog/0001.mp4"},
         {"clip_id": "doge", "uri": f"{locked}/doge.mp4"},
     ]
-    import pyarrow as pa
-
     states = pa.Table.from_pylist(rows, pa.schema(schema))
     _, known = list_sources(clips, str(locked)).without_unreadable(states)
     kept = {"dog__0001", "doge"} if csv == "uri\ntop.mkv\n" else {"doge"}
