@@ -79,8 +79,8 @@ class Sandbox:
             if self._n_failed_starts >= _MOST_FAILED_STARTS:
                 raise PipelineError(
                     f"the decode child ({self._function}) did not start {self._n_failed_starts} "
-                    f"times in a row: {self._not_started.detail}. Is there memory for another "
-                    "0.1 GB, and can the module be imported?"
+                    f"times in a row: {self._not_started.detail.splitlines()[-1]}. Is there "
+                    "memory for another 0.1 GB, and can the module be imported?"
                 )
             raise Rejected(
                 self._not_started.reason, f"while it started: {self._not_started.detail}"

@@ -72,7 +72,7 @@ def test_ray_is_not_even_imported_for_two_clips(source):
 def test_a_hang_a_crash_and_a_leak_cost_a_clip_each_here_too(source, undisturbed):
     source.store += "-again"
     summary = source.ingest(
-        source.spec, extractor="tests.pipeline.poison:extract", timeout_s=12.0, child_memory_mb=400
+        source.spec, extractor="tests.pipeline.poison:extract", timeout_s=5.0, child_memory_mb=400
     )
     assert (summary.ok, summary.failed) == (45, 3)
     assert status(source.store)["by_reason"] == {"worker_died": 2, "timeout": 1}
