@@ -129,13 +129,15 @@ class ShardDecoder:
         try:
             before: tuple[Fetched, Clip | Rejected] | None = None
             for fetched in clips:
-                if fetched.rejected is None:
-                    self._submit(fetched)
-                # The child decodes this clip while the one before is finished here.
-                if before is not None:
-                    shard.add(*before)
-                before = (fetched, fetched.rejected or self._result(fetched))
-                fetched.release()
+                try:
+                    if fetched.rejected is None:
+                        self._submit(fetched)
+                    # The child decodes this clip while the one before is finished here.
+                    if before is not None:
+                        shard.add(*before)
+                    before = (fetched, fetched.rejected or self._result(fetched))
+                finally:
+                    fetched.release()
                 yield CLIPS_SCHEMA.empty_table()
             if before is not None:
                 shard.add(*before)
