@@ -206,6 +206,8 @@ def _manifest_entry(line: int, row: dict[str, Any], base: str) -> Entry:
     for name, value in (("uri", uri), ("split", split)):
         if not value:
             raise ValueError(f"the {name} is empty")
+    if "\0" in uri:
+        raise ValueError(f"{uri!r} is no uri")
     is_relative = "://" not in uri and not uri.startswith("/")
     if is_relative and ".." in PurePosixPath(uri).parts:
         raise ValueError(f"{uri!r} reaches outside the folder of videos")

@@ -7,7 +7,6 @@ and is named in the result, so that nobody takes it for gone; everything else is
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -69,7 +68,7 @@ def find_videos(videos: str, cache: Location | None) -> Videos:
         walk.local(location.path, frozenset())
     else:
         walk.remote(location)
-    walk.found += _members(walk.parts, cache)
+    walk.read_parts(cache)
     if walk.n_warnings > _MOST_WARNINGS:
         _log.warning("%s: ... and %d more", videos, walk.n_warnings - _MOST_WARNINGS)
     return Videos(walk.found, walk.unreadable)
@@ -103,7 +102,7 @@ class _Walk:
             with os.scandir(folder) as scan:
                 entries = sorted(scan, key=lambda entry: entry.name)
         except OSError as error:
-            self._set_aside(folder, error)
+            self._set_aside(folder, error.strerror or str(error))
             return
         for entry in entries:
             try:
@@ -114,7 +113,7 @@ class _Walk:
             except FileNotFoundError:
                 self._warn(entry.path, "a link to a file that is not there")
             except OSError as error:
-                self._set_aside(entry.path, error)
+                self._set_aside(entry.path, error.strerror or str(error))
 
     def remote(self, location: Location) -> None:
         """All objects below a folder of an object store."""
@@ -134,9 +133,28 @@ class _Walk:
         else:
             self.found.append(Found(below, file))
 
-    def _set_aside(self, path: str, error: OSError) -> None:
+    def read_parts(self, cache: Location | None) -> None:
+        """The videos inside the tar parts that were come upon."""
+        indexes = index_parts([(part.uri, part.fp) for _, part in self.parts], cache)
+        for (path, part), index in zip(self.parts, indexes, strict=True):
+            if index.is_refused:
+                self._set_aside(part.uri, index.damage)
+            elif index.damage:
+                _log.warning("%s: %s; clips behind that count as missing", part.uri, index.damage)
+            suffix = next(suffix for suffix in PART_SUFFIXES if path.lower().endswith(suffix))
+            folder = path[: -len(suffix)]
+            seen: set[str] = set()
+            for member, size in zip(index.members, index.sizes, strict=True):
+                # Of two members of one name the first is read.
+                if is_video(member) and member not in seen:
+                    seen.add(member)
+                    uri = f"{part.uri}{SEPARATOR}{member}"
+                    file = File(uri, size, part.mtime_ns, part.fp_kind, f"{part.fp}-{size}")
+                    self.found.append(Found(f"{folder}/{member}", file, is_member=True))
+
+    def _set_aside(self, path: str, why: str) -> None:
         self.unreadable.append(path)
-        self._warn(path, f"{error.strerror or error}; its clips in the store stay as they are")
+        self._warn(path, f"{why}; its clips in the store stay as they are")
 
     def _warn(self, path: str, why: str) -> None:
         self.n_warnings += 1
@@ -151,23 +169,6 @@ def _is_wanted(name: str) -> bool:
 def is_video(name: str) -> bool:
     """Whether a file name is that of a video."""
     return os.path.splitext(name)[1].lower() in _VIDEO_SUFFIXES
-
-
-def _members(parts: list[tuple[str, File]], cache: Location | None) -> Iterator[Found]:
-    """Videos inside tar parts."""
-    indexes = index_parts([(part.uri, part.fp) for _, part in parts], cache)
-    for (path, part), index in zip(parts, indexes, strict=True):
-        if index.damage:
-            _log.warning("%s: %s; clips behind that count as missing", part.uri, index.damage)
-        suffix = next(suffix for suffix in PART_SUFFIXES if path.lower().endswith(suffix))
-        seen: set[str] = set()
-        for member, size in zip(index.members, index.sizes, strict=True):
-            # Of two members of one name the first is read.
-            if is_video(member) and member not in seen:
-                seen.add(member)
-                uri = f"{part.uri}{SEPARATOR}{member}"
-                file = File(uri, size, part.mtime_ns, part.fp_kind, f"{part.fp}-{size}")
-                yield Found(f"{path[: -len(suffix)]}/{member}", file, is_member=True)
 
 
 def sha256_of(path: str) -> str:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from pipeline.errors import SourceError
 from pipeline.source.clip_list import TRAIN, Entry, clip_id_of, group_of, read_entries, refuse
 from pipeline.source.files import File, Found, find_videos, local_file, remote_file
+from pipeline.source.tar_parts import part_of
 from pipeline.storage import Location
 from pipeline.store.schema import SOURCE_SCHEMA
 
@@ -36,13 +37,9 @@ class Listing(NamedTuple):
         if not self.unreadable or not len(states):
             return self.clips, states
         prefixes = tuple(f"{path}/" for path in self.unreadable)
-        hidden = np.array(
-            [
-                uri is not None and f"{uri.removeprefix('file://')}/".startswith(prefixes)
-                for uri in states["uri"].to_pylist()
-            ],
-            bool,
-        )
+        known_uris = states["uri"].fill_null("").to_pylist()
+        paths = ((part_of(uri) or uri).removeprefix("file://") for uri in known_uris)
+        hidden = np.array([f"{path}/".startswith(prefixes) for path in paths], bool)
         ids = states["clip_id"].filter(pa.array(hidden)).combine_chunks()
         known = pc.is_in(self.clips["clip_id"], value_set=ids)
         return self.clips.filter(pc.invert(known)), states.filter(pa.array(~hidden))

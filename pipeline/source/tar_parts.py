@@ -22,7 +22,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage import Location
+from pipeline.storage import Location, is_refusal
 
 PART_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 SEPARATOR = "#"
@@ -47,6 +47,8 @@ class PartIndex:
     sizes: list[int]
     damage: str
     """Why reading stopped early; empty if it did not."""
+    is_refused: bool = False
+    """It is there and may not be read."""
 
 
 class _Unbounded(tarfile.ReadError):
@@ -119,7 +121,12 @@ def _index_part(uri: str, fingerprint: str, cache: Location | None) -> PartIndex
         table = pq.read_table(pa.BufferReader(cache.read_bytes(name)))
         damage = table.schema.metadata[_DAMAGE_KEY].decode()
         return PartIndex(table["member"].to_pylist(), table["size"].to_pylist(), damage)
-    index = _read_index(uri)
+    try:
+        index = _read_index(uri)
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        return PartIndex([], [], str(error), is_refused=True)
     if cache is not None:
         sink = pa.BufferOutputStream()
         schema = _SCHEMA.with_metadata({_DAMAGE_KEY: index.damage.encode()})

@@ -171,3 +171,24 @@ def test_an_index_of_parts_is_kept_where_the_store_will_be(videos, tmp_path):
         tar.add(videos / "top.mkv", "0002.mp4")
     listed(videos, cache=Location(str(tmp_path / "store")))
     assert len(list((tmp_path / "store" / "parts").iterdir())) == 1
+
+
+def test_a_part_that_may_not_be_read_costs_one_warning(videos, monkeypatch, caplog):
+    for name in ("part_00.tar", "part_01.tar"):
+        with tarfile.open(videos / name, "w") as tar:
+            tar.add(videos / "top.mkv", "0002.mp4")
+    opened = fsspec.open
+
+    def guarded(uri, mode):
+        if uri.endswith("part_00.tar"):
+            raise PermissionError(13, "Permission denied", uri)
+        return opened(uri, mode)
+
+    monkeypatch.setattr(fsspec, "open", guarded)
+    listing = list_sources(None, str(videos))
+    assert "part_01__0002" in listing.clips["clip_id"].to_pylist()
+    assert listing.unreadable == [f"{videos}/part_00.tar"]
+    assert len(caplog.records) == 1
+    rows = [{"clip_id": "part_00__0002", "uri": f"{videos}/part_00.tar#0002.mp4"}]
+    schema = pa.schema([CLIPS_SCHEMA.field(name) for name in STATE_COLUMNS])
+    assert len(listing.without_unreadable(pa.Table.from_pylist(rows, schema))[1]) == 0
