@@ -21,6 +21,7 @@ from pipeline.ingest.maintenance import status as store_status
 from pipeline.ingest.run import ingest, plan_ingest
 from pipeline.ingest.shard_decoder import ShardDecoder
 from pipeline.ingest.verify import verify
+from pipeline.source.listing import list_sources
 from pipeline.store.identity import store_id
 from pipeline.store.lease import Lease
 from pipeline.store.store import FeatureStore, read_rows
@@ -141,6 +142,19 @@ def test_s3_to_s3_equals_local_files(s3):
     about = store_status(uri)
     listed = client.list_objects_v2(Bucket="data", Prefix="store/features/")["Contents"]
     assert about["bytes"] == sum(entry["Size"] for entry in listed)
+
+
+def test_a_bucket_without_a_list_is_every_clip_in_it(s3):
+    _, folder = s3
+    there = list_sources(None, "s3://data/videos", label_from_folder=True).clips
+    assert sorted(there["clip_id"].to_pylist()) == sorted(
+        path.stem for path in (folder / "videos").iterdir()
+    )
+    assert set(there["uri"].to_pylist()) == {
+        f"s3://data/videos/{path.name}" for path in (folder / "videos").iterdir()
+    }
+    whole = list_sources(None, "s3://data", label_from_folder=True).clips
+    assert set(whole["label"].to_pylist()) == {"videos"}
 
 
 def test_replaced_object_is_redone_and_nothing_else(s3):
