@@ -9,7 +9,7 @@ import math
 import random
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -46,7 +46,7 @@ def run_shards(
         "expected_id": store_id(Location(store_uri)),
     }
 
-    def decode(shards: list[pa.Table], wave_id: str) -> Iterator[Outcome]:
+    def decode(shards: list[pa.Table], wave_id: str) -> Generator[Outcome, None, None]:
         n_actors = min(n_workers, len(shards))
         return _outcomes(shards, n_actors, {**arguments, "run_id": wave_id}, config)
 
@@ -96,7 +96,7 @@ def _result(outcome: Outcome) -> pa.Table:
 
 def _outcomes(
     shards: list[pa.Table], n_actors: int, arguments: dict[str, Any], config: IngestConfig
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     rows = [{"index": i, "clips": table_to_bytes(shard)} for i, shard in enumerate(shards)]
     with DataContext.current(_own_context()):
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(

@@ -8,7 +8,7 @@ import os
 import queue
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pyarrow as pa
 
@@ -31,7 +31,7 @@ def run_shards(
     expected_id = store_id(Location(store_uri))
     fbank_key = secrets.token_bytes()
 
-    def decode(shards: list[pa.Table], wave_id: str) -> Iterator[Outcome]:
+    def decode(shards: list[pa.Table], wave_id: str) -> Generator[Outcome, None, None]:
         # Each thread decodes in a child of its own and waits for it: one process less than a
         # decoder in a process, and half a second of imports.
         workers = []
@@ -49,7 +49,7 @@ def run_shards(
 
 def _outcomes(
     shards: list[pa.Table], workers: list[tuple[ShardDecoder, SharedFbanks]]
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     tasks: queue.SimpleQueue[tuple[int, pa.Table] | None] = queue.SimpleQueue()
     said: queue.SimpleQueue[Outcome | BaseException | None] = queue.SimpleQueue()
     stop = threading.Event()

@@ -30,7 +30,7 @@ _MOST_FAILURES = 3
 
 _LOG = logging.getLogger(__name__)
 
-DecodeWave = Callable[[list[pa.Table], str], Iterator[Outcome]]
+DecodeWave = Callable[[list[pa.Table], str], Generator[Outcome, None, None]]
 """Decodes shards (Plan.todo) under a run id."""
 
 
@@ -51,12 +51,15 @@ def run_waves(
         shards = list(cut_tasks(left, config.shard_clips, n_workers))
         outcomes = decode(shards, f"{run_id}-{wave}" if wave else run_id)
         most_failures = max(_MOST_FAILURES, 2 * min(n_workers, len(shards)))
-        with contextlib.closing(_watched(outcomes, config.stall_timeout_s)) as watched:
-            for states in _finished(watched, failures, most_failures):
+        finished = _finished(outcomes, failures, most_failures)
+        with contextlib.closing(_watched(finished, config.stall_timeout_s)) as watched:
+            for states in watched:
                 # A task that ran twice may hand out a clip again.
                 ids = states["clip_id"].to_pylist()
-                yield states.filter(pa.array([clip_id not in returned for clip_id in ids]))
+                again = pa.array([clip_id in returned for clip_id in ids], pa.bool_())
                 returned.update(ids)
+                if (new := states.filter(pc.invert(again))).num_rows:
+                    yield new
         done = pa.array(returned, pa.string())
         left = left.filter(pc.invert(pc.is_in(left["clip_id"], value_set=done)))
     if len(left) and failures:
@@ -93,21 +96,25 @@ def _cut_shards(clips: pa.Table, shard_clips: int, n_workers: int) -> Iterator[p
 
 
 def _finished(
-    outcomes: Iterator[Outcome], failures: list[str], most_failures: int
-) -> Iterator[pa.Table]:
-    """The shards that are finished. `failures`: what storage said of those it failed in a row."""
-    for outcome in outcomes:
-        if outcome.refused:
-            raise PipelineError(f"{outcome.refused} Shards finished before are committed.")
-        if outcome.error:
-            failures.append(outcome.error)
-            # A blink of the storage fails a shard of each decoder; its clips go into the next wave.
-            if len(failures) >= most_failures:
-                raise _storage_failed(failures)
-            _LOG.warning("a shard failed, its clips are tried again: %s", outcome.error)
-        elif outcome.states is not None and len(outcome.states):
-            failures.clear()
-            yield outcome.states
+    outcomes: Generator[Outcome, None, None], failures: list[str], most_failures: int
+) -> Generator[pa.Table, None, None]:
+    """Rows of shards that are finished; none as a sign of life. `failures`: what storage said of
+    the shards it failed in a row."""
+    with contextlib.closing(outcomes):
+        for outcome in outcomes:
+            if outcome.refused:
+                raise PipelineError(f"{outcome.refused} Shards finished before are committed.")
+            if outcome.error:
+                failures.append(outcome.error)
+                # A blink of the storage fails a shard of each decoder; its clips go into the next
+                # wave.
+                if len(failures) >= most_failures:
+                    raise _storage_failed(failures)
+                _LOG.warning("a shard failed, its clips are tried again: %s", outcome.error)
+            elif outcome.states is not None:
+                if len(outcome.states):
+                    failures.clear()
+                yield outcome.states
 
 
 def _storage_failed(failures: list[str]) -> PipelineError:
@@ -118,17 +125,20 @@ def _storage_failed(failures: list[str]) -> PipelineError:
     )
 
 
-def _watched(outcomes: Iterator[Outcome], stall_timeout_s: float) -> Generator[Outcome, None, None]:
-    """The same outcomes, by a thread, so that signals and a stalled cluster are noticed."""
-    arrived: queue.Queue[Outcome | BaseException | None] = queue.Queue(maxsize=64)
+def _watched(
+    results: Generator[pa.Table, None, None], stall_timeout_s: float
+) -> Generator[pa.Table, None, None]:
+    """The same results, by a thread, so that signals and a stalled cluster are noticed."""
+    arrived: queue.Queue[pa.Table | BaseException | None] = queue.Queue(maxsize=64)
     stop = threading.Event()
 
     def pump() -> None:
         try:
-            for outcome in outcomes:
-                arrived.put(outcome)
-                if stop.is_set():
-                    return
+            with contextlib.closing(results):
+                for result in results:
+                    arrived.put(result)
+                    if stop.is_set():
+                        return
             arrived.put(None)
         except BaseException as error:
             arrived.put(error)
@@ -138,20 +148,20 @@ def _watched(outcomes: Iterator[Outcome], stall_timeout_s: float) -> Generator[O
         yield from _until_end(arrived, stall_timeout_s)
     except KeyboardInterrupt:
         while not arrived.empty():
-            outcome = arrived.get_nowait()
-            if isinstance(outcome, Outcome):
-                yield outcome
+            result = arrived.get_nowait()
+            if isinstance(result, pa.Table):
+                yield result
         raise
     finally:
         stop.set()
 
 
-def _until_end(arrived: "queue.Queue[Any]", stall_timeout_s: float) -> Iterator[Outcome]:
+def _until_end(arrived: "queue.Queue[Any]", stall_timeout_s: float) -> Iterator[pa.Table]:
     deadline = time.monotonic() + stall_timeout_s
     while True:
         try:
             # Short waits: a signal interrupts between them.
-            outcome = arrived.get(timeout=0.5)
+            result = arrived.get(timeout=0.5)
         except queue.Empty:
             if time.monotonic() > deadline:
                 raise PipelineError(
@@ -160,10 +170,10 @@ def _until_end(arrived: "queue.Queue[Any]", stall_timeout_s: float) -> Iterator[
                 ) from None
             continue
         deadline = time.monotonic() + stall_timeout_s
-        if outcome is None:
+        if result is None:
             return
-        if isinstance(outcome, PipelineError):
-            raise outcome
-        if isinstance(outcome, BaseException):
-            raise PipelineError(f"the decoders failed: {outcome}") from outcome
-        yield outcome
+        if isinstance(result, PipelineError):
+            raise result
+        if isinstance(result, BaseException):
+            raise PipelineError(f"the decoders failed: {result}") from result
+        yield result
