@@ -27,12 +27,13 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     from diccae.run_folder import RunFolder, log_to_screen
 
-    first = parse("finetune", FinetuneArgs, argv, ("finetune", "scale", "data"))
-    folder = RunFolder(first.out)
-    base = None
-    if first.config is None and (folder.path / "config.yaml").exists():
-        base = folder.config()
-    args = parse("finetune", FinetuneArgs, argv, ("finetune", "scale", "data"), base)
+    def own_config(args: FinetuneArgs) -> RunConfig | None:
+        folder = RunFolder(args.out)
+        is_own = args.config is None and (folder.path / "config.yaml").exists()
+        return folder.config() if is_own else None
+
+    args = parse("finetune", FinetuneArgs, argv, ("finetune", "scale", "data"), own_config)
+    folder = RunFolder(args.out)
     log_to_screen()
     folder.open(args.run, fresh=False)
     from diccae.stages.finetune import run_finetune

@@ -13,7 +13,7 @@ from diccae.errors import UsageError
 from diccae.resources import start_ray
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import Say, pin_for, tracking_handle
-from training.data.batches import RowIndex, clip_keys, index_rows
+from training.data.batches import RowIndex, clip_keys, index_rows, with_labels
 from training.on_ray.evaluate import evaluate
 from training.on_ray.pretrain import Pinned
 from training.tracking import tracker as tracking
@@ -36,9 +36,14 @@ def run_evaluate(folder: RunFolder, config: RunConfig, say: Say) -> dict[str, An
 
 
 def tested_rows(data: Pinned, config: RunConfig) -> RowIndex:
-    """The clips of `evaluate.split`. Raises: UsageError if none were kept for validation."""
+    """The labelled clips of `evaluate.split`.
+
+    Raises: UsageError if none were kept for validation; TrainingError without labels to test or to
+    train the probes on.
+    """
+    with_labels(data.train, "evaluate (its probes learn from the train split)")
     if config.evaluate.split == "test":
-        return index_rows(data.snapshot, "test", data.train.classes)
+        return with_labels(index_rows(data.snapshot, "test", data.train.classes), "evaluate")
     kept = data.validation
     labelled = None if kept is None else kept.take(kept.labels_N >= 0)
     if not labelled:

@@ -19,7 +19,7 @@ from pipeline.store.schema import CLIPS_SCHEMA
 
 STATE_COLUMNS = [
     "clip_id", "uri", "start_s", "end_s", "label", "split", "status", "reason", "attempts",
-    "fp_kind", "fp", "size", "mtime_ns", "spec_hash",
+    "fp_kind", "fp", "size", "mtime_ns", "group", "spec_hash",
 ]  # fmt: skip
 """Columns of the clips table a plan needs."""
 
@@ -36,7 +36,7 @@ class Plan:
     missing: pa.Table
     """Listed clips whose file is not there, where the store does not say so yet (SOURCE_SCHEMA)."""
     restated: pa.Table
-    """Clips whose label, split or place changed, but not their content (SOURCE_SCHEMA)."""
+    """Clips whose label, split, group or place changed, but not their content (SOURCE_SCHEMA)."""
     removed_ids: list[str]
     """Clips of the store that are not listed any more."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -175,7 +175,8 @@ def _classify(
     retried = decoded & same_file & same_spec & retry
     kept = rest & ~changed & ~spec_changed & ~retried
     reworded = kept & ~same_words
-    moved = kept & same_words & (touched | ~_same(sources, before, "uri"))
+    same_place = _same(sources, before, "uri") & _same(sources, before, "group")
+    moved = kept & same_words & (touched | ~same_place)
     return _Kinds(
         new=new,
         missing=missing,

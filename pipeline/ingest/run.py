@@ -20,9 +20,10 @@ from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import TooManyFailures
 from pipeline.ingest.plan import STATE_COLUMNS, Plan, content_known, make_plan
 from pipeline.reasons import Reason
-from pipeline.source.clip_list import read_entries
 from pipeline.source.fetch import is_local_file
-from pipeline.source.listing import list_sources, sha256_of
+from pipeline.source.files import sha256_of
+from pipeline.source.listing import Listing, list_sources
+from pipeline.storage import Location
 from pipeline.store.lease import Lease
 from pipeline.store.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
 from pipeline.store.shards import discard_unfinished
@@ -67,40 +68,45 @@ class Progress:
 
 
 def plan_ingest(
-    clips: str, videos: str | None, store: str, spec: FeatureSpec | None, config: IngestConfig
+    clips: str | None,
+    videos: str | None,
+    store: str,
+    spec: FeatureSpec | None,
+    config: IngestConfig,
+    *,
+    label_from_folder: bool = False,
 ) -> Plan:
     """What `ingest` would do; starts nothing and changes nothing.
 
     Raises: SourceError, StoreError, MassRemoval.
     """
     existing = FeatureStore.open(store) if FeatureStore.exists(store) else None
-    snapshot = existing.snapshot() if existing else None
-    return _plan(clips, videos, existing, snapshot, spec=spec, config=config)
+    cache = existing.location if existing else None
+    listing = list_sources(clips, videos, cache, label_from_folder=label_from_folder)
+    return _compare(listing, existing.snapshot() if existing else None, spec, config)
 
 
-def _plan(
-    clips: str,
-    videos: str | None,
-    store: FeatureStore | None,
-    snapshot: Snapshot | None,
-    *,
-    spec: FeatureSpec | None,
-    config: IngestConfig,
+def _compare(
+    listing: Listing, snapshot: Snapshot | None, spec: FeatureSpec | None, config: IngestConfig
 ) -> Plan:
-    """What brings a version of the store up to date."""
+    """What brings a version of a store up to date with its source."""
     spec = spec or (snapshot.spec if snapshot else FeatureSpec())
     states = snapshot.states(STATE_COLUMNS, spec.spec_hash()) if snapshot else _NO_STATES
-    sources = list_sources(clips, videos, store.location if store else None)
-    same_content = _same_content(sources, states, config)
-    plan = make_plan(sources, states, spec.spec_hash(), config, same_content=same_content)
-    if snapshot is not None:
-        in_force = snapshot.spec_hash if snapshot.names_its_spec else None
-        plan = replace(plan, puts_in_force=in_force != spec.spec_hash())
+    sources, known = listing.without_unreadable(states)
+    same_content = _same_content(sources, known, config)
+    plan = make_plan(sources, known, spec.spec_hash(), config, same_content=same_content)
+    plan.counts["unchanged"] += len(states) - len(known)
+    plan = replace(plan, puts_in_force=snapshot is not None and not _has_in_force(snapshot, spec))
     if config.probe:
         from pipeline.ingest.probe import probe_timelines
 
         plan = replace(plan, timelines=probe_timelines(plan.todo, spec, config))
     return plan
+
+
+def _has_in_force(snapshot: Snapshot, spec: FeatureSpec) -> bool:
+    """Whether a version names this spec as the one in force."""
+    return snapshot.names_its_spec and snapshot.spec_hash == spec.spec_hash()
 
 
 def _same_content(sources: pa.Table, states: pa.Table, config: IngestConfig) -> set[str]:
@@ -122,7 +128,7 @@ def _content_hash(uri: str) -> str | None:
 
 
 def ingest(
-    clips: str,
+    clips: str | None,
     videos: str | None,
     store: str,
     spec: FeatureSpec | None,
@@ -130,28 +136,38 @@ def ingest(
     *,
     start_ray: Callable[[], None],
     on_progress: Callable[[Progress], None],
+    label_from_folder: bool = False,
 ) -> IngestSummary:
     """Bring a store up to date with its source.
 
-    Args: spec: None takes the store's own, or FeatureSpec() for a new store; start_ray: called only
-        if there is something to decode.
+    Args: clips, videos, label_from_folder: as list_sources takes them; spec: None takes the one in
+        force, or FeatureSpec() for a new store; start_ray: called only if there are more clips to
+        decode than config.local_clips.
     Raises: SourceError, MassRemoval, StoreError, StoreLocked, TooManyFailures (all good clips are
         committed), KeyboardInterrupt (what is done is committed).
     """
     started = time.monotonic()
-    if not FeatureStore.exists(store):
-        read_entries(clips)  # A mistake in the list should not leave an empty store behind.
+
+    def plan_from(snapshot: Snapshot | None) -> Plan:
+        # The index of tar parts is kept from the first look on, before there is a store.
+        cache = Location(store)
+        listing = list_sources(clips, videos, cache, label_from_folder=label_from_folder)
+        return _compare(listing, snapshot, spec, config)
+
+    known = FeatureStore.open(store).snapshot() if FeatureStore.exists(store) else None
+    # Before the store is made: a mistake in the source should not leave an empty one behind.
+    plan = plan_from(known)
     target = FeatureStore.create(store, spec or FeatureSpec())
-    newest = target.snapshot()
-    plan = _plan(clips, videos, target, newest, spec=spec, config=config)
+    newest = known or target.snapshot()
+    plan = replace(plan, puts_in_force=not _has_in_force(newest, spec or newest.spec))
     if plan.is_empty:
         seconds = round(time.monotonic() - started, 3)
         return IngestSummary(**plan.counts, ok=0, failed=0, seconds=seconds, version=newest.version)
-    with target.lease(config.lease_stale_s, f"an ingest of {clips}") as lease:
-        if target.version() != newest.version:
+    with target.lease(config.lease_stale_s, f"an ingest of {clips or videos}") as lease:
+        if target.version() != (known.version if known else 0):
             # Another run finished before this one had the lease.
             newest = target.snapshot()
-            plan = _plan(clips, videos, target, newest, spec=spec, config=config)
+            plan = plan_from(newest)
         spec = spec or newest.spec
         run = _Run(target, spec, config, lease, len(plan.todo), on_progress, start_ray)
         run.settle(plan, newest)
@@ -249,9 +265,12 @@ class _Run:
 
     def _decoded(self, todo: pa.Table) -> Iterator[pa.Table]:
         """Rows of the clips table, a finished shard's at a time; each clip of `todo` once."""
-        from pipeline.ingest.on_ray import run_shards
+        if len(todo) > self.config.local_clips:
+            from pipeline.ingest.on_ray import run_shards
 
-        self.start_ray()
+            self.start_ray()
+        else:
+            from pipeline.ingest.on_threads import run_shards
         yield from run_shards(self.store.uri, todo, self.spec, self.config, self.run_id)
 
     @property
@@ -314,13 +333,13 @@ _NO_STATES = CLIPS_SCHEMA.empty_table().select(STATE_COLUMNS)
 
 
 def _restate(states: pa.Table, restated: pa.Table) -> pa.Table:
-    """Rows of the clips table with the label, split, place and stat the source gives now.
+    """Rows of the clips table with the label, split, group, place and stat the source gives now.
 
     Everything else stays, above all the spec: it is that of the features the row points at.
     """
     position = pc.index_in(restated["clip_id"], value_set=states["clip_id"].combine_chunks())
     rows = states.take(position)
-    for name in ("label", "split", "uri", "size", "mtime_ns"):
+    for name in ("label", "split", "group", "uri", "size", "mtime_ns"):
         index = CLIPS_SCHEMA.get_field_index(name)
         rows = rows.set_column(index, CLIPS_SCHEMA.field(index), restated[name])
     return rows

@@ -23,9 +23,11 @@ SOURCE_SCHEMA = pa.schema(
         pa.field("fp", pa.string()),
         pa.field("size", pa.int64()),
         pa.field("mtime_ns", pa.int64()),
+        pa.field("group", pa.string()),
     ]
 )
-"""A source clip. `fp` is null where there is no file; start_s, end_s where the file is the clip."""
+"""A source clip. `fp` is null where there is no file; start_s, end_s where the file is the clip;
+`label` where it has none; `group`, what validation is split by, in stores older than the column."""
 
 CLIPS_SCHEMA = pa.schema(
     [

@@ -24,6 +24,8 @@ from pipeline.store.schema import CLIPS_SCHEMA, SPEC_PROPERTY
 if TYPE_CHECKING:
     from pipeline.store.store import FeatureStore
 
+_ROW_COLUMNS = ["clip_id", "label", "split", "group", "shard", "row"]
+
 
 class Snapshot:
     """One version of a store: what training reads, unchanged for ever."""
@@ -93,7 +95,7 @@ class Snapshot:
 
     @cached_property
     def _live(self) -> pa.Table:
-        columns = ["clip_id", "label", "split", "shard", "row", "row_key", "status", "spec_hash"]
+        columns = [*_ROW_COLUMNS, "row_key", "status", "spec_hash"]
         states = self.states(columns)
         ok = pc.and_(
             pc.equal(states["status"], "ok"), pc.equal(states["spec_hash"], self.spec_hash)
@@ -113,11 +115,12 @@ class Snapshot:
         return digest.hexdigest()
 
     def rows(self, split: str | None) -> pa.Table:
-        """Live clips of a split (None: all) by (shard, row): clip_id, label, split, shard, row."""
+        """Live clips of a split (None: all) by (shard, row): clip_id, label, split, group, shard,
+        row."""
         live = self._live
         if split is not None:
             live = live.filter(pc.equal(live["split"], split))
-        return live.select(["clip_id", "label", "split", "shard", "row"])
+        return live.select(_ROW_COLUMNS)
 
     @cached_property
     def classes(self) -> list[str]:
@@ -139,11 +142,12 @@ class Snapshot:
         """Rows of the log at sorted positions. Batch by batch: the log may be longer than memory,
         and no column of it may be put together (Arrow's strings end at 2 GiB)."""
         schema = pa.schema([CLIPS_SCHEMA.field(name) for name in columns])
+        there = [name for name in columns if name in self._log.schema.names]
         parts = []
         begin = 0
         try:
             # In order, and of the same data set as the keys: positions mean the same rows.
-            for batch in self._log.to_batches(columns=columns):
+            for batch in self._log.to_batches(columns=there):
                 first, last = np.searchsorted(positions, (begin, begin + len(batch)))
                 if last > first:
                     parts.append(batch.take(pa.array(positions[first:last] - begin)))
@@ -153,6 +157,11 @@ class Snapshot:
         if not parts:
             return schema.empty_table()
         rows = pa.Table.from_batches(parts)
+        for name in schema.names:
+            # A column that is younger than this version of the store: nobody filled it in.
+            if name not in there:
+                rows = rows.append_column(name, pa.nulls(len(rows), schema.field(name).type))
+        rows = rows.select(columns)
         return rows if rows.schema.equals(schema) else rows.cast(schema)
 
     def _unreadable(self, error: Exception) -> Exception:

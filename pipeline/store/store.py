@@ -11,6 +11,7 @@ there nor the commits before (log.LogKeys says which rows count).
 import contextlib
 import json
 import re
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -23,6 +24,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from pipeline.config import FeatureSpec
 from pipeline.errors import StoreError
 from pipeline.storage import Location, delta_options
+from pipeline.store.identity import STORE_FILE
 from pipeline.store.lease import Lease
 from pipeline.store.schema import CLIPS_SCHEMA, FORMAT, OLDEST_FORMAT, SPEC_PROPERTY
 from pipeline.store.shards import read_rows
@@ -31,7 +33,6 @@ from pipeline.store.snapshot import Snapshot
 __all__ = ["FeatureStore", "Snapshot", "read_rows"]
 
 _TABLE_KINDS = ("file", "s3", "s3a", "gs", "az", "abfs", "abfss", "hdfs")
-_STORE_FILE = "store.json"
 _CHECKPOINT_EVERY = 50
 _FOLD_EVERY = 64
 _FOLDED_BYTES = 32 << 20
@@ -56,10 +57,10 @@ class FeatureStore:
         """
         store = cls(uri)
         try:
-            about = json.loads(store.location.read_bytes(_STORE_FILE))
+            about = json.loads(store.location.read_bytes(STORE_FILE))
         except FileNotFoundError:
             raise StoreError(
-                f"{uri}: no feature store here ({_STORE_FILE} is missing). Make one with "
+                f"{uri}: no feature store here ({STORE_FILE} is missing). Make one with "
                 '"diccae ingest --clips CSV --videos DIR --store URI".'
             ) from None
         if not OLDEST_FORMAT <= about["format"] <= FORMAT:
@@ -73,7 +74,7 @@ class FeatureStore:
     def exists(cls, uri: str) -> bool:
         """Whether there is a store at `uri`."""
         location = Location(uri)
-        return bool(location.fs.exists(location.join(_STORE_FILE)))
+        return bool(location.fs.exists(location.join(STORE_FILE)))
 
     @classmethod
     def create(cls, uri: str, spec: FeatureSpec) -> "FeatureStore":
@@ -106,8 +107,8 @@ class FeatureStore:
             raise_if_key_not_exists=False,
             storage_options=store._options,
         )
-        about = {"format": FORMAT, "spec_hash": spec.spec_hash()}
-        store.location.write_bytes(_STORE_FILE, json.dumps(about).encode())
+        about = {"format": FORMAT, "id": uuid.uuid4().hex, "spec_hash": spec.spec_hash()}
+        store.location.write_bytes(STORE_FILE, json.dumps(about).encode())
         return store
 
     @property
@@ -154,8 +155,8 @@ class FeatureStore:
             if SPEC_PROPERTY not in self._newest().metadata().configuration:
                 newest = self.snapshot()
                 # First the format: an older diccae would go on deriving the spec from the rows.
-                about = {"format": FORMAT, "spec_hash": self.initial_spec_hash()}
-                self.location.write_bytes(_STORE_FILE, json.dumps(about).encode())
+                about = json.loads(self.location.read_bytes(STORE_FILE)) | {"format": FORMAT}
+                self.location.write_bytes(STORE_FILE, json.dumps(about).encode())
                 self._put_in_force(newest.spec_hash, {"by": "upgrade"}, lease.check)
             yield lease
 
@@ -173,7 +174,14 @@ class FeatureStore:
             seq = pa.array(np.full(len(rows), table.version() + 1, np.int64))
             index = CLIPS_SCHEMA.get_field_index("seq")
             stamped = rows.set_column(index, CLIPS_SCHEMA.field(index), seq).cast(CLIPS_SCHEMA)
-            write_deltalake(table, stamped, mode="append", commit_properties=properties)
+            write_deltalake(
+                table,
+                stamped,
+                mode="append",
+                # Adds the columns that the table of an older store lacks.
+                schema_mode="merge",
+                commit_properties=properties,
+            )
 
         return self._commit(write, about, check)
 
@@ -215,7 +223,11 @@ class FeatureStore:
                     f"{read_version} was being rewritten. Nothing was changed; run the same again."
                 )
             write_deltalake(
-                table, rows.cast(CLIPS_SCHEMA), mode="overwrite", commit_properties=properties
+                table,
+                rows.cast(CLIPS_SCHEMA),
+                mode="overwrite",
+                schema_mode="merge",
+                commit_properties=properties,
             )
 
         return self._commit(write, {"read_version": read_version}, check)
@@ -307,7 +319,7 @@ class FeatureStore:
 
     def initial_spec_hash(self) -> str:
         """Hash of the spec the store was created with."""
-        return json.loads(self.location.read_bytes(_STORE_FILE))["spec_hash"]
+        return json.loads(self.location.read_bytes(STORE_FILE))["spec_hash"]
 
     def read_spec(self, spec_hash: str) -> FeatureSpec:
         """A spec that was used in this store, by its hash."""

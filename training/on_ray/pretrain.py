@@ -19,8 +19,9 @@ from clustering.rounds.protocol import Rounds
 from pipeline.config import FeatureSpec
 from pipeline.store.store import FeatureStore, Snapshot
 from training.config import TrainingConfig
-from training.data.batches import BatchPlan, RowIndex, index_rows, lanes_of, split_validation
+from training.data.batches import BatchPlan, RowIndex, index_rows, lanes_of
 from training.data.reader import RayReader, WindowPlan
+from training.data.validation import groups_of, split_validation
 from training.errors import TrainingError
 from training.loop.controls import control_labels
 from training.loop.pretrainer import Hooks, Pretrainer, World, barrier
@@ -64,7 +65,8 @@ def pin(store: str, version: int | None, config: TrainingConfig) -> Pinned:
     snapshot = FeatureStore.open(store).snapshot(version)
     index = index_rows(snapshot, "train")
     if config.data.validation_frac > 0:
-        return Pinned(snapshot, *split_validation(index, config.data.validation_frac))
+        groups_N = groups_of(snapshot, "train")
+        return Pinned(snapshot, *split_validation(index, groups_N, config.data.validation_frac))
     return Pinned(snapshot, index)
 
 

@@ -85,6 +85,7 @@ CASES = {
         "new", "new",
     ),
     "relabelled": ({"clip_id": "a", "label": "cat"}, {"clip_id": "a"}, "changed", None),
+    "regrouped": ({"clip_id": "a", "group": "g"}, {"clip_id": "a"}, "unchanged", None),
     "moved": ({"clip_id": "a", "uri": "/w/a.mp4"}, {"clip_id": "a"}, "unchanged", None),
     "touched_hash": (
         {"clip_id": "a", "fp": "9-9"}, {"clip_id": "a", "fp_kind": "sha256", "fp": "ab"},

@@ -18,9 +18,11 @@ from pipeline.decode.payload import fbanks_function
 from pipeline.errors import StoreError, StoreLocked
 from pipeline.ingest.maintenance import compact, failures, vacuum
 from pipeline.ingest.maintenance import status as store_status
-from pipeline.ingest.run import plan_ingest
+from pipeline.ingest.run import ingest, plan_ingest
 from pipeline.ingest.shard_decoder import ShardDecoder
 from pipeline.ingest.verify import verify
+from pipeline.source.listing import list_sources
+from pipeline.store.identity import store_id
 from pipeline.store.lease import Lease
 from pipeline.store.store import FeatureStore, read_rows
 from pipeline.synth import write_clips
@@ -102,13 +104,20 @@ def s3(tmp_path_factory):
 
 
 def run(store_uri: str) -> FeatureStore:
-    """An ingest from s3:// to s3://, decoded in this process instead of by Ray."""
-    store = FeatureStore.create(store_uri, SPEC)
-    plan = plan_ingest("s3://data/clips.csv", "s3://data/videos", store_uri, SPEC, CONFIG)
-    decoder = ShardDecoder(store_uri, SPEC, CONFIG, "r", fbanks_function(SPEC))
-    for states in decoder.decode(0, plan.todo):
-        store.append(states, {})
-    return store
+    """An ingest from s3:// to s3://, of so few clips that Ray is not started."""
+    return ingested("s3://data", store_uri)
+
+
+def ingested(source: str, store_uri: str) -> FeatureStore:
+    ingest(
+        f"{source}/clips.csv", f"{source}/videos", store_uri, SPEC, CONFIG,
+        start_ray=no_ray, on_progress=lambda progress: None,
+    )  # fmt: skip
+    return FeatureStore.open(store_uri)
+
+
+def no_ray() -> None:
+    raise AssertionError("Ray for twelve clips")
 
 
 def test_s3_to_s3_equals_local_files(s3):
@@ -118,11 +127,7 @@ def test_s3_to_s3_equals_local_files(s3):
     rows = store.snapshot().rows(None)
     assert len(rows) == 12
     local = str(folder.parent / "local-store")
-    decoder = ShardDecoder(local, SPEC, CONFIG, "r", fbanks_function(SPEC))
-    here = FeatureStore.create(local, SPEC)
-    plan = plan_ingest(str(folder / "clips.csv"), str(folder / "videos"), local, SPEC, CONFIG)
-    for states in decoder.decode(0, plan.todo):
-        here.append(states, {})
+    here = ingested(str(folder), local)
 
     def payloads(store: FeatureStore) -> list:
         found = []
@@ -137,6 +142,19 @@ def test_s3_to_s3_equals_local_files(s3):
     about = store_status(uri)
     listed = client.list_objects_v2(Bucket="data", Prefix="store/features/")["Contents"]
     assert about["bytes"] == sum(entry["Size"] for entry in listed)
+
+
+def test_a_bucket_without_a_list_is_every_clip_in_it(s3):
+    _, folder = s3
+    there = list_sources(None, "s3://data/videos", label_from_folder=True).clips
+    assert sorted(there["clip_id"].to_pylist()) == sorted(
+        path.stem for path in (folder / "videos").iterdir()
+    )
+    assert set(there["uri"].to_pylist()) == {
+        f"s3://data/videos/{path.name}" for path in (folder / "videos").iterdir()
+    }
+    whole = list_sources(None, "s3://data", label_from_folder=True).clips
+    assert set(whole["label"].to_pylist()) == {"videos"}
 
 
 def test_replaced_object_is_redone_and_nothing_else(s3):
@@ -178,8 +196,9 @@ def test_object_that_may_not_be_read_is_quarantined_alone(s3, monkeypatch):
 def test_keys_that_open_nothing_any_more_end_the_shard_and_quarantine_nothing(s3, monkeypatch):
     store = FeatureStore.create("s3://data/store-expired", SPEC)
     plan = plan_ingest("s3://data/clips.csv", "s3://data/videos", store.uri, SPEC, CONFIG)
-    decoder = ShardDecoder(store.uri, SPEC, CONFIG, "r", fbanks_function(SPEC))
-    shards = decoder.decode(0, plan.todo)
+    known = store_id(store.location)
+    decoder = ShardDecoder(store.uri, SPEC, CONFIG, "r", fbanks_function(SPEC), expected_id=known)
+    shards = filter(len, decoder.decode(0, plan.todo))
     assert next(shards)["status"].to_pylist() == ["ok"] * CONFIG.shard_clips
     monkeypatch.setattr(Unsteady, "refused", "/videos/")
     with pytest.raises(PermissionError):

@@ -1,5 +1,6 @@
 """The clips table pins data sets; compact and vacuum lose nothing that anybody needs."""
 
+import importlib
 import io
 import json
 import os
@@ -284,3 +285,21 @@ def test_many_small_runs_leave_few_files_to_read(store):
 def test_a_place_that_cannot_hold_a_table_is_refused():
     with pytest.raises(StoreError, match=r"cannot lie on memory://. Possible: a local path, s3://"):
         FeatureStore.create("memory://a/store", FeatureSpec())
+
+
+def test_a_store_older_than_the_group_column_opens_and_is_written_on(tmp_path, monkeypatch):
+    old = CLIPS_SCHEMA.remove(CLIPS_SCHEMA.get_field_index("group"))
+    with monkeypatch.context() as before:
+        for module in ("store", "shards"):
+            if hasattr(importlib.import_module(f"pipeline.store.{module}"), "CLIPS_SCHEMA"):
+                before.setattr(f"pipeline.store.{module}.CLIPS_SCHEMA", old)
+        before.setitem(globals(), "CLIPS_SCHEMA", old)
+        version = commit(FeatureStore.create(str(tmp_path), SPEC), ["a", "b"])
+    store = FeatureStore.open(str(tmp_path))
+    assert store.snapshot().rows(None)["group"].to_pylist() == [None, None]
+    commit(store, ["b", "c"], group="video 1")
+    rows = {row["clip_id"]: row["group"] for row in store.snapshot().rows("train").to_pylist()}
+    assert rows == {"a": None, "b": "video 1", "c": "video 1"}
+    assert store.snapshot(version).rows(None)["group"].to_pylist() == [None, None]
+    assert compact(str(tmp_path))["clips_moved"] >= 0
+    assert len(store.snapshot().rows(None)) == 3

@@ -13,7 +13,6 @@ from training.data.batches import (
     clip_keys,
     epoch_order,
     lanes_of,
-    split_validation,
 )
 from training.data.reader import EpochReads, WindowPlan
 from training.errors import TrainingError
@@ -106,15 +105,6 @@ def test_any_number_of_workers_shares_out_the_lanes() -> None:
 def test_more_workers_than_lanes_are_refused() -> None:
     with pytest.raises(TrainingError, match=r"data.lanes = 8 are too few for 9 workers"):
         lanes_of(0, 9, 8)
-
-
-def test_validation_clips_share_no_video_with_training() -> None:
-    index = _index(2000)
-    train, held = split_validation(index, 0.1)
-    assert len(train) + len(held) == 2000
-    assert 120 < len(held) < 280
-    videos = [{c.rsplit("_", 1)[0] for c in part.clip_ids_N} for part in (train, held)]
-    assert not videos[0] & videos[1]
 
 
 def test_frames_come_from_each_segment_and_views_differ() -> None:
