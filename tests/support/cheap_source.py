@@ -5,6 +5,7 @@ expects.
 """
 
 import csv
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -16,7 +17,6 @@ import pytest
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.ingest import run
-from pipeline.source.listing import sha256_of
 from pipeline.store.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
 from pipeline.store.shards import ShardWriter
 
@@ -53,7 +53,7 @@ def _decode_shard(this: run._Run, clips: list[dict[str, Any]], begin: int) -> pa
             "decoded_at": datetime.now(UTC), "status": "ok",
         }  # fmt: skip
         if this.config.fingerprint == "sha256":
-            state |= {"fp_kind": "sha256", "fp": sha256_of(clip["uri"])}
+            state |= {"fp_kind": "sha256", "fp": hashlib.sha256(content.encode()).hexdigest()}
         if (reason := outcome(content)) != "ok":
             states.append(state | {"status": "failed", "reason": reason})
             continue
