@@ -23,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from support import store_model
 from support.cheap_source import CHEAP_SPECS, decode_cheaply
 from support.store_model import File, Listed, StoreModel
+from support.sudden_end import Killed, Steps
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import MassRemoval, StoreError, StoreLocked
@@ -42,28 +43,6 @@ COUNTS = ("new", "changed", "spec_changed", "removed", "missing", "unchanged", "
 RAMDISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-class Killed(BaseException):
-    """The process is gone: nothing of it writes any more."""
-
-
-class Steps:
-    """Counts the moments at which a process may end, and ends it at one of them."""
-
-    def __init__(self) -> None:
-        self.left = -1
-        self.is_dead = False
-
-    def arm(self, left: int) -> None:
-        self.left, self.is_dead = left, False
-
-    def __call__(self) -> None:
-        if self.left == 0:
-            self.is_dead = True
-        self.left -= 1
-        if self.is_dead:
-            raise Killed
-
-
 class StoreMachine(RuleBasedStateMachine):
     """The store, its sources and the model."""
 
@@ -81,7 +60,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.features: dict[tuple[str, int], str] = {}
         self.made = store_model.Prediction("")
         self.kind = "stat"
-        self.is_repair = False
+        self.is_repair = self.was_killed = False
         self.at_shard = lambda: None
         self.steps = Steps()
         self.patch = pytest.MonkeyPatch()
@@ -268,6 +247,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.steps.arm(after)
         with contextlib.suppress(Killed, MassRemoval):
             self.run(arguments)
+        self.was_killed = self.steps.is_dead
         self.steps.arm(-1)
         self.bury()
         self.check()

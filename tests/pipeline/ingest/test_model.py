@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import itertools
 import os
 
 import pyarrow as pa
@@ -26,6 +27,27 @@ def settings_of(n_runs: int, **changes) -> settings:
 
 def test_any_history_leaves_what_the_model_says():
     run_machine(StoreMachine, settings=settings_of(int(os.environ.get("DICCAE_MODEL_RUNS", "100"))))
+
+
+def test_a_run_that_is_killed_at_any_of_its_writes_and_repeated_loses_nothing():
+    for after in itertools.count():
+        machine = StoreMachine()
+        try:
+            machine.first_clips(5, "sha256")
+            machine.touch_all()
+            machine.delete_file("c0")
+            machine.unlist("c1")
+            machine.relabel("c2", "cat", "t")
+            machine.ingest_that_is_killed(0, "sha256", False, True, after)
+            machine.add("c5", "good2")
+            machine.ingest_that_is_killed(1, "sha256", False, True, after)
+            machine.ingest(1, "sha256", False, True)
+            machine.ingest(0, "sha256", False, True)
+        finally:
+            machine.teardown()
+        if not machine.was_killed:
+            break
+    assert after >= 16, "a run of all kinds of work has more writes than that"
 
 
 def plant_features_of_the_old_spec(machine: StoreMachine) -> None:
