@@ -220,7 +220,7 @@ class FeatureStore:
             if table.version() != read_version:
                 raise StoreError(
                     f"{self.uri}: version {table.version()} was committed while version "
-                    f"{read_version} was being rewritten. Nothing was changed; run the same again."
+                    f"{read_version} was being rewritten. No row is lost; run the same again."
                 )
             write_deltalake(
                 table,
