@@ -1,4 +1,4 @@
-"""The list of clips: the lines of VGGSound's CSV or of a manifest, each checked.
+"""read_entries: the lines of VGGSound's CSV or of a manifest, each checked.
 
 Knows nothing of the files it names or of the store. Invariant: a clip_id occurs once, clip_id and
 split are names that a folder may have, and no entry reaches outside the folder of videos.

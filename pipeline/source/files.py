@@ -1,4 +1,4 @@
-"""Video files below a folder or bucket, those inside tar parts among them, each with a fingerprint.
+"""find_videos: the videos below a folder or bucket, inside tar parts too, each with a fingerprint.
 
 Knows nothing of lists of clips or of the store. Invariant: what cannot be read costs one warning
 and is named in the result, so that nobody takes it for gone; everything else is found.

@@ -1,4 +1,4 @@
-"""Which clips there are: the lines of a list, or every video of a folder, with their files.
+"""list_sources: which clips there are, by a list or every video of a folder, with their files.
 
 Joins clip_list and files; knows nothing of decoding. Invariant: every listed clip comes out once,
 with its file or without, and nothing is taken for gone that merely could not be read.
