@@ -1,4 +1,4 @@
-"""A plan's clips through decode actors of Ray Data.
+"""run_shards for many clips: decode actors of Ray Data.
 
 Knows nothing of the clips table or of what is done when a shard fails (waves does). Invariant: what
 a decoder says arrives as it was said, and an actor that is at work is heard of.

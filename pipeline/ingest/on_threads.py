@@ -1,4 +1,4 @@
-"""A few clips through decoders of this machine: small work that a cluster would only delay.
+"""run_shards for a few clips: decoders in threads of the driver, where a cluster would only delay.
 
 Knows nothing of Ray. Invariant: the rows, bytes and faults are those of the same clips through Ray:
 the decoders, their children and the waves are the same.

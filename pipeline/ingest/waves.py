@@ -1,4 +1,4 @@
-"""Waves: the clips of a plan cut into shards, handed to decoders, until each came back once.
+"""run_waves: the clips of a plan cut into shards, handed to decoders, until each came back once.
 
 Knows nothing of where the decoders run. Invariant: each clip comes back exactly once, whatever
 happened to a decoder meanwhile, or an error is raised.

@@ -1,4 +1,4 @@
-"""The list of clips: the lines of VGGSound's CSV or of a manifest, each checked.
+"""read_entries: the lines of VGGSound's CSV or of a manifest, each checked.
 
 Knows nothing of the files it names or of the store. Invariant: a clip_id occurs once, clip_id and
 split are names that a folder may have, and no entry reaches outside the folder of videos.
@@ -57,14 +57,13 @@ def group_of(name: str, otherwise: str) -> str:
     return match[1] if match else otherwise
 
 
-def read_entries(clips: str, videos: str | None) -> tuple[list[Entry], bool]:
+def read_entries(clips: str, base: str) -> tuple[list[Entry], bool]:
     """The lines of a CSV or Parquet file, checked. Returns them and whether it is a manifest.
 
-    Args: videos: the folder that a manifest's clips have their ids below.
+    Args: base: URI of the folder that a manifest's clips have their ids below.
     Raises: SourceError.
     """
     location = Location(clips)
-    base = f"{videos.rstrip('/')}/" if videos is not None else ""
     problems: list[str] = []
     try:
         if location.path.endswith(".parquet"):
@@ -215,8 +214,8 @@ def _manifest_entry(line: int, row: dict[str, Any], base: str) -> Entry:
     if end_s is not None and end_s <= (start_s or 0.0):
         raise ValueError(f"end_s {end_s:g} is not after start_s {start_s or 0:g}")
     if not clip_id:
-        is_below = is_relative or (base and uri.startswith(base))
-        clip_id = clip_id_of(uri.removeprefix(base) if is_below else PurePosixPath(uri).name)
+        is_below = is_relative or uri.startswith(f"{base}/")
+        clip_id = clip_id_of(uri.removeprefix(f"{base}/") if is_below else PurePosixPath(uri).name)
         if start_s is not None:
             clip_id += f"_{start_s:06.0f}" if start_s == int(start_s) else f"_{start_s:010.3f}"
     for name, value in (("clip_id", clip_id), ("split", split)):

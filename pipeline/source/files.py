@@ -1,4 +1,4 @@
-"""Video files below a folder or bucket, those inside tar parts among them, each with a fingerprint.
+"""find_videos: the videos below a folder or bucket, inside tar parts too, each with a fingerprint.
 
 Knows nothing of lists of clips or of the store. Invariant: what cannot be read costs one warning
 and is named in the result, so that nobody takes it for gone; everything else is found.
@@ -54,7 +54,8 @@ class Videos(NamedTuple):
 def find_videos(videos: str, cache: Location | None) -> Videos:
     """All videos below a folder, in tar parts too, or in one tar part.
 
-    Hidden files are left out: a Mac writes one beside each clip. Args: cache: where the index of
+    Hidden files and folders are left out: a Mac writes one beside each clip, NFS keeps snapshots in
+    one. Args: cache: where the index of
     parts is kept.
     Raises: SourceError if there is no such folder.
     """
@@ -105,6 +106,8 @@ class _Walk:
             self._set_aside(folder, error.strerror or str(error))
             return
         for entry in entries:
+            if entry.name.startswith("."):
+                continue
             try:
                 if entry.is_dir():
                     self.local(entry.path, above | {here})
@@ -118,7 +121,8 @@ class _Walk:
     def remote(self, location: Location) -> None:
         """All objects below a folder of an object store."""
         for path, info in location.fs.find(location.path, detail=True).items():
-            if _is_wanted(path.rsplit("/", 1)[-1]):
+            is_hidden = "/." in f"/{path.removeprefix(self._prefix)}"
+            if not is_hidden and _is_wanted(path):
                 self._take(path, remote_file(location.fs.unstrip_protocol(path), info))
 
     def _take(self, path: str, file: File) -> None:
@@ -163,7 +167,7 @@ class _Walk:
 
 
 def _is_wanted(name: str) -> bool:
-    return not name.startswith(".") and (is_video(name) or is_part(name))
+    return is_video(name) or is_part(name)
 
 
 def is_video(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Which clips there are: the lines of a list, or every video of a folder, with their files.
+"""list_sources: which clips there are, by a list or every video of a folder, with their files.
 
 Joins clip_list and files; knows nothing of decoding. Invariant: every listed clip comes out once,
 with its file or without, and nothing is taken for gone that merely could not be read.
@@ -67,11 +67,12 @@ def list_sources(
         return _list_folder(videos, cache, label_from_folder)
     if label_from_folder:
         raise SourceError(f"{clips}: labels come from the list; leave out --label-from-folder")
-    entries, is_manifest = read_entries(clips, videos)
+    # As a path is spelled there: --videos may be relative where a manifest is not.
+    base = Location(videos).uri if videos is not None else Location(clips).uri.rpartition("/")[0]
+    entries, is_manifest = read_entries(clips, base)
     if not entries:
         raise SourceError(f"{clips}: no clips listed")
     if is_manifest:
-        base = videos if videos is not None else str(PurePosixPath(Location(clips).uri).parent)
         found, unreadable = _find_manifest_files(entries, base)
     else:
         if videos is None:

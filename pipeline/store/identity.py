@@ -1,4 +1,4 @@
-"""Which store this is: the file that says so, and the id in it.
+"""store_id: which store this is, by the file that says that one is there.
 
 Knows nothing of tables or shards. Invariant: two stores have two ids, also at one path of two
 machines; whoever writes into a store can tell that it is the one meant.

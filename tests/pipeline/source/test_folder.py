@@ -23,6 +23,8 @@ def videos(tmp_path) -> Path:
         (folder / name).write_bytes(name.encode())
     (folder / "cat" / "notes.txt").write_text("no clip")
     (folder / "cat" / "._0001.mp4").write_bytes(b"what a Mac leaves")
+    (folder / ".snapshot" / "dog").mkdir(parents=True)
+    (folder / ".snapshot" / "dog" / "0001.mp4").write_bytes(b"what NFS keeps")
     return folder
 
 

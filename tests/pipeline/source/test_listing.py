@@ -187,12 +187,14 @@ def test_manifest_without_labels_and_splits_is_one_of_unlabelled_training_clips(
     assert (row["clip_id"], row["label"], row["split"]) == ("untrimmed00", None, "train")
 
 
-def test_files_of_one_name_in_two_folders_are_two_clips_of_a_manifest(videos):
+def test_files_of_one_name_in_two_folders_are_two_clips_of_a_manifest(videos, monkeypatch):
     (videos / "untrimmed00.webm").touch()
     (videos / "deep" / "untrimmed00.mkv").touch()
     text = f"uri\nuntrimmed00.mkv\ndeep/untrimmed00.mkv\n{videos}/deep/_zzzzzzzzzz_000001.webm\n"
     ids = [row["clip_id"] for row in manifest(text, videos)]
     assert ids == ["untrimmed00", "deep__untrimmed00", "deep___zzzzzzzzzz_000001"]
+    monkeypatch.chdir(videos.parent)
+    assert [row["clip_id"] for row in manifest(text, videos, "videos")] == ids
     elsewhere = videos.parent / "elsewhere"
     elsewhere.mkdir()
     text = f"uri\n{videos}/untrimmed00.mkv\n{videos}/deep/untrimmed00.mkv\n"

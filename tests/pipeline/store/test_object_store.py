@@ -22,6 +22,7 @@ from pipeline.ingest.run import ingest, plan_ingest
 from pipeline.ingest.shard_decoder import ShardDecoder
 from pipeline.ingest.verify import verify
 from pipeline.source.listing import list_sources
+from pipeline.storage import Location
 from pipeline.store.identity import store_id
 from pipeline.store.lease import Lease
 from pipeline.store.store import FeatureStore, read_rows
@@ -153,6 +154,15 @@ def test_a_bucket_without_a_list_is_every_clip_in_it(s3):
     assert set(there["uri"].to_pylist()) == {
         f"s3://data/videos/{path.name}" for path in (folder / "videos").iterdir()
     }
+    place = Location("s3://data/videos")
+    place.write_bytes("list.csv", f"uri\n{min(there['uri'].to_pylist())}\n".encode())
+    listed = list_sources("s3://data/videos/list.csv", None).clips.to_pylist()
+    assert [row["clip_id"] for row in listed] == [min(there["clip_id"].to_pylist())]
+    name = min(there["uri"].to_pylist()).rpartition("/")[2]
+    place.write_bytes("list.csv", f"uri\n{name}\n".encode())
+    (found,) = list_sources("s3://data/videos/list.csv", None).clips.to_pylist()
+    assert found["uri"] == f"s3://data/videos/{name}"
+    place.remove("list.csv")
     whole = list_sources(None, "s3://data", label_from_folder=True).clips
     assert set(whole["label"].to_pylist()) == {"videos"}
 
