@@ -41,7 +41,10 @@ from pipeline.decode.payload import fbank_function, fbank_payload, fbanks_functi
 from pipeline.ingest.plan import STATE_COLUMNS, make_plan
 from pipeline.ingest.run import ingest
 from pipeline.source.listing import list_sources
+from pipeline.storage import Location
+from pipeline.store.identity import store_id
 from pipeline.store.schema import CLIPS_SCHEMA
+from pipeline.store.store import FeatureStore
 
 
 def cpu_seconds() -> float:
@@ -134,7 +137,9 @@ def pool_worker(
     """A process of the plain pool: shards from one queue, times to the other."""
     from pipeline.ingest.shard_decoder import ShardDecoder
 
-    decoder = ShardDecoder(store, spec, config, "pool", fbanks_function(spec))
+    expected_id = store_id(Location(store))
+    fbanks = fbanks_function(spec)
+    decoder = ShardDecoder(store, spec, config, "pool", fbanks, expected_id=expected_id)
     while (task := tasks.get()) is not None:
         index, clips = task
         n_clips = sum(len(states) for states in decoder.decode(index, clips))
@@ -148,17 +153,18 @@ def steady_rate(finished: list[tuple[float, int]]) -> float:
 
 
 def run_pool(csv: str, videos: str, spec: FeatureSpec, config: IngestConfig) -> float:
-    from pipeline.ingest.on_ray import cut_tasks
+    from pipeline.ingest.waves import cut_tasks
 
     context = multiprocessing.get_context("spawn")
     no_states = CLIPS_SCHEMA.empty_table().select(STATE_COLUMNS)
-    todo = make_plan(list_sources(csv, videos), no_states, spec.spec_hash(), config).todo
+    todo = make_plan(list_sources(csv, videos).clips, no_states, spec.spec_hash(), config).todo
     n_workers = config.workers or 1
     tasks, done = context.Queue(), context.Queue()
     shards = list(cut_tasks(todo, config.shard_clips, n_workers))
     for task in (*enumerate(shards), *([None] * n_workers)):
         tasks.put(task)
     with tempfile.TemporaryDirectory() as store:
+        FeatureStore.create(store, spec)
         workers = [
             context.Process(target=pool_worker, args=(tasks, done, store, spec, config))
             for _ in range(n_workers)
@@ -197,7 +203,7 @@ def whole_runs(csv: str, videos: str, rounds: int) -> None:
     """Steady clips per second of a pool and of Ray, in turn; other load can only slow them."""
     spec = FeatureSpec()
     # Small shards: at the end a worker waits for the other for up to one of them.
-    config = IngestConfig(workers=os.cpu_count(), shard_clips=32)
+    config = IngestConfig(workers=os.cpu_count(), shard_clips=32, local_clips=0)
     print("| round | pool clips/s | ray clips/s | ray / pool |\n|---|---|---|---|")
     rates: list[tuple[float, float]] = []
     for i in range(rounds):

@@ -65,6 +65,7 @@ def listing(n: int) -> pa.Table:
             "fp": [f"{size}-{mtime}" for size, mtime in zip(sizes, times, strict=True)],
             "size": sizes,
             "mtime_ns": times,
+            "group": ytids,
         },
         schema=SOURCE_SCHEMA,
     )

@@ -5,7 +5,7 @@ is refused on the command line too, with exit code 2.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -22,40 +22,49 @@ def parse(
     arguments: type[Args],
     argv: Sequence[str],
     sections: Sequence[str] | None = None,
-    run: RunConfig | None = None,
+    base: Callable[[Args], RunConfig | None] | None = None,
 ) -> Args:
     """Parse `argv` into the dataclass `arguments`.
 
-    A field named `run` holds the config: the file named by `--config` (or `run`), with
-    `--section.key value` of the command line on top.
-    Args: sections: the only parts of the config this command has options for; None: all.
+    A field named `run` holds the config: the file named by `--config`, with `--section.key value`
+    of the command line on top.
+    Args: sections: the only parts of the config this command has options for; None: all. base: the
+        config that the options go on top of instead, where that hangs on other arguments (a store's
+        own spec, a run's own config); None leaves it at `--config`.
     Raises: UsageError for a value out of range; SystemExit(2) for a malformed command line.
     """
-    has_run = any(field.name == "run" for field in dataclasses.fields(arguments))  # type: ignore[arg-type]
     try:
-        if not has_run:
+        if not any(field.name == "run" for field in dataclasses.fields(arguments)):  # type: ignore[arg-type]
             return _cli(arguments, command, argv)
-        base = run if run is not None else load_config(_config_path(argv))
         names = list(sections) if sections is not None else list(RunConfig.model_fields)
-        part = _part_of(base, names)
-        shown: Any = dataclasses.dataclass(frozen=True)(
-            type(
-                arguments.__name__,
-                (arguments,),
-                {
-                    "__annotations__": {"run": Annotated[type(part), tyro.conf.arg(name="")]},
-                    "__doc__": arguments.__doc__,
-                    "run": dataclasses.field(default_factory=lambda: part),
-                },
-            )
-        )
-        parsed = _cli(shown, command, argv)
-        chosen = {name: getattr(parsed.run, name) for name in names}
-        whole = RunConfig.model_validate(base.model_copy(update=chosen).model_dump())
-        values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(arguments)}  # type: ignore[arg-type]
-        return arguments(**{**values, "run": whole})
+        parsed = _on_top(load_config(_config_path(argv)), command, arguments, argv, names)
+        under = base(parsed) if base is not None else None
+        # The same options are read on top of the other config: each of them still counts.
+        return parsed if under is None else _on_top(under, command, arguments, argv, names)
     except ValidationError as error:
         raise UsageError(explain(error, RunConfig)) from None
+
+
+def _on_top(
+    base: RunConfig, command: str, arguments: type[Args], argv: Sequence[str], names: list[str]
+) -> Args:
+    part = _part_of(base, names)
+    shown: Any = dataclasses.dataclass(frozen=True)(
+        type(
+            arguments.__name__,
+            (arguments,),
+            {
+                "__annotations__": {"run": Annotated[type(part), tyro.conf.arg(name="")]},
+                "__doc__": arguments.__doc__,
+                "run": dataclasses.field(default_factory=lambda: part),
+            },
+        )
+    )
+    parsed = _cli(shown, command, argv)
+    chosen = {name: getattr(parsed.run, name) for name in names}
+    whole = RunConfig.model_validate(base.model_copy(update=chosen).model_dump())
+    values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(arguments)}  # type: ignore[arg-type]
+    return arguments(**{**values, "run": whole})
 
 
 def _cli(arguments: type[Args], command: str, argv: Sequence[str]) -> Args:

@@ -55,7 +55,12 @@ class FeatureSpec(Frozen):
 
     def spec_hash(self) -> str:
         """16 hex digits that are equal exactly for equal specs."""
-        return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:16]
+        return self.hash_of(self.canonical_json().encode())
+
+    @staticmethod
+    def hash_of(canonical_json: bytes) -> str:
+        """The `spec_hash` of a spec that was written down, perhaps by another version."""
+        return hashlib.sha256(canonical_json).hexdigest()[:16]
 
     def canonical_json(self) -> str:
         """The spec as JSON, fields in order of declaration, no spaces."""
@@ -69,6 +74,9 @@ class IngestConfig(Frozen):
     """Most clips in one shard, the unit of retry."""
     workers: int | None = Field(None, ge=1)
     """Decode actors; None: one per CPU of the cluster, per core of a machine alone."""
+    local_clips: int = Field(64, ge=0)
+    """Up to this many clips are decoded by processes of this machine, and Ray is never started; 0
+    leaves every clip to Ray."""
     cpus_per_worker: float = Field(0.9, gt=0)
     """CPUs an actor reserves; below 1 so that Ray Data's own tasks always find room."""
     timeout_s: float = Field(60.0, gt=0)
@@ -79,6 +87,9 @@ class IngestConfig(Frozen):
     """The decode child is replaced after this many clips."""
     child_memory_mb: int = Field(1024, ge=128)
     """A decode child above this resident size is replaced; its clip fails when it is still busy."""
+    max_clip_bytes: int = Field(4 << 30, ge=1)
+    """A clip that has to be copied to this machine first (of an object store, of a tar part) and is
+    larger fails with `too_large`; local files are read where they lie."""
     prefetch: int = Field(4, ge=0, le=64)
     """Remote clips an actor downloads ahead of the decoder."""
     commit_shards: int = Field(8, ge=1)
@@ -86,7 +97,7 @@ class IngestConfig(Frozen):
     commit_seconds: float = Field(60.0, gt=0)
     """Finished shards wait no longer than this for their commit."""
     stall_timeout_s: float = Field(900.0, gt=0)
-    """The run stops with an error when no shard was finished for this long."""
+    """The run stops with an error when no clip was finished for this long."""
     fingerprint: Literal["stat", "sha256"] = "stat"
     """`stat`: size and mtime (etag on object stores); `sha256`: content, read only when the stat
     changed, so that a mere touch costs a hash instead of a decode."""

@@ -23,6 +23,10 @@ class StoreError(PipelineError):
     """A feature store that is missing, damaged, or was written by something else."""
 
 
+class DamagedShard(StoreError):
+    """A shard that was read and is not what the clips table says, or is not there."""
+
+
 class MassRemoval(PipelineError):
     """So many clips vanished from the source that it looks unmounted."""
 

@@ -19,6 +19,7 @@ class Reason(StrEnum):
     VIDEO_SHORT = "video_short"
     TOO_FEW_FRAMES = "too_few_frames"
     TOO_LONG = "too_long"
+    TOO_LARGE = "too_large"
     TIMELINE_UNCLEAN = "timeline_unclean"
     TIMEOUT = "timeout"
     WORKER_DIED = "worker_died"

@@ -1,4 +1,4 @@
-"""Local paths and object stores behind one interface.
+"""Location: a folder on a disk or in an object store, behind one interface.
 
 Knows nothing of features or clips. Invariant: what `publish` and `write_bytes` put at a path
 appears there whole or not at all.
@@ -55,9 +55,16 @@ class Location:
         return [entry for entry in entries if entry["type"] == "file"]
 
     def modified(self, entry: dict[str, Any]) -> float:
-        """Time of modification (Unix, s) of an entry of `ls`."""
-        if "mtime" in entry and not isinstance(entry["mtime"], datetime):
-            return float(entry["mtime"])
+        """Time of modification (Unix, s) of an entry of `ls`; no request where the listing has it,
+        which s3://, gs:// and local folders have."""
+        for name in ("LastModified", "mtime", "updated", "last_modified"):
+            told = entry.get(name)
+            if isinstance(told, str):
+                told = datetime.fromisoformat(told)
+            if isinstance(told, datetime):
+                return told.timestamp()
+            if told is not None:
+                return float(told)
         return self.fs.modified(entry["name"]).timestamp()
 
     def read_bytes(self, name: str) -> bytes:
@@ -110,6 +117,14 @@ class Location:
             self.fs.rm_file(self.join(name))
         except FileNotFoundError:
             return
+
+    def remove_all(self, names: list[str]) -> None:
+        """Delete files; object stores take about a thousand in a request."""
+        if self.is_local:
+            for name in names:
+                self.remove(name)
+        elif names:
+            self.fs.rm([self.join(name) for name in names])
 
     def publish(self, local_file: str, name: str) -> None:
         """Move a finished local file to `name`."""

@@ -26,10 +26,12 @@ class DemoArgs:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("demo", DemoArgs, argv)
-    if args.config is None:
+
+    def recipe(args: DemoArgs) -> RunConfig | None:
         name = "smoke.yaml" if args.data is None else "av-digits.yaml"
-        args = parse("demo", DemoArgs, argv, run=load_config(SHIPPED / name))
+        return load_config(SHIPPED / name) if args.config is None else None
+
+    args = parse("demo", DemoArgs, argv, base=recipe)
     from diccae.commands.evaluate import results_table
     from diccae.run_folder import log_to_screen
     from diccae.stages.demo import run_demo

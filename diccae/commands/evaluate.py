@@ -26,9 +26,11 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     from diccae.run_folder import RunFolder, log_to_screen
 
-    sections = ("evaluate", "scale")
-    folder = RunFolder(parse("evaluate", EvaluateArgs, argv, sections).out)
-    args = parse("evaluate", EvaluateArgs, argv, sections, folder.config())
+    def own_config(args: EvaluateArgs) -> RunConfig:
+        return RunFolder(args.out).config()
+
+    args = parse("evaluate", EvaluateArgs, argv, ("evaluate", "scale"), own_config)
+    folder = RunFolder(args.out)
     log_to_screen()
     from diccae.stages.evaluate import run_evaluate
 

@@ -30,12 +30,14 @@ class FinetuneArgs:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    first = parse("finetune", FinetuneArgs, argv, ("finetune", "scale", "data"))
-    folder = RunFolder(first.out)
-    base = None
-    if first.config is None and (folder.path / "config.yaml").exists():
-        base = folder.config()
-    args = parse("finetune", FinetuneArgs, argv, ("finetune", "scale", "data"), base)
+
+    def own_config(args: FinetuneArgs) -> RunConfig | None:
+        folder = RunFolder(args.out)
+        is_own = args.config is None and (folder.path / "config.yaml").exists()
+        return folder.config() if is_own else None
+
+    args = parse("finetune", FinetuneArgs, argv, ("finetune", "scale", "data"), own_config)
+    folder = RunFolder(args.out)
     log_to_screen()
     if args.dry_run:
         return _dry_run(folder, args)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from diccae.args import parse
 from diccae.config import RunConfig, load_config
 from diccae.screen import say
-from pipeline.config import FeatureSpec
+from pipeline.config import FeatureSpec, IngestConfig
 
 SECTIONS = ("features", "ingest", "tracking")
 
@@ -16,12 +16,14 @@ SECTIONS = ("features", "ingest", "tracking")
 class IngestArgs:
     """Decode clips into Parquet feature shards; a second run does only what changed."""
 
-    clips: str
-    """VGGSound CSV (id, start, label, split), or a manifest with a header: uri, start_s, ..."""
     store: str
     """URI of the feature store: folder, s3://, gs://, ..."""
     videos: str | None = None
-    """Folder or URI of the clips, or of the published tar.gz parts."""
+    """Folder or URI of the clips, or of tar parts; without --clips every video in it is a clip."""
+    clips: str | None = None
+    """VGGSound CSV (id, start, label, split), or a manifest with a header: uri, start_s, ..."""
+    label_from_folder: bool = False
+    """Without --clips: a clip's label is the name of the folder it lies in; else it has none."""
     config: str | None = None
     """YAML config; its `features` section is used, else the store's own spec."""
     plan: bool = False
@@ -39,7 +41,9 @@ class IngestArgs:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("ingest", IngestArgs, argv, SECTIONS)
+    # Only then is the store looked into for what the options change.
+    is_asked = any(arg.startswith("--features.") for arg in argv)
+    args = parse("ingest", IngestArgs, argv, SECTIONS, _own_spec if is_asked else None)
     config = args.run.ingest.model_copy(
         update={
             "retry_failed": args.retry_failed or args.run.ingest.retry_failed,
@@ -47,14 +51,23 @@ def main(argv: Sequence[str]) -> int:
             "probe": args.probe or args.run.ingest.probe,
         }
     )
-    spec = wanted_spec(args, argv)
+    is_asked = is_asked or "features" in load_config(args.config).model_fields_set
+    spec = args.run.features if is_asked else None
     if args.plan:
         return _plan(args, spec, config)
     from diccae.stages.ingest import run_ingest
     from pipeline.errors import TooManyFailures
 
     try:
-        summary = run_ingest(args.clips, args.videos, args.store, spec, config, args.run.tracking)
+        summary = run_ingest(
+            args.clips,
+            args.videos,
+            args.store,
+            spec,
+            config,
+            args.run.tracking,
+            label_from_folder=args.label_from_folder,
+        )
     except TooManyFailures as error:
         if args.json:
             print(json.dumps(error.summary))
@@ -69,27 +82,29 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def wanted_spec(args: IngestArgs, argv: Sequence[str]) -> FeatureSpec | None:
-    """What the user asked for; None leaves it to the store."""
+def _own_spec(args: IngestArgs) -> RunConfig | None:
+    """The config with the features of the store, where there is one and no config names others."""
     if "features" in load_config(args.config).model_fields_set:
-        return args.run.features
-    if not any(arg.startswith("--features.") for arg in argv):
         return None
     from pipeline.store.store import FeatureStore
 
     if not FeatureStore.exists(args.store):
-        return args.run.features
+        return None
     own = FeatureStore.open(args.store).snapshot().spec
-    base = RunConfig(features=own)
-    return parse("ingest", IngestArgs, argv, ("features",), base).run.features
+    return load_config(args.config).model_copy(update={"features": own})
 
 
-def _plan(args: IngestArgs, spec: FeatureSpec | None, config: object) -> int:
-    from pipeline.config import IngestConfig
+def _plan(args: IngestArgs, spec: FeatureSpec | None, config: IngestConfig) -> int:
     from pipeline.ingest.run import plan_ingest
 
-    assert isinstance(config, IngestConfig)
-    plan = plan_ingest(args.clips, args.videos, args.store, spec, config)
+    plan = plan_ingest(
+        args.clips,
+        args.videos,
+        args.store,
+        spec,
+        config,
+        label_from_folder=args.label_from_folder,
+    )
     found = {**plan.counts, "missing": len(plan.missing), "restated": len(plan.restated)}
     if args.json:
         print(json.dumps({**found, **({"timelines": plan.timelines} if plan.timelines else {})}))
@@ -109,5 +124,5 @@ _WHY = {
     "removed": "not listed any more: drop",
     "unchanged": "nothing to do",
     "missing": "listed, but the file is not there: written down as missing",
-    "restated": "another label, split or place: written down without decoding",
+    "restated": "another label, split, group or place: written down without decoding",
 }

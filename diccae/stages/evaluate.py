@@ -14,7 +14,7 @@ from diccae.resources import Demand, check_fits, start_ray
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import Say, pin_for, tracking_handle
 from training.config import ScaleConfig
-from training.data.rows import RowIndex, clip_keys, index_rows
+from training.data.rows import RowIndex, clip_keys, index_rows, with_labels
 from training.on_ray.evaluate import evaluate
 from training.on_ray.pretrain import Pinned
 from training.tracking import tracker as tracking
@@ -46,9 +46,14 @@ def inference_demands(scale: ScaleConfig) -> list[Demand]:
 
 
 def tested_rows(data: Pinned, config: RunConfig) -> RowIndex:
-    """The clips of `evaluate.split`. Raises: UsageError if none were kept for validation."""
+    """The labelled clips of `evaluate.split`.
+
+    Raises: UsageError if none were kept for validation; TrainingError without labels to test or to
+    train the probes on.
+    """
+    with_labels(data.train, "evaluate (its probes learn from the train split)")
     if config.evaluate.split == "test":
-        return index_rows(data.snapshot, "test", data.train.classes)
+        return with_labels(index_rows(data.snapshot, "test", data.train.classes), "evaluate")
     kept = data.validation
     labelled = None if kept is None else kept.take(kept.labels_N >= 0)
     if not labelled:

@@ -10,6 +10,7 @@ from diccae.resources import check_fits, start_ray, training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.run_record import Say, pin_for, provenance, tracking_handle, with_status
 from training.data.order import BatchPlan
+from training.data.rows import with_labels
 from training.on_ray.finetune import finetune, starting_encoder
 
 
@@ -19,20 +20,23 @@ def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say:
     Raises: ConfigMismatch if the folder holds fine-tuning with other settings.
     """
     data = pin_for(folder, config)
-    steps = BatchPlan.of(len(data.train), config.finetune.batch_size, config.data).steps(
-        len(data.train)
-    )
+    # Pretraining is for all clips, fine-tuning for those of them that have a label.
+    train = with_labels(data.train, "finetune")
+    steps = BatchPlan.of(len(train), config.finetune.batch_size, config.data).steps(len(train))
     start_ray()
     check_fits(training_demands(config, None))
     origin = provenance(folder, config)
-    uri = starting_encoder(config, data.train, encoder, folder.path, origin)
-    say(f"finetune  {len(data.train.classes)} classes, from {uri}")
+    uri = starting_encoder(config, train, encoder, folder.path, origin)
+    say(
+        f"finetune  {len(train):,} labelled of {len(data.train):,} clips, "
+        f"{len(train.classes)} classes, from {uri}"
+    )
     started = time.monotonic()
     handle = tracking_handle(folder)
     with watched(folder.path / "finetune.jsonl", steps * config.finetune.epochs, "finetune"):
         with_status(
             folder,
             handle,
-            lambda: finetune(config, data.train, uri, folder.path, handle, origin),
+            lambda: finetune(config, train, uri, folder.path, handle, origin),
         )
     folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})

@@ -18,16 +18,19 @@ from training.tracking.copier import RunHandle
 
 
 def run_ingest(
-    clips: str,
+    clips: str | None,
     videos: str | None,
     store: str,
     spec: FeatureSpec | None,
     config: IngestConfig,
     tracked: TrackingConfig | None = None,
+    *,
+    label_from_folder: bool = False,
 ) -> IngestSummary:
     """Bring the store up to date, with a progress line.
 
-    Args: tracked: where to write the ingest down as an MLflow run of its own; None or no URI: not.
+    Args: clips, videos, label_from_folder: as list_sources takes them; tracked: where to write
+        the ingest down as an MLflow run of its own; None or no URI: not.
     """
     if config.workers is None:
         # One per core: the spare CPUs of an embedded cluster are none to decode on.
@@ -45,7 +48,16 @@ def run_ingest(
 
     status, summary = "FAILED", None
     try:
-        summary = ingest(clips, videos, store, spec, config, start_ray=start_ray, on_progress=show)
+        summary = ingest(
+            clips,
+            videos,
+            store,
+            spec,
+            config,
+            start_ray=start_ray,
+            on_progress=show,
+            label_from_folder=label_from_folder,
+        )
         status = "FINISHED"
         return summary
     except KeyboardInterrupt:

@@ -76,6 +76,18 @@ class SharedFbanks:
             made: list[np.ndarray] = fbanks
             return made
 
+    def prepare(self) -> None:
+        """Start the service now: importing torch takes longer than decoding the first clips."""
+        self._started = self._start()
+
+    def close(self) -> None:
+        """Let go of the service, and end it if it was started here."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._started is not None:
+            self._started.kill()
+            self._started.wait()
+
     def _connect(self, deadline: float) -> Connection:
         """Raises: ConnectionError if no service answers until then."""
         while True:

@@ -19,9 +19,13 @@ from typing import Any
 
 import psutil
 
+from pipeline.errors import PipelineError
 from pipeline.reasons import Reason, Rejected
 
 _START_TIMEOUT_S = 120.0
+_MOST_FAILED_STARTS = 3
+"""In a row. One may be an out-of-memory kill and costs its clip; after so many no child will start,
+and going on would quarantine every clip there is."""
 _POLL_S = 0.25
 _STDERR_LIMIT = 1 << 20
 _PR_SET_PDEATHSIG = 1
@@ -43,14 +47,23 @@ class Sandbox:
         self._max_memory = max_memory_mb << 20
         self._child: subprocess.Popen[bytes] | None = None
         self._n_calls = 0
-        self._deadline = 0.0
+        self._submitted = 0.0
+        self._n_failed_starts = 0
+        self._not_started: Rejected | None = None
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the sandbox
 
     def submit(self, *args: Any) -> None:
-        """Start a call; its time runs from now."""
+        """Start a call; its time runs from now. That no child starts is for `result` to say."""
+        self._not_started = None
         if self._child is None or self._child.poll() is not None:
-            self._start()
-        self._deadline = time.monotonic() + self._timeout_s
+            try:
+                self._start()
+            except Rejected as rejected:
+                self._not_started = rejected
+                self._n_failed_starts += 1
+                return
+            self._n_failed_starts = 0
+        self._submitted = time.monotonic()
         try:
             self._pipe.send_bytes(pickle.dumps(args, pickle.HIGHEST_PROTOCOL))
         except (BrokenPipeError, ConnectionResetError):
@@ -59,9 +72,20 @@ class Sandbox:
     def result(self) -> Any:
         """What the submitted call returned.
 
-        Raises: Rejected, as the function raised it; or worker_died, timeout.
+        Raises: Rejected, as the function raised it; or worker_died, timeout. PipelineError if no
+        child has started several times in a row.
         """
-        payload = self._receive()
+        if self._not_started is not None:
+            if self._n_failed_starts >= _MOST_FAILED_STARTS:
+                raise PipelineError(
+                    f"the decode child ({self._function}) did not start {self._n_failed_starts} "
+                    f"times in a row: {self._not_started.detail.splitlines()[-1]}. Is there "
+                    "memory for another 0.1 GB, and can the module be imported?"
+                )
+            raise Rejected(
+                self._not_started.reason, f"while it started: {self._not_started.detail}"
+            )
+        payload = self._receive(self._timeout_s)
         self._n_calls += 1
         too_large = self._resident() > self._max_memory
         if self._n_calls >= self._max_calls or too_large:
@@ -80,18 +104,18 @@ class Sandbox:
         self._pipe.close()
         self._child = None
 
-    def _receive(self) -> bytes:
+    def _receive(self, timeout_s: float) -> bytes:
         while not self._pipe.poll(_POLL_S):
-            if time.monotonic() > self._deadline:
+            if time.monotonic() > self._submitted + timeout_s:
                 self.close()
-                raise Rejected(Reason.TIMEOUT, f"no result after {self._timeout_s:g} s")
+                raise Rejected(Reason.TIMEOUT, f"no result after {timeout_s:g} s")
             if self._resident() > self._max_memory:
                 self.close()
                 limit = self._max_memory >> 20
                 raise Rejected(Reason.WORKER_DIED, f"the decoder grew beyond {limit} MB")
         try:
             return self._pipe.recv_bytes()
-        except (EOFError, ConnectionResetError) as error:
+        except (EOFError, OSError) as error:  # OSError: it died in the middle of its answer.
             code = self._child.wait() if self._child else 0
             last_words = self._last_words()
             self.close()
@@ -125,8 +149,8 @@ class Sandbox:
         theirs.close()
         self._n_calls = 0
         # Importing the decoders is not the clip's time.
-        self._deadline = time.monotonic() + _START_TIMEOUT_S
-        self._receive()
+        self._submitted = time.monotonic()
+        self._receive(_START_TIMEOUT_S)
 
 
 def _name_exit(code: int) -> str:

@@ -7,6 +7,7 @@ deleted; a failure half-way leaves every version as readable as before.
 import io
 import itertools
 import json
+import re
 import tarfile
 import time
 from collections import Counter
@@ -21,7 +22,8 @@ import pyarrow.compute as pc
 from pipeline.config import FeatureSpec
 from pipeline.decode.payload import fbank_array
 from pipeline.errors import SourceError, StoreError
-from pipeline.store.lease import Lease
+from pipeline.reasons import Reason
+from pipeline.storage import Location
 from pipeline.store.schema import CLIPS_SCHEMA, ROW_GROUP_ROWS, SHARD_SCHEMA
 from pipeline.store.shards import ShardWriter, read_rows
 from pipeline.store.store import FeatureStore, Snapshot
@@ -34,23 +36,32 @@ _TAR_CLIPS = 1000
 def status(uri: str, version: int | None = None) -> dict[str, Any]:
     """What is in a store.
 
-    Returns: {"clips", "ok", "failed", "by_reason", "by_split" (ok clips), "version", "pins" (all
-        pinned versions by name), "shards", "bytes"} of the live shards.
+    Returns: {"clips", "ok", "failed" (decodes), "missing" (no file), "undecoded" (nothing of the
+        spec in force yet), "by_reason" (of the failed), "by_split" (ok clips), "spec" (hash of the
+        one in force), "version", "pins" (all pinned versions by name), "shards", "bytes"} of the
+        live shards. clips = ok + failed + missing + undecoded.
     Raises: StoreError.
     """
     store = FeatureStore.open(uri)
     snapshot = store.snapshot(version)
-    states = snapshot.states(["status", "reason"])
+    states = snapshot.states(["status", "reason", "spec_hash"])
     live = snapshot.rows(None)
     shards = set(pc.unique(live["shard"]).to_pylist())
     sizes = shard_sizes(store)
-    failed = states.filter(pc.equal(states["status"], "failed"))
+    is_missing = pc.equal(states["reason"], Reason.MISSING.value).fill_null(False)
+    in_force = pc.equal(states["spec_hash"], snapshot.spec_hash)
+    is_failed = pc.and_(in_force, pc.equal(states["status"], "failed"))
+    failed = states.filter(pc.and_not(is_failed, is_missing))
+    n_missing = pc.sum(is_missing).as_py() or 0
     return {
         "clips": len(states),
         "ok": len(live),
         "failed": len(failed),
+        "missing": n_missing,
+        "undecoded": len(states) - len(live) - len(failed) - n_missing,
         "by_reason": dict(Counter(failed["reason"].to_pylist()).most_common()),
         "by_split": dict(sorted(Counter(live["split"].to_pylist()).items())),
+        "spec": snapshot.spec_hash,
         "version": snapshot.version,
         "pins": store.pins(),
         "shards": len(shards),
@@ -102,24 +113,23 @@ def shard_sizes(store: FeatureStore) -> dict[str, tuple[int, float]]:
 
 
 def compact(uri: str, shard_clips: int = 256) -> dict[str, Any]:
-    """Rewrite shards of which less than half is live, and fold the log to one row per clip.
+    """Rewrite shards of which less than half is live, and drop superseded rows from the log.
 
-    Older versions keep their shards until `vacuum`. Returns {"shards_before", "shards_after",
-    "clips_moved", "version"}.
+    What other specs have is kept. Older versions keep their shards until `vacuum`.
 
+    Returns: {"shards_before", "shards_after", "clips_moved", "version"}.
     Raises: StoreLocked, StoreError.
     """
     store = FeatureStore.open(uri)
-    with Lease(store.location, _LEASE_STALE_S, "store compact") as lease:
+    with store.lease(_LEASE_STALE_S, "store compact") as lease:
         snapshot = store.snapshot()
         live = snapshot.rows(None)
         sparse = live.filter(
             pc.is_in(live["shard"], value_set=pa.array(_sparse_shards(live, uri), pa.string()))
         )
         moved = list(_move(store, snapshot.spec, sparse, shard_clips))
-        states = _point_at(snapshot.clips, moved)
-        lease.check()
-        version = store.rewrite_log(states)
+        rows = _point_at(snapshot.kept_rows(), snapshot.spec_hash, moved)
+        version = store.rewrite_log(rows, snapshot.version, lease.check)
     after = store.snapshot().rows(None)
     return {
         "shards_before": len(pc.unique(live["shard"])),
@@ -157,40 +167,44 @@ def _move(
         writer.publish()
 
 
-def _point_at(states: pa.Table, moved: list[tuple[str, str, int]]) -> pa.Table:
-    place = {clip_id: (shard, row) for clip_id, shard, row in moved}
-    old = zip(
-        states["clip_id"].to_pylist(),
-        states["shard"].to_pylist(),
-        states["row"].to_pylist(),
-        strict=True,
-    )
-    new = [place.get(clip_id, (shard, row)) for clip_id, shard, row in old]
-    for name, position in (("shard", 0), ("row", 1)):
-        index = CLIPS_SCHEMA.get_field_index(name)
-        column = pa.array([pair[position] for pair in new], CLIPS_SCHEMA.field(index).type)
-        states = states.set_column(index, CLIPS_SCHEMA.field(index), column)
-    return states
+def _point_at(rows: pa.Table, spec_hash: str, moved: list[tuple[str, str, int]]) -> pa.Table:
+    """The log rows of a spec with the new places of moved features; other rows as they are."""
+    ids = pa.array([clip_id for clip_id, _, _ in moved], pa.string())
+    position = pc.index_in(rows["clip_id"], value_set=ids)
+    is_of_spec = pc.equal(rows["spec_hash"], spec_hash)
+    for name, values in (("shard", [one for _, one, _ in moved]), ("row", [i for *_, i in moved])):
+        field = CLIPS_SCHEMA.field(name)
+        new = pa.array(values, field.type).take(position.combine_chunks())
+        has_moved = pc.and_(is_of_spec, pc.is_valid(position))
+        column = pc.if_else(has_moved, new, rows[name])
+        rows = rows.set_column(CLIPS_SCHEMA.get_field_index(name), field, column)
+    return rows
 
 
 def vacuum(uri: str, retention_hours: float = 168.0, dry_run: bool = False) -> dict[str, Any]:
     """Delete shards and log files that no kept version needs.
 
     Kept are the newest version, pinned ones and all younger than the retention, which must be
-    longer than a run lasts: younger files are never touched. Returns {"shards", "bytes", "kept"}.
+    longer than a run lasts: younger files are never touched. A spec that was neither in force nor
+    decoded for since then is forgotten: going back to it means to decode again.
 
+    Returns: {"shards", "bytes", "kept"}.
     Raises: StoreLocked, StoreError.
     """
     store = FeatureStore.open(uri)
-    with Lease(store.location, _LEASE_STALE_S, "store vacuum") as lease:
+    with store.lease(_LEASE_STALE_S, "store vacuum") as lease:
         oldest = time.time() - 3600 * retention_hours
-        young = store.versions_since(oldest)
-        kept = sorted({*young, *store.pins().values(), store.version()})
+        young, pinned = store.versions_since(oldest), set(store.pins().values())
+        newest = store.snapshot()
+        needed = [newest, *(store.snapshot(version) for version in {young[0], *pinned})]
+        # What a version in between has in force was put in force since: its spec is younger.
+        specs = {snapshot.spec_hash for snapshot in needed} | store.specs_since(oldest)
         # A shard that only a version in between needs is younger than the retention.
-        referenced = set[str]()
-        for version in {*store.pins().values(), young[0], store.version()}:
-            shards = store.snapshot(version).states(["shard"])["shard"]
-            referenced.update(shard for shard in pc.unique(shards).to_pylist() if shard)
+        referenced = set[str]().union(*(snapshot.shards(specs) for snapshot in needed))
+        kept = sorted({*young, *pinned, newest.version})
+        if not dry_run and newest.specs - specs:
+            rows = newest.kept_rows(specs)
+            kept.append(store.rewrite_log(rows, newest.version, lease.check))
         garbage = {
             shard: size
             for shard, (size, modified) in shard_sizes(store).items()
@@ -198,8 +212,7 @@ def vacuum(uri: str, retention_hours: float = 168.0, dry_run: bool = False) -> d
         }
         if not dry_run:
             lease.check()
-            for shard in garbage:
-                store.location.remove(shard)
+            store.location.remove_all(list(garbage))
             store.drop_log_files(retention_hours, kept)
     return {"shards": len(garbage), "bytes": sum(garbage.values()), "kept": kept}
 
@@ -212,15 +225,25 @@ def export(
     folder: `<out>/<split>/<clip_id>/frame_00.jpg ..., fbank.npy, clip.json`;
     webdataset: `<out>/<split>-000000.tar` of `<clip_id>.frame_00.jpg`, `.fbank.npy`, `.json`.
 
-    Raises: SourceError if `out` is not empty; StoreError.
+    Raises: SourceError if `out` is not an empty or new local folder, or if a split is no name for a
+        folder; StoreError.
     """
-    folder = Path(out)
+    if not Location(out).is_local:
+        raise SourceError(f"{out}: an export goes to a local folder; copy it from there")
+    folder = Path(Location(out).path)
     if folder.exists() and any(folder.iterdir()):
         raise SourceError(f"{out}: not empty; name a new folder for the export")
     snapshot = FeatureStore.open(uri).snapshot(version)
     write = _write_folder if format == "folder" else _write_tars
+    splits = pc.unique(snapshot.rows(None)["split"]).to_pylist()
+    for split in splits:
+        if not split or split in (".", "..") or re.search(r"[/\\\0]", split):
+            raise SourceError(
+                f"{uri}: the split {split!r} is no name for a folder, so it cannot be exported. "
+                "Give it another name in the list of clips and ingest again."
+            )
     n_clips = 0
-    for split in pc.unique(snapshot.rows(None)["split"]).to_pylist():
+    for split in splits:
         n_clips += write(folder, split, _exported(snapshot, split))
     return {"clips": n_clips, "format": format, "out": out, "version": snapshot.version}
 

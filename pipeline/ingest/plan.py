@@ -1,11 +1,12 @@
-"""Sources x store -> work. A pure function over two tables.
+"""make_plan: sources x states of a store -> what an ingest has to do, as a pure function.
 
 Knows nothing of files, Ray or decoding. Invariant: every clip of either table is counted exactly
 once, and a second plan over a store that followed the first one is empty.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +15,11 @@ import pyarrow.compute as pc
 from pipeline.config import IngestConfig
 from pipeline.errors import MassRemoval
 from pipeline.reasons import PASSING, Reason
+from pipeline.store.schema import CLIPS_SCHEMA
 
 STATE_COLUMNS = [
     "clip_id", "uri", "start_s", "end_s", "label", "split", "status", "reason", "attempts",
-    "fp_kind", "fp", "size", "mtime_ns", "spec_hash",
+    "fp_kind", "fp", "size", "mtime_ns", "group", "spec_hash",
 ]  # fmt: skip
 """Columns of the clips table a plan needs."""
 
@@ -29,44 +31,72 @@ class Plan:
     """What an ingest would do, and why."""
 
     todo: pa.Table
-    """Clips to decode: SOURCE_SCHEMA, `why` (new, changed, spec_changed, retried), `attempts` so
-    far, `known_hash` (SHA-256 of the content the store has; null if it has none)."""
+    """Clips to decode: SOURCE_SCHEMA, `why` (new, changed, spec_changed, retried) and `attempts`
+    so far."""
     missing: pa.Table
     """Listed clips whose file is not there, where the store does not say so yet (SOURCE_SCHEMA)."""
     restated: pa.Table
-    """Clips whose label, split or place changed, but not their content (SOURCE_SCHEMA)."""
+    """Clips whose label, split, group or place changed, but not their content (SOURCE_SCHEMA)."""
     removed_ids: list[str]
     """Clips of the store that are not listed any more."""
     counts: dict[str, int] = field(default_factory=dict)
-    """new, changed, spec_changed, removed, unchanged, retried: each clip in exactly one."""
+    """new, changed, spec_changed, removed, missing (newly listed, without a file), unchanged,
+    retried: each clip in exactly one."""
+    puts_in_force: bool = False
+    """Another spec is in force in the store, or none explicitly: it will be this one at the end."""
     timelines: dict[str, Any] | None = None
     """What probe_timelines found, if it was asked."""
 
     @property
     def is_empty(self) -> bool:
         """Nothing to decode and nothing to write down."""
-        return not (len(self.todo) or len(self.missing) or len(self.restated) or self.removed_ids)
+        rows = len(self.todo) or len(self.missing) or len(self.restated) or self.removed_ids
+        return not (rows or self.puts_in_force)
 
 
-def make_plan(sources: pa.Table, states: pa.Table, spec_hash: str, config: IngestConfig) -> Plan:
+def content_known(sources: pa.Table, states: pa.Table) -> pa.Table:
+    """Clips whose file looks like another one now and whose content the store knows by its hash:
+    clip_id, uri, known_hash (SHA-256). Args: as make_plan."""
+    at = pc.index_in(sources["clip_id"], value_set=states["clip_id"].combine_chunks())
+    known = sources.filter(pc.is_valid(at))
+    before = states.take(at.drop_null())
+    younger = _true(pc.equal(before["fp_kind"], "sha256")) & ~_same_file(known, before)
+    known = known.append_column("known_hash", before["fp"])
+    return known.filter(pa.array(younger)).select(["clip_id", "uri", "known_hash"])
+
+
+def make_plan(
+    sources: pa.Table,
+    states: pa.Table,
+    spec_hash: str,
+    config: IngestConfig,
+    *,
+    same_content: Set[str] = frozenset(),
+) -> Plan:
     """Compare what there is with what the store knows.
 
-    Args: sources: SOURCE_SCHEMA, unique clip_id; states: STATE_COLUMNS, unique clip_id.
+    Args: sources: SOURCE_SCHEMA, unique clip_id; states: STATE_COLUMNS, unique clip_id, as they are
+        under the spec; same_content: clips of `content_known` whose file has that content.
     Raises: MassRemoval if more of the store vanished than the config allows.
     """
     at = pc.index_in(sources["clip_id"], value_set=states["clip_id"].combine_chunks())
     position = at.combine_chunks().fill_null(-1).to_numpy()
     is_known = position >= 0
     before = states.take(np.maximum(position, 0)) if len(states) else None
-    kinds = _classify(sources, before, is_known, spec_hash, config)
+    touched = _true(
+        pc.is_in(sources["clip_id"], value_set=pa.array(sorted(same_content), pa.string()))
+    )
+    kinds = _classify(sources, before, is_known, touched, spec_hash=spec_hash, config=config)
 
     unlisted = np.ones(len(states), bool)
     unlisted[position[is_known]] = False
-    n_removed = int(kinds.gone.sum() + unlisted.sum())
-    _refuse_mass_removal(n_removed, states, config)
+    was_present = ~_true(pc.equal(states["reason"], Reason.MISSING))
+    _refuse_mass_removal(
+        int(kinds.gone.sum() + (unlisted & was_present).sum()), int(was_present.sum()), config
+    )
 
     why = np.select(
-        [kinds.new & kinds.has_file, kinds.changed, kinds.spec_changed, kinds.retried],
+        [kinds.new, kinds.changed, kinds.spec_changed, kinds.retried],
         ["new", "changed", "spec_changed", "retried"],
         "",
     )
@@ -77,28 +107,29 @@ def make_plan(sources: pa.Table, states: pa.Table, spec_hash: str, config: Inges
     return Plan(
         todo=sources.take(todo)
         .append_column("why", pa.array(why[todo].tolist(), pa.string()))
-        .append_column("attempts", pa.array(attempts[todo], pa.int32()))
-        .append_column("known_hash", _known_hash(sources, before).take(pa.array(todo))),
-        missing=sources.filter(pa.array(kinds.gone | (kinds.new & ~kinds.has_file))),
+        .append_column("attempts", pa.array(attempts[todo], pa.int32())),
+        missing=sources.filter(pa.array(kinds.gone | kinds.missing)),
         restated=sources.filter(pa.array(kinds.reworded | kinds.moved)),
         removed_ids=states["clip_id"].filter(pa.array(unlisted)).to_pylist(),
         counts={
             "new": int(kinds.new.sum()),
             "changed": int(kinds.changed.sum() + kinds.reworded.sum()),
             "spec_changed": int(kinds.spec_changed.sum()),
-            "removed": n_removed,
+            "removed": int(kinds.gone.sum() + unlisted.sum()),
+            "missing": int(kinds.missing.sum()),
             "unchanged": int(kinds.kept.sum() - kinds.reworded.sum()),
             "retried": int(kinds.retried.sum()),
         },
     )
 
 
-class _Kinds(NamedTuple):
+@dataclass(frozen=True)
+class _Kinds:
     """Masks over the source clips."""
 
-    has_file: np.ndarray
-    # Exactly one of these six holds for each clip.
+    # Exactly one of these seven holds for each clip.
     new: np.ndarray
+    missing: np.ndarray
     gone: np.ndarray
     changed: np.ndarray
     spec_changed: np.ndarray
@@ -113,23 +144,28 @@ def _classify(
     sources: pa.Table,
     before: pa.Table | None,
     is_known: np.ndarray,
+    touched: np.ndarray,
+    *,
     spec_hash: str,
     config: IngestConfig,
 ) -> _Kinds:
     """What became of each source clip. Args: before: its row in the store, where it is known."""
     has_file = pc.is_valid(sources["fp"]).to_numpy()
-    nowhere = np.zeros(len(sources), bool)
     if before is None:
-        return _Kinds(has_file, ~nowhere, *[nowhere] * 7)
+        # Against an empty store every clip is compared with nothing.
+        before = pa.table(
+            {name: pa.nulls(len(sources), CLIPS_SCHEMA.field(name).type) for name in STATE_COLUMNS}
+        )
     reason = before["reason"].fill_null("")
     was_missing = is_known & _true(pc.equal(reason, Reason.MISSING))
     was_failed = is_known & _true(pc.equal(before["status"], "failed"))
-    same_file = _same_file(sources, before)
+    same_file = _same_file(sources, before) | (touched & _same_window(sources, before))
     same_spec = _true(pc.equal(before["spec_hash"], spec_hash))
     same_words = _same(sources, before, "label") & _same(sources, before, "split")
     attempts = before["attempts"].fill_null(0).to_numpy()
 
-    new = ~is_known | (was_missing & has_file)
+    new = has_file & (~is_known | was_missing)
+    missing = ~has_file & ~is_known
     gone = is_known & ~was_missing & ~has_file
     rest = is_known & ~new & ~gone
     decoded = rest & ~was_missing
@@ -139,8 +175,19 @@ def _classify(
     retried = decoded & same_file & same_spec & retry
     kept = rest & ~changed & ~spec_changed & ~retried
     reworded = kept & ~same_words
-    moved = kept & same_words & ~_same(sources, before, "uri")
-    return _Kinds(has_file, new, gone, changed, spec_changed, retried, kept, reworded, moved)
+    same_place = _same(sources, before, "uri") & _same(sources, before, "group")
+    moved = kept & same_words & (touched | ~same_place)
+    return _Kinds(
+        new=new,
+        missing=missing,
+        gone=gone,
+        changed=changed,
+        spec_changed=spec_changed,
+        retried=retried,
+        kept=kept,
+        reworded=reworded,
+        moved=moved,
+    )
 
 
 def _true(mask: pa.ChunkedArray) -> np.ndarray:
@@ -164,23 +211,14 @@ def _same_window(sources: pa.Table, before: pa.Table) -> np.ndarray:
     return _same(sources, before, "start_s") & _same(sources, before, "end_s")
 
 
-def _known_hash(sources: pa.Table, before: pa.Table | None) -> pa.ChunkedArray:
-    if before is None:
-        return pa.chunked_array([pa.nulls(len(sources), pa.string())])
-    hashed = _true(pc.equal(before["fp_kind"], "sha256")) & _same_window(sources, before)
-    return pc.if_else(pa.array(hashed), before["fp"], pa.scalar(None, pa.string()))
-
-
 def _to_retry(reason: pa.ChunkedArray, attempts: np.ndarray, config: IngestConfig) -> np.ndarray:
     passing = _true(pc.is_in(reason, value_set=pa.array([r.value for r in PASSING])))
     wanted = _true(pc.is_in(reason, value_set=pa.array(config.retry_reasons, pa.string())))
     return config.retry_failed | wanted | (passing & (attempts < _PASSING_ATTEMPTS))
 
 
-def _refuse_mass_removal(n_removed: int, states: pa.Table, config: IngestConfig) -> None:
-    n_present = len(states) - int(
-        pc.sum(pc.equal(states["reason"].fill_null(""), Reason.MISSING)).as_py() or 0
-    )
+def _refuse_mass_removal(n_removed: int, n_present: int, config: IngestConfig) -> None:
+    """Clips that were missing before are neither removed by this run nor present."""
     if config.allow_mass_delete or n_removed <= config.max_removed_frac * n_present:
         return
     raise MassRemoval(

@@ -14,7 +14,8 @@ from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.decode.sandbox import Sandbox
 from pipeline.decode.timeline import read_timeline
 from pipeline.reasons import Reason, Rejected
-from pipeline.source.fetch import fetch_all, part_of
+from pipeline.source.fetch import fetch_all
+from pipeline.source.tar_parts import part_of
 
 
 def probe_clip(path: str, start_s: float | None, spec: FeatureSpec) -> str:

@@ -1,46 +1,49 @@
-"""An ingest: plan, decode over Ray Data, commit.
+"""ingest: the driver of a run, which plans, has clips decoded and commits what comes back.
 
-The driver: knows nothing of containers or codecs. Invariant: clips rows are committed only for
-shards that are written whole, so that killing any process at any time loses at most the work not
-yet committed, and nothing is ever there twice.
+Knows nothing of containers or codecs. Invariant: clips rows are committed only for shards that are
+written whole, so that killing any process at any time loses at most the work not yet committed, and
+nothing is ever there twice; another spec comes into force when all of its clips were decoded.
 """
 
+import contextlib
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import TooManyFailures
-from pipeline.ingest.plan import STATE_COLUMNS, Plan, make_plan
+from pipeline.ingest.plan import STATE_COLUMNS, Plan, content_known, make_plan
 from pipeline.reasons import Reason
-from pipeline.source.clip_list import read_entries
 from pipeline.source.fetch import is_local_file
-from pipeline.source.listing import list_sources, sha256_of
+from pipeline.source.files import sha256_of
+from pipeline.source.listing import Listing, list_sources
+from pipeline.storage import Location
 from pipeline.store.lease import Lease
 from pipeline.store.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
 from pipeline.store.shards import discard_unfinished
-from pipeline.store.store import FeatureStore
+from pipeline.store.store import FeatureStore, Snapshot
 
 
 @dataclass(frozen=True)
 class IngestSummary:
-    """What an ingest did."""
+    """What an ingest did: the counts of its plan, then what became of the clips decoded."""
 
     new: int
     changed: int
     spec_changed: int
     removed: int
+    missing: int
     unchanged: int
     retried: int
     ok: int
     failed: int
+    """Failed decodes; clips without a file are `missing` or `removed`."""
     seconds: float
     version: int
 
@@ -65,23 +68,35 @@ class Progress:
 
 
 def plan_ingest(
-    clips: str, videos: str | None, store: str, spec: FeatureSpec | None, config: IngestConfig
+    clips: str | None,
+    videos: str | None,
+    store: str,
+    spec: FeatureSpec | None,
+    config: IngestConfig,
+    *,
+    label_from_folder: bool = False,
 ) -> Plan:
     """What `ingest` would do; starts nothing and changes nothing.
 
     Raises: SourceError, StoreError, MassRemoval.
     """
-    cache = None
-    states = _NO_STATES
-    if FeatureStore.exists(store):
-        existing = FeatureStore.open(store)
-        cache, snapshot = existing.location, existing.snapshot()
-        states = snapshot.states(STATE_COLUMNS)
-        spec = spec or snapshot.spec
-    spec = spec or FeatureSpec()
-    plan = make_plan(list_sources(clips, videos, cache), states, spec.spec_hash(), config)
-    if config.fingerprint == "sha256":
-        plan = _without_touched(plan)
+    existing = FeatureStore.open(store) if FeatureStore.exists(store) else None
+    cache = existing.location if existing else None
+    listing = list_sources(clips, videos, cache, label_from_folder=label_from_folder)
+    return _compare(listing, existing.snapshot() if existing else None, spec, config)
+
+
+def _compare(
+    listing: Listing, snapshot: Snapshot | None, spec: FeatureSpec | None, config: IngestConfig
+) -> Plan:
+    """What brings a version of a store up to date with its source."""
+    spec = spec or (snapshot.spec if snapshot else FeatureSpec())
+    states = snapshot.states(STATE_COLUMNS, spec.spec_hash()) if snapshot else _NO_STATES
+    sources, known = listing.without_unreadable(states)
+    same_content = _same_content(sources, known, config)
+    plan = make_plan(sources, known, spec.spec_hash(), config, same_content=same_content)
+    plan.counts["unchanged"] += len(states) - len(known)
+    plan = replace(plan, puts_in_force=snapshot is not None and not _has_in_force(snapshot, spec))
     if config.probe:
         from pipeline.ingest.probe import probe_timelines
 
@@ -89,34 +104,31 @@ def plan_ingest(
     return plan
 
 
-def _without_touched(plan: Plan) -> Plan:
-    """Move clips whose file is only younger, with the same content, from todo to restated."""
-    touched = np.array(
-        [
-            clip["why"] == "changed"
-            and clip["known_hash"] is not None
-            and is_local_file(clip["uri"])
-            and clip["known_hash"] == sha256_of(clip["uri"])
-            for clip in plan.todo.select(["why", "known_hash", "uri"]).to_pylist()
-        ],
-        bool,
-    )
-    n_touched = int(touched.sum())
-    counts = plan.counts | {
-        "changed": plan.counts["changed"] - n_touched,
-        "unchanged": plan.counts["unchanged"] + n_touched,
+def _has_in_force(snapshot: Snapshot, spec: FeatureSpec) -> bool:
+    """Whether a version names this spec as the one in force."""
+    return snapshot.names_its_spec and snapshot.spec_hash == spec.spec_hash()
+
+
+def _same_content(sources: pa.Table, states: pa.Table, config: IngestConfig) -> set[str]:
+    """Clips whose file is only younger, with the content the store knows."""
+    if config.fingerprint != "sha256":
+        return set()
+    return {
+        clip["clip_id"]
+        for clip in content_known(sources, states).to_pylist()
+        if is_local_file(clip["uri"]) and clip["known_hash"] == _content_hash(clip["uri"])
     }
-    younger = plan.todo.filter(pa.array(touched)).select(SOURCE_SCHEMA.names)
-    return replace(
-        plan,
-        todo=plan.todo.filter(pa.array(~touched)),
-        restated=pa.concat_tables([plan.restated, younger]),
-        counts=counts,
-    )
+
+
+def _content_hash(uri: str) -> str | None:
+    # A file that cannot be read is left to the decoder, which says why of this one clip.
+    with contextlib.suppress(OSError):
+        return sha256_of(uri)
+    return None
 
 
 def ingest(
-    clips: str,
+    clips: str | None,
     videos: str | None,
     store: str,
     spec: FeatureSpec | None,
@@ -124,41 +136,53 @@ def ingest(
     *,
     start_ray: Callable[[], None],
     on_progress: Callable[[Progress], None],
+    label_from_folder: bool = False,
 ) -> IngestSummary:
     """Bring a store up to date with its source.
 
-    Args: spec: None takes the store's own, or FeatureSpec() for a new store; start_ray: called only
-        if there is something to decode.
+    Args: clips, videos, label_from_folder: as list_sources takes them; spec: None takes the one in
+        force, or FeatureSpec() for a new store; start_ray: called only if there are more clips to
+        decode than config.local_clips.
     Raises: SourceError, MassRemoval, StoreError, StoreLocked, TooManyFailures (all good clips are
         committed), KeyboardInterrupt (what is done is committed).
     """
     started = time.monotonic()
-    if not FeatureStore.exists(store):
-        read_entries(clips)  # A mistake in the list should not leave an empty store behind.
+
+    def plan_from(snapshot: Snapshot | None) -> Plan:
+        # The index of tar parts is kept from the first look on, before there is a store.
+        cache = Location(store)
+        listing = list_sources(clips, videos, cache, label_from_folder=label_from_folder)
+        return _compare(listing, snapshot, spec, config)
+
+    known = FeatureStore.open(store).snapshot() if FeatureStore.exists(store) else None
+    # Before the store is made: a mistake in the source should not leave an empty one behind.
+    plan = plan_from(known)
     target = FeatureStore.create(store, spec or FeatureSpec())
-    planned = target.version()
-    plan = plan_ingest(clips, videos, store, spec, config)
-    spec = spec or target.snapshot().spec
+    newest = known or target.snapshot()
+    plan = replace(plan, puts_in_force=not _has_in_force(newest, spec or newest.spec))
     if plan.is_empty:
         seconds = round(time.monotonic() - started, 3)
-        return IngestSummary(
-            **plan.counts, ok=0, failed=0, seconds=seconds, version=target.version()
-        )
-    with Lease(target.location, config.lease_stale_s, f"an ingest of {clips}") as lease:
-        if target.version() != planned:  # Another run finished before this one had the lease.
-            plan = plan_ingest(clips, videos, store, spec, config)
-        run = _Run(target, spec, config, lease, len(plan.todo), on_progress)
-        target.write_spec(spec)
-        run.settle(plan)
+        return IngestSummary(**plan.counts, ok=0, failed=0, seconds=seconds, version=newest.version)
+    with target.lease(config.lease_stale_s, f"an ingest of {clips or videos}") as lease:
+        if target.version() != (known.version if known else 0):
+            # Another run finished before this one had the lease.
+            newest = target.snapshot()
+            plan = plan_from(newest)
+        spec = spec or newest.spec
+        run = _Run(target, spec, config, lease, len(plan.todo), on_progress, start_ray)
+        run.settle(plan, newest)
         if len(plan.todo):
-            start_ray()
             run.decode(plan.todo)
+        if plan.puts_in_force:
+            # Last: a run that is stopped leaves the data set of the old spec as it was.
+            target.put_in_force(spec, {"run_id": run.run_id}, lease.check)
+        version = target.version()
     summary = IngestSummary(
         **plan.counts,
         ok=run.n_ok,
-        failed=run.by_reason.total(),
+        failed=run.n_failed,
         seconds=round(time.monotonic() - started, 3),
-        version=target.version(),
+        version=version,
     )
     run.refuse_too_many_failures(summary)
     return summary
@@ -174,32 +198,36 @@ class _Run:
     lease: Lease
     n_todo: int
     on_progress: Callable[[Progress], None]
+    start_ray: Callable[[], None]
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     n_ok: int = 0
     n_done: int = 0
     n_committed: int = 0
     by_reason: Counter[str] = field(default_factory=Counter)
+    """Failed decodes, and files that vanished before theirs."""
     _first_decoded: datetime | None = None
     _waiting: list[pa.Table] = field(default_factory=list)
     _last_commit: float = field(default_factory=time.monotonic)
 
-    def settle(self, plan: Plan) -> None:
-        """Commit what needs no decoding: missing, restated and removed clips."""
+    def settle(self, plan: Plan, planned: Snapshot) -> None:
+        """Commit what needs no decoding: missing, restated and removed clips.
+
+        Args: planned: the version the plan was made from.
+        """
         tables = []
         if len(plan.missing):
-            self.by_reason[Reason.MISSING] += len(plan.missing)
             tables.append(
                 self._rows(plan.missing, "failed", Reason.MISSING, "no file is there for the clip")
             )
         if len(plan.restated) or plan.removed_ids:
-            states = self.store.snapshot().clips
-            tables.append(_restate(states, plan.restated, self.spec.spec_hash()))
+            states = planned.states(CLIPS_SCHEMA.names, self.spec.spec_hash())
+            tables.append(_restate(states, plan.restated))
             gone = pc.is_in(states["clip_id"], value_set=pa.array(plan.removed_ids, pa.string()))
             removed = states.filter(gone).select(SOURCE_SCHEMA.names)
             tables.append(self._rows(removed, "removed", None, None))
         if tables:
-            self.lease.check()
-            self.store.append(pa.concat_tables(tables), {"run_id": self.run_id})
+            rows = pa.concat_tables(tables)
+            self.store.append(rows, {"run_id": self.run_id}, self.lease.check)
 
     def _rows(
         self, clips: pa.Table, status: str, reason: Reason | None, detail: str | None
@@ -224,17 +252,31 @@ class _Run:
 
     def decode(self, todo: pa.Table) -> None:
         """Decode all clips, committing as shards are finished."""
-        from pipeline.ingest.on_ray import run_shards
-
+        self.store.write_spec(self.spec)
         discard_unfinished(self.store.location)
         try:
-            for states in run_shards(self.store.uri, todo, self.spec, self.config, self.run_id):
+            for states in self._decoded(todo):
                 self._take(states)
                 self._report()
         finally:
             self._commit()
             discard_unfinished(self.store.location)
         self._report()
+
+    def _decoded(self, todo: pa.Table) -> Iterator[pa.Table]:
+        """Rows of the clips table, a finished shard's at a time; each clip of `todo` once."""
+        if len(todo) > self.config.local_clips:
+            from pipeline.ingest.on_ray import run_shards
+
+            self.start_ray()
+        else:
+            from pipeline.ingest.on_threads import run_shards
+        yield from run_shards(self.store.uri, todo, self.spec, self.config, self.run_id)
+
+    @property
+    def n_failed(self) -> int:
+        """Failed decodes; a file that vanished before its decode is none."""
+        return self.by_reason.total() - self.by_reason[Reason.MISSING]
 
     def _take(self, states: pa.Table) -> None:
         self._waiting.append(states)
@@ -251,8 +293,7 @@ class _Run:
     def _commit(self) -> None:
         if self._waiting:
             rows = pa.concat_tables(self._waiting)
-            self.lease.check()
-            self.store.append(rows, {"run_id": self.run_id})
+            self.store.append(rows, {"run_id": self.run_id}, self.lease.check)
             self.n_committed += len(rows)
             self._waiting = []
         self._last_commit = time.monotonic()
@@ -267,7 +308,7 @@ class _Run:
                 self.n_todo,
                 self.n_done,
                 self.n_ok,
-                self.n_done - self.n_ok,
+                self.n_failed,
                 dict(self.by_reason),
                 rate,
                 left,
@@ -277,12 +318,11 @@ class _Run:
 
     def refuse_too_many_failures(self, summary: IngestSummary) -> None:
         """Raises: TooManyFailures."""
-        n_failed = self.n_done - self.n_ok
-        if n_failed <= self.config.max_failed_frac * self.n_done:
+        if self.n_failed <= self.config.max_failed_frac * self.n_done:
             return
         reasons = ", ".join(f"{name} {n}" for name, n in self.by_reason.most_common())
         raise TooManyFailures(
-            f"{n_failed} of {self.n_done} clips failed ({reasons}), more than "
+            f"{self.n_failed} of {self.n_done} clips failed ({reasons}), more than "
             f"{self.config.max_failed_frac:.0%}. The {self.n_ok} good ones are committed. See "
             f'"diccae store failures --store {self.store.uri}".',
             summary.to_json(),
@@ -292,17 +332,14 @@ class _Run:
 _NO_STATES = CLIPS_SCHEMA.empty_table().select(STATE_COLUMNS)
 
 
-def _restate(states: pa.Table, restated: pa.Table, spec_hash: str) -> pa.Table:
-    """Rows of the clips table with the label, split, place and stat the source gives now.
+def _restate(states: pa.Table, restated: pa.Table) -> pa.Table:
+    """Rows of the clips table with the label, split, group, place and stat the source gives now.
 
-    They are of this spec already, but for clips that were missing under another one.
+    Everything else stays, above all the spec: it is that of the features the row points at.
     """
     position = pc.index_in(restated["clip_id"], value_set=states["clip_id"].combine_chunks())
     rows = states.take(position)
-    for name in ("label", "split", "uri", "size", "mtime_ns"):
+    for name in ("label", "split", "group", "uri", "size", "mtime_ns"):
         index = CLIPS_SCHEMA.get_field_index(name)
         rows = rows.set_column(index, CLIPS_SCHEMA.field(index), restated[name])
-    index = CLIPS_SCHEMA.get_field_index("spec_hash")
-    return rows.set_column(
-        index, CLIPS_SCHEMA.field(index), pa.array([spec_hash] * len(rows), pa.string())
-    )
+    return rows

@@ -1,16 +1,18 @@
-"""One shard's worth of clips to a shard file.
+"""ShardDecoder: a shard's worth of clips to a shard file, in a Ray actor or a thread of the driver.
 
 Knows nothing of plans, commits or Ray. Invariant: every clip it was given comes back as one clips
-row, ok or failed with its reason; only storage that fails ends the shard.
+row, ok or failed with its reason; only storage that fails ends the shard, and nothing is written
+anywhere but into the store of the driver.
 """
 
 import hashlib
 import itertools
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,26 +21,51 @@ from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.decode.clip import Clip
 from pipeline.decode.payload import Fbanks, fbank_payload
 from pipeline.decode.sandbox import Sandbox
+from pipeline.errors import PipelineError, StoreError
 from pipeline.reasons import Reason, Rejected
 from pipeline.source.fetch import Fetched, fetch_all
-from pipeline.storage import Location
+from pipeline.storage import Location, is_storage_failure
+from pipeline.store.identity import STORE_FILE, store_id
 from pipeline.store.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
 from pipeline.store.shards import ShardWriter
 
 _MOST_RELOADS = 3
 _FBANKS_AT_ONCE = 8
+_PAUSE_S = 2.0
+"""What a decoder waits after storage has failed it: a short outage would otherwise fail every shard
+before the first failure is heard of."""
 
 _Decoded = tuple[dict[str, Any], Clip | Rejected]
 
 
+class Outcome(NamedTuple):
+    """What a decoder has to say of the shard it is at."""
+
+    states: pa.Table | None = None
+    """Rows of the clips table of a finished shard; empty: another clip is done, a sign of life."""
+    error: str = ""
+    """Storage failed the shard."""
+    refused: str = ""
+    """Why no other try can help."""
+
+
 class ShardDecoder:
-    """Decodes shards one after another; lives in a Ray actor or in a plain process."""
+    """Decodes shards one after another."""
 
     def __init__(
-        self, store_uri: str, spec: FeatureSpec, config: IngestConfig, run_id: str, fbanks: Fbanks
+        self,
+        store_uri: str,
+        spec: FeatureSpec,
+        config: IngestConfig,
+        run_id: str,
+        fbanks: Fbanks,
+        *,
+        expected_id: str | None,
     ) -> None:
-        """Args: run_id: goes into names and rows; fbanks: is called from another thread."""
+        """Args: run_id: goes into names and rows; fbanks: is called from another thread;
+        expected_id: the id of the store as the driver sees it (store_id)."""
         self._location = Location(store_uri)
+        self._expected_id = expected_id
         self._spec = spec
         self._config = config
         self._run_id = run_id
@@ -51,17 +78,49 @@ class ShardDecoder:
             max_memory_mb=self._config.child_memory_mb,
         )
 
-    def decode(self, index: int, clips: pa.Table) -> Iterator[pa.Table]:
-        """Decode clips into shards of at most shard_clips. Yields their rows of the clips table.
+    def outcomes(self, index: int, clips: pa.Table) -> Iterator[Outcome]:
+        """`decode`, with what went wrong as an outcome."""
+        try:
+            yield from map(Outcome, self.decode(index, clips))
+        except PipelineError as refused:
+            yield Outcome(refused=str(refused))
+        except Exception as failure:
+            if not is_storage_failure(failure):
+                raise
+            yield Outcome(error=f"{type(failure).__name__}: {failure}")
+            time.sleep(_PAUSE_S)
 
-        Raises: OSError if the source cannot be read or the store not be written.
+    def decode(self, index: int, clips: pa.Table) -> Iterator[pa.Table]:
+        """Decode clips into shards of at most shard_clips. Yields their rows of the clips table,
+        and an empty table after each clip.
+
+        Raises: StoreError if the driver's store is not seen from here; PipelineError if no decode
+        child or fbank service starts; OSError if the source cannot be read or the store not be
+        written.
         """
+        self._check_store()
         fetched = fetch_all(clips.to_pylist(), self._config)
         for first in fetched:
             rest = itertools.islice(fetched, self._config.shard_clips - 1)
-            yield self._decode_shard(index, itertools.chain([first], rest))
+            yield from self._decode_shard(index, itertools.chain([first], rest))
 
-    def _decode_shard(self, index: int, clips: Iterator[Fetched]) -> pa.Table:
+    def close(self) -> None:
+        """End the decode child and the thread for fbanks."""
+        self._sandbox.close()
+        self._background.shutdown()
+
+    def _check_store(self) -> None:
+        """A path of this machine's own would be made here, filled, and lost with the shards."""
+        found = store_id(self._location)
+        if found != self._expected_id or found is None:
+            what = "there is no " if found is None else "another store has its "
+            raise StoreError(
+                f"{self._location.uri}: {what}{STORE_FILE} on {socket.gethostname()}, where clips "
+                "are decoded. All nodes of a cluster must see one store: give --store a URI such "
+                "as s3://, or a path of a file system they share."
+            )
+
+    def _decode_shard(self, index: int, clips: Iterator[Fetched]) -> Iterator[pa.Table]:
         # Unique even when a task runs again after its worker died.
         attempt = f"{time.time_ns():x}"
         name = f"features/part-{self._run_id}-{index:06d}-{attempt}.parquet"
@@ -70,19 +129,22 @@ class ShardDecoder:
         try:
             before: tuple[Fetched, Clip | Rejected] | None = None
             for fetched in clips:
-                if fetched.rejected is None:
-                    self._submit(fetched)
-                # The child decodes this clip while the one before is finished here.
-                if before is not None:
-                    shard.add(*before)
-                before = (fetched, fetched.rejected or self._result(fetched))
-                fetched.release()
+                try:
+                    if fetched.rejected is None:
+                        self._submit(fetched)
+                    # The child decodes this clip while the one before is finished here.
+                    if before is not None:
+                        shard.add(*before)
+                    before = (fetched, fetched.rejected or self._result(fetched))
+                finally:
+                    fetched.release()
+                yield CLIPS_SCHEMA.empty_table()
             if before is not None:
                 shard.add(*before)
             shard.close()
         finally:
             shard.writer.discard()
-        return pa.Table.from_pylist(shard.states, CLIPS_SCHEMA)
+        yield pa.Table.from_pylist(shard.states, CLIPS_SCHEMA)
 
     def _make_fbanks(self, waveforms: list[np.ndarray]) -> "Future[list[np.ndarray]]":
         return self._background.submit(self._fbanks, waveforms)

@@ -1,4 +1,4 @@
-"""Does a store hold what it says? Every shard is opened, a sample is decoded again.
+"""verify: does a store hold what it says? Every shard is opened, a sample is decoded again.
 
 Reads the store and the source clips; knows nothing of Ray. Invariant: without `repair` nothing is
 changed; with it, the clips of bad rows are forgotten, so that the next ingest makes them anew.
@@ -17,12 +17,11 @@ from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.decode.frames import frames_in_order, pixel_aspect, to_square
 from pipeline.decode.payload import decode_jpegs, fbank_array
 from pipeline.decode.timeline import read_timeline
-from pipeline.errors import StoreError
+from pipeline.errors import DamagedShard
 from pipeline.reasons import Rejected
 from pipeline.source.fetch import fetch_all
-from pipeline.store.lease import Lease
 from pipeline.store.schema import CLIPS_SCHEMA
-from pipeline.store.shards import read_rows
+from pipeline.store.shards import read_rows, shard_spec_hash
 from pipeline.store.store import FeatureStore, Snapshot
 
 _LEASE_STALE_S = 60.0
@@ -36,7 +35,9 @@ def verify(uri: str, sample: int = 32, seed: int = 0, repair: bool = False) -> d
 
     Returns: {"clips", "shards", "sampled", "compared" (frames against their source),
         "problems": [{"clip_id", "shard", "problem"}], "repaired", "version"}.
-    Raises: StoreError if there is no store; StoreLocked with `repair` if it is being written.
+    Raises: StoreError if there is no store, or the storage refuses to give a shard, which says
+        nothing of its clips: nothing is forgotten then; StoreLocked with `repair` if it is being
+        written.
     """
     store = FeatureStore.open(uri)
     snapshot = store.snapshot()
@@ -70,7 +71,7 @@ def _where(clip: dict[str, Any]) -> dict[str, str]:
 
 
 def _check_shards(snapshot: Snapshot, live: pa.Table) -> Iterator[dict[str, str]]:
-    """Every row the clips table points at is there and is of that clip."""
+    """Every row the clips table points at is there, is of that clip and of the spec in force."""
     keys = snapshot.states(["clip_id", "row_key"])
     position = pc.index_in(live["clip_id"], value_set=keys["clip_id"].combine_chunks())
     live = live.append_column("row_key", keys["row_key"].take(position))
@@ -78,8 +79,13 @@ def _check_shards(snapshot: Snapshot, live: pa.Table) -> Iterator[dict[str, str]
         mine = live.filter(pc.equal(live["shard"], shard)).to_pylist()
         try:
             stored = read_rows(snapshot.uri, shard, None, ["clip_id", "row_key"]).to_pylist()
-        except StoreError as error:
+            spec_hash = shard_spec_hash(snapshot.uri, shard)
+        except DamagedShard as error:
             yield from ({**_where(clip), "problem": str(error)} for clip in mine)
+            continue
+        if spec_hash != snapshot.spec_hash:
+            problem = f"features of spec {spec_hash} in place of {snapshot.spec_hash}"
+            yield from ({**_where(clip), "problem": problem} for clip in mine)
             continue
         for clip in mine:
             row = stored[clip["row"]] if clip["row"] < len(stored) else {}
@@ -98,7 +104,7 @@ def _check_clip(snapshot: Snapshot, clip: dict[str, Any]) -> tuple[list[str], in
         row = table.to_pylist()[0]
         images_NHW3 = decode_jpegs(row["frames"])
         fbank_TM = fbank_array(row["fbank"], spec)
-    except (StoreError, ValueError) as error:
+    except (DamagedShard, ValueError) as error:
         return [f"cannot be read: {error}"], 0
     problems = []
     expected = (spec.n_frames, spec.frame_size, spec.frame_size, 3)
@@ -157,14 +163,15 @@ def _decode_all(
 
 def _forget(store: FeatureStore, clip_ids: set[str]) -> dict[str, int]:
     """Tombstones for clips: the next ingest sees them as new."""
-    with Lease(store.location, _LEASE_STALE_S, "store verify --repair") as lease:
+    with store.lease(_LEASE_STALE_S, "store verify --repair") as lease:
         states = store.snapshot().clips
         wanted = pa.array(sorted(clip_ids), pa.string())
         rows = states.filter(pc.is_in(states["clip_id"], value_set=wanted))
         index = CLIPS_SCHEMA.get_field_index("status")
         removed = pa.array(["removed"] * len(rows), pa.string())
-        lease.check()
         version = store.append(
-            rows.set_column(index, CLIPS_SCHEMA.field(index), removed), {"by": "verify --repair"}
+            rows.set_column(index, CLIPS_SCHEMA.field(index), removed),
+            {"by": "verify --repair"},
+            lease.check,
         )
     return {"repaired": len(rows), "version": version}

@@ -1,7 +1,7 @@
-"""The list of clips: the lines of VGGSound's CSV or of a manifest, each checked.
+"""read_entries: the lines of VGGSound's CSV or of a manifest, each checked.
 
-Knows nothing of the files it names or of the store. Invariant: a clip_id occurs once, and no entry
-reaches outside the folder of videos.
+Knows nothing of the files it names or of the store. Invariant: a clip_id occurs once, clip_id and
+split are names that a folder may have, and no entry reaches outside the folder of videos.
 """
 
 import csv
@@ -21,8 +21,11 @@ from pipeline.storage import Location
 
 _log = logging.getLogger(__name__)
 _SAFE_ID = re.compile(r"[A-Za-z0-9_-]+")
-_MANIFEST_COLUMNS = ("uri", "start_s", "end_s", "label", "split", "clip_id")
+_VGGSOUND_NAME = re.compile(r"([A-Za-z0-9_-]{11})_\d{6}")
+_MANIFEST_COLUMNS = ("uri", "start_s", "end_s", "label", "split", "group", "clip_id")
 _MOST_PROBLEMS = 20
+TRAIN = "train"
+"""The split of clips that are given none."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,33 @@ class Entry:
 
     line: int
     clip_id: str
-    label: str
+    label: str | None
+    """None for a clip without a label."""
     split: str
+    group: str
+    """What is not to be divided between training and validation: the video a clip was cut from."""
     ytid: str = ""
     start_s: float | None = None
     end_s: float | None = None
     uri: str = ""
 
 
-def read_entries(clips: str) -> tuple[list[Entry], bool]:
+def clip_id_of(path: str) -> str:
+    """The id of a clip by its path below the folder of videos: `a/0001.mp4` is `a__0001`."""
+    parts = PurePosixPath(path.replace("\\", "_")).with_suffix("").parts
+    return "__".join(part for part in parts if part not in ("/", "..", "."))
+
+
+def group_of(name: str, otherwise: str) -> str:
+    """The YouTube id of a name of VGGSound's form (11 characters, _, six digits)."""
+    match = _VGGSOUND_NAME.fullmatch(name)
+    return match[1] if match else otherwise
+
+
+def read_entries(clips: str, base: str) -> tuple[list[Entry], bool]:
     """The lines of a CSV or Parquet file, checked. Returns them and whether it is a manifest.
 
+    Args: base: URI of the folder that a manifest's clips have their ids below.
     Raises: SourceError.
     """
     location = Location(clips)
@@ -52,37 +71,51 @@ def read_entries(clips: str) -> tuple[list[Entry], bool]:
                 table = pq.read_table(file)
             rows = enumerate(table.to_pylist(), 1)
             entries, is_manifest = (
-                _manifest_entries(rows, table.column_names, clips, problems),
+                _manifest_entries(rows, table.column_names, clips, base, problems),
                 True,
             )
         else:
             with location.fs.open(location.path, "rt", encoding="utf-8-sig", newline="") as file:
-                entries, is_manifest = _csv_entries(file, clips, problems)
+                entries, is_manifest = _csv_entries(file, clips, base, problems)
     except FileNotFoundError:
         raise SourceError(f"{clips}: no such file") from None
     except (UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as error:
         raise SourceError(f"{clips}: cannot be read as UTF-8 CSV or Parquet: {error}") from error
-    first_line: dict[str, int] = {}
-    for entry in entries:
-        other = first_line.setdefault(entry.clip_id, entry.line)
-        if other != entry.line:
-            problems.append(
-                f"{clips} line {entry.line}: clip {entry.clip_id} is already on line {other}"
-            )
-    if problems:
-        more = len(problems) - _MOST_PROBLEMS
-        shown = problems[:_MOST_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
-        raise SourceError("\n".join(shown))
+    problems += _twice(entries, clips)
+    refuse(problems)
     _warn_of_unknown_labels(clips, entries)
     return entries, is_manifest
 
 
+def _twice(entries: list[Entry], clips: str) -> Iterator[str]:
+    first: dict[str, Entry] = {}
+    for entry in entries:
+        other = first.setdefault(entry.clip_id, entry)
+        if other is entry:
+            continue
+        told = f"{clips} line {entry.line}: clip {entry.clip_id} is already on line {other.line}"
+        if entry.uri and entry.uri != other.uri:
+            told += (
+                f" ({other.uri} there, {entry.uri} here): name with --videos the folder above "
+                "both, or tell them apart in a column clip_id"
+            )
+        yield told
+
+
+def refuse(problems: list[str]) -> None:
+    """Raises: SourceError with a line for each problem, if there is one."""
+    more = len(problems) - _MOST_PROBLEMS
+    shown = problems[:_MOST_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
+    if shown:
+        raise SourceError("\n".join(shown))
+
+
 def _warn_of_unknown_labels(clips: str, entries: list[Entry]) -> None:
     """A label that no training clip has is most likely misspelt; the clips are kept."""
-    known = {entry.label for entry in entries if entry.split == "train"}
+    known = {entry.label for entry in entries if entry.split == TRAIN and entry.label}
     unknown: dict[str, int] = {}
     for entry in entries:
-        if known and entry.label not in known:
+        if known and entry.label and entry.label not in known:
             unknown.setdefault(entry.label, entry.line)
     for label, line in list(unknown.items())[:_MOST_PROBLEMS]:
         near = difflib.get_close_matches(label, known, n=1)
@@ -90,7 +123,9 @@ def _warn_of_unknown_labels(clips: str, entries: list[Entry]) -> None:
         _log.warning("%s line %d: no training clip has label %r%s", clips, line, label, hint)
 
 
-def _csv_entries(file: Iterable[str], clips: str, problems: list[str]) -> tuple[list[Entry], bool]:
+def _csv_entries(
+    file: Iterable[str], clips: str, base: str, problems: list[str]
+) -> tuple[list[Entry], bool]:
     reader = csv.reader(file, skipinitialspace=True)
     rows = ((reader.line_num, row) for row in reader if row)
     first = next(rows, None)
@@ -102,7 +137,7 @@ def _csv_entries(file: Iterable[str], clips: str, problems: list[str]) -> tuple[
             (line, dict(zip(header, (value.strip() for value in row), strict=False)))
             for line, row in rows
         )
-        return _manifest_entries(named, header, clips, problems), True
+        return _manifest_entries(named, header, clips, base, problems), True
     return list(_vggsound_entries(first, rows, clips, problems)), False
 
 
@@ -127,9 +162,12 @@ def _vggsound_entries(
             problems.append(f"{where}: start {start!r} is not a whole number of seconds")
         elif not label or not split:
             problems.append(f"{where}: the {'split' if label else 'label'} is empty")
+        elif not _is_safe(split):
+            problems.append(f"{where}: {split!r} is not a split: it holds a path")
         else:
             seconds = int(float(start))
-            yield Entry(line, f"{ytid}_{seconds:06d}", label, split, ytid, float(seconds))
+            clip_id = f"{ytid}_{seconds:06d}"
+            yield Entry(line, clip_id, label, split, ytid, ytid, float(seconds))
 
 
 def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
@@ -138,44 +176,58 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
 
 
 def _manifest_entries(
-    rows: Iterable[tuple[int, dict[str, Any]]], header: list[str], clips: str, problems: list[str]
+    rows: Iterable[tuple[int, dict[str, Any]]],
+    header: list[str],
+    clips: str,
+    base: str,
+    problems: list[str],
 ) -> list[Entry]:
-    unknown = [name for name in header if name not in _MANIFEST_COLUMNS]
-    lacking = [name for name in ("uri", "label", "split") if name not in header]
-    if lacking or unknown:
+    if "uri" not in header or any(name not in _MANIFEST_COLUMNS for name in header):
         raise SourceError(
-            f"{clips}: columns are {', '.join(header)}; a manifest has uri, label, split and may "
-            "have start_s, end_s, clip_id"
+            f"{clips}: columns are {', '.join(header)}; a manifest has uri and may have "
+            f"{', '.join(_MANIFEST_COLUMNS[1:])}"
         )
     entries = []
     for line, row in rows:
         try:
-            entries.append(_manifest_entry(line, row))
+            entries.append(_manifest_entry(line, row, base))
         except ValueError as error:
             problems.append(f"{clips} line {line}: {error}")
     return entries
 
 
-def _manifest_entry(line: int, row: dict[str, Any]) -> Entry:
+def _manifest_entry(line: int, row: dict[str, Any], base: str) -> Entry:
     """Raises: ValueError."""
-    uri, label, split = (str(row.get(name) or "") for name in ("uri", "label", "split"))
-    for name, value in (("uri", uri), ("label", label), ("split", split)):
+    uri, label, group, clip_id = (
+        str(row.get(name) or "") for name in ("uri", "label", "group", "clip_id")
+    )
+    split = str(row["split"] or "") if "split" in row else TRAIN
+    for name, value in (("uri", uri), ("split", split)):
         if not value:
             raise ValueError(f"the {name} is empty")
+    if "\0" in uri:
+        raise ValueError(f"{uri!r} is no uri")
     is_relative = "://" not in uri and not uri.startswith("/")
     if is_relative and ".." in PurePosixPath(uri).parts:
         raise ValueError(f"{uri!r} reaches outside the folder of videos")
     start_s, end_s = (_seconds(name, row.get(name)) for name in ("start_s", "end_s"))
     if end_s is not None and end_s <= (start_s or 0.0):
         raise ValueError(f"end_s {end_s:g} is not after start_s {start_s or 0:g}")
-    clip_id = str(row.get("clip_id") or "")
     if not clip_id:
-        clip_id = PurePosixPath(uri).stem
+        is_below = is_relative or uri.startswith(f"{base}/")
+        clip_id = clip_id_of(uri.removeprefix(f"{base}/") if is_below else PurePosixPath(uri).name)
         if start_s is not None:
             clip_id += f"_{start_s:06.0f}" if start_s == int(start_s) else f"_{start_s:010.3f}"
-    if not re.fullmatch(r"[^/\\\0]+", clip_id) or clip_id in (".", ".."):
-        raise ValueError(f"{clip_id!r} is not a clip_id: it holds a path")
-    return Entry(line, clip_id, label, split, "", start_s, end_s, uri)
+    for name, value in (("clip_id", clip_id), ("split", split)):
+        if not _is_safe(value):
+            raise ValueError(f"{value!r} is not a {name}: it holds a path")
+    group = group or group_of(PurePosixPath(uri).stem, group_of(clip_id, uri))
+    return Entry(line, clip_id, label or None, split, group, "", start_s, end_s, uri)
+
+
+def _is_safe(name: str) -> bool:
+    """Whether a name can be that of a folder: `store export` makes one of it."""
+    return re.fullmatch(r"[^/\\\0]+", name) is not None and name not in (".", "..")
 
 
 def _seconds(name: str, value: Any) -> float | None:

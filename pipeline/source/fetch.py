@@ -17,8 +17,8 @@ import fsspec
 
 from pipeline.config import IngestConfig
 from pipeline.reasons import Reason, Rejected
-from pipeline.source.listing import File, local_file, remote_file, sha256_of
-from pipeline.source.tar_parts import SEPARATOR, is_part, stream_members
+from pipeline.source.files import File, local_file, remote_file, sha256_of
+from pipeline.source.tar_parts import SEPARATOR, part_of, stream_members
 from pipeline.storage import is_refusal, is_storage_failure
 
 _MOST_DOWNLOADS = 3
@@ -60,20 +60,30 @@ class Fetched:
             Path(self.path).unlink(missing_ok=True)
 
 
-def part_of(uri: str) -> str | None:
-    """The tar part a clip lies in, if it does."""
-    part, separator, _ = uri.rpartition(SEPARATOR)
-    return part if separator and is_part(part) else None
-
-
 def fetch_all(clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[Fetched]:
     """Clips as local files: of one tar part in the order they stand there, others as given."""
     part = part_of(clips[0]["uri"]) if clips else None
-    return _fetch_part(part, clips) if part else _fetch_files(clips, config)
+    return _fetch_part(part, clips, config) if part else _fetch_files(clips, config)
 
 
-def _fetch_part(part: str, clips: list[dict[str, Any]]) -> Iterator[Fetched]:
-    by_member = {clip["uri"].removeprefix(part + SEPARATOR): clip for clip in clips}
+def _too_large(clip: dict[str, Any], config: IngestConfig) -> Rejected | None:
+    """Whether a clip would have to be copied here and is larger than may be."""
+    if clip["size"] is None or clip["size"] <= config.max_clip_bytes:
+        return None
+    return Rejected(
+        Reason.TOO_LARGE,
+        f"{clip['size']:,} bytes to copy, more than ingest.max_clip_bytes = "
+        f"{config.max_clip_bytes:,}",
+    )
+
+
+def _fetch_part(part: str, clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[Fetched]:
+    by_member = {}
+    for clip in clips:
+        if (rejected := _too_large(clip, config)) is not None:
+            yield Fetched(clip, "", rejected)
+        else:
+            by_member[clip["uri"].removeprefix(part + SEPARATOR)] = clip
     for member, path in stream_members(part, set(by_member)):
         yield Fetched(by_member.pop(member), path, is_temporary=True)
     for clip in by_member.values():
@@ -91,7 +101,7 @@ def _fetch_files(clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[
                     ahead.append(Future())
                     ahead[-1].set_result(_local(clip, config))
                 else:
-                    ahead.append(pool.submit(_download, clip, clips))
+                    ahead.append(pool.submit(_download, clip, clips, config))
                 if len(ahead) > config.prefetch:
                     yield ahead.popleft().result()
             while ahead:
@@ -119,8 +129,10 @@ def _local(clip: dict[str, Any], config: IngestConfig) -> Fetched:
     return Fetched(clip, path, hashes_content=hashes)
 
 
-def _download(clip: dict[str, Any], clips: list[dict[str, Any]]) -> Fetched:
+def _download(clip: dict[str, Any], clips: list[dict[str, Any]], config: IngestConfig) -> Fetched:
     """A local copy of a clip; `clips` are those it is fetched with."""
+    if (rejected := _too_large(clip, config)) is not None:
+        return Fetched(clip, "", rejected)
     fs, remote = fsspec.core.url_to_fs(clip["uri"], use_listings_cache=False)
     handle, path = tempfile.mkstemp(suffix=os.path.splitext(remote)[1])
     os.close(handle)

@@ -2,7 +2,7 @@
 
 Knows nothing of decoding or of the clips table. Invariant: damage in a part costs the clips from
 10 KB before it on (a part is read in such blocks) and no other; a part that did not change is read
-through once to learn what is in it.
+through once to learn what is in it; whatever a part says, reading it takes little memory and disk.
 """
 
 import gzip
@@ -22,11 +22,17 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage import Location
+from pipeline.storage import Location, is_refusal
 
 PART_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 SEPARATOR = "#"
 """Between the URI of a part and the name of a member."""
+
+_MOST_HEADER_BYTES = 1 << 20
+"""Of all extended headers before a member. Names and attributes take a few KB; tarfile reads such a
+header whole, and a .tar.gz of 3 MB can announce one of 1.3 GB."""
+_MOST_HEADERS = 8
+"""In a row: tarfile takes each by a call within the call."""
 
 _DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 _SCHEMA = pa.schema([("member", pa.string()), ("size", pa.int64())])
@@ -41,6 +47,56 @@ class PartIndex:
     sizes: list[int]
     damage: str
     """Why reading stopped early; empty if it did not."""
+    is_refused: bool = False
+    """It is there and may not be read."""
+
+
+class _Unbounded(tarfile.ReadError):
+    """A header that announces more than is read; what stands before it is whole."""
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header, of bounded size. `_proc_member` is tarfile's place for own rules."""
+
+    def _proc_member(self, tar: "_BoundedTar") -> tarfile.TarInfo:
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            raise _Unbounded("a sparse member, which may announce any size")
+        if self.type in _EXTENDED:
+            tar.n_headers += 1
+            tar.header_bytes += self.size
+            if tar.n_headers > _MOST_HEADERS or tar.header_bytes > _MOST_HEADER_BYTES:
+                raise _Unbounded(
+                    f"{tar.n_headers} extended headers of {tar.header_bytes:,} bytes, more than "
+                    f"the {_MOST_HEADERS} and {_MOST_HEADER_BYTES:,} that are read"
+                )
+        else:
+            tar.n_headers = 0
+            # Global headers stay in memory: together they are bounded too.
+            tar.header_bytes = sum(len(k) + len(v) for k, v in tar.pax_headers.items())
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+    def _proc_gnusparse_10(self, *args: object) -> None:
+        raise _Unbounded("a sparse member, which may announce any size")
+
+
+_EXTENDED = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+
+
+class _BoundedTar(tarfile.TarFile):
+    """A tar that is read as a stream and may be hostile."""
+
+    tarinfo = _Header
+    n_headers = 0
+    header_bytes = 0
+
+
+def part_of(uri: str) -> str | None:
+    """The tar part a clip lies in, if it does."""
+    part, separator, _ = uri.rpartition(SEPARATOR)
+    return part if separator and is_part(part) else None
 
 
 def is_part(name: str) -> bool:
@@ -65,7 +121,12 @@ def _index_part(uri: str, fingerprint: str, cache: Location | None) -> PartIndex
         table = pq.read_table(pa.BufferReader(cache.read_bytes(name)))
         damage = table.schema.metadata[_DAMAGE_KEY].decode()
         return PartIndex(table["member"].to_pylist(), table["size"].to_pylist(), damage)
-    index = _read_index(uri)
+    try:
+        index = _read_index(uri)
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        return PartIndex([], [], str(error), is_refused=True)
     if cache is not None:
         sink = pa.BufferOutputStream()
         schema = _SCHEMA.with_metadata({_DAMAGE_KEY: index.damage.encode()})
@@ -79,10 +140,12 @@ def _read_index(uri: str) -> PartIndex:
     damage = ""
     with fsspec.open(uri, "rb") as file:
         try:
-            with tarfile.open(fileobj=file, mode="r|*") as tar:
+            with _BoundedTar.open(fileobj=file, mode="r|*") as tar:
                 for member in tar:
                     if member.isfile():
                         found.append((member.name, member.size))
+        except _Unbounded as error:
+            damage = f"cannot be read behind {found[-1][0] if found else 'its start'}: {error}"
         except _DAMAGE as error:
             # The data of the last member are skipped only on the way to the next header.
             after = found.pop()[0] if found else "its start"
@@ -98,7 +161,7 @@ def stream_members(uri: str, wanted: set[str]) -> Iterator[tuple[str, str]]:
     left = set(wanted)
     with fsspec.open(uri, "rb") as file:
         try:
-            with tarfile.open(fileobj=file, mode="r|*") as tar:
+            with _BoundedTar.open(fileobj=file, mode="r|*") as tar:
                 for member in tar:
                     if member.name in left:
                         left.discard(member.name)

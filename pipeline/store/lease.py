@@ -1,11 +1,11 @@
-"""One writer at a time: a lease on a store, with a heartbeat.
+"""Lease: the right to be the one writer of a store, with a heartbeat.
 
 Knows nothing of what is written. Invariant: of any number of processes at most one holds the newest
 generation, because a generation is a file that only one of them can create; a holder that lost it
 notices before its next commit.
 
-Commits are safe without it (the table is append-only and keyed); the lease saves the work that two
-runs would do twice, and tells the second user so.
+Commits are safe without it (each builds on the version its writer has seen); the lease saves the
+work that two runs would do twice, and tells the second user so.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,6 +24,7 @@ from pipeline.errors import StoreLocked
 from pipeline.storage import Location, storage_failures_ignored
 
 _FOLDER = "lease"
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _ended: set[str] = set()
 """Owners of leases that this process has given up."""
 
@@ -40,6 +42,8 @@ class Lease:
             "pid": os.getpid(),
             "pid_started": psutil.Process().create_time(),
             "purpose": purpose,
+            # Others judge the silence by it: who beats slowly is not dead to a hasty one.
+            "stale_s": stale_s,
         }
         self._generation = 0
         self._stop = threading.Event()
@@ -106,27 +110,37 @@ class Lease:
             return False
         if holder["host"] == self._me["host"]:
             return _same_process(holder["pid"], holder["pid_started"])
-        if time.time() - holder["beat"] < self._stale_s:
+        stale_s = self._stale_s_of(holder)
+        if time.time() - holder["beat"] < stale_s:
             return True
         # Clocks differ between machines: a heartbeat that looks old may still go on.
-        time.sleep(self._stale_s / 3)
+        time.sleep(stale_s / 3)
         again = self._read(generation)
         return again is None or again["beat"] != holder["beat"]
+
+    def _stale_s_of(self, holder: dict[str, Any]) -> float:
+        """Leases of older versions do not say it."""
+        return float(holder.get("stale_s", self._stale_s))
 
     def _describe(self, holder: dict[str, Any]) -> str:
         ago = f"{time.time() - holder['beat']:.0f} s ago" if "beat" in holder else "just now"
         return (
             f"{self._location.uri}: locked by {holder.get('purpose', 'another run')} "
             f"(host {holder.get('host', '?')}, process {holder.get('pid', '?')}, heartbeat {ago}). "
-            f"Wait for it or end it: silent for {self._stale_s:.0f} s, it counts as dead."
+            f"Wait for it or end it: silent for "
+            f"{self._stale_s_of(holder):.0f} s, it counts as dead."
         )
 
 
 def _host() -> str:
-    """This machine, or this container: where a process id means the same process."""
+    """This machine since it started, or this container: where a process id means one process.
+
+    Machines made from one image share their name and the number of their first namespace.
+    """
     with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    return socket.gethostname()
+        boot = Path(_BOOT_ID).read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    return f"{socket.gethostname()} {psutil.boot_time():.0f}"
 
 
 def _name(generation: int) -> str:

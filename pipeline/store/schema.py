@@ -6,7 +6,10 @@ as FORMAT stays; no numpy tensor, unsigned or float16 column: any Parquet or Del
 
 import pyarrow as pa
 
-FORMAT = 1
+FORMAT = 2
+"""What this version writes. 1 had no SPEC_PROPERTY: the spec of the newest row was in force."""
+OLDEST_FORMAT = 1
+"""Older stores are refused; those from here on open, and the first write makes them FORMAT."""
 
 SOURCE_SCHEMA = pa.schema(
     [
@@ -20,9 +23,11 @@ SOURCE_SCHEMA = pa.schema(
         pa.field("fp", pa.string()),
         pa.field("size", pa.int64()),
         pa.field("mtime_ns", pa.int64()),
+        pa.field("group", pa.string()),
     ]
 )
-"""A source clip. `fp` is null where there is no file; start_s, end_s where the file is the clip."""
+"""A source clip. `fp` is null where there is no file; start_s, end_s where the file is the clip;
+`label` where it has none; `group`, what validation is split by, in stores older than the column."""
 
 CLIPS_SCHEMA = pa.schema(
     [
@@ -40,8 +45,12 @@ CLIPS_SCHEMA = pa.schema(
         pa.field("seq", pa.int64()),
     ]
 )
-"""The clips table. The row of a clip with the highest `seq` is its state; `status` is ok, failed or
-removed (a tombstone). A clip is at most once in a commit, and all rows of one have one seq."""
+"""The clips table. Of the rows of a clip and a spec the one with the highest `seq` counts; `status`
+is ok, failed or removed (a tombstone). Rows that are removed, or failed as missing, speak for all
+specs. A clip is at most once in a commit; all rows of one have its version as seq."""
+
+SPEC_PROPERTY = "diccae.spec_hash"
+"""Property of the clips table, versioned with it: hash of the spec in force."""
 
 SHARD_SCHEMA = pa.schema(
     [

@@ -1,4 +1,4 @@
-"""Feature shards: one immutable Parquet file of about 256 clips.
+"""ShardWriter and read_rows: feature shards, each one immutable Parquet file of about 256 clips.
 
 Knows nothing of the clips table or of decoding. Invariant: a shard appears in `features/` whole or
 not at all, and is never changed.
@@ -6,17 +6,19 @@ not at all, and is never changed.
 
 import os
 import tempfile
+import uuid
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import FeatureSpec
-from pipeline.errors import StoreError
-from pipeline.storage import Location
+from pipeline.errors import DamagedShard, StoreError
+from pipeline.storage import Location, is_storage_failure
 from pipeline.store.schema import ROW_GROUP_ROWS, SHARD_SCHEMA, SPEC_KEY
 
 # Frames are JPEG: compressing them again gains 3 % at best.
@@ -24,8 +26,9 @@ _COMPRESSION = {
     name: "ZSTD" for name in SHARD_SCHEMA.names if name not in ("frames", "frame_ts_ms")
 } | {"frames.list.element": "NONE", "frame_ts_ms.list.element": "ZSTD"}
 
-
 _UNFINISHED = ".part-"
+
+T = TypeVar("T")
 
 
 def discard_unfinished(location: Location) -> None:
@@ -41,11 +44,14 @@ class ShardWriter:
     def __init__(self, location: Location, name: str, spec: FeatureSpec) -> None:
         """Args: name: `features/part-....parquet`."""
         self._location, self.name = location, name
-        folder = os.path.dirname(location.join(name)) if location.is_local else None
-        if folder:
+        if location.is_local:
+            folder = os.path.dirname(location.join(name))
             os.makedirs(folder, exist_ok=True)
-        handle, self._scratch = tempfile.mkstemp(prefix=_UNFINISHED, suffix=".tmp", dir=folder)
-        os.close(handle)
+            # Not by mkstemp, whose files are its owner's alone: others of a shared store read them.
+            self._scratch = f"{folder}/{_UNFINISHED}{uuid.uuid4().hex}.tmp"
+        else:
+            handle, self._scratch = tempfile.mkstemp(prefix=_UNFINISHED, suffix=".tmp")
+            os.close(handle)
         self._writer = pq.ParquetWriter(
             self._scratch,
             SHARD_SCHEMA.with_metadata({SPEC_KEY: spec.canonical_json().encode()}),
@@ -84,36 +90,88 @@ class ShardWriter:
         self._rows = []
 
 
+class _Watched:
+    """A file that remembers whether storage failed it: Arrow tells a damaged page and a disk that
+    does not answer apart in the wording only."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.closed = False
+        self.failure: BaseException | None = None
+
+    def _tried(self, call: Callable[..., Any], *args: int) -> Any:
+        try:
+            return call(*args)
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    def read(self, n_bytes: int = -1) -> bytes:
+        return self._tried(self._file.read, n_bytes)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._tried(self._file.seek, offset, whence)
+
+    def tell(self) -> int:
+        return self._tried(self._file.tell)
+
+
 def read_rows(store_uri: str, shard: str, rows: np.ndarray | None, columns: list[str]) -> pa.Table:
     """Rows of one shard, reading only the row groups and columns needed.
 
     Args: shard: as in the clips table; rows: positions in the order wanted, None for all.
-    Raises: StoreError if the shard is missing or has fewer rows.
+    Raises: DamagedShard if the shard is missing, no whole file, or has fewer rows; StoreError if
+        the storage refuses, which says nothing of the shard.
     """
+    return _read(store_uri, shard, lambda parquet, path: _take(parquet, rows, columns, path))
+
+
+def shard_spec_hash(store_uri: str, shard: str) -> str:
+    """Hash of the spec a shard was written with. Raises: as read_rows."""
+    metadata = _read(store_uri, shard, lambda parquet, _: parquet.schema_arrow.metadata or {})
+    return FeatureSpec.hash_of(metadata.get(SPEC_KEY, b""))
+
+
+def _read(store_uri: str, shard: str, use: Callable[[pq.ParquetFile, str], T]) -> T:
     location = _location(store_uri)
     path = location.join(shard)
+    watched: _Watched | None = None
     try:
         with location.fs.open(path, "rb") as file:
-            parquet = pq.ParquetFile(file)
-            if rows is None:
-                return parquet.read(columns, use_threads=False)
-            return _take(parquet, np.asarray(rows, np.int64), columns, path)
+            watched = _Watched(file)
+            return use(pq.ParquetFile(pa.PythonFile(watched, mode="r")), path)
     except FileNotFoundError as error:
-        raise StoreError(
+        raise DamagedShard(
             f"{path}: the clips table points at this shard and it is not there. The store was "
             f'changed outside diccae; run "diccae store verify --store {store_uri} --repair".'
         ) from error
-    except (pa.ArrowInvalid, OSError) as error:
+    except StoreError:
+        raise
+    except Exception as error:
+        read_whole = watched is not None and watched.failure is None
+        if read_whole and isinstance(error, pa.ArrowException | OSError):
+            raise DamagedShard(
+                f"{path}: not a whole Parquet file ({error}). Run "
+                f'"diccae store verify --store {store_uri} --repair", then ingest again.'
+            ) from error
+        if not is_storage_failure(error):
+            raise
         raise StoreError(
-            f"{path}: not a whole Parquet file ({error}). Run "
-            f'"diccae store verify --store {store_uri} --repair", then ingest again.'
+            f"{path}: the storage does not give it ({type(error).__name__}: {error}). Nothing is "
+            "known to be wrong with the store. Look at permissions, keys and mounts, then run the "
+            "same again."
         ) from error
 
 
-def _take(parquet: pq.ParquetFile, rows: np.ndarray, columns: list[str], path: str) -> pa.Table:
+def _take(
+    parquet: pq.ParquetFile, rows: np.ndarray | None, columns: list[str], path: str
+) -> pa.Table:
+    if rows is None:
+        return parquet.read(columns, use_threads=False)
+    rows = np.asarray(rows, np.int64)
     meta = parquet.metadata
     if len(rows) and rows.max() >= meta.num_rows:
-        raise StoreError(
+        raise DamagedShard(
             f"{path}: {meta.num_rows} rows, the clips table points at row {rows.max()}. The store "
             "was changed outside diccae; run store verify --repair, then ingest again."
         )

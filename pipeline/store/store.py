@@ -1,107 +1,43 @@
-"""A feature store: one URI with Parquet shards and the clips table that says which rows count.
+"""FeatureStore: one URI with Parquet shards and the clips table that says which rows count.
 
 Knows nothing of decoding or of Ray. Invariant: the clips table, a Delta table, is the truth and
-the only commit point: a feature row exists if and only if a clips row of status ok points at it.
-A version of the table pins a data set for ever.
+the only commit point: a feature row exists if and only if a clips row of status ok points at it,
+and every commit builds on the version its writer has seen. A version pins a data set for ever.
 
 The table is a log: a commit only appends, so that its cost depends on neither the clips already
-there nor the commits before; the row with the highest `seq` is a clip's state.
+there nor the commits before (log.LogKeys says which rows count).
 """
 
-import hashlib
+import contextlib
 import json
 import re
+import uuid
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, write_deltalake
-from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from pipeline.config import FeatureSpec
 from pipeline.errors import StoreError
 from pipeline.storage import Location, delta_options
-from pipeline.store.schema import CLIPS_SCHEMA, FORMAT
+from pipeline.store.identity import STORE_FILE
+from pipeline.store.lease import Lease
+from pipeline.store.schema import CLIPS_SCHEMA, FORMAT, OLDEST_FORMAT, SPEC_PROPERTY
 from pipeline.store.shards import read_rows
+from pipeline.store.snapshot import Snapshot
 
 __all__ = ["FeatureStore", "Snapshot", "read_rows"]
 
 _TABLE_KINDS = ("file", "s3", "s3a", "gs", "az", "abfs", "abfss", "hdfs")
-_STORE_FILE = "store.json"
 _CHECKPOINT_EVERY = 50
 _FOLD_EVERY = 64
 _FOLDED_BYTES = 32 << 20
-
-
-class Snapshot:
-    """One version of a store: what training reads, unchanged for ever."""
-
-    def __init__(self, store: "FeatureStore", table: DeltaTable) -> None:
-        self.uri = store.uri
-        self.version: int = table.version()
-        self._store = store
-        self._table = table
-
-    def states(self, columns: list[str]) -> pa.Table:
-        """The newest row of each clip, tombstones left out, in no particular order."""
-        needed = list(dict.fromkeys([*columns, "clip_id", "seq", "status"]))
-        log = self._table.to_pyarrow_table(columns=needed).cast(_subschema(needed))
-        newest = log.take(_newest_rows(log))
-        return newest.filter(pc.not_equal(newest["status"], "removed")).select(columns)
-
-    @cached_property
-    def clips(self) -> pa.Table:
-        """The clips table: one row per source clip (schema.CLIPS_SCHEMA)."""
-        return self.states(CLIPS_SCHEMA.names)
-
-    @cached_property
-    def spec(self) -> FeatureSpec:
-        """What the features of this version are: the spec of its newest rows."""
-        return self._store.read_spec(self.spec_hash)
-
-    @cached_property
-    def spec_hash(self) -> str:
-        """Hash of `spec`; rows of another spec are not part of the data set."""
-        log = self._table.to_pyarrow_table(columns=["seq", "spec_hash"])
-        if not len(log):
-            return self._store.initial_spec_hash()
-        return log["spec_hash"][int(np.argmax(log["seq"].to_numpy()))].as_py()
-
-    @cached_property
-    def _live(self) -> pa.Table:
-        columns = ["clip_id", "label", "split", "shard", "row", "row_key", "status", "spec_hash"]
-        states = self.states(columns)
-        ok = pc.and_(
-            pc.equal(states["status"], "ok"), pc.equal(states["spec_hash"], self.spec_hash)
-        )
-        return states.filter(ok).sort_by([("shard", "ascending"), ("row", "ascending")])
-
-    @cached_property
-    def digest(self) -> str:
-        """Equal for equal data: ids, contents (row_key), labels, splits; not for where they lie."""
-        columns = ["clip_id", "row_key", "label", "split"]
-        rows = self._live.select(columns).sort_by("clip_id").combine_chunks()
-        digest = hashlib.sha256()
-        for name in columns:
-            # Lengths and bytes: unlike a buffer, independent of offsets and chunking.
-            joined = "\0".join(value or "" for value in rows[name].to_pylist())
-            digest.update(joined.encode() + b"\0\0")
-        return digest.hexdigest()
-
-    def rows(self, split: str | None) -> pa.Table:
-        """Live clips of a split (None: all) by (shard, row): clip_id, label, split, shard, row."""
-        live = self._live
-        if split is not None:
-            live = live.filter(pc.equal(live["split"], split))
-        return live.select(["clip_id", "label", "split", "shard", "row"])
-
-    @cached_property
-    def classes(self) -> list[str]:
-        """Distinct labels of live clips, sorted."""
-        return sorted(label for label in pc.unique(self._live["label"]).to_pylist() if label)
+_MOST_TRIES = 20
+"""Commits of others that one commit gives way to before it gives up."""
 
 
 class FeatureStore:
@@ -112,7 +48,6 @@ class FeatureStore:
         self.uri = self.location.uri
         self._options = delta_options()
         self._table: DeltaTable | None = None
-        self._n_appended = 0
 
     @classmethod
     def open(cls, uri: str) -> "FeatureStore":
@@ -122,16 +57,16 @@ class FeatureStore:
         """
         store = cls(uri)
         try:
-            about = json.loads(store.location.read_bytes(_STORE_FILE))
+            about = json.loads(store.location.read_bytes(STORE_FILE))
         except FileNotFoundError:
             raise StoreError(
-                f"{uri}: no feature store here ({_STORE_FILE} is missing). Make one with "
+                f"{uri}: no feature store here ({STORE_FILE} is missing). Make one with "
                 '"diccae ingest --clips CSV --videos DIR --store URI".'
             ) from None
-        if about["format"] != FORMAT:
+        if not OLDEST_FORMAT <= about["format"] <= FORMAT:
             raise StoreError(
-                f"{uri}: store format {about['format']}, this version reads {FORMAT}. Ingest into "
-                "a new store, or use the version of diccae that wrote it."
+                f"{uri}: store format {about['format']}, this version reads {OLDEST_FORMAT} to "
+                f"{FORMAT}. Ingest into a new store, or use the version of diccae that wrote it."
             )
         return store
 
@@ -139,7 +74,7 @@ class FeatureStore:
     def exists(cls, uri: str) -> bool:
         """Whether there is a store at `uri`."""
         location = Location(uri)
-        return bool(location.fs.exists(location.join(_STORE_FILE)))
+        return bool(location.fs.exists(location.join(STORE_FILE)))
 
     @classmethod
     def create(cls, uri: str, spec: FeatureSpec) -> "FeatureStore":
@@ -167,11 +102,13 @@ class FeatureStore:
                 "delta.checkpointInterval": str(_CHECKPOINT_EVERY),
                 # Old versions are pinned by training runs; only `store vacuum` may drop them.
                 "delta.enableExpiredLogCleanup": "false",
+                SPEC_PROPERTY: spec.spec_hash(),
             },
+            raise_if_key_not_exists=False,
             storage_options=store._options,
         )
-        about = {"format": FORMAT, "spec_hash": spec.spec_hash()}
-        store.location.write_bytes(_STORE_FILE, json.dumps(about).encode())
+        about = {"format": FORMAT, "id": uuid.uuid4().hex, "spec_hash": spec.spec_hash()}
+        store.location.write_bytes(STORE_FILE, json.dumps(about).encode())
         return store
 
     @property
@@ -187,6 +124,14 @@ class FeatureStore:
                 "ingest into a new one."
             ) from error
 
+    def _newest(self) -> DeltaTable:
+        """The table as it is now. Never handed out: it moves on with the next call."""
+        if self._table is None:
+            self._table = self._load()
+        else:
+            self._table.update_incremental()
+        return self._table
+
     def snapshot(self, version: int | None = None) -> Snapshot:
         """A version of the store, None for the newest.
 
@@ -200,47 +145,133 @@ class FeatureStore:
                 "Versions are kept by pins and by the retention of store vacuum."
             ) from error
 
-    def append(self, rows: pa.Table, about: dict[str, Any]) -> int:
+    @contextlib.contextmanager
+    def lease(self, stale_s: float, purpose: str) -> Iterator[Lease]:
+        """Be the one writer; a store of an older format becomes one of this.
+
+        Raises: StoreLocked; StoreError if the storage refuses.
+        """
+        with Lease(self.location, stale_s, purpose) as lease:
+            if SPEC_PROPERTY not in self._newest().metadata().configuration:
+                newest = self.snapshot()
+                # First the format: an older diccae would go on deriving the spec from the rows.
+                about = json.loads(self.location.read_bytes(STORE_FILE)) | {"format": FORMAT}
+                self.location.write_bytes(STORE_FILE, json.dumps(about).encode())
+                self._put_in_force(newest.spec_hash, {"by": "upgrade"}, lease.check)
+            yield lease
+
+    def append(
+        self, rows: pa.Table, about: dict[str, Any], check: Callable[[], None] | None = None
+    ) -> int:
         """Commit clips rows (seq is set here; a clip at most once). Returns the new version.
 
+        Args: check: called between reading the newest version and committing on top of it, so that
+            a writer that lost its lease (Lease.check) cannot commit over its successor.
         Raises: StoreError if the storage refuses; nothing of these rows is committed then.
         """
-        try:
-            return self._append(rows, about)
-        except (DeltaError, OSError) as error:
-            raise StoreError(
-                f"{self.uri}: a commit failed ({error}). What was committed before is kept. Mend "
-                "the storage, then run the same again."
-            ) from error
 
-    def _append(self, rows: pa.Table, about: dict[str, Any]) -> int:
-        if self._table is None:
-            self._table = self._load()
-        self._table.update_incremental()
-        seq = pa.array(np.full(len(rows), self._table.version() + 1, np.int64))
-        index = CLIPS_SCHEMA.get_field_index("seq")
-        rows = rows.set_column(index, CLIPS_SCHEMA.field(index), seq).cast(CLIPS_SCHEMA)
-        write_deltalake(
-            self._table,
-            rows,
-            mode="append",
-            commit_properties=CommitProperties(
-                custom_metadata={key: str(value) for key, value in about.items()}
-            ),
+        def write(table: DeltaTable, properties: CommitProperties) -> None:
+            seq = pa.array(np.full(len(rows), table.version() + 1, np.int64))
+            index = CLIPS_SCHEMA.get_field_index("seq")
+            stamped = rows.set_column(index, CLIPS_SCHEMA.field(index), seq).cast(CLIPS_SCHEMA)
+            write_deltalake(
+                table,
+                stamped,
+                mode="append",
+                # Adds the columns that the table of an older store lacks.
+                schema_mode="merge",
+                commit_properties=properties,
+            )
+
+        return self._commit(write, about, check)
+
+    def put_in_force(
+        self, spec: FeatureSpec, about: dict[str, Any], check: Callable[[], None] | None = None
+    ) -> int:
+        """Commit that the data set is that of `spec` from now on. Returns the new version.
+
+        Args, raises: as append.
+        """
+        self.write_spec(spec)
+        return self._put_in_force(spec.spec_hash(), about, check)
+
+    def _put_in_force(
+        self, spec_hash: str, about: dict[str, Any], check: Callable[[], None] | None
+    ) -> int:
+        def write(table: DeltaTable, properties: CommitProperties) -> None:
+            table.alter.set_table_properties(
+                {SPEC_PROPERTY: spec_hash},
+                raise_if_not_exists=False,
+                commit_properties=properties,
+            )
+
+        return self._commit(write, about, check)
+
+    def rewrite_log(
+        self, rows: pa.Table, read_version: int, check: Callable[[], None] | None = None
+    ) -> int:
+        """Commit `rows`, made from `read_version`, in place of the whole log.
+
+        Older versions keep theirs. Raises: StoreError if another version was committed meanwhile,
+        whose rows would be lost, or if the storage refuses.
+        """
+
+        def write(table: DeltaTable, properties: CommitProperties) -> None:
+            if table.version() != read_version:
+                raise StoreError(
+                    f"{self.uri}: version {table.version()} was committed while version "
+                    f"{read_version} was being rewritten. No row is lost; run the same again."
+                )
+            write_deltalake(
+                table,
+                rows.cast(CLIPS_SCHEMA),
+                mode="overwrite",
+                schema_mode="merge",
+                commit_properties=properties,
+            )
+
+        return self._commit(write, {"read_version": read_version}, check)
+
+    def _commit(
+        self,
+        write: Callable[[DeltaTable, CommitProperties], None],
+        about: dict[str, Any],
+        check: Callable[[], None] | None,
+    ) -> int:
+        """Have `write` commit exactly the version after the newest. Returns that version."""
+        properties = CommitProperties(
+            custom_metadata={key: str(value) for key, value in about.items()},
+            # Never rebased by the library: whoever commits has seen all that was there before, and
+            # a seq made from the version is no one else's.
+            max_commit_retries=0,
         )
-        version = self._table.version()
-        self._n_appended += 1
-        if self._n_appended % _FOLD_EVERY == 0:
-            # A commit costs time for each file of the table: small ones are put together.
-            self._table.optimize.compact(target_size=_FOLDED_BYTES)
-        return version
+        refused: Exception | None = None
+        try:
+            for _ in range(_MOST_TRIES):
+                table = self._newest()
+                if check is not None:
+                    check()
+                try:
+                    write(table, properties)
+                except CommitFailedError as error:
+                    refused, self._table = error, None
+                    continue
+                version = table.version()
+                if version % _FOLD_EVERY == 0:
+                    self._fold_files(table)
+                return version
+        except (DeltaError, OSError) as error:
+            refused = error
+        raise StoreError(
+            f"{self.uri}: a commit failed ({refused}). What was committed before is kept. Mend "
+            "the storage, then run the same again."
+        ) from refused
 
-    def rewrite_log(self, rows: pa.Table) -> int:
-        """Commit `rows` in place of the whole log (older versions keep theirs)."""
-        table = self._load()
-        write_deltalake(table, rows.cast(CLIPS_SCHEMA), mode="overwrite")
-        self._table = None
-        return table.version()
+    def _fold_files(self, table: DeltaTable) -> None:
+        """Put small files of the table together: reading costs time for each one."""
+        # A rewrite of the log meanwhile has done more than this would.
+        with contextlib.suppress(CommitFailedError):
+            table.optimize.compact(target_size=_FOLDED_BYTES)
 
     def drop_log_files(self, retention_hours: float, kept_versions: list[int]) -> None:
         """Delete files of the clips table that no version of `kept_versions` needs."""
@@ -284,29 +315,24 @@ class FeatureStore:
 
     def version(self) -> int:
         """The newest version."""
-        return self._load().version()
+        return self._newest().version()
 
     def initial_spec_hash(self) -> str:
         """Hash of the spec the store was created with."""
-        return json.loads(self.location.read_bytes(_STORE_FILE))["spec_hash"]
+        return json.loads(self.location.read_bytes(STORE_FILE))["spec_hash"]
 
     def read_spec(self, spec_hash: str) -> FeatureSpec:
         """A spec that was used in this store, by its hash."""
         return FeatureSpec.model_validate_json(self.location.read_bytes(f"specs/{spec_hash}.json"))
 
+    def specs_since(self, moment: float) -> set[str]:
+        """Hashes of specs that were decoded for or put in force at or after a time (Unix, s)."""
+        return {
+            entry["name"].rsplit("/", 1)[-1].removesuffix(".json")
+            for entry in self.location.ls("specs")
+            if self.location.modified(entry) >= moment
+        }
+
     def write_spec(self, spec: FeatureSpec) -> None:
-        """Keep a spec for `read_spec`."""
+        """Keep a spec for `read_spec`, and when it was last used for `specs_since`."""
         self.location.write_bytes(f"specs/{spec.spec_hash()}.json", spec.canonical_json().encode())
-
-
-def _subschema(names: list[str]) -> pa.Schema:
-    return pa.schema([CLIPS_SCHEMA.field(name) for name in names])
-
-
-def _newest_rows(log: pa.Table) -> np.ndarray:
-    """Positions of the row with the highest seq of each clip_id."""
-    newest_first = np.argsort(-log["seq"].to_numpy(), kind="stable")
-    ids = log["clip_id"].take(newest_first).combine_chunks()
-    first_position = pc.index_in(ids, value_set=pc.unique(ids)).to_numpy()
-    _, first = np.unique(first_position, return_index=True)
-    return newest_first[first]

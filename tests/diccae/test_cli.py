@@ -61,6 +61,7 @@ def test_storage_that_cannot_be_used_is_one_line(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
     (tmp_path / "clips.csv").write_text("a,1,dog,train\n")
+    (tmp_path / "a_000001.mp4").touch()
     source = ["--clips", str(tmp_path / "clips.csv"), "--videos", str(tmp_path)]
     assert main(["ingest", *source, "--store", store]) == 1
     err = capsys.readouterr().err

@@ -1,6 +1,8 @@
 """The root config: files, overrides, errors."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,7 @@ from diccae.commands.pretrain import SECTIONS, PretrainArgs
 from diccae.config import RunConfig, differing_keys, load_config, save_config
 from diccae.errors import UsageError
 from pipeline.config import FeatureSpec
+from pipeline.ingest.run import IngestSummary
 from pipeline.store.store import FeatureStore
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -92,12 +95,33 @@ def test_digest_ignores_where_a_run_happens_but_not_what_it_is() -> None:
     ],
 )
 def test_a_store_keeps_its_spec_unless_another_is_asked_for(
-    tmp_path: Path, content: str, options: list[str], expected: tuple[int, int] | None
+    tmp_path: Path,
+    content: str,
+    options: list[str],
+    expected: tuple[int, int] | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     FeatureStore.create(str(tmp_path / "store"), FeatureSpec(n_frames=3))
     config = tmp_path / "some.yaml"
     config.write_text(content)
+    asked: list[FeatureSpec | None] = []
+
+    def run_ingest(clips: str, videos: str, store: str, spec: FeatureSpec, *_: Any, **__: Any):
+        asked.append(spec)
+        return IngestSummary(**dict.fromkeys(IngestSummary.__dataclass_fields__, 0))
+
+    monkeypatch.setattr("diccae.stages.ingest.run_ingest", run_ingest)
     argv = ["--clips", "x.csv", "--store", str(tmp_path / "store"), "--config", str(config)]
-    argv += options
-    spec = ingest.wanted_spec(parse("ingest", ingest.IngestArgs, argv, ingest.SECTIONS), argv)
-    assert (spec and (spec.n_frames, spec.frame_size)) == expected
+    assert ingest.main([*argv, *options]) == 0
+    assert [spec and (spec.n_frames, spec.frame_size) for spec in asked] == [expected]
+
+
+def test_options_of_all_sections_go_together_on_a_store_that_exists(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    FeatureStore.create(str(tmp_path / "store"), FeatureSpec(n_frames=3))
+    (tmp_path / "a.mp4").touch()
+    argv = ["--videos", str(tmp_path), "--store", str(tmp_path / "store"), "--plan", "--json"]
+    argv += ["--features.n-frames", "8", "--ingest.fingerprint", "sha256", "--tracking.uri", "x"]
+    assert ingest.main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["new"] == 1

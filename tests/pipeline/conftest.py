@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from support.stores import contents
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.ingest.run import ingest
@@ -88,6 +89,8 @@ class Source:
         self.progress = []
 
     def ingest(self, spec=None, on_progress=None, **options):
+        """Args: options: of IngestConfig."""
+
         def start_ray():
             self.n_ray_starts += 1
 
@@ -110,10 +113,18 @@ class Source:
 @pytest.fixture(scope="session")
 def done(synth_data, tmp_path_factory, ray_session) -> Source:
     """A source ingested once; tests copy it."""
-    config = IngestConfig(workers=1, shard_clips=16, timeout_s=30, cpus_per_worker=0.5)
+    config = IngestConfig(
+        workers=1, shard_clips=16, timeout_s=30, cpus_per_worker=0.5, local_clips=0
+    )
     source = Source(synth_data, tmp_path_factory.mktemp("done"), SMALL_SPEC, config)
     source.summary = source.ingest(SMALL_SPEC)
     return source
+
+
+@pytest.fixture(scope="session")
+def undisturbed(done) -> list:
+    """What the store of a run through Ray that nothing happened to holds."""
+    return contents(done.store)
 
 
 @pytest.fixture

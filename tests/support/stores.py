@@ -1,4 +1,4 @@
-"""A feature store without clips: rows of noise, written as an ingest would.
+"""What is in a feature store, and one without clips: rows of noise, written as an ingest would.
 
 Knows nothing of decoding. Invariant: equal arguments give equal features.
 """
@@ -8,18 +8,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.config import FeatureSpec
 from pipeline.decode.payload import encode_jpeg, fbank_payload
 from pipeline.store.schema import CLIPS_SCHEMA
-from pipeline.store.shards import ShardWriter
+from pipeline.store.shards import ShardWriter, read_rows
 from pipeline.store.store import FeatureStore
 
 N_SHARDS = 2
 
 
-def noise_store(folder: Path, spec: FeatureSpec, n_clips: int) -> FeatureStore:
-    """n clips of the train split, of classes "class 0" to "class 3", in two shards."""
+def noise_store(
+    folder: Path, spec: FeatureSpec, n_clips: int, labelled: bool = True
+) -> FeatureStore:
+    """n clips of the train split, of classes "class 0" to "class 3" or of none, in two shards."""
     store = FeatureStore.create(str(folder), spec)
     rng = np.random.default_rng(0)
     rows = []
@@ -37,11 +40,24 @@ def noise_store(folder: Path, spec: FeatureSpec, n_clips: int) -> FeatureStore:
                 "fbank": fbank,
                 "fbank_frames": n_valid,
             }
-            label = f"class {number % 4}"
-            same = {"clip_id": clip_id, "row_key": f"key-{clip_id}", "label": label}
+            label = f"class {number % 4}" if labelled else None
+            same: dict[str, Any] = {"clip_id": clip_id, "row_key": f"key-{clip_id}", "label": label}
             same["split"] = "train"
             state = {"status": "ok", "shard": writer.name, "spec_hash": spec.spec_hash()}
             rows.append({**same, **state, "row": writer.add({**same, **features})})
         writer.publish()
     store.append(pa.Table.from_pylist(rows, CLIPS_SCHEMA), {})
     return store
+
+
+def contents(store: str) -> list:
+    """Every live row with its payload, by clip."""
+    rows = FeatureStore.open(store).snapshot().rows(None)
+    columns = ["clip_id", "row_key", "frames", "frame_ts_ms", "fbank"]
+    found = []
+    for shard in pc.unique(rows["shard"]).to_pylist():
+        mine = rows.filter(pc.equal(rows["shard"], shard))
+        table = read_rows(store, shard, mine["row"].to_numpy(), columns)
+        assert table["clip_id"].to_pylist() == mine["clip_id"].to_pylist()
+        found += [tuple(map(repr, row.values())) for row in table.to_pylist()]
+    return sorted(found)

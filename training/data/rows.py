@@ -90,9 +90,13 @@ def index_rows(snapshot: Snapshot, split: str, classes: list[str] | None = None)
     )
 
 
-def split_validation(index: RowIndex, frac: float) -> tuple[RowIndex, RowIndex]:
-    """Train and validation rows, split by YouTube id so that no video is in both."""
-    videos = np.array([c.rsplit("_", 1)[0] for c in index.clip_ids_N], dtype=object)
-    draw = clip_keys([f"validation:{v}" for v in videos]).astype(np.float64) / 2.0**64
-    held = draw < frac
-    return index.take(~held), index.take(held)
+def with_labels(index: RowIndex, purpose: str) -> RowIndex:
+    """The rows that have a label. Raises: TrainingError if none has, naming who needs them."""
+    known = index.labels_N >= 0
+    if not known.any():
+        raise TrainingError(
+            f"{purpose} needs labels, and none of the {len(index)} clips of {index.store_uri} it "
+            "would use has one. Ingest them with a list that has labels (diccae ingest --clips), "
+            "or with --label-from-folder."
+        )
+    return index if known.all() else index.take(known)

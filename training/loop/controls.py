@@ -40,7 +40,7 @@ def control_labels(labels: str, index: RowIndex, k: int, seed: int) -> Control |
         known_N = index.labels_N >= 0
         if not known_N.any():
             raise TrainingError(
-                "rounds.labels = true, but no clip of the train split has a label; ingest a CSV "
+                "rounds.labels = true, but no clip of the train split has a label; ingest a list "
                 "with labels, or take clusters"
             )
         return Control(

@@ -19,7 +19,8 @@ from clustering.rounds.protocol import Rounds
 from pipeline.store.store import FeatureStore, Snapshot
 from training.config import TrainingConfig
 from training.data.order import BatchPlan, WindowPlan, lanes_of
-from training.data.rows import RowIndex, index_rows, split_validation
+from training.data.rows import RowIndex, index_rows
+from training.data.validation import groups_of, split_validation
 from training.errors import TrainingError
 from training.loop.controls import control_labels
 from training.loop.hooks import Hooks, World
@@ -67,7 +68,8 @@ def pin(store: str, version: int | None, config: TrainingConfig) -> Pinned:
     snapshot = FeatureStore.open(store).snapshot(version)
     index = index_rows(snapshot, "train")
     if config.data.validation_frac > 0:
-        return Pinned(snapshot, *split_validation(index, config.data.validation_frac))
+        groups_N = groups_of(snapshot, "train")
+        return Pinned(snapshot, *split_validation(index, groups_N, config.data.validation_frac))
     return Pinned(snapshot, index)
 
 

@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from pipeline.decode.sandbox import Sandbox
+from pipeline.errors import PipelineError
 from pipeline.reasons import Reason, Rejected
 
 POISON = """
@@ -114,6 +115,22 @@ def test_child_killed_between_calls_is_one_rejected_call_at_most(sandbox):
     os.kill(pid, signal.SIGKILL)
     psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=60)
     assert call(box, "fine")[0] == "fine"
+
+
+def test_child_that_stalls_while_it_starts_costs_its_call_and_a_third_one_ends_it(
+    sandbox, tmp_path, monkeypatch
+):
+    (tmp_path / "stalls.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr("pipeline.decode.sandbox._START_TIMEOUT_S", 0.5)
+    box = Sandbox("stalls:run", timeout_s=60.0)
+    for _ in range(2):
+        box.submit("anything")
+        with pytest.raises(Rejected, match=r"while it started: no result after 0\.5 s") as caught:
+            box.result()
+        assert caught.value.reason == Reason.TIMEOUT
+    box.submit("anything")
+    with pytest.raises(PipelineError, match="did not start 3 times in a row"):
+        box.result()
 
 
 def test_rejection_and_noise_pass_through(sandbox):

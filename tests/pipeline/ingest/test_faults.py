@@ -15,9 +15,9 @@ from pathlib import Path
 
 import botocore.exceptions
 import psutil
-import pyarrow.compute as pc
 import pytest
 from support.processes import kill, ray_env
+from support.stores import contents
 
 from pipeline.config import FeatureSpec
 from pipeline.errors import PipelineError, StoreError, StoreLocked
@@ -89,25 +89,6 @@ def ray_folder():
     """Short: Ray's socket paths are limited to 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="pf", dir="/tmp", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
-
-
-def contents(store: str) -> list:
-    """Every live row with its payload, by clip."""
-    rows = FeatureStore.open(store).snapshot().rows(None)
-    columns = ["clip_id", "row_key", "frames", "frame_ts_ms", "fbank"]
-    found = []
-    for shard in pc.unique(rows["shard"]).to_pylist():
-        mine = rows.filter(pc.equal(rows["shard"], shard))
-        table = read_rows(store, shard, mine["row"].to_numpy(), columns)
-        assert table["clip_id"].to_pylist() == mine["clip_id"].to_pylist()
-        found += [tuple(map(repr, row.values())) for row in table.to_pylist()]
-    return sorted(found)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(done) -> list:
-    """What the store of a run that nothing happened to holds."""
-    return contents(done.store)
 
 
 def test_driver_killed_then_run_again_loses_and_doubles_nothing(source, undisturbed, ray_folder):

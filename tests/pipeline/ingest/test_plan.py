@@ -79,12 +79,13 @@ CASES = {
         {"clip_id": "a", **MISSING},
         {"clip_id": "a", **MISSING, "status": "failed", "reason": "missing"}, "unchanged", None,
     ),
-    "never_there": ({"clip_id": "a", **MISSING}, None, "new", None),
+    "never_there": ({"clip_id": "a", **MISSING}, None, "missing", None),
     "came_back": (
         {"clip_id": "a"}, {"clip_id": "a", **MISSING, "status": "failed", "reason": "missing"},
         "new", "new",
     ),
     "relabelled": ({"clip_id": "a", "label": "cat"}, {"clip_id": "a"}, "changed", None),
+    "regrouped": ({"clip_id": "a", "group": "g"}, {"clip_id": "a"}, "unchanged", None),
     "moved": ({"clip_id": "a", "uri": "/w/a.mp4"}, {"clip_id": "a"}, "unchanged", None),
     "touched_hash": (
         {"clip_id": "a", "fp": "9-9"}, {"clip_id": "a", "fp_kind": "sha256", "fp": "ab"},

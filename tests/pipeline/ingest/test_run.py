@@ -25,8 +25,8 @@ def test_first_ingest_stores_every_clip(done):
     summary = done.summary
     assert done.counts(summary) == {"new": 48, "ok": 48}
     assert list(summary.to_json()) == [
-        "new", "changed", "spec_changed", "removed", "unchanged", "retried", "ok", "failed",
-        "seconds", "version",
+        "new", "changed", "spec_changed", "removed", "missing", "unchanged", "retried", "ok",
+        "failed", "seconds", "version",
     ]  # fmt: skip
     assert done.progress[-1].done == done.progress[-1].committed == 48
     about = status(done.store)
@@ -81,7 +81,7 @@ def test_touched_added_and_deleted_files_are_counted_exactly(source):
     bytes_before = status(source.store)["bytes"]
     summary = source.ingest()
     assert source.counts(summary) == {
-        "new": 2, "changed": 1, "removed": 1, "unchanged": 46, "ok": 3, "failed": 1,
+        "new": 2, "changed": 1, "removed": 1, "unchanged": 46, "ok": 3,
     }  # fmt: skip
     written = status(source.store)["bytes"] - bytes_before
     assert written <= 1.2 * 3 * bytes_before / 48, "more was written than the three clips decoded"
@@ -203,7 +203,7 @@ def test_pace_and_time_left_count_from_the_first_clip(tmp_path):
     shown: list[Progress] = []
     store = FeatureStore.create(str(tmp_path / "store"), FeatureSpec())
     lease = Lease(store.location, 30.0, "me")
-    run = _Run(store, FeatureSpec(), IngestConfig(), lease, 30, shown.append)
+    run = _Run(store, FeatureSpec(), IngestConfig(), lease, 30, shown.append, lambda: None)
     first = datetime.now(UTC) - timedelta(seconds=5)
     clip = dict.fromkeys(CLIPS_SCHEMA.names) | {"status": "ok", "decoded_at": first}
     run._take(pa.Table.from_pylist([clip] * 10, CLIPS_SCHEMA))

@@ -30,7 +30,7 @@ def videos(tmp_path) -> Path:
 def listed(csv: bytes, videos: Path) -> list[dict]:
     path = videos.parent / "clips.csv"
     path.write_bytes(csv)
-    return list_sources(str(path), str(videos)).to_pylist()
+    return list_sources(str(path), str(videos)).clips.to_pylist()
 
 
 def refused(csv: bytes, videos: Path) -> list[str]:
@@ -80,6 +80,7 @@ def test_clip_without_a_file_is_listed_without_fingerprint(videos):
         (b"abc,1,,train", "line 2: the label is empty"),
         (b"abc,1,dog,", "line 2: the split is empty"),
         (b"abc,1,dog, big,train", "line 2: 5 columns, expected 4"),
+        (b"abc,1,dog,../../x", "line 2: '../../x' is not a split: it holds a path"),
         (b"-abc_def_12,30,cat,test", "line 2: clip -abc_def_12_000030 is already on line 1"),
     ],
 )
@@ -143,9 +144,9 @@ def test_manifest_of_another_data_set(kind, videos, tmp_path):
             cells = ("" if value is None else f'"{value}"' for value in row.values())
             lines.append(",".join(cells))
         path.write_text("\n".join(lines))
-    first, second, third = list_sources(str(path), str(videos)).to_pylist()
+    first, second, third = list_sources(str(path), str(videos)).clips.to_pylist()
     assert (first["clip_id"], first["label"], first["start_s"]) == (
-        "_zzzzzzzzzz_000001", "a, b", None,
+        "deep___zzzzzzzzzz_000001", "a, b", None,
     )  # fmt: skip
     assert (second["clip_id"], second["start_s"], second["end_s"]) == (
         "untrimmed00_000002.500", 2.5, 4.0,
@@ -162,6 +163,9 @@ def test_manifest_of_another_data_set(kind, videos, tmp_path):
         ("x.mp4,nan,,dog,train,", "start_s 'nan' is not a time"),
         ("x.mp4,,,dog,train,../../a", "it holds a path"),
         (",,,dog,train,", "the uri is empty"),
+        ("x.mp4,,,dog,,", "the split is empty"),
+        ("x.mp4,,,dog,../../x,", "'../../x' is not a split: it holds a path"),
+        ("x.mp4,,,dog,..,", "'..' is not a split: it holds a path"),
     ],
 )
 def test_bad_manifest_row_is_one_clear_line(row, told, videos, tmp_path):
@@ -169,6 +173,51 @@ def test_bad_manifest_row_is_one_clear_line(row, told, videos, tmp_path):
     path.write_text(f"uri,start_s,end_s,label,split,clip_id\n{row}\n")
     with pytest.raises(SourceError, match=told):
         list_sources(str(path), str(videos))
+
+
+def manifest(text: str, videos: Path, base: object = None) -> list[dict]:
+    path = videos.parent / "m.csv"
+    path.write_text(text)
+    return list_sources(str(path), str(base or videos)).clips.to_pylist()
+
+
+@pytest.mark.parametrize("text", ["uri\nuntrimmed00.mkv\n", "uri,label\nuntrimmed00.mkv,\n"])
+def test_manifest_without_labels_and_splits_is_one_of_unlabelled_training_clips(text, videos):
+    (row,) = manifest(text, videos)
+    assert (row["clip_id"], row["label"], row["split"]) == ("untrimmed00", None, "train")
+
+
+def test_files_of_one_name_in_two_folders_are_two_clips_of_a_manifest(videos, monkeypatch):
+    (videos / "untrimmed00.webm").touch()
+    (videos / "deep" / "untrimmed00.mkv").touch()
+    text = f"uri\nuntrimmed00.mkv\ndeep/untrimmed00.mkv\n{videos}/deep/_zzzzzzzzzz_000001.webm\n"
+    ids = [row["clip_id"] for row in manifest(text, videos)]
+    assert ids == ["untrimmed00", "deep__untrimmed00", "deep___zzzzzzzzzz_000001"]
+    monkeypatch.chdir(videos.parent)
+    assert [row["clip_id"] for row in manifest(text, videos, "videos")] == ids
+    elsewhere = videos.parent / "elsewhere"
+    elsewhere.mkdir()
+    text = f"uri\n{videos}/untrimmed00.mkv\n{videos}/deep/untrimmed00.mkv\n"
+    with pytest.raises(SourceError) as caught:
+        manifest(text, videos, elsewhere)
+    (message,) = str(caught.value).splitlines()
+    assert "line 3: clip untrimmed00 is already on line 2" in message
+    assert f"({videos}/untrimmed00.mkv there, {videos}/deep/untrimmed00.mkv here)" in message
+    assert "a column clip_id" in message
+    named = f"uri,clip_id\n{videos}/untrimmed00.mkv,a\n{videos}/deep/untrimmed00.mkv,b\n"
+    assert [row["clip_id"] for row in manifest(named, videos, elsewhere)] == ["a", "b"]
+
+
+def test_group_is_the_column_or_the_video_of_a_vggsound_name_or_the_uri(videos):
+    text = (
+        "uri,start_s,group\nuntrimmed00.mkv,1,recording 7\nuntrimmed00.mkv,2,\n"
+        "-abc_def_12_000030.mp4,,\ndeep/_zzzzzzzzzz_000001.webm,,\n"
+    )
+    groups = [row["group"] for row in manifest(text, videos)]
+    assert groups == ["recording 7", "untrimmed00", "-abc_def_12", "_zzzzzzzzzz"]
+    (row,) = manifest("uri\nuntrimmed00.mkv\n", videos)
+    assert row["group"] == "untrimmed00.mkv"
+    assert listed(b"untrimmed00,5,dog,train", videos)[0]["group"] == "untrimmed00"
 
 
 def test_manifest_with_a_misspelt_column_is_refused(videos, tmp_path):
@@ -206,7 +255,7 @@ def parts(tmp_path):
 
 def test_clips_are_found_in_tar_parts_and_read_as_a_stream(parts):
     csv, folder = parts
-    rows = list_sources(str(csv), str(folder)).to_pylist()
+    rows = list_sources(str(csv), str(folder)).clips.to_pylist()
     assert [row["fp"] is not None for row in rows] == [True] * 20
     fetched = []
     for one in fetch_all(rows[3:6], IngestConfig()):
@@ -221,7 +270,7 @@ def test_damage_in_a_part_costs_only_what_is_behind_it(parts):
     path = folder / "vgg_00.tar.gz"
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    rows = list_sources(str(csv), str(folder)).to_pylist()
+    rows = list_sources(str(csv), str(folder)).clips.to_pylist()
     found = [row["fp"] is not None for row in rows]
     assert found[:4] == [True] * 4
     assert found[5:10] == [False] * 5
@@ -230,7 +279,7 @@ def test_damage_in_a_part_costs_only_what_is_behind_it(parts):
 
 def test_damage_after_the_listing_rejects_the_clips_behind_it(parts):
     csv, folder = parts
-    rows = list_sources(str(csv), str(folder)).to_pylist()[:10]
+    rows = list_sources(str(csv), str(folder)).clips.to_pylist()[:10]
     path = folder / "vgg_00.tar.gz"
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 2000] = b"\0" * 2000
@@ -249,7 +298,7 @@ def test_a_part_is_read_through_once(parts, tmp_path, monkeypatch):
     cache = Location(str(tmp_path / "store"))
     first = list_sources(str(csv), str(folder), cache)
     # A second listing could not read the parts: it must know them.
-    monkeypatch.setattr(tarfile, "open", None)
+    monkeypatch.setattr("pipeline.source.tar_parts._read_index", None)
     assert list_sources(str(csv), str(folder), cache) == first
     stat = (folder / "vgg_00.tar.gz").stat()
     os.utime(folder / "vgg_00.tar.gz", ns=(1, stat.st_mtime_ns + 1))
@@ -260,5 +309,5 @@ def test_a_part_is_read_through_once(parts, tmp_path, monkeypatch):
 def test_gzip_that_is_no_tar_is_damage_from_the_start(parts):
     csv, folder = parts
     (folder / "vgg_00.tar.gz").write_bytes(gzip.compress(b"no tar"))
-    rows = list_sources(str(csv), str(folder)).to_pylist()
+    rows = list_sources(str(csv), str(folder)).clips.to_pylist()
     assert sum(row["fp"] is not None for row in rows) == 10

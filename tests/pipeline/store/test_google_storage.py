@@ -12,10 +12,8 @@ from gcp_storage_emulator.server import create_server
 from support.s3 import s3_server
 
 from pipeline.config import FeatureSpec, IngestConfig
-from pipeline.decode.payload import fbanks_function
 from pipeline.errors import StoreLocked
-from pipeline.ingest.run import plan_ingest
-from pipeline.ingest.shard_decoder import ShardDecoder
+from pipeline.ingest.run import ingest, plan_ingest
 from pipeline.ingest.verify import verify
 from pipeline.storage import Location
 from pipeline.store.lease import Lease
@@ -23,7 +21,7 @@ from pipeline.store.store import FeatureStore
 from pipeline.synth import write_clips
 
 SPEC = FeatureSpec(n_frames=2, frame_size=32, duration_s=1.0, fbank_frames=100)
-CONFIG = IngestConfig(shard_clips=5, prefetch=3)
+CONFIG = IngestConfig(shard_clips=5, prefetch=3, commit_shards=1)
 
 
 class BothApis(http.server.BaseHTTPRequestHandler):
@@ -101,13 +99,16 @@ def videos(tmp_path_factory):
 
 
 def ingested(source: str, store_uri: str) -> FeatureStore:
-    """Decoded in this process."""
-    store = FeatureStore.create(store_uri, SPEC)
-    plan = plan_ingest(f"{source}/clips.csv", f"{source}/videos", store_uri, SPEC, CONFIG)
-    decoder = ShardDecoder(store_uri, SPEC, CONFIG, "r", fbanks_function(SPEC))
-    for states in decoder.decode(0, plan.todo):
-        store.append(states, {})
-    return store
+    """Of so few clips that Ray is not started."""
+
+    def no_ray() -> None:
+        raise AssertionError("Ray for twelve clips")
+
+    ingest(
+        f"{source}/clips.csv", f"{source}/videos", store_uri, SPEC, CONFIG,
+        start_ray=no_ray, on_progress=lambda progress: None,
+    )  # fmt: skip
+    return FeatureStore.open(store_uri)
 
 
 def test_a_store_in_a_bucket_holds_what_a_local_one_holds(videos, tmp_path):

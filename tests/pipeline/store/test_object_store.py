@@ -15,12 +15,15 @@ from support.s3 import s3_server
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.decode.payload import fbanks_function
-from pipeline.errors import StoreLocked
+from pipeline.errors import StoreError, StoreLocked
 from pipeline.ingest.maintenance import compact, failures, vacuum
 from pipeline.ingest.maintenance import status as store_status
-from pipeline.ingest.run import plan_ingest
+from pipeline.ingest.run import ingest, plan_ingest
 from pipeline.ingest.shard_decoder import ShardDecoder
 from pipeline.ingest.verify import verify
+from pipeline.source.listing import list_sources
+from pipeline.storage import Location
+from pipeline.store.identity import store_id
 from pipeline.store.lease import Lease
 from pipeline.store.store import FeatureStore, read_rows
 from pipeline.synth import write_clips
@@ -102,13 +105,20 @@ def s3(tmp_path_factory):
 
 
 def run(store_uri: str) -> FeatureStore:
-    """An ingest from s3:// to s3://, decoded in this process instead of by Ray."""
-    store = FeatureStore.create(store_uri, SPEC)
-    plan = plan_ingest("s3://data/clips.csv", "s3://data/videos", store_uri, SPEC, CONFIG)
-    decoder = ShardDecoder(store_uri, SPEC, CONFIG, "r", fbanks_function(SPEC))
-    for states in decoder.decode(0, plan.todo):
-        store.append(states, {})
-    return store
+    """An ingest from s3:// to s3://, of so few clips that Ray is not started."""
+    return ingested("s3://data", store_uri)
+
+
+def ingested(source: str, store_uri: str) -> FeatureStore:
+    ingest(
+        f"{source}/clips.csv", f"{source}/videos", store_uri, SPEC, CONFIG,
+        start_ray=no_ray, on_progress=lambda progress: None,
+    )  # fmt: skip
+    return FeatureStore.open(store_uri)
+
+
+def no_ray() -> None:
+    raise AssertionError("Ray for twelve clips")
 
 
 def test_s3_to_s3_equals_local_files(s3):
@@ -118,11 +128,7 @@ def test_s3_to_s3_equals_local_files(s3):
     rows = store.snapshot().rows(None)
     assert len(rows) == 12
     local = str(folder.parent / "local-store")
-    decoder = ShardDecoder(local, SPEC, CONFIG, "r", fbanks_function(SPEC))
-    here = FeatureStore.create(local, SPEC)
-    plan = plan_ingest(str(folder / "clips.csv"), str(folder / "videos"), local, SPEC, CONFIG)
-    for states in decoder.decode(0, plan.todo):
-        here.append(states, {})
+    here = ingested(str(folder), local)
 
     def payloads(store: FeatureStore) -> list:
         found = []
@@ -137,6 +143,28 @@ def test_s3_to_s3_equals_local_files(s3):
     about = store_status(uri)
     listed = client.list_objects_v2(Bucket="data", Prefix="store/features/")["Contents"]
     assert about["bytes"] == sum(entry["Size"] for entry in listed)
+
+
+def test_a_bucket_without_a_list_is_every_clip_in_it(s3):
+    _, folder = s3
+    there = list_sources(None, "s3://data/videos", label_from_folder=True).clips
+    assert sorted(there["clip_id"].to_pylist()) == sorted(
+        path.stem for path in (folder / "videos").iterdir()
+    )
+    assert set(there["uri"].to_pylist()) == {
+        f"s3://data/videos/{path.name}" for path in (folder / "videos").iterdir()
+    }
+    place = Location("s3://data/videos")
+    place.write_bytes("list.csv", f"uri\n{min(there['uri'].to_pylist())}\n".encode())
+    listed = list_sources("s3://data/videos/list.csv", None).clips.to_pylist()
+    assert [row["clip_id"] for row in listed] == [min(there["clip_id"].to_pylist())]
+    name = min(there["uri"].to_pylist()).rpartition("/")[2]
+    place.write_bytes("list.csv", f"uri\n{name}\n".encode())
+    (found,) = list_sources("s3://data/videos/list.csv", None).clips.to_pylist()
+    assert found["uri"] == f"s3://data/videos/{name}"
+    place.remove("list.csv")
+    whole = list_sources(None, "s3://data", label_from_folder=True).clips
+    assert set(whole["label"].to_pylist()) == {"videos"}
 
 
 def test_replaced_object_is_redone_and_nothing_else(s3):
@@ -178,8 +206,9 @@ def test_object_that_may_not_be_read_is_quarantined_alone(s3, monkeypatch):
 def test_keys_that_open_nothing_any_more_end_the_shard_and_quarantine_nothing(s3, monkeypatch):
     store = FeatureStore.create("s3://data/store-expired", SPEC)
     plan = plan_ingest("s3://data/clips.csv", "s3://data/videos", store.uri, SPEC, CONFIG)
-    decoder = ShardDecoder(store.uri, SPEC, CONFIG, "r", fbanks_function(SPEC))
-    shards = decoder.decode(0, plan.todo)
+    known = store_id(store.location)
+    decoder = ShardDecoder(store.uri, SPEC, CONFIG, "r", fbanks_function(SPEC), expected_id=known)
+    shards = filter(len, decoder.decode(0, plan.todo))
     assert next(shards)["status"].to_pylist() == ["ok"] * CONFIG.shard_clips
     monkeypatch.setattr(Unsteady, "refused", "/videos/")
     with pytest.raises(PermissionError):
@@ -205,6 +234,54 @@ def test_pinned_version_on_s3_survives_compact_and_vacuum(s3):
     vacuum(store.uri, retention_hours=0.0)
     assert store.pins() == {"run-1": old.version}
     assert store.snapshot(old.version).digest == digest == store.snapshot().digest
+
+
+def test_keys_that_may_not_read_shards_make_verify_forget_nothing(s3, monkeypatch):
+    store = run("s3://data/store8")
+    before = store.snapshot()
+    monkeypatch.setattr(Unsteady, "refused", "/features/")
+    with pytest.raises(StoreError, match="Nothing is known to be wrong"):
+        verify(store.uri, sample=0, repair=True)
+    monkeypatch.setattr(Unsteady, "refused", "")
+    assert store.snapshot().digest == before.digest
+    assert store.version() == before.version
+
+
+def test_requests_grow_with_listing_pages_not_with_files(s3, monkeypatch):
+    client, _ = s3
+    store = run("s3://data/store7")
+    runs = {
+        "status": lambda: store_status(store.uri),
+        "plan": lambda: plan_ingest(
+            "s3://data/clips.csv", "s3://data/videos", store.uri, None, CONFIG
+        ),
+        "vacuum": lambda: vacuum(store.uri, retention_hours=0.0),
+    }
+
+    def counted() -> dict[str, int]:
+        n_requests = {}
+        for name, work in runs.items():
+            work()  # Connections, regions and the first vacuum's own work.
+            monkeypatch.setattr(Unsteady, "n_requests", 0)
+            work()
+            n_requests[name] = Unsteady.n_requests
+        return n_requests
+
+    before = counted()
+    for i in range(40):
+        client.put_object(Bucket="data", Key=f"store7/features/part-x-{i:06d}-0.parquet", Body=b"x")
+        client.put_object(Bucket="data", Key=f"videos/more-{i}.mp4", Body=b"x")
+    monkeypatch.setattr(Unsteady, "n_requests", 0)
+    assert vacuum(store.uri, retention_hours=0.0)["shards"] == 40
+    n_to_delete_40 = Unsteady.n_requests
+    for i in range(40):
+        client.put_object(Bucket="data", Key=f"store7/features/part-x-{i:06d}-0.parquet", Body=b"x")
+    after = counted()
+    for i in range(40):
+        client.delete_object(Bucket="data", Key=f"videos/more-{i}.mp4")
+    assert after["status"] <= before["status"] + 1
+    assert after["plan"] <= before["plan"] + 1
+    assert n_to_delete_40 <= before["vacuum"] + 3
 
 
 def test_temporary_downloads_are_gone(s3, tmp_path, monkeypatch):

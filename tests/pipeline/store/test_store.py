@@ -1,5 +1,6 @@
 """The clips table pins data sets; compact and vacuum lose nothing that anybody needs."""
 
+import importlib
 import io
 import json
 import os
@@ -14,7 +15,7 @@ from pipeline.config import FeatureSpec
 from pipeline.errors import SourceError, StoreError
 from pipeline.ingest.maintenance import compact, export, failures, status, vacuum
 from pipeline.ingest.verify import verify
-from pipeline.store.schema import CLIPS_SCHEMA
+from pipeline.store.schema import CLIPS_SCHEMA, SPEC_PROPERTY
 from pipeline.store.shards import ShardWriter, read_rows
 from pipeline.store.store import FeatureStore
 
@@ -78,14 +79,65 @@ def test_digest_speaks_of_content_not_of_shards_or_order(store, tmp_path):
         assert store.snapshot().digest != other.snapshot().digest
 
 
-def test_rows_of_another_spec_are_not_part_of_the_data_set(store):
+def test_rows_of_another_spec_are_not_part_of_the_data_set_until_it_is_put_in_force(store):
     commit(store, ["a", "b"])
     newer = SPEC.model_copy(update={"jpeg_quality": 50})
-    store.write_spec(newer)
     commit(store, ["a"], spec_hash=newer.spec_hash())
+    assert live(store) == {"a", "b"}
+    assert store.snapshot().spec == SPEC
+    switched = store.put_in_force(newer, {})
     assert live(store) == {"a"}
     assert store.snapshot().spec == newer
-    assert store.snapshot(1).spec == SPEC
+    assert store.snapshot(switched - 1).spec == SPEC
+    assert live(store, switched - 1) == {"a", "b"}
+    store.put_in_force(SPEC, {})
+    assert live(store) == {"a", "b"}
+
+
+@pytest.mark.parametrize("gone", [{"status": "removed"}, {"status": "failed", "reason": "missing"}])
+def test_a_clip_that_is_gone_is_gone_for_every_spec(store, gone):
+    commit(store, ["a", "b"])
+    newer = SPEC.model_copy(update={"jpeg_quality": 50})
+    commit(store, ["a"], spec_hash=newer.spec_hash(), **gone)
+    assert live(store) == {"b"}
+    commit(store, ["a"], spec_hash=newer.spec_hash())
+    assert live(store) == {"b"}, "what came back under another spec has no features of this one"
+    commit(store, ["a"])
+    assert live(store) == {"a", "b"}
+
+
+def as_format_1(store: FeatureStore, newest_spec: FeatureSpec) -> FeatureStore:
+    """The store as the version before would have left it: no spec is named."""
+    commit(store, ["a", "b"])
+    store.write_spec(newest_spec)
+    commit(store, ["c"], spec_hash=newest_spec.spec_hash())
+    for path in Path(store.uri, "clips", "_delta_log").glob("*.json"):
+        path.write_text(path.read_text().replace(SPEC_PROPERTY, "another.property"))
+    about = json.dumps({"format": 1, "spec_hash": SPEC.spec_hash()})
+    Path(store.uri, "store.json").write_text(about)
+    return FeatureStore.open(store.uri)
+
+
+def test_a_store_of_format_1_opens_and_its_first_writer_names_the_spec_in_force(store):
+    newer = SPEC.model_copy(update={"jpeg_quality": 50})
+    old = as_format_1(store, newer)
+    before = old.snapshot()
+    assert (before.spec, live(old)) == (newer, {"c"})
+    with old.lease(30.0, "the first"):
+        pass
+    after = FeatureStore.open(store.uri).snapshot()
+    assert after.names_its_spec
+    assert (after.version, after.spec, after.digest) == (before.version + 1, newer, before.digest)
+    assert json.loads(Path(store.uri, "store.json").read_text())["format"] == 2
+    assert old.snapshot(before.version).digest == before.digest
+    with old.lease(30.0, "the second"):
+        assert old.version() == after.version
+
+
+def test_a_store_of_the_future_is_refused_by_its_number(store):
+    Path(store.uri, "store.json").write_text(json.dumps({"format": 3}))
+    with pytest.raises(StoreError, match="store format 3, this version reads 1 to 2"):
+        FeatureStore.open(store.uri)
 
 
 def test_spec_hash_changes_with_every_field():
@@ -185,6 +237,26 @@ def test_export_holds_every_clip_for_other_tools(kind, store, tmp_path):
         export(store.uri, str(out), kind)
 
 
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+@pytest.mark.parametrize("split", ["../../escape", "/abs", "..", "a/b", "", None])
+def test_export_stays_in_its_folder_whatever_a_split_is_called(kind, split, store, tmp_path):
+    commit(store, ["a"])
+    commit(store, ["b"], split=split)
+    out = tmp_path / "deep" / "out"
+    with pytest.raises(SourceError, match="no name for a folder"):
+        export(store.uri, str(out), kind)
+    assert not out.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"store"}
+
+
+def test_export_to_a_bucket_is_refused(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commit(store, ["a"])
+    with pytest.raises(SourceError, match="s3://b/x: an export goes to a local folder"):
+        export(store.uri, "s3://b/x", "folder")
+    assert {path.name for path in tmp_path.iterdir()} == {"store"}
+
+
 def test_commits_cost_the_same_however_many_there_were(store):
     import time
 
@@ -201,6 +273,33 @@ def test_commits_cost_the_same_however_many_there_were(store):
     assert len(store.snapshot().clips) == 1
 
 
+def test_many_small_runs_leave_few_files_to_read(store):
+    row = {"clip_id": "a", "status": "ok", "spec_hash": SPEC.spec_hash()}
+    rows = pa.Table.from_pylist([row], CLIPS_SCHEMA)
+    for _ in range(150):
+        FeatureStore.open(store.uri).append(rows, {})
+    assert len(store._load().file_uris()) < 70
+    assert store.snapshot().clips["seq"].to_pylist() == [store.version()]
+
+
 def test_a_place_that_cannot_hold_a_table_is_refused():
     with pytest.raises(StoreError, match=r"cannot lie on memory://. Possible: a local path, s3://"):
         FeatureStore.create("memory://a/store", FeatureSpec())
+
+
+def test_a_store_older_than_the_group_column_opens_and_is_written_on(tmp_path, monkeypatch):
+    old = CLIPS_SCHEMA.remove(CLIPS_SCHEMA.get_field_index("group"))
+    with monkeypatch.context() as before:
+        for module in ("store", "shards"):
+            if hasattr(importlib.import_module(f"pipeline.store.{module}"), "CLIPS_SCHEMA"):
+                before.setattr(f"pipeline.store.{module}.CLIPS_SCHEMA", old)
+        before.setitem(globals(), "CLIPS_SCHEMA", old)
+        version = commit(FeatureStore.create(str(tmp_path), SPEC), ["a", "b"])
+    store = FeatureStore.open(str(tmp_path))
+    assert store.snapshot().rows(None)["group"].to_pylist() == [None, None]
+    commit(store, ["b", "c"], group="video 1")
+    rows = {row["clip_id"]: row["group"] for row in store.snapshot().rows("train").to_pylist()}
+    assert rows == {"a": None, "b": "video 1", "c": "video 1"}
+    assert store.snapshot(version).rows(None)["group"].to_pylist() == [None, None]
+    assert compact(str(tmp_path))["clips_moved"] >= 0
+    assert len(store.snapshot().rows(None)) == 3

@@ -17,7 +17,7 @@ from training.data.order import (
     lanes_of,
 )
 from training.data.reader import choose_frames
-from training.data.rows import RowIndex, clip_keys, split_validation
+from training.data.rows import RowIndex, clip_keys
 from training.errors import TrainingError
 
 
@@ -108,15 +108,6 @@ def test_any_number_of_workers_shares_out_the_lanes() -> None:
 def test_more_workers_than_lanes_are_refused() -> None:
     with pytest.raises(TrainingError, match=r"data.lanes = 8 are too few for 9 workers"):
         lanes_of(0, 9, 8)
-
-
-def test_validation_clips_share_no_video_with_training() -> None:
-    index = _index(2000)
-    train, held = split_validation(index, 0.1)
-    assert len(train) + len(held) == 2000
-    assert 120 < len(held) < 280
-    videos = [{c.rsplit("_", 1)[0] for c in part.clip_ids_N} for part in (train, held)]
-    assert not videos[0] & videos[1]
 
 
 def test_frames_come_from_each_segment_and_views_differ() -> None:

@@ -1,0 +1,194 @@
+"""find_videos: the videos below a folder or bucket, inside tar parts too, each with a fingerprint.
+
+Knows nothing of lists of clips or of the store. Invariant: what cannot be read costs one warning
+and is named in the result, so that nobody takes it for gone; everything else is found.
+"""
+
+import hashlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+from pipeline.errors import SourceError
+from pipeline.source.tar_parts import PART_SUFFIXES, SEPARATOR, index_parts, is_part
+from pipeline.storage import Location
+
+_VIDEO_SUFFIXES = frozenset(
+    {".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"}
+) | {".ogv", ".ts", ".webm", ".wmv"}
+_MOST_WARNINGS = 20
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the source and what tells whether it changed."""
+
+    uri: str
+    size: int
+    mtime_ns: int
+    fp_kind: str
+    fp: str
+
+
+class Found(NamedTuple):
+    """A video and where it lies."""
+
+    path: str
+    """Below the folder, suffix included; of a member, below the part's path without its suffix."""
+    file: File
+    is_member: bool = False
+    """Whether it lies in a tar part."""
+
+
+class Videos(NamedTuple):
+    """What is in a folder."""
+
+    found: list[Found]
+    unreadable: list[str]
+    """Paths of folders and files that are there and could not be looked at."""
+
+
+def find_videos(videos: str, cache: Location | None) -> Videos:
+    """All videos below a folder, in tar parts too, or in one tar part.
+
+    Hidden files and folders are left out: a Mac writes one beside each clip, NFS keeps snapshots in
+    one. Args: cache: where the index of
+    parts is kept.
+    Raises: SourceError if there is no such folder.
+    """
+    location = Location(videos)
+    walk = _Walk(location.path)
+    if is_part(videos) and location.fs.isfile(location.path):
+        walk.parts.append((PurePosixPath(location.path).name, _part_file(location, videos)))
+    elif not location.fs.isdir(location.path):
+        raise SourceError(f"{videos}: no such folder")
+    elif location.is_local:
+        walk.local(location.path, frozenset())
+    else:
+        walk.remote(location)
+    walk.read_parts(cache)
+    if walk.n_warnings > _MOST_WARNINGS:
+        _log.warning("%s: ... and %d more", videos, walk.n_warnings - _MOST_WARNINGS)
+    return Videos(walk.found, walk.unreadable)
+
+
+def _part_file(location: Location, uri: str) -> File:
+    if location.is_local:
+        return local_file(location.path, os.stat(location.path))
+    return remote_file(uri, location.fs.info(location.path))
+
+
+class _Walk:
+    """A walk below one folder, and what it came upon."""
+
+    def __init__(self, top: str) -> None:
+        self.found: list[Found] = []
+        self.parts: list[tuple[str, File]] = []
+        self.unreadable: list[str] = []
+        self.n_warnings = 0
+        self._prefix = f"{top}/"
+
+    def local(self, folder: str, above: frozenset[tuple[int, int]]) -> None:
+        """Args: above: device and inode of the folders on the way here; a link to one of them
+        would be walked without end."""
+        try:
+            stat = os.stat(folder)
+            here = (stat.st_dev, stat.st_ino)
+            if here in above:
+                self._warn(folder, "a link to a folder above it")
+                return
+            with os.scandir(folder) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name)
+        except OSError as error:
+            self._set_aside(folder, error.strerror or str(error))
+            return
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                if entry.is_dir():
+                    self.local(entry.path, above | {here})
+                elif _is_wanted(entry.name):
+                    self._take(entry.path, local_file(entry.path, entry.stat()))
+            except FileNotFoundError:
+                self._warn(entry.path, "a link to a file that is not there")
+            except OSError as error:
+                self._set_aside(entry.path, error.strerror or str(error))
+
+    def remote(self, location: Location) -> None:
+        """All objects below a folder of an object store."""
+        for path, info in location.fs.find(location.path, detail=True).items():
+            is_hidden = "/." in f"/{path.removeprefix(self._prefix)}"
+            if not is_hidden and _is_wanted(path):
+                self._take(path, remote_file(location.fs.unstrip_protocol(path), info))
+
+    def _take(self, path: str, file: File) -> None:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            self._warn(os.fsencode(path).decode(errors="replace"), "its name is not UTF-8")
+            return
+        below = path.removeprefix(self._prefix)
+        if is_part(path):
+            self.parts.append((below, file))
+        else:
+            self.found.append(Found(below, file))
+
+    def read_parts(self, cache: Location | None) -> None:
+        """The videos inside the tar parts that were come upon."""
+        indexes = index_parts([(part.uri, part.fp) for _, part in self.parts], cache)
+        for (path, part), index in zip(self.parts, indexes, strict=True):
+            if index.is_refused:
+                self._set_aside(part.uri, index.damage)
+            elif index.damage:
+                _log.warning("%s: %s; clips behind that count as missing", part.uri, index.damage)
+            suffix = next(suffix for suffix in PART_SUFFIXES if path.lower().endswith(suffix))
+            folder = path[: -len(suffix)]
+            seen: set[str] = set()
+            for member, size in zip(index.members, index.sizes, strict=True):
+                # Of two members of one name the first is read.
+                if is_video(member) and member not in seen:
+                    seen.add(member)
+                    uri = f"{part.uri}{SEPARATOR}{member}"
+                    file = File(uri, size, part.mtime_ns, part.fp_kind, f"{part.fp}-{size}")
+                    self.found.append(Found(f"{folder}/{member}", file, is_member=True))
+
+    def _set_aside(self, path: str, why: str) -> None:
+        self.unreadable.append(path)
+        self._warn(path, f"{why}; its clips in the store stay as they are")
+
+    def _warn(self, path: str, why: str) -> None:
+        self.n_warnings += 1
+        if self.n_warnings <= _MOST_WARNINGS:
+            _log.warning("%s: skipped: %s", path, why)
+
+
+def _is_wanted(name: str) -> bool:
+    return is_video(name) or is_part(name)
+
+
+def is_video(name: str) -> bool:
+    """Whether a file name is that of a video."""
+    return os.path.splitext(name)[1].lower() in _VIDEO_SUFFIXES
+
+
+def sha256_of(path: str) -> str:
+    """Hex SHA-256 of a local file's content."""
+    with open(path.removeprefix("file://"), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def local_file(path: str, stat: os.stat_result) -> File:
+    """A local file, fingerprinted by size and time of modification."""
+    return File(path, stat.st_size, stat.st_mtime_ns, "stat", f"{stat.st_size}-{stat.st_mtime_ns}")
+
+
+def remote_file(uri: str, info: dict[str, Any]) -> File:
+    """An object, fingerprinted by its etag, or by size and time where there is none."""
+    size = int(info.get("size") or 0)
+    stamp = str(info.get("LastModified") or info.get("mtime") or info.get("updated") or "")
+    etag = str(info.get("ETag") or info.get("etag") or "").strip('"')
+    return File(uri, size, 0, "etag" if etag else "stat", f"{size}-{etag or stamp}")
