@@ -205,11 +205,11 @@ def test_storage_that_is_away_for_a_while_costs_a_second_try(source, undisturbed
         away.rename(features)
 
     handler = Mend(mount)
-    logging.getLogger("pipeline.ingest.on_ray").addHandler(handler)
+    logging.getLogger("pipeline.ingest.waves").addHandler(handler)
     try:
         summary = source.ingest(source.spec, unmount, shard_clips=4, commit_shards=1)
     finally:
-        logging.getLogger("pipeline.ingest.on_ray").removeHandler(handler)
+        logging.getLogger("pipeline.ingest.waves").removeHandler(handler)
     # Whether a file is opened or its folder made first: both meet a file instead of the folder.
     assert re.search("NotADirectoryError|FileExistsError", handler.records[0])
     assert (summary.ok, summary.failed) == (48, 0)
