@@ -18,6 +18,8 @@ from pipeline.quality.features import PICTURE_WIDTH, SOUND_BANDS
 STEP_MS = 50
 SAME_SOUND = 0.4
 """Least correlation of two sound prints, their means over time and over bands taken out."""
+_SURELY_SAME = 0.9
+"""A correlation that no other shift is tried after."""
 _NEIGHBOURS = 12
 _FLAT_UP_TO = 5000
 _PROBES = 16
@@ -140,10 +142,11 @@ def _centred(sound_SB: np.ndarray) -> np.ndarray:
 def _best_shift(a_SB: np.ndarray, b_SB: np.ndarray) -> tuple[float, float]:
     """The best correlation, and how many steps later b starts than a: whole and half ones."""
     a, b = a_SB.astype(np.float32), b_SB.astype(np.float32)
-    best = max(
-        (_correlation(a, b, shift), float(shift))
-        for shift in range(-_MOST_SHIFT_STEPS, _MOST_SHIFT_STEPS + 1)
-    )
+    best = (-1.0, 0.0)
+    for shift in sorted(range(-_MOST_SHIFT_STEPS, _MOST_SHIFT_STEPS + 1), key=abs):
+        best = max(best, (_correlation(a, b, shift), float(shift)))
+        if best[0] > _SURELY_SAME:
+            return best
     between_SB = (b[1:] + b[:-1]) / 2
     halves = (int(best[1]), int(best[1]) + 1)
     return max(best, *((_correlation(a, between_SB, shift), shift - 0.5) for shift in halves))
