@@ -1,7 +1,7 @@
 """probe_source: what only the source file of a clip can say, at a small part of a decode's cost.
 
 Runs in the decode child; knows nothing of rules or the store. Invariant: no picture is decoded, and
-of the sound a second and a half; a file that cannot be opened still tells how much of it is lost.
+of the sound half a second; a file that cannot be opened still tells how much of it is lost.
 
 Shapes: C channels, S samples.
 """
@@ -15,7 +15,7 @@ from pipeline.quality.filesize import lost_bytes_frac
 
 _LISTEN_AT = (0.1, 0.5, 0.9)
 """Where in the clip its sound is listened to, as shares of its length."""
-_LISTEN_S = 0.5
+_LISTEN_S = 0.2
 _FULL_SCALE = 0.98
 _QUIETEST_DB = -100.0
 # Headers round durations to a picture, or to a packet of sound.
@@ -91,7 +91,7 @@ def _lost_time_frac(container: Any) -> float:
 def _listen(
     container: Any, start_s: float, duration_s: float
 ) -> tuple[float | None, float | None]:
-    """clipped_frac and channel_gap_db of half-second pieces."""
+    """clipped_frac and channel_gap_db of a few short pieces."""
     if not container.streams.audio:
         return None, None
     audio = container.streams.audio[0]
@@ -114,7 +114,7 @@ def _listen(
 
 
 def _piece(container: Any, audio: Any, at_s: float) -> np.ndarray | None:
-    """Half a second of sound from at_s on, float [C, S]; what leans on unread packets left out."""
+    """A fifth of a second of sound from at_s on, float [C, S]; what leans on unread packets left out."""
     container.seek(int(at_s / audio.time_base), stream=audio, backward=True)
     audio.codec_context.flush_buffers()
     blocks, n_samples = [], 0
@@ -126,7 +126,7 @@ def _piece(container: Any, audio: Any, at_s: float) -> np.ndarray | None:
         for frame in frames:
             blocks.append(_floats(frame))
             n_samples += frame.samples
-        if audio.rate and n_samples >= _LISTEN_S * audio.rate + 1024:
+        if len(blocks) > 1 and n_samples - blocks[0].shape[1] >= _LISTEN_S * (audio.rate or 0):
             break
     blocks = blocks[1:] if len(blocks) > 1 else blocks
     return np.concatenate(blocks, axis=1) if blocks else None

@@ -5,6 +5,7 @@ are new, changed or measured by an older version are looked at, and what a stopp
 is not measured again.
 """
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -70,7 +71,9 @@ class QualitySummary:
     """Clips this call measured."""
     rules: list[RuleCount]
     sources: dict[str, int]
-    """What became of the sources; all but `read` leave rules unjudged."""
+    """What became of the sources: all but `read` leave rules unjudged."""
+    not_judged: dict[str, int]
+    """Clips of the store that a rule says nothing of, by rule."""
     table: str
     seconds: float
 
@@ -114,6 +117,9 @@ def check_quality(
         looked_at=len(fresh),
         rules=[_count(mine, rule.name, rule.stamp) for rule in RULES],
         sources=dict(Counter(mine["source"].to_pylist()).most_common()),
+        not_judged={
+            rule.name: mine[rule.name].null_count for rule in RULES if mine[rule.name].null_count
+        },
         table=store.location.join(FILE),
         seconds=round(time.monotonic() - started, 2),
     )
@@ -167,9 +173,7 @@ def _is_back(source: str, uri: str) -> bool:
         return True
     if source != "gone" or not is_local_file(uri):
         return False
-    from os.path import exists
-
-    return exists(uri.removeprefix("file://"))
+    return os.path.exists(uri.removeprefix("file://"))
 
 
 def _measure(

@@ -156,10 +156,10 @@ class _Looker:
                 window_s = min(window_s, clip["end_s"] - (clip["start_s"] or 0.0))
             self._sandbox.submit(fetched.path, clip["start_s"], window_s)
             signals: SourceSignals = self._sandbox.result()
-            return _Looked(clip, signals.problem or "read", signals)
+            return _Looked(clip, "unreadable" if signals.problem else "read", signals)
         except Rejected as rejected:
             gone = rejected.reason == Reason.MISSING
-            return _Looked(clip, "gone" if gone else str(rejected), nothing)
+            return _Looked(clip, "gone" if gone else "unreadable", nothing)
         finally:
             fetched.release()
 

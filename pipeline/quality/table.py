@@ -35,7 +35,7 @@ _IDENTITY = [
     pa.field("source", pa.string()),
 ]
 """Which content of which clip, by which version of the measurement, and what became of its source:
-`read`, `gone`, `changed`, `unreachable`, `not asked`, or why it could not be opened."""
+`read`, `gone`, `changed` (since its ingest), `unreachable`, `unreadable` or `not asked`."""
 _SIGNALS = [
     pa.field(name, pa.float32())
     for name in dict.fromkeys(rule.signal for rule in RULES)
