@@ -23,8 +23,8 @@ from diccae.screen import ProgressLine, clock
 from training.errors import ConfigMismatch
 
 _VERSIONS = ("diccae", "torch", "torchaudio", "ray", "faiss-gpu", "mlflow", "pyarrow", "deltalake")
-_NOT_PINNED = ("scale.", "tracking.", "ingest.", "finetune.", "evaluate.")
-"""Sections that may change between the stages of a run."""
+_NOT_PINNED = ("scale.", "tracking.", "ingest.", "finetune.", "evaluate.", "features.")
+"""Sections that may change between the stages of a run; its features are pinned with the store."""
 
 
 class RunFolder:

@@ -100,6 +100,9 @@ class IngestConfig(Frozen):
     """Let a run remove more than max_removed_frac of the store."""
     max_removed_frac: float = Field(0.20, ge=0, le=1)
     """Above this share of vanished clips the source is taken for unmounted."""
+    leave_out: tuple[str, ...] = ()
+    """Rules of `diccae store quality` (such as still, duplicate): clips that hit one, and whose
+    file is still the one that was looked at, count as not listed."""
     lease_stale_s: float = Field(60.0, gt=1)
     """A writer that was silent for this long is taken for dead."""
     probe: bool = False

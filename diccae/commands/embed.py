@@ -34,14 +34,15 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("embed", EmbedArgs, argv, ("data", "evaluate", "scale"))
     from diccae.resources import start_ray
+    from diccae.stages.statistics import for_embedding
     from pipeline.store.store import FeatureStore
     from training.data.batches import index_rows
     from training.on_ray.inference import run_model, write_vectors
 
     snapshot = FeatureStore.open(args.store).snapshot(args.version)
+    run = for_embedding(args.run, args.encoder, snapshot.spec)
     index = index_rows(snapshot, args.split)
     start_ray()
-    run = args.run
     outputs = run_model(index, args.encoder, None, run.data, run.scale, run.evaluate.frames)
     write_vectors(index, outputs, args.space, Path(args.out))
     print(f"{args.out}: {len(index):,} clips of {args.store} version {snapshot.version}")

@@ -17,9 +17,16 @@ class StoreArgs:
 
     action: tyro.conf.Positional[
         Literal[
-            "status", "failures", "verify", "quality", "stats", "compact", "vacuum", "unpin",
+            "status",
+            "failures",
+            "verify",
+            "quality",
+            "stats",
+            "compact",
+            "vacuum",
+            "unpin",
             "export",
-        ]  # fmt: skip
+        ]
     ]
     """What to do."""
     store: str

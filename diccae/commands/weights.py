@@ -65,6 +65,8 @@ def _import(args: WeightsArgs) -> dict[str, Any]:
     if folder.record:
         raise UsageError(f"import: {args.out} holds a run already; name a new folder with --out")
     folder.open(args.run, fresh=False)
-    report = import_weights(folder, args.run, args.store, args.model, args.classes)
+    report = import_weights(folder, args.run, args.store, args.model, args.classes, say)
     say(f"next: diccae evaluate --out {args.out}, or finetune")
-    return {**report._asdict(), "run": args.out}
+    done = report._asdict()
+    del done["made_with"]
+    return {**done, "run": args.out}

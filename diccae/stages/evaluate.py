@@ -13,6 +13,7 @@ from diccae.errors import UsageError
 from diccae.resources import start_ray
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import Say, pin_for, tracking_handle
+from diccae.stages.statistics import settle
 from training.data.batches import RowIndex, clip_keys, index_rows
 from training.on_ray.evaluate import evaluate
 from training.on_ray.pretrain import Pinned
@@ -22,6 +23,7 @@ from training.tracking import tracker as tracking
 def run_evaluate(folder: RunFolder, config: RunConfig, say: Say) -> dict[str, Any]:
     """Evaluate the folder's models on the test split into `results.json`."""
     data = pin_for(folder, config)
+    config, _ = settle(folder, config, data, say)
     test = tested_rows(data, config)
     start_ray()
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")

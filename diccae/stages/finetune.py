@@ -9,6 +9,7 @@ from diccae.config import RunConfig
 from diccae.resources import check_fits, start_ray, training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.run_record import Say, pin_for, provenance, tracking_handle, with_status
+from diccae.stages.statistics import settle
 from training.data.batches import BatchPlan
 from training.on_ray.finetune import finetune
 
@@ -18,6 +19,9 @@ def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say:
     data = pin_for(folder, config)
     own = folder.path / "encoder"
     uri = encoder or (str(own) if (own / "encoder.json").exists() else None)
+    config, statistics = settle(folder, config, data, say, uri or config.encoder.init)
+    if "statistics" not in folder.record:
+        folder.write_record(statistics=statistics)
     steps = BatchPlan.of(len(data.train), config.finetune.batch_size, config.data).steps(
         len(data.train)
     )

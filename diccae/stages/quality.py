@@ -6,7 +6,7 @@ Imports neither torch nor Ray: what commands share with the pretraining stage.
 from diccae.screen import ProgressLine, clock, table
 from pipeline.quality.run import Progress, QualitySummary, check_quality
 from pipeline.quality.stats import FeatureStats, compute_stats
-from pipeline.store.store import FeatureStore
+from pipeline.store.store import FeatureStore, Snapshot
 
 
 def run_quality(store: str, split: str | None, *, reads_sources: bool) -> QualitySummary:
@@ -24,6 +24,16 @@ def run_stats(store: str, split: str, version: int | None = None) -> FeatureStat
     target = FeatureStore.open(store)
     try:
         return compute_stats(target, target.snapshot(version), split, on_progress=line.show)
+    finally:
+        line.close()
+
+
+def run_fbank_stats(snapshot: Snapshot, split: str) -> FeatureStats:
+    """Statistics of the split's fbanks alone, which take a twentieth of the time."""
+    line = _Line("stats")
+    store = FeatureStore.open(snapshot.uri)
+    try:
+        return compute_stats(store, snapshot, split, with_pixels=False, on_progress=line.show)
     finally:
         line.close()
 

@@ -19,6 +19,8 @@ import pyarrow.compute as pc
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import TooManyFailures
 from pipeline.ingest.plan import STATE_COLUMNS, Plan, make_plan
+from pipeline.quality.leave_out import without_left_out
+from pipeline.quality.rules import rules_named
 from pipeline.reasons import Reason
 from pipeline.source.clip_list import read_entries
 from pipeline.source.fetch import is_local_file
@@ -79,7 +81,10 @@ def plan_ingest(
         states = snapshot.states(STATE_COLUMNS)
         spec = spec or snapshot.spec
     spec = spec or FeatureSpec()
-    plan = make_plan(list_sources(clips, videos, cache), states, spec.spec_hash(), config)
+    sources = list_sources(clips, videos, cache)
+    if config.leave_out and cache is not None:
+        sources = without_left_out(cache, sources, config.leave_out)
+    plan = make_plan(sources, states, spec.spec_hash(), config)
     if config.fingerprint == "sha256":
         plan = _without_touched(plan)
     if config.probe:
@@ -199,7 +204,10 @@ class _Run:
             tables.append(self._rows(removed, "removed", None, None))
         if tables:
             self.lease.check()
-            self.store.append(pa.concat_tables(tables), {"run_id": self.run_id})
+            about = {"run_id": self.run_id}
+            if self.config.leave_out:
+                about["left_out"] = " ".join(r.stamp for r in rules_named(self.config.leave_out))
+            self.store.append(pa.concat_tables(tables), about)
 
     def _rows(
         self, clips: pa.Table, status: str, reason: Reason | None, detail: str | None

@@ -13,9 +13,9 @@ import numpy as np
 
 from pipeline.quality.filesize import lost_bytes_frac
 
-_LISTEN_AT = (0.1, 0.5, 0.9)
+_LISTEN_AT = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Where in the clip its sound is listened to, as shares of its length."""
-_LISTEN_S = 0.2
+_LISTEN_S = 0.1
 _FULL_SCALE = 0.98
 _QUIETEST_DB = -100.0
 # Headers round durations to a picture, or to a packet of sound.
@@ -56,7 +56,7 @@ def _edit_list_ms(container: Any) -> float:
     if not container.streams.video or "mp4" not in container.format.name:
         return 0.0
     video = container.streams.video[0]
-    hidden = []
+    hidden: list[int] = []
     for packet in container.demux(video):
         if packet.pts is None:
             continue
@@ -75,7 +75,7 @@ def _lost_time_frac(container: Any) -> float:
         return 0.0
     promised_s = container.duration / av.time_base
     start_s = (container.start_time or 0) / av.time_base
-    # A seek to the end lands on the last key frame before it, of a file that was cut: before the cut.
+    # A seek to the end lands on the last key frame before it; in a cut file, before the cut.
     container.seek(int((start_s + promised_s) * av.time_base), backward=True)
     last_s = max(
         (
@@ -88,9 +88,7 @@ def _lost_time_frac(container: Any) -> float:
     return max(0.0, promised_s - (last_s - start_s) - _HEADER_SLACK_S) / promised_s
 
 
-def _listen(
-    container: Any, start_s: float, duration_s: float
-) -> tuple[float | None, float | None]:
+def _listen(container: Any, start_s: float, duration_s: float) -> tuple[float | None, float | None]:
     """clipped_frac and channel_gap_db of a few short pieces."""
     if not container.streams.audio:
         return None, None
@@ -114,7 +112,10 @@ def _listen(
 
 
 def _piece(container: Any, audio: Any, at_s: float) -> np.ndarray | None:
-    """A fifth of a second of sound from at_s on, float [C, S]; what leans on unread packets left out."""
+    """A tenth of a second of sound from at_s on, float [C, S].
+
+    The first frame is left out: it leans on one that was not read.
+    """
     container.seek(int(at_s / audio.time_base), stream=audio, backward=True)
     audio.codec_context.flush_buffers()
     blocks, n_samples = [], 0
@@ -142,4 +143,3 @@ def _floats(frame: Any) -> np.ndarray:
     if np.issubdtype(samples.dtype, np.integer):
         return samples.astype(np.float32) / float(np.iinfo(samples.dtype).max)
     return samples
-

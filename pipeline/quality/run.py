@@ -128,7 +128,9 @@ def check_quality(
 def _states(snapshot: Snapshot) -> pa.Table:
     """The clips of the store; one whose features are of another spec counts as without any."""
     states = snapshot.states(_STATE_COLUMNS)
-    live = pc.and_(pc.equal(states["status"], "ok"), pc.equal(states["spec_hash"], snapshot.spec_hash))
+    live = pc.and_(
+        pc.equal(states["status"], "ok"), pc.equal(states["spec_hash"], snapshot.spec_hash)
+    )
     for name in ("row_key", "shard", "row"):
         index = states.column_names.index(name)
         kept = pc.if_else(live, states[name], pa.scalar(None, states[name].type))
@@ -138,7 +140,9 @@ def _states(snapshot: Snapshot) -> pa.Table:
 
 def _identity(table: pa.Table) -> list[tuple[Any, ...]]:
     """What a measurement speaks of: features by their key, a clip without any by its file."""
-    file = zip(*(table[n].to_pylist() for n in ("uri", "start_s", "end_s", "fp", "size")), strict=True)
+    file = zip(
+        *(table[n].to_pylist() for n in ("uri", "start_s", "end_s", "fp", "size")), strict=True
+    )
     keys = table["row_key"].to_pylist()
     return [(key,) if key else one for key, one in zip(keys, file, strict=True)]
 

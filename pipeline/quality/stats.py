@@ -90,7 +90,9 @@ def compute_stats(
         return known
     rows = snapshot.rows(split)
     if not len(rows):
-        raise StoreError(f"{snapshot.uri}: no clip in split {split!r} at version {snapshot.version}")
+        raise StoreError(
+            f"{snapshot.uri}: no clip in split {split!r} at version {snapshot.version}"
+        )
     sums = list(_summed(snapshot, rows, with_pixels, on_progress))
     fbank_mean, fbank_std = _moments(sum(s.n_values for s in sums), [s.fbank for s in sums])
     colours = []
@@ -137,7 +139,7 @@ def _summed(
     with_pixels: bool,
     on_progress: Callable[[Progress], None],
 ) -> Iterator[_Sums]:
-    """Sums of pieces of at most a row group, by threads: decoding and numpy leave the lock alone."""
+    """Sums of pieces of at most a row group, by threads: JPEGs and numpy leave the lock alone."""
     began, n_done = time.monotonic(), 0
     columns = ["fbank", *(["frames"] if with_pixels else [])]
     spec = snapshot.spec  # Read once, before the threads.
@@ -168,7 +170,7 @@ def _pieces(rows: pa.Table) -> Iterator[tuple[str, np.ndarray]]:
 def _sums_of(rows: list[dict[str, Any]], spec: FeatureSpec) -> _Sums:
     fbanks, pixels, n_pixels = [], np.zeros(6), 0
     for row in rows:
-        # float16 in float64: the sum of a fbank is exact, that of its squares to the last bit or so.
+        # float16 in float64: the sum of an fbank is exact, that of squares to the last bit or so.
         fbank_TM = fbank_array(row["fbank"], spec).astype(np.float64)
         fbanks.append((float(fbank_TM.sum()), float(np.square(fbank_TM).sum())))
         if "frames" in row:

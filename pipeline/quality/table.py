@@ -101,12 +101,8 @@ def read_measured(location: Location) -> pa.Table:
     schema = pa.schema(columns)
     tables = [schema.empty_table()]
     table, prints = read_table(location), _read(location, _PRINTS_FILE)
-    if table is not None and prints is not None and len(table) == len(prints):
-        # Written one after the other in the same order; a stop in between shows in the row keys.
-        if table["clip_id"].equals(prints["clip_id"]):
-            for field in _PRINTS:
-                table = table.append_column(field, prints[field.name])
-            tables.append(table.select(schema.names).cast(schema))
+    if table is not None and prints is not None:
+        tables.append(_with_prints(table, prints).select(schema.names).cast(schema))
     for entry in location.ls(_PARTS):
         part = _read(location, f"{_PARTS}/{entry['name'].rsplit('/', 1)[-1]}")
         if part is not None and part.schema.names == MEASURED_SCHEMA.names:
@@ -121,10 +117,14 @@ def write_part(location: Location, measured: pa.Table) -> None:
     location.write_bytes(f"{_PARTS}/{uuid.uuid4().hex}.parquet", _to_bytes(measured))
 
 
-def write_table(location: Location, table: pa.Table, prints: pa.Table, about: dict[str, Any]) -> None:
+def write_table(
+    location: Location, table: pa.Table, prints: pa.Table, about: dict[str, Any]
+) -> None:
     """Replace the quality table. Args: table: TABLE_SCHEMA; prints: rows in the same order."""
     done = [entry["name"].rsplit("/", 1)[-1] for entry in location.ls(_PARTS)]
-    location.write_bytes(_PRINTS_FILE, _to_bytes(prints.select(["clip_id", *_names(_PRINTS)])))
+    location.write_bytes(
+        _PRINTS_FILE, _to_bytes(prints.select(["clip_id", "row_key", *_names(_PRINTS)]))
+    )
     named = table.cast(TABLE_SCHEMA).replace_schema_metadata({_ABOUT: json.dumps(about)})
     location.write_bytes(FILE, _to_bytes(named))
     for name in done:
@@ -137,6 +137,16 @@ def hits(table: pa.Table, names: list[str]) -> pa.Table:
     for rule in reversed(rules_named(names)):
         found = pc.if_else(table[rule.name].fill_null(False), rule.name, found)
     return table.append_column("rule", found).filter(pc.is_valid(found))
+
+
+def _with_prints(table: pa.Table, prints: pa.Table) -> pa.Table:
+    """Rows of the table whose prints are there: a stop between the two writes may leave others."""
+    position = pc.index_in(table["clip_id"], value_set=prints["clip_id"].combine_chunks())
+    theirs = prints.take(position)
+    same = pc.equal(table["row_key"].fill_null(""), theirs["row_key"].fill_null(""))
+    for field in _PRINTS:
+        table = table.append_column(field, theirs[field.name])
+    return table.filter(pc.and_(pc.is_valid(position), same))
 
 
 def _names(fields: list[pa.Field]) -> list[str]:

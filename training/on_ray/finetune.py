@@ -117,6 +117,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         index.classes,
         index.spec.model_dump(mode="json"),
         settings["provenance"],
+        statistics=config.data.statistics,
     )
     tracker.close()
     return {"metrics": last}

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from clustering.config import ClusteringConfig
 from clustering.pool.pool import ClusterPool
 from clustering.rounds.protocol import Rounds
 from pipeline.config import FeatureSpec
+from pipeline.quality.leave_out import LeftOut, left_out
 from pipeline.store.store import FeatureStore, Snapshot
 from training.config import TrainingConfig
 from training.data.batches import BatchPlan, RowIndex, index_rows, lanes_of, split_validation
@@ -42,6 +44,8 @@ class Pinned(NamedTuple):
     train: RowIndex
     validation: RowIndex | None = None
     """Clips that `data.validation_frac` keeps out of training."""
+    left_out: LeftOut | None = None
+    """Train clips that rules keep out of both."""
 
 
 class Span(NamedTuple):
@@ -56,16 +60,23 @@ class Span(NamedTuple):
 WHOLE = Span()
 
 
-def pin(store: str, version: int | None, config: TrainingConfig) -> Pinned:
-    """Open a version of a store and index its train split.
+def pin(
+    store: str, version: int | None, config: TrainingConfig, known: LeftOut | None = None
+) -> Pinned:
+    """Open a version of a store and index its train split, without what `data.leave_out` names.
 
-    Raises: StoreError, TrainingError.
+    Args: known: what the run left out when it began; None: as the rules have it now.
+    Raises: StoreError, TrainingError; SourceError for a rule that there is not.
     """
     snapshot = FeatureStore.open(store).snapshot(version)
     index = index_rows(snapshot, "train")
+    if config.data.leave_out and known is None:
+        known = left_out(snapshot, "train", config.data.leave_out)
+    if known is not None:
+        index = index.take(~np.isin(index.clip_ids_N, known.clips["clip_id"].to_pylist()))
     if config.data.validation_frac > 0:
-        return Pinned(snapshot, *split_validation(index, config.data.validation_frac))
-    return Pinned(snapshot, index)
+        return Pinned(snapshot, *split_validation(index, config.data.validation_frac), known)
+    return Pinned(snapshot, index, left_out=known)
 
 
 def input_shape(spec: FeatureSpec) -> InputShape:
@@ -187,6 +198,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         index.classes,
         index.spec.model_dump(mode="json"),
         settings["provenance"],
+        statistics=config.data.statistics,
     )
     assert tracker is not None
     tracker.close()
