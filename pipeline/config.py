@@ -2,7 +2,8 @@
 
 Pure pydantic models: imports nothing heavy, so that `--help` answers at once.
 Invariant: every field of FeatureSpec changes the stored features or which clips are accepted, and
-no field of IngestConfig does; so equal `spec_hash` means equal features.
+no field of IngestConfig does (`leave_out` names clips by what is in them, and is written into the
+commit); so equal `spec_hash` means equal features.
 """
 
 import hashlib
@@ -63,7 +64,8 @@ class FeatureSpec(Frozen):
 
 
 class IngestConfig(Frozen):
-    """How an ingest runs; changes nothing of what is stored."""
+    """How an ingest runs; changes nothing of what is stored of a clip, and but for `leave_out` not
+    which clips are."""
 
     shard_clips: int = Field(256, ge=1, le=4096)
     """Most clips in one shard, the unit of retry."""

@@ -45,7 +45,7 @@ RULES = (
     Rule("still", 1, "motion", "most", 0.7, "features", "no part of the picture ever changes"),
     Rule("black_borders", 1, "border_frac", "least", 0.06, "features", "black bars, both sides"),
     Rule("silent", 1, "silent_frac", "least", 0.95, "features", "below -65 dB nearly throughout"),
-    Rule("clipped", 1, "clipped_frac", "least", 0.03, "source", "samples at full scale"),
+    Rule("clipped", 1, "clipped_frac", "least", 0.01, "source", "samples at full scale"),
     Rule("one_sided", 1, "channel_gap_db", "least", 40.0, "source", "one channel of two is mute"),
     Rule("edit_list", 1, "edit_list_ms", "least", 1.0, "source", "pictures that must not be shown"),
     Rule("truncated", 1, "lost_frac", "least", 0.001, "source", "the file ends before its content"),
