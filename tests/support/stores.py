@@ -40,6 +40,7 @@ def noise_store(folder: Path, spec: FeatureSpec, n_clips: int) -> FeatureStore:
             label = f"class {number % 4}"
             same = {"clip_id": clip_id, "row_key": f"key-{clip_id}", "label": label}
             same["split"] = "train"
+            same["uri"] = f"/nowhere/{clip_id}.mp4"
             state = {"status": "ok", "shard": writer.name, "spec_hash": spec.spec_hash()}
             rows.append({**same, **state, "row": writer.add({**same, **features})})
         writer.publish()
