@@ -35,9 +35,9 @@ def run_pretrain(
     """
     data = pin_for(folder, config, store)
     check(config, config.clustering, data)
-    init, made = None, None
-    if config.encoder.init is not None and span.start is None and not folder.record:
-        init, made = config.encoder.init, _say_what_weights_give(config, data, say).made_with
+    init, made = None if folder.record else config.encoder.init, None
+    if init is not None and span.start is None:
+        made = _say_what_weights_give(config, data, say).made_with
     config, statistics = settle(folder, config, data, say, init, made)
     remember(folder, config, store, data, statistics)
     n_clips = len(data.train)

@@ -44,6 +44,8 @@ def settle(
         theirs = theirs._replace(statistics=theirs.statistics or _of_old_run(weights))
         _refuse_other_features(weights, theirs, data.snapshot.spec)
     given, known = config.data.given_statistics, folder.record.get("statistics")
+    if given is None and folder.record:  # Of a run that began before run.json said them.
+        given = folder.config().data.given_statistics
     if given is not None:
         chosen, origin = given, known["from"] if known else "the config"
     elif known is not None:

@@ -97,6 +97,18 @@ def test_weights_of_an_old_run_are_taken_with_what_its_folder_says(place: Path) 
     assert _settled(RunConfig(), "old/encoder", "again")[0] == THEIRS
 
 
+def test_an_old_run_goes_on_with_the_numbers_of_its_config(place: Path) -> None:
+    folder = RunFolder("run")
+    folder.open(_given(THEIRS), fresh=False)
+    remember(folder, _given(THEIRS), "store", pin_for(folder, _given(THEIRS), "store"))
+    assert "statistics" not in folder.record
+    assert _settled(RunConfig()) == (
+        THEIRS,
+        ["fbanks    mean -7.5000 and std 3.2500, of the config"],
+    )
+    assert folder.config().data.given_statistics == THEIRS
+
+
 def test_weights_of_other_features_are_refused(place: Path) -> None:
     with pytest.raises(UsageError, match="audio_channel = first, in the store mean"):
         _settled(RunConfig(), "first")
