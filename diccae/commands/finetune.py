@@ -34,11 +34,15 @@ def main(argv: Sequence[str]) -> int:
         base = folder.config()
     args = parse("finetune", FinetuneArgs, argv, ("finetune", "scale", "data"), base)
     log_to_screen()
-    folder.open(args.run, fresh=False)
     from diccae.stages.finetune import run_finetune
     from diccae.stages.run_record import open_run
+    from diccae.stages.statistics import with_store_features
 
-    open_run(folder, args.run, args.store)
-    run_finetune(folder, args.run, args.encoder, say)
+    run = args.run
+    if args.store is not None and not folder.record:
+        run = with_store_features(folder, run, args.config, args.store)
+    folder.open(run, fresh=False)
+    open_run(folder, run, args.store)
+    run_finetune(folder, run, args.encoder, say)
     say(f"classifier in {args.out}/classifier; next: diccae evaluate --out {args.out}")
     return 0

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     log_to_screen()
     folder = RunFolder(args.out)
     if not args.fresh:
-        config = with_store_features(folder, config, args.config, args.store)
+        config = with_store_features(folder, config, args.config, args.store, args.fresh)
     if folder.open(config, args.fresh):
         say(f"going on with the run in {args.out}")
     run_pretrain(folder, config, args.store, say)

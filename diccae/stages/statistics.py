@@ -99,14 +99,17 @@ def for_embedding(config: RunConfig, encoder: str, spec: FeatureSpec) -> RunConf
 
 
 def with_store_features(
-    folder: RunFolder, config: RunConfig, file: str | None, store: str
+    folder: RunFolder, config: RunConfig, file: str | None, store: str, fresh: bool = False
 ) -> RunConfig:
     """The config with the feature spec of the store, so that run and digest say what was read.
 
+    Args: file: the config file, whose `features` are what the user asks for; fresh: a run in the
+        folder is not gone on with.
     Raises: UsageError naming the keys of the file's `features` that the store has otherwise.
     """
     asked = load_config(file).features
-    known = folder.record.get("store") or {"uri": store, "version": config.data.version}
+    record = {} if fresh else folder.record
+    known = record.get("store") or {"uri": store, "version": config.data.version}
     spec = FeatureStore.open(known["uri"]).snapshot(known["version"]).spec
     wrong = [
         f"features.{name} = {getattr(asked, name)} in {file}, {getattr(spec, name)} in the store"
