@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 
 PRINT_FRAMES = 8
-"""Most frames of a picture print, evenly spread over the clip."""
+"""Most frames that are looked at, evenly spread over the clip."""
 PRINT_CELLS = 7
 PICTURE_WIDTH = PRINT_CELLS**2 + 2
 """Bytes of one frame's print: mean luma of 7 x 7 cells, and two mean chromas."""
@@ -26,7 +26,7 @@ _BLACK_LEVEL = 16.0
 # 150 (energy of the window) / 2.
 _FULL_SCALE_POWER = 38400.0
 _SILENT_DB = -65.0
-_LOUDNESS_ROWS = 4
+_LOUDNESS_ROWS = 8
 
 
 class FeatureSignals(NamedTuple):
@@ -54,27 +54,27 @@ def measure_features(
 
     Raises: ValueError if a payload is not a JPEG.
     """
+    kept = np.unique(np.linspace(0, len(jpegs) - 1, PRINT_FRAMES).round().astype(int))
     # The scaled DCT of libjpeg gives a thumbnail at a fifth of a full decode's time.
     thumbs_NhwC = np.stack(
         [
             simplejpeg.decode_jpeg(
-                jpeg,
+                jpegs[i],
                 colorspace="RGB",
                 min_height=_LEAST_PIXELS,
                 min_width=_LEAST_PIXELS,
                 min_factor=1,
             )
-            for jpeg in jpegs
+            for i in kept
         ]
     ).astype(np.float32)
     luma_Nhw = thumbs_NhwC @ np.array([0.299, 0.587, 0.114], np.float32)
-    kept = np.unique(np.linspace(0, len(jpegs) - 1, PRINT_FRAMES).round().astype(int))
     valid_tM = fbank_TM[:n_valid]
     return FeatureSignals(
         _motion(luma_Nhw) if len(jpegs) > 1 else None,
         _border_frac(luma_Nhw),
         _silent_frac(valid_tM),
-        _picture_print(thumbs_NhwC[kept], luma_Nhw[kept]).tobytes(),
+        _picture_print(thumbs_NhwC, luma_Nhw).tobytes(),
         [times_ms[i] for i in kept],
         _sound_print(valid_tM).tobytes(),
     )
