@@ -21,6 +21,7 @@ SAME_SOUND = 0.4
 _SURELY_SAME = 0.9
 """A correlation that no other shift is tried after."""
 _NEIGHBOURS = 12
+_PAIRS_AT_ONCE = 1 << 17
 _FLAT_UP_TO = 5000
 _PROBES = 16
 _MOST_SHIFT_STEPS = 40
@@ -86,10 +87,16 @@ def _candidates(prints: list[Prints], queries: np.ndarray, neighbours_qk: np.nda
     pairs_m2 = np.column_stack([np.repeat(queries, neighbours_qk.shape[1]), neighbours_qk.ravel()])
     pairs_m2 = np.unique(np.sort(pairs_m2[pairs_m2[:, 1] >= 0], axis=1), axis=0)
     pairs_m2 = pairs_m2[pairs_m2[:, 0] != pairs_m2[:, 1]]
-    mean_nW = np.stack([one.picture_PW.mean(0) for one in prints])
+    mean_nW = np.stack([one.picture_PW.mean(0, np.float32) for one in prints])
     slack_n = np.array([_allowed(one) + _motion(one) for one in prints])
-    first_m, second_m = pairs_m2.T
-    return pairs_m2[_differences(mean_nW[first_m], mean_nW[second_m]) <= slack_n[first_m]]
+    near = []
+    # All at once, the 2.4 million pairs of 200,000 clips took 4 GB.
+    for begin in range(0, len(pairs_m2), _PAIRS_AT_ONCE):
+        some_m2 = pairs_m2[begin : begin + _PAIRS_AT_ONCE]
+        first_m, second_m = some_m2.T
+        far_m = _differences(mean_nW[first_m], mean_nW[second_m])
+        near.append(some_m2[far_m <= slack_n[first_m]])
+    return np.concatenate(near) if near else pairs_m2
 
 
 def _descriptor(prints: Prints) -> np.ndarray:
