@@ -9,6 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from diccae.cli import main
+from pipeline.config import IngestConfig
+from pipeline.ingest.plan import STATE_COLUMNS, make_plan
+from pipeline.ingest.run import IngestSummary, ingest
 from pipeline.quality import run as quality_run
 from pipeline.quality.leave_out import left_out, without_left_out
 from pipeline.quality.rules import RULES
@@ -168,3 +171,29 @@ def test_clips_are_left_out_by_rule(copy, quality) -> None:
     assert set(sources["clip_id"].to_pylist()) - set(left["clip_id"].to_pylist()) == {
         "still_000000"
     }
+
+
+def test_an_ingest_drops_what_a_rule_names_and_takes_it_back_without_it(copy, quality) -> None:
+    quality(copy.store)
+    source = (str(copy.clips.folder / "clips.csv"), str(copy.clips.folder / "videos"))
+
+    def run(*rules: str) -> IngestSummary:
+        config = IngestConfig(leave_out=rules)
+        return ingest(
+            *source, copy.store, None, config, start_ray=_no_ray, on_progress=lambda progress: None
+        )
+
+    assert run("still", "silent").removed == 2
+    snapshot = FeatureStore.open(copy.store).snapshot()
+    assert "still_000000" not in snapshot.rows(None)["clip_id"].to_pylist()
+    assert run("still", "silent").removed == 0
+    quality(copy.store)  # What is out of the store is remembered, and stays out.
+    assert run("still", "silent").removed == 0
+    assert snapshot._table.history(1)[0]["left_out"] == "still-1 silent-1"
+    states = FeatureStore.open(copy.store).snapshot().states(STATE_COLUMNS)
+    spec_hash = snapshot.spec_hash
+    assert make_plan(list_sources(*source), states, spec_hash, IngestConfig()).counts["new"] == 2
+
+
+def _no_ray() -> None:
+    raise AssertionError("nothing was to be decoded")
