@@ -107,10 +107,10 @@ def with_store_features(
         folder is not gone on with.
     Raises: UsageError naming the keys of the file's `features` that the store has otherwise.
     """
+    if folder.record and not fresh:  # Its store, and so its features, are pinned.
+        return config.model_copy(update={"features": folder.config().features})
     asked = load_config(file).features
-    record = {} if fresh else folder.record
-    known = record.get("store") or {"uri": store, "version": config.data.version}
-    spec = FeatureStore.open(known["uri"]).snapshot(known["version"]).spec
+    spec = FeatureStore.open(store).snapshot(config.data.version).spec
     wrong = [
         f"features.{name} = {getattr(asked, name)} in {file}, {getattr(spec, name)} in the store"
         for name in sorted(asked.model_fields_set)
