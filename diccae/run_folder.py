@@ -23,8 +23,8 @@ from diccae.screen import ProgressLine, clock
 from training.errors import ConfigMismatch
 
 _VERSIONS = ("diccae", "torch", "torchaudio", "ray", "faiss-gpu", "mlflow", "pyarrow", "deltalake")
-_NOT_PINNED = ("scale.", "pool.", "tracking.", "ingest.", "finetune.", "evaluate.")
-"""Sections that may change between the stages of a run."""
+_NOT_PINNED = ("scale.", "pool.", "tracking.", "ingest.", "finetune.", "evaluate.", "features.")
+"""Sections that may change between the stages of a run; its features are pinned with the store."""
 
 
 class RunFolder:
@@ -66,6 +66,7 @@ class RunFolder:
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         if self.record:
+            config = _with_statistics_of(self.config(), config)
             keys = [
                 line
                 for line in differing_keys(self.config(), config)
@@ -115,6 +116,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     scratch = path.with_suffix(".tmp")
     scratch.write_text(json.dumps(content, indent=1))
     os.replace(scratch, path)
+
+
+def _with_statistics_of(old: RunConfig, new: RunConfig) -> RunConfig:
+    """The new config, with the fbank statistics of the run's own where it leaves them open: until
+    they were found in the store, each config named some."""
+    if new.data.given_statistics is not None:
+        return new
+    same = {"fbank_mean": old.data.fbank_mean, "fbank_std": old.data.fbank_std}
+    return new.model_copy(update={"data": new.data.model_copy(update=same)})
 
 
 @contextlib.contextmanager

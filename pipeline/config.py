@@ -2,7 +2,8 @@
 
 Pure pydantic models: imports nothing heavy, so that `--help` answers at once.
 Invariant: every field of FeatureSpec changes the stored features or which clips are accepted, and
-no field of IngestConfig does; so equal `spec_hash` means equal features.
+no field of IngestConfig does (`leave_out` names clips by what is in them, and is written into the
+commit); so equal `spec_hash` means equal features.
 """
 
 import hashlib
@@ -68,7 +69,8 @@ class FeatureSpec(Frozen):
 
 
 class IngestConfig(Frozen):
-    """How an ingest runs; changes nothing of what is stored."""
+    """How an ingest runs; changes nothing of what is stored of a clip, and but for `leave_out` not
+    which clips are."""
 
     shard_clips: int = Field(256, ge=1, le=4096)
     """Most clips in one shard, the unit of retry."""
@@ -111,6 +113,9 @@ class IngestConfig(Frozen):
     """Let a run remove more than max_removed_frac of the store."""
     max_removed_frac: float = Field(0.20, ge=0, le=1)
     """Above this share of vanished clips the source is taken for unmounted."""
+    leave_out: tuple[str, ...] = ()
+    """Rules of `diccae store quality` (such as still, duplicate): clips that hit one, and whose
+    file is still the one that was looked at, count as not listed."""
     lease_stale_s: float = Field(60.0, gt=1)
     """A writer that was silent for this long is taken for dead."""
     probe: bool = False

@@ -4,7 +4,7 @@ Pure pydantic models: imports neither torch nor Ray, so that `--help` answers at
 Invariant: no default of training stands anywhere else.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -70,6 +70,17 @@ class EncoderConfig(Frozen):
         return self
 
 
+class FbankStatistics(NamedTuple):
+    """What fbanks are normalised with."""
+
+    mean: float
+    std: float
+
+    def agrees(self, other: "FbankStatistics") -> bool:
+        """Equal but for the digits that were not written down."""
+        return abs(self.mean - other.mean) < 1e-3 and abs(self.std - other.std) < 1e-3
+
+
 class DataConfig(Frozen):
     """What is read of a feature store, and in which order."""
 
@@ -82,12 +93,40 @@ class DataConfig(Frozen):
     depends on how many there are. A multiple of their number keeps all of them equally busy."""
     shuffle_window: int = Field(256, ge=1)
     """Clips of a lane that are permuted together, and held in memory encoded."""
-    fbank_mean: float = -5.081
-    """Subtracted from the fbank (CAV-MAE's VGGSound statistics)."""
-    fbank_std: float = Field(4.4849, gt=0)
-    """Divides the fbank."""
+    fbank_mean: float | None = None
+    """Subtracted from the fbank. None: of the weights the run starts from, else of the train split,
+    as `diccae store stats` finds it."""
+    fbank_std: float | None = Field(None, gt=0)
+    """Divides the fbank; None as above. CAV-MAE's VGGSound has -5.081 and 4.4849."""
+    leave_out: tuple[str, ...] = ()
+    """Rules of `diccae store quality` (such as still, duplicate): train clips that hit one are left
+    out. Test clips stay, so that results can be compared."""
     validation_frac: float = Field(0.0, ge=0, lt=1)
     """Share of the train split kept for validation, split by YouTube id."""
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> "DataConfig":
+        if (self.fbank_mean is None) != (self.fbank_std is None):
+            raise ValueError("fbank_mean and fbank_std go together: give both, or neither")
+        return self
+
+    @property
+    def given_statistics(self) -> "FbankStatistics | None":
+        """Mean and standard deviation of the fbanks, if the config gives them."""
+        if self.fbank_mean is None or self.fbank_std is None:
+            return None
+        return FbankStatistics(self.fbank_mean, self.fbank_std)
+
+    @property
+    def statistics(self) -> "FbankStatistics":
+        """Those of a run that is under way: given, or filled in when it started.
+
+        Raises: ValueError if they were not.
+        """
+        given = self.given_statistics
+        if given is None:
+            raise ValueError("data.fbank_mean and data.fbank_std are not known yet: give both")
+        return given
 
 
 class AugmentConfig(Frozen):

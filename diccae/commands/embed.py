@@ -35,14 +35,15 @@ def main(argv: Sequence[str]) -> int:
     args = parse("embed", EmbedArgs, argv, ("data", "evaluate", "scale"))
     from diccae.resources import check_fits, start_ray
     from diccae.stages.evaluate import inference_demands
+    from diccae.stages.statistics import for_embedding
     from pipeline.store.store import FeatureStore
     from training.data.rows import index_rows
     from training.on_ray.inference import Job, Models, run_jobs, write_vectors
 
     snapshot = FeatureStore.open(args.store).snapshot(args.version)
+    run = for_embedding(args.run, args.encoder, snapshot.spec)
     index = index_rows(snapshot, args.split)
     start_ray()
-    run = args.run
     check_fits(inference_demands(run.scale))
     job = Job(index, run.evaluate.frames, (args.space,))
     [outputs] = run_jobs([job], Models(args.encoder), run.data, run.scale, run.evaluate)

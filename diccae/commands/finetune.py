@@ -43,15 +43,19 @@ def main(argv: Sequence[str]) -> int:
         return _dry_run(folder, args)
     from diccae.stages.finetune import run_finetune
     from diccae.stages.run_record import open_run
+    from diccae.stages.statistics import with_store_features
     from training.on_ray.finetune import forget_finetuning, refuse_other_settings
 
     if args.fresh:
         forget_finetuning(folder.path)
     # Before the folder takes the config over: config.yaml tells of the classifier that is there.
     refuse_other_settings(args.run, args.encoder, folder.path)
-    folder.open(args.run, fresh=False)
-    open_run(folder, args.run, args.store)
-    run_finetune(folder, args.run, args.encoder, say)
+    run = args.run
+    if args.store is not None and not folder.record:
+        run = with_store_features(folder, run, args.config, args.store)
+    folder.open(run, fresh=False)
+    open_run(folder, run, args.store)
+    run_finetune(folder, run, args.encoder, say)
     say(f"classifier in {args.out}/classifier; next: diccae evaluate --out {args.out}")
     return 0
 

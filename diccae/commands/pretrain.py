@@ -57,9 +57,11 @@ def main(argv: Sequence[str]) -> int:
         return _dry_run(config, args.store)
     from diccae.run_folder import RunFolder, log_to_screen
     from diccae.stages.pretrain import run_pretrain
+    from diccae.stages.statistics import with_store_features
 
     log_to_screen()
     folder = RunFolder(args.out)
+    config = with_store_features(folder, config, args.config, args.store, args.fresh)
     if folder.open(config, args.fresh, pretraining=True):
         say(f"going on with the run in {args.out}")
     run_pretrain(folder, config, args.store, say)

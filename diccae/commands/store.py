@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import tyro
@@ -16,13 +16,27 @@ class StoreArgs:
     """Look after a feature store: what is in it, what failed, what is damaged or not needed."""
 
     action: tyro.conf.Positional[
-        Literal["status", "failures", "verify", "compact", "vacuum", "unpin", "export"]
+        Literal[
+            "status",
+            "failures",
+            "verify",
+            "quality",
+            "stats",
+            "compact",
+            "vacuum",
+            "unpin",
+            "export",
+        ]
     ]
     """What to do."""
     store: str
     """URI of the feature store."""
     version: int | None = None
     """status: an older version of the clips table."""
+    split: str | None = None
+    """quality: only clips of this split; stats: the split, train unless told otherwise."""
+    stored_only: bool = False
+    """quality: leave the source files alone; rules that need them are not judged."""
     sample: int = 64
     """verify: clips that are read back and compared."""
     repair: bool = False
@@ -50,6 +64,10 @@ def main(argv: Sequence[str]) -> int:
         return _failures(maintenance.failures(args.store), args.json)
     if args.action == "verify":
         return _verify(args)
+    if args.action == "quality":
+        return _quality(args)
+    if args.action == "stats":
+        return _stats(args)
     if args.action == "compact":
         return _show(maintenance.compact(args.store), args.json)
     if args.action == "vacuum":
@@ -90,6 +108,20 @@ def _verify(args: StoreArgs) -> int:
         for problem in result["problems"]:
             say(f"{problem['clip_id']}  {problem['shard']}  {problem['problem']}")
     return 1 if result["problems"] and not args.repair else 0
+
+
+def _quality(args: StoreArgs) -> int:
+    from diccae.stages.quality import quality_lines, run_quality
+
+    summary = run_quality(args.store, args.split, reads_sources=not args.stored_only)
+    print(json.dumps(asdict(summary)) if args.json else "\n".join(quality_lines(summary)))
+    return 0
+
+
+def _stats(args: StoreArgs) -> int:
+    from diccae.stages.quality import run_stats
+
+    return _show(asdict(run_stats(args.store, args.split or "train")), args.json)
 
 
 def _failures(by_reason: dict[str, dict[str, Any]], as_json: bool) -> int:

@@ -59,12 +59,16 @@ def _import(args: WeightsArgs) -> dict[str, Any]:
     if args.store is None:
         raise UsageError("import: --store is needed, for its feature spec and classes")
     from diccae.run_folder import RunFolder
+    from diccae.stages.statistics import with_store_features
     from diccae.stages.weights import import_weights
 
     folder = RunFolder(args.out)
     if folder.record:
         raise UsageError(f"import: {args.out} holds a run already; name a new folder with --out")
-    folder.open(args.run, fresh=False)
-    report = import_weights(folder, args.run, args.store, args.model, args.classes)
+    run = with_store_features(folder, args.run, args.config, args.store)
+    folder.open(run, fresh=False)
+    report = import_weights(folder, run, args.store, args.model, args.classes, say)
     say(f"next: diccae evaluate --out {args.out}, or finetune")
-    return {**report._asdict(), "run": args.out}
+    done = report._asdict()
+    del done["made_with"]
+    return {**done, "run": args.out}

@@ -13,6 +13,7 @@ from diccae.errors import UsageError
 from diccae.resources import Demand, check_fits, start_ray
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import Say, pin_for, tracking_handle
+from diccae.stages.statistics import settle
 from training.config import ScaleConfig
 from training.data.rows import RowIndex, clip_keys, index_rows, with_labels
 from training.on_ray.evaluate import evaluate
@@ -23,6 +24,7 @@ from training.tracking import tracker as tracking
 def run_evaluate(folder: RunFolder, config: RunConfig, say: Say) -> dict[str, Any]:
     """Evaluate the folder's models on the test split into `results.json`."""
     data = pin_for(folder, config)
+    config, _ = settle(folder, config, data, say)
     test = tested_rows(data, config)
     start_ray()
     check_fits(inference_demands(config.scale))

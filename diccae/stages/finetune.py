@@ -9,6 +9,7 @@ from diccae.config import RunConfig
 from diccae.resources import check_fits, start_ray, training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.run_record import Say, pin_for, provenance, tracking_handle, with_status
+from diccae.stages.statistics import settle
 from training.data.order import BatchPlan
 from training.data.rows import with_labels
 from training.on_ray.finetune import finetune, starting_encoder
@@ -22,6 +23,11 @@ def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say:
     data = pin_for(folder, config)
     # Pretraining is for all clips, fine-tuning for those of them that have a label.
     train = with_labels(data.train, "finetune")
+    own = folder.path / "encoder"
+    weights = encoder or (str(own) if (own / "encoder.json").exists() else config.encoder.init)
+    config, statistics = settle(folder, config, data, say, weights)
+    if "statistics" not in folder.record:
+        folder.write_record(statistics=statistics)
     steps = BatchPlan.of(len(train), config.finetune.batch_size, config.data).steps(len(train))
     start_ray()
     check_fits(training_demands(config, None))

@@ -14,11 +14,12 @@ from diccae.config import RunConfig
 from diccae.resources import check_fits, scale_note, start_ray, training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.run_record import Say, pin_for, provenance, remember, tracking_run, with_status
+from diccae.stages.statistics import settle
 from training.data.order import BatchPlan
 from training.model.make import make_encoder
 from training.on_ray.pretrain import WHOLE, Pinned, Span, check, pretrain
 from training.tracking.copier import read_metrics
-from training.weights.files import by_part, load_weights
+from training.weights.files import WeightsReport, by_part, load_weights
 
 
 def run_pretrain(
@@ -35,9 +36,11 @@ def run_pretrain(
     """
     data = pin_for(folder, config, store)
     check(config, config.clustering, data)
-    if config.encoder.init is not None and span.start is None and not folder.record:
-        _say_what_weights_give(config, data, say)
-    remember(folder, config, store, data)
+    init, made = None if folder.record else config.encoder.init, None
+    if init is not None and span.start is None:
+        made = _say_what_weights_give(config, data, say).made_with
+    config, statistics = settle(folder, config, data, say, init, made)
+    remember(folder, config, store, data, statistics)
     n_clips = len(data.train)
     steps = BatchPlan.of(n_clips, config.pretrain.batch_size, config.data).steps(n_clips)
     total = steps * (span.until_epoch or config.pretrain.epochs)
@@ -51,6 +54,9 @@ def run_pretrain(
         f"pretrain  {len(data.train):,} clips of {store} version {data.snapshot.version}, "
         f"{total:,} steps of {config.pretrain.batch_size}, encoder {config.encoder.preset}"
     )
+    if data.left_out is not None:
+        told = ", ".join(f"{name}-{version}" for name, version in data.left_out.rules.items())
+        say(f"left out  {len(data.left_out.clips):,} clips by {told}")
     made_by = provenance(folder, config)
     started = time.monotonic()
     with watched(folder.path / "metrics.jsonl", total, "pretrain"):
@@ -93,7 +99,7 @@ def _write_results(
     )
 
 
-def _say_what_weights_give(config: RunConfig, data: Pinned, say: Say) -> None:
+def _say_what_weights_give(config: RunConfig, data: Pinned, say: Say) -> WeightsReport:
     """Which keys of `encoder.init` fit, before the cluster is used.
 
     Raises: WeightsError if the file cannot be read or gives nothing.
@@ -104,6 +110,7 @@ def _say_what_weights_give(config: RunConfig, data: Pinned, say: Say) -> None:
     for name in ("missing", "unexpected", "resized"):
         if keys := getattr(report, name):
             say(f"          {name}: {by_part(keys)}")
+    return report
 
 
 def _pseudo_labels(out: Path, config: RunConfig) -> dict[str, Any]:

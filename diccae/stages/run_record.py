@@ -8,15 +8,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from diccae.config import RunConfig
 from diccae.errors import UsageError
 from diccae.run_folder import RunFolder
+from pipeline.quality.leave_out import LeftOut
 from pipeline.store.store import FeatureStore
 from training.on_ray.pretrain import Pinned, pin
 from training.tracking import tracker as tracking
 from training.tracking.copier import RunHandle
 
 Say = Callable[[str], None]
+_LEFT_OUT = "left_out.parquet"
+"""Of a run folder: clip_id and rule of the train clips it leaves out."""
 
 
 def pin_for(folder: RunFolder, config: RunConfig, store: str | None = None) -> Pinned:
@@ -29,7 +34,7 @@ def pin_for(folder: RunFolder, config: RunConfig, store: str | None = None) -> P
         if store is None:
             raise UsageError(f"{folder.path}: no pretraining run in it; name the data with --store")
         return pin(store, config.data.version, config)
-    data = pin(known["uri"], int(known["version"]), config)
+    data = pin(known["uri"], int(known["version"]), config, _left_out_before(folder))
     if data.snapshot.digest != known["digest"]:
         raise UsageError(
             f"{known['uri']} version {known['version']} holds other clips than this run read "
@@ -39,16 +44,39 @@ def pin_for(folder: RunFolder, config: RunConfig, store: str | None = None) -> P
     return data
 
 
-def remember(folder: RunFolder, config: RunConfig, store: str, data: Pinned) -> None:
-    """Write down what the run reads, and keep that version from `store vacuum`."""
+def _left_out_before(folder: RunFolder) -> LeftOut | None:
+    """The clips the run left out when it began."""
+    about = folder.record["store"].get("left_out")
+    if about is None:
+        return None
+    return LeftOut(pq.read_table(folder.path / _LEFT_OUT), about["rules"])
+
+
+def remember(
+    folder: RunFolder,
+    config: RunConfig,
+    store: str,
+    data: Pinned,
+    statistics: Mapping[str, Any] | None = None,
+) -> None:
+    """Write down what the run reads, and keep that version from `store vacuum`.
+
+    Args: statistics: what its fbanks are normalised with, if that is known yet.
+    """
     if folder.record.get("store"):
         return
     snapshot = data.snapshot
+    pinned: dict[str, Any] = {"uri": store, "version": snapshot.version, "digest": snapshot.digest}
+    if data.left_out is not None:
+        # Which clips, not only which rules: a later look at the store must not change the run.
+        pq.write_table(data.left_out.clips, folder.path / _LEFT_OUT)
+        pinned["left_out"] = data.left_out.about()
     # With the version: folders of one name elsewhere must not let go of each other's.
     FeatureStore.open(store).pin(snapshot.version, f"run-{folder.path.name}-v{snapshot.version}")
     folder.write_record(
-        store={"uri": store, "version": snapshot.version, "digest": snapshot.digest},
+        store=pinned,
         config_hash=config.digest(),
+        **({"statistics": dict(statistics)} if statistics else {}),
     )
 
 

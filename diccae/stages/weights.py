@@ -5,7 +5,8 @@ Knows nothing of their layouts. Invariant: what is imported evaluates and fine-t
 
 from diccae.config import RunConfig
 from diccae.run_folder import RunFolder
-from diccae.stages.run_record import open_run, pin_for, provenance, tracking_handle
+from diccae.stages.run_record import Say, open_run, pin_for, provenance, tracking_handle
+from diccae.stages.statistics import settle
 from training.errors import WeightsError
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
@@ -21,13 +22,20 @@ from training.weights.files import (
 
 
 def import_weights(
-    folder: RunFolder, config: RunConfig, store: str, uri: str, label_list: str | None
+    folder: RunFolder,
+    config: RunConfig,
+    store: str,
+    uri: str,
+    label_list: str | None,
+    say: Say,
 ) -> WeightsReport:
     """Published weights as this run's `encoder/`, and with a label list as its `classifier/`.
 
-    Raises: WeightsError if they do not fit, have no class head, or lack a class of the store.
+    Raises: UsageError if they were trained with other statistics or features than config or store
+        have; WeightsError if they do not fit, have no class head, or lack a class of the store.
     """
-    train = pin_for(folder, config, store).train
+    data = pin_for(folder, config, store)
+    train = data.train
     encoder = Encoder(config.encoder, input_shape(train.spec))
     classifier = None
     if label_list is None:
@@ -37,11 +45,15 @@ def import_weights(
         report = load_weights(classifier, uri, train.classes, read_class_names(label_list))
         if any(key.startswith("mlp_head.") for key in report.missing):
             raise WeightsError(f"{uri}: no class head in it; leave --classes out, then finetune")
+    config, statistics = settle(folder, config, data, say, uri, report.made_with)
     open_run(folder, config, store)
+    folder.write_record(statistics=statistics)
     made_from = provenance(folder, config) | {"weights": uri}
     saved = (train.classes, train.spec.model_dump(mode="json"), made_from)
-    save_encoder(encoder, str(folder.path / "encoder"), *saved)
+    normalised = config.data.statistics
+    save_encoder(encoder, str(folder.path / "encoder"), *saved, statistics=normalised)
     if classifier is not None:
-        save_classifier(classifier, str(folder.path / "classifier"), *saved)
+        target = str(folder.path / "classifier")
+        save_classifier(classifier, target, *saved, statistics=normalised)
     tracking.finish(tracking_handle(folder), "FINISHED")
     return report

@@ -19,6 +19,8 @@ import pyarrow.compute as pc
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import TooManyFailures
 from pipeline.ingest.plan import STATE_COLUMNS, Plan, content_known, make_plan
+from pipeline.quality.leave_out import without_left_out
+from pipeline.quality.rules import rules_named
 from pipeline.reasons import Reason
 from pipeline.source.fetch import is_local_file
 from pipeline.source.files import sha256_of
@@ -93,6 +95,8 @@ def _compare(
     spec = spec or (snapshot.spec if snapshot else FeatureSpec())
     states = snapshot.states(STATE_COLUMNS, spec.spec_hash()) if snapshot else _NO_STATES
     sources, known = listing.without_unreadable(states)
+    if config.leave_out and snapshot is not None:
+        sources = without_left_out(Location(snapshot.uri), sources, config.leave_out)
     same_content = _same_content(sources, known, config)
     plan = make_plan(sources, known, spec.spec_hash(), config, same_content=same_content)
     plan.counts["unchanged"] += len(states) - len(known)
@@ -226,8 +230,10 @@ class _Run:
             removed = states.filter(gone).select(SOURCE_SCHEMA.names)
             tables.append(self._rows(removed, "removed", None, None))
         if tables:
-            rows = pa.concat_tables(tables)
-            self.store.append(rows, {"run_id": self.run_id}, self.lease.check)
+            about = {"run_id": self.run_id}
+            if self.config.leave_out:
+                about["left_out"] = " ".join(r.stamp for r in rules_named(self.config.leave_out))
+            self.store.append(pa.concat_tables(tables), about, self.lease.check)
 
     def _rows(
         self, clips: pa.Table, status: str, reason: Reason | None, detail: str | None

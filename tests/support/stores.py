@@ -43,6 +43,7 @@ def noise_store(
             label = f"class {number % 4}" if labelled else None
             same: dict[str, Any] = {"clip_id": clip_id, "row_key": f"key-{clip_id}", "label": label}
             same["split"] = "train"
+            same["uri"] = f"/nowhere/{clip_id}.mp4"
             state = {"status": "ok", "shard": writer.name, "spec_hash": spec.spec_hash()}
             rows.append({**same, **state, "row": writer.add({**same, **features})})
         writer.publish()

@@ -35,7 +35,8 @@ def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def normalise_fbank(fbank_BTM: Tensor, data: DataConfig) -> Tensor:
     """Stored fbank, any float dtype [B, T, M] -> float32, zero mean and unit variance."""
-    return (fbank_BTM.float() - data.fbank_mean) / data.fbank_std
+    mean, std = data.statistics
+    return (fbank_BTM.float() - mean) / std
 
 
 def _uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
@@ -103,7 +104,7 @@ def augment_fbank(
     if config.gain:
         x_BTM = x_BTM + gain[:, None, None]
     if config.freq_mask or config.time_mask:
-        fill = data.fbank_mean if config.mask_with == "mean" else 0.0
+        fill = data.statistics.mean if config.mask_with == "mean" else 0.0
         x_BTM = x_BTM.masked_fill(freq[:, None, :] | time[:, :, None], fill)
     x_BTM = normalise_fbank(x_BTM, data)
     if config.fbank_noise:

@@ -42,6 +42,8 @@ _DECIDES: dict[str, Any] = {
 }
 """What of the config a classifier depends on, besides its encoder and clips."""
 
+_STATISTICS = ("data.fbank_mean", "data.fbank_std")
+
 
 def finetune(
     config: TrainingConfig,
@@ -90,12 +92,26 @@ def starting_encoder(
         return own if uri is None else uri
     if uri is not None:
         encoder, card = load_encoder(uri)
-        save_encoder(encoder, own, card.classes, card.feature_spec, card.provenance)
+        save_encoder(
+            encoder,
+            own,
+            card.classes,
+            card.feature_spec,
+            card.provenance,
+            statistics=config.data.statistics,
+        )
         return uri
     encoder = make_encoder(config, index.spec)
     if config.encoder.init is not None:
         load_weights(encoder, config.encoder.init)
-    save_encoder(encoder, own, index.classes, index.spec.model_dump(mode="json"), provenance)
+    save_encoder(
+        encoder,
+        own,
+        index.classes,
+        index.spec.model_dump(mode="json"),
+        provenance,
+        statistics=config.data.statistics,
+    )
     return own
 
 
@@ -110,9 +126,11 @@ def refuse_other_settings(config: TrainingConfig, encoder_uri: str | None, out: 
         return
     old = json.loads(ray_fit.state_in(newest[1], mmap=True)["decides"])
     new = json.loads(_deciding(config, encoder_uri or str(out / "encoder")))
+    # Left out of a config, the statistics are those the run began with, which cannot differ.
+    left_to_run = {key for key in _STATISTICS if new.get(key) is None}
     keys = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
+        for key in sorted((old.keys() | new.keys()) - left_to_run)
         if old.get(key) != new.get(key)
     ]
     if keys:
@@ -181,6 +199,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         index.classes,
         index.spec.model_dump(mode="json"),
         settings["provenance"],
+        statistics=config.data.statistics,
     )
     tracker.close()
     return {"metrics": last}

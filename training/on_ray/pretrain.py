@@ -10,12 +10,14 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from clustering.config import KMeansConfig, PoolConfig
 from clustering.kmeans.label_table import LabelTable
 from clustering.pool.pool import ClusterPool
 from clustering.rounds.protocol import Rounds
+from pipeline.quality.leave_out import LeftOut, left_out
 from pipeline.store.store import FeatureStore, Snapshot
 from training.config import TrainingConfig
 from training.data.order import BatchPlan, WindowPlan, lanes_of
@@ -46,6 +48,8 @@ class Pinned(NamedTuple):
     train: RowIndex
     validation: RowIndex | None = None
     """Clips that `data.validation_frac` keeps out of training."""
+    left_out: LeftOut | None = None
+    """Train clips that rules keep out of both."""
 
 
 class Span(NamedTuple):
@@ -60,17 +64,28 @@ class Span(NamedTuple):
 WHOLE = Span()
 
 
-def pin(store: str, version: int | None, config: TrainingConfig) -> Pinned:
-    """Open a version of a store and index its train split.
+def pin(
+    store: str, version: int | None, config: TrainingConfig, known: LeftOut | None = None
+) -> Pinned:
+    """Open a version of a store and index its train split, without what `data.leave_out` names.
 
-    Raises: StoreError, TrainingError.
+    Args: known: what the run left out when it began; None: as the rules have it now.
+    Raises: StoreError, TrainingError; SourceError for a rule that there is not.
     """
     snapshot = FeatureStore.open(store).snapshot(version)
     index = index_rows(snapshot, "train")
+    if config.data.leave_out and known is None:
+        known = left_out(snapshot, "train", config.data.leave_out)
+    kept_N = np.ones(len(index), bool)
+    if known is not None:
+        kept_N = ~np.isin(index.clip_ids_N, known.clips["clip_id"].to_pylist())
+        index = index.take(kept_N)
     if config.data.validation_frac > 0:
-        groups_N = groups_of(snapshot, "train")
-        return Pinned(snapshot, *split_validation(index, groups_N, config.data.validation_frac))
-    return Pinned(snapshot, index)
+        groups_N = groups_of(snapshot, "train")[kept_N]
+        return Pinned(
+            snapshot, *split_validation(index, groups_N, config.data.validation_frac), known
+        )
+    return Pinned(snapshot, index, left_out=known)
 
 
 def check(config: TrainingConfig, clustering: KMeansConfig, data: Pinned) -> None:
@@ -210,6 +225,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         index.classes,
         index.spec.model_dump(mode="json"),
         settings["provenance"],
+        statistics=config.data.statistics,
     )
     assert tracker is not None
     tracker.close()

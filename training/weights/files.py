@@ -24,12 +24,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from training.config import EncoderConfig
+from training.config import FbankStatistics
 from training.errors import WeightsError
 from training.model.blocks import PATCH, PatchStem
 from training.model.classifier import Classifier
-from training.model.encoder import Encoder, InputShape
+from training.model.encoder import Encoder
 from training.weights import layouts
+from training.weights.card import MadeWith, ModelCard
 
 _OPTIONAL = ("class_heads.", "decoder.", "mlp_head.", "auxiliary_heads.")
 """Parts a file may lack, or have beyond what the model has; anything else is the trunk."""
@@ -49,29 +50,14 @@ class WeightsReport(NamedTuple):
     """Keys of the file the model has no place for."""
     resized: list[str]
     """Position tables that were interpolated to another grid."""
+    made_with: MadeWith
+    """What the file says of the features it was trained on."""
 
 
 def by_part(keys: list[str]) -> str:
     """Keys counted by the part of the model they are of, such as `blocks_a (132), norm_v (2)`."""
     parts = Counter(key.split(".")[0] for key in keys)
     return ", ".join(f"{part} ({n})" for part, n in parts.items()) or "-"
-
-
-class ModelCard(NamedTuple):
-    """What stands beside saved weights."""
-
-    config: EncoderConfig
-    shape: InputShape
-    classes: list[str]
-    """Names of the classifier's classes in the order of its logits; of an encoder: may be empty."""
-    feature_spec: dict[str, Any]
-    """The feature spec the model was trained on."""
-    provenance: dict[str, Any]
-    """Run, store version, config hash: whatever pins where the weights come from."""
-    mode: Literal["multimodal", "audio", "video"]
-    """What a classifier was trained for."""
-    auxiliary: bool
-    """Whether a classifier has heads for its audio and video streams."""
 
 
 def load_weights(
@@ -105,7 +91,18 @@ def load_weights(
         missing, unexpected = _fill(model, state, optional)
     except WeightsError as error:
         raise WeightsError(f"{uri}: {error}") from error
-    return WeightsReport(layout, missing, unexpected + heads, resized)
+    return WeightsReport(layout, missing, unexpected + heads, resized, MadeWith.of(layout, card))
+
+
+def made_with(uri: str) -> MadeWith:
+    """What the weights at `uri` say of the features they were trained on.
+
+    Raises: WeightsError if they cannot be read.
+    """
+    if PurePosixPath(urlsplit(uri).path).suffix in (*_PICKLED, ".safetensors"):
+        raw, card = read_weights(uri)
+        return MadeWith.of(layouts.detect(raw), card)
+    return MadeWith.of("diccae", read_card(uri, saved_name(uri))[0])
 
 
 def read_weights(uri: str) -> tuple[dict[str, Tensor], ModelCard | None]:
@@ -141,10 +138,12 @@ def save_encoder(
     classes: Sequence[str] = (),
     feature_spec: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    *,
+    statistics: FbankStatistics | None = None,
 ) -> None:
     """Write `encoder.safetensors` and `encoder.json` into a folder; a decoder is not kept."""
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("decoder.")}
-    details = _details(classes, feature_spec, provenance)
+    details = _details(classes, feature_spec, provenance, statistics)
     _save(state, encoder, uri, "encoder", details)
 
 
@@ -168,6 +167,8 @@ def save_classifier(
     classes: Sequence[str],
     feature_spec: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    *,
+    statistics: FbankStatistics | None = None,
 ) -> None:
     """Write `classifier.safetensors` and `classifier.json` into a folder.
 
@@ -176,7 +177,7 @@ def save_classifier(
     if len(classes) != classifier.n_classes:
         raise ValueError(f"{len(classes)} class names for {classifier.n_classes} logits")
     state = {k: v for k, v in classifier.state_dict().items() if ".decoder." not in k}
-    details = _details(classes, feature_spec, provenance)
+    details = _details(classes, feature_spec, provenance, statistics)
     details |= {"mode": classifier.mode, "auxiliary": bool(classifier.auxiliary_heads)}
     _save(state, classifier.encoder, uri, "classifier", details)
 
@@ -194,11 +195,13 @@ def _details(
     classes: Sequence[str],
     feature_spec: Mapping[str, Any] | None,
     provenance: Mapping[str, Any] | None,
+    statistics: FbankStatistics | None,
 ) -> dict[str, Any]:
     return {
         "classes": list(classes),
         "feature_spec": dict(feature_spec or {}),
         "provenance": dict(provenance or {}),
+        "fbank_statistics": statistics and statistics._asdict(),
     }
 
 
@@ -298,24 +301,24 @@ def _save(
     filesystem.pipe_file(f"{folder}/{kind}.json", text.encode())
 
 
+def read_card(uri: str, kind: str) -> tuple[ModelCard, str]:
+    """The card of a saved folder, and the digest its tensors must have.
+
+    Raises: WeightsError if there is none.
+    """
+    uri = uri.rstrip("/")
+    try:
+        stored = json.loads(_read(f"{uri}/{kind}.json"))
+        return ModelCard.parse(stored), stored["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{uri}/{kind}.json is no card of a diccae {kind}: {error}") from error
+
+
 def _read_saved(uri: str, kind: str) -> tuple[dict[str, Tensor], ModelCard]:
     """Tensors and card of a saved folder; the digest must agree."""
     uri = uri.rstrip("/")
     payload = _read(f"{uri}/{kind}.safetensors")
-    try:
-        stored = json.loads(_read(f"{uri}/{kind}.json"))
-        card = ModelCard(
-            EncoderConfig(**stored["config"]),
-            InputShape(**stored["shape"]),
-            stored["classes"],
-            stored["feature_spec"],
-            stored["provenance"],
-            stored.get("mode", "multimodal"),
-            stored.get("auxiliary", False),
-        )
-        digest = stored["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{uri}/{kind}.json is no card of a diccae {kind}: {error}") from error
+    card, digest = read_card(uri, kind)
     if hashlib.sha256(payload).hexdigest() != digest:
         raise WeightsError(
             f"{uri}/{kind}.safetensors is not what {kind}.json was written with (sha256 differs): "

@@ -40,7 +40,7 @@ SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=16, durati
 CONFIG = TrainingConfig.model_validate(
     {
         "encoder": {"preset": "tiny", "dim": 32, "projection": 16},
-        "data": {"lanes": 3, "shuffle_window": 8},
+        "data": {"lanes": 3, "shuffle_window": 8, "fbank_mean": 0.0, "fbank_std": 1.0},
         "loss": {"temperature": 0.1, "intra": 1.0, "intra_epochs": 1},
         "rounds": {"warmup_epochs": 1, "margin_nats": -9.0, "lead_steps": 2},
         "pretrain": {"epochs": 4, "batch_size": 18, "checkpoint_every": 2, "log_every": 1},

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 import torch
 
-from training.config import EncoderConfig
+from training.config import EncoderConfig, FbankStatistics
 from training.errors import WeightsError
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder, InputShape
@@ -191,16 +191,19 @@ def test_saved_encoder_comes_back_whole(folder, stem):
     config = _CONFIG if stem == "patch" else EncoderConfig(preset="tiny", dim=16, n_heads=2)
     encoder = _encoder(1, config, decoder=stem == "patch")
     spec, provenance = {"n_mels": 128}, {"run_id": "r1", "store_version": 3}
-    save_encoder(encoder, f"{folder}/encoder/", _CLASSES, spec, provenance)
+    statistics = FbankStatistics(-9.0, 4.0)
+    saved = (_CLASSES, spec, provenance)
+    save_encoder(encoder, f"{folder}/encoder/", *saved, statistics=statistics)
     loaded, card = load_encoder(f"{folder}/encoder")
     assert (card.config, card.shape, card.classes) == (config, _SHAPE, _CLASSES)
     assert (card.feature_spec, card.provenance) == (spec, provenance)
+    assert card.statistics == statistics
     with torch.no_grad():
         for stream, h in encoder(*_clips()).h.items():
             assert torch.equal(loaded(*_clips()).h[stream], h)
     other = _encoder(2, config)
     report = load_weights(other, f"{folder}/encoder")
-    assert report == ("diccae", [], [], [])
+    assert report == ("diccae", [], [], [], (statistics, spec))
     assert torch.equal(
         other.class_heads["audio"].fc1.weight, encoder.class_heads["audio"].fc1.weight
     )

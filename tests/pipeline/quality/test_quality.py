@@ -1,0 +1,199 @@
+"""`diccae store quality`: every planted fault is found, nothing else, and nothing twice."""
+
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from diccae.cli import main
+from pipeline.config import IngestConfig
+from pipeline.ingest.plan import STATE_COLUMNS, make_plan
+from pipeline.ingest.run import IngestSummary, ingest
+from pipeline.quality import run as quality_run
+from pipeline.quality.leave_out import left_out, without_left_out
+from pipeline.quality.rules import RULES
+from pipeline.quality.table import read_about
+from pipeline.source.listing import list_sources
+from pipeline.storage import Location
+from pipeline.store.store import FeatureStore
+
+EXPECTED = {
+    "still": {"still"},
+    "silent": {"silent"},
+    "black_borders": {"borders"},
+    "one_sided": {"one_sided"},
+    "clipped": {"clipped"},
+    "edit_list": {"edit_list"},
+    "truncated": {"cut", "cut_end"},
+    "missing": {"missing"},
+}
+
+
+def _table(store: str) -> dict[str, dict]:
+    rows = pq.read_table(f"{store}/quality/table.parquet").to_pylist()
+    return {row["clip_id"].removesuffix("_000000"): row for row in rows}
+
+
+def test_every_planted_fault_is_found_and_no_other(planted, copy, quality) -> None:
+    told = quality(copy.store)
+    rows = _table(copy.store)
+    for rule, names in EXPECTED.items():
+        assert {name for name, row in rows.items() if row[rule]} == names, rule
+    # What was cut, muted or clipped from another clip shows or sounds like it, too.
+    for name in ("dup_coded", "dup_shift", "dup_scale"):
+        assert (
+            {"good0", "dup_coded", "dup_shift", "dup_scale"}
+            > {twin.removesuffix("_000000") for twin in rows[name]["twins"]}
+            != set()
+        ), name
+    # The clip of the test split is kept, the train clips that equal it are its duplicates.
+    kept = {row["duplicate_of"] for n, row in rows.items() if n.startswith(("dup_", "good0"))}
+    assert kept == {None, "dup_scale_000000"}
+    assert rows["dup_scale"]["duplicate_of"] is None
+    apart = [f"good{i}" for i in range(1, 6)] + ["still", "silent"]
+    assert not any(rows[name]["duplicate"] and rows[name]["twins"] == [] for name in apart)
+    assert rows["good2"]["twins"] == []
+    assert abs(rows["edit_list"]["edit_list_ms"] - 400) < 90
+    about = read_about(Location(copy.store))
+    assert about["version"] == told["version"] == FeatureStore.open(copy.store).version()
+    assert about["rules"] == {rule.name: rule.version for rule in RULES}
+
+
+def test_second_call_looks_only_at_what_changed(copy, quality) -> None:
+    n_clips = quality(copy.store)["looked_at"]
+    assert n_clips == len(_table(copy.store))
+    before = _table(copy.store)
+    assert quality(copy.store)["looked_at"] == 0
+    store = FeatureStore.open(copy.store)
+    states = store.snapshot().clips
+    one = states.filter(pc.equal(states["clip_id"], "good3_000000"))
+    at = one.column_names.index("row_key")
+    store.append(one.set_column(at, one.schema.field(at), pa.array(["another"])), {})
+    assert quality(copy.store)["looked_at"] == 1
+    after = _table(copy.store)
+    assert after.pop("good3")["row_key"] == "another"
+    del before["good3"]
+    assert after == before
+
+
+def test_a_clip_that_comes_later_finds_its_twin_among_the_old_ones(copy, quality) -> None:
+    store = FeatureStore.open(copy.store)
+    states = store.snapshot().clips
+    late = pc.equal(states["clip_id"], "dup_coded_000000")
+    row = states.filter(late)
+    at = row.column_names.index("status")
+    store.append(row.set_column(at, row.schema.field(at), pa.array(["removed"])), {})
+    quality(copy.store)
+    assert "dup_coded" not in _table(copy.store)
+    store.append(row, {})
+    assert quality(copy.store)["looked_at"] == 1
+    rows = _table(copy.store)
+    assert "good0_000000" in rows["dup_coded"]["twins"]
+    assert "dup_coded_000000" in rows["good0"]["twins"]
+
+
+def test_an_interrupted_look_goes_on_where_it_stopped(
+    copy, quality, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = quality_run.scan
+
+    def interrupted(clips, settings, workers):
+        yield next(whole(clips.slice(0, 5), settings, workers))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quality_run, "scan", interrupted)
+    assert main(["store", "quality", "--store", copy.store]) == 130
+    monkeypatch.undo()
+    n_clips = FeatureStore.open(copy.store).snapshot().clips.num_rows
+    assert quality(copy.store)["looked_at"] == n_clips - 5
+    assert len(_table(copy.store)) == n_clips
+    assert not list(Path(copy.store, "quality", "parts").iterdir())
+
+
+def test_processes_find_what_one_process_finds(
+    copy, quality, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quality(copy.store)
+    alone = _table(copy.store)
+    shutil.rmtree(Path(copy.store, "quality"))
+    monkeypatch.setattr("pipeline.quality.scan._FEWEST_FOR_PROCESSES", 1)
+    quality(copy.store)
+    assert _table(copy.store) == alone
+
+
+def test_what_needs_a_source_that_is_gone_is_said_to_be_unjudged(copy, quality, capsys) -> None:
+    store = FeatureStore.open(copy.store)
+    states = store.snapshot().clips
+    at = states.column_names.index("uri")
+    elsewhere = pa.array([f"/nowhere/{uri}" for uri in states["uri"].to_pylist()])
+    store.append(states.set_column(at, states.schema.field(at), elsewhere), {})
+    told = quality(copy.store)
+    n_clips = len(states)
+    assert told["sources"] == {"gone": n_clips}
+    assert told["not_judged"]["edit_list"] == told["not_judged"]["truncated"] == n_clips
+    rows = _table(copy.store)
+    assert rows["edit_list"]["edit_list"] is None
+    assert rows["still"]["still"]
+    assert main(["store", "quality", "--store", copy.store]) == 0
+    shown = capsys.readouterr().out
+    assert f"sources not read: gone {n_clips}" in shown
+    assert f"truncated {n_clips}" in shown
+
+
+def test_sources_can_be_left_alone_and_looked_at_later(copy, quality) -> None:
+    assert set(quality(copy.store, "--stored-only")["sources"]) == {"not asked"}
+    assert _table(copy.store)["clipped"]["clipped"] is None
+    assert quality(copy.store)["sources"]["read"] > 10
+    assert _table(copy.store)["clipped"]["clipped"]
+
+
+def test_one_split_leaves_the_rows_of_others(copy, quality) -> None:
+    quality(copy.store)
+    n_rows = len(_table(copy.store))
+    assert quality(copy.store, "--split", "test")["clips"] == 1
+    assert len(_table(copy.store)) == n_rows
+
+
+def test_clips_are_left_out_by_rule(copy, quality) -> None:
+    quality(copy.store)
+    snapshot = FeatureStore.open(copy.store).snapshot()
+    found = left_out(snapshot, "train", ("still", "duplicate"))
+    rules = dict(zip(*(found.clips[name].to_pylist() for name in ("clip_id", "rule")), strict=True))
+    assert rules["still_000000"] == "still"
+    assert rules["good0_000000"] == "duplicate"
+    assert "good5_000000" not in rules or rules["good5_000000"] == "duplicate"
+    assert found.about()["rules"] == {"still": 1, "duplicate": 1}
+    sources = list_sources(str(copy.clips.folder / "clips.csv"), str(copy.clips.folder / "videos"))
+    left = without_left_out(Location(copy.store), sources, ("still",))
+    assert set(sources["clip_id"].to_pylist()) - set(left["clip_id"].to_pylist()) == {
+        "still_000000"
+    }
+
+
+def test_an_ingest_drops_what_a_rule_names_and_takes_it_back_without_it(copy, quality) -> None:
+    quality(copy.store)
+    source = (str(copy.clips.folder / "clips.csv"), str(copy.clips.folder / "videos"))
+
+    def run(*rules: str) -> IngestSummary:
+        config = IngestConfig(leave_out=rules)
+        return ingest(
+            *source, copy.store, None, config, start_ray=_no_ray, on_progress=lambda progress: None
+        )
+
+    assert run("still", "silent").removed == 2
+    snapshot = FeatureStore.open(copy.store).snapshot()
+    assert "still_000000" not in snapshot.rows(None)["clip_id"].to_pylist()
+    assert run("still", "silent").removed == 0
+    quality(copy.store)  # What is out of the store is remembered, and stays out.
+    assert run("still", "silent").removed == 0
+    assert snapshot._table.history(1)[0]["left_out"] == "still-1 silent-1"
+    states = FeatureStore.open(copy.store).snapshot().states(STATE_COLUMNS)
+    spec_hash = snapshot.spec_hash
+    assert make_plan(list_sources(*source), states, spec_hash, IngestConfig()).counts["new"] == 2
+
+
+def _no_ray() -> None:
+    raise AssertionError("nothing was to be decoded")

@@ -1,0 +1,67 @@
+"""ModelCard: what stands beside saved weights, and MadeWith, what weights say of their features.
+
+Knows nothing of tensors or storage. Invariant: a card saved by an older version is read, what it
+does not say being None.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from training.config import EncoderConfig, FbankStatistics
+from training.model.encoder import InputShape
+from training.weights.layouts import Layout
+
+CAVMAE_STATISTICS = FbankStatistics(-5.081, 4.4849)
+"""What CAV-MAE's published weights were trained with (YuanGongND/cav-mae, egs/vggsound)."""
+
+
+class ModelCard(NamedTuple):
+    """What stands beside saved weights."""
+
+    config: EncoderConfig
+    shape: InputShape
+    classes: list[str]
+    """Names of the classifier's classes in the order of its logits; of an encoder: may be empty."""
+    feature_spec: dict[str, Any]
+    """The feature spec the model was trained on."""
+    provenance: dict[str, Any]
+    """Run, store version, config hash: whatever pins where the weights come from."""
+    mode: Literal["multimodal", "audio", "video"]
+    """What a classifier was trained for."""
+    auxiliary: bool
+    """Whether a classifier has heads for its audio and video streams."""
+    statistics: FbankStatistics | None
+    """What its fbanks were normalised with; None: it was saved before this was written down."""
+
+    @classmethod
+    def parse(cls, stored: Mapping[str, Any]) -> "ModelCard":
+        """From the content of the card's file.
+
+        Raises: KeyError, TypeError or ValueError if it is no card.
+        """
+        known = stored.get("fbank_statistics")
+        return cls(
+            config=EncoderConfig(**stored["config"]),
+            shape=InputShape(**stored["shape"]),
+            classes=stored["classes"],
+            feature_spec=stored["feature_spec"],
+            provenance=stored["provenance"],
+            mode=stored.get("mode", "multimodal"),
+            auxiliary=stored.get("auxiliary", False),
+            statistics=FbankStatistics(**known) if known else None,
+        )
+
+
+class MadeWith(NamedTuple):
+    """The features a model was trained on, as far as its file says."""
+
+    statistics: FbankStatistics | None = None
+    feature_spec: Mapping[str, Any] = MappingProxyType({})
+
+    @classmethod
+    def of(cls, layout: Layout, card: ModelCard | None) -> "MadeWith":
+        """What a card says, or is known of a published layout."""
+        if card is not None:
+            return cls(card.statistics, card.feature_spec)
+        return cls(CAVMAE_STATISTICS if layout == "cavmae" else None)
