@@ -107,10 +107,14 @@ def _plan(args: IngestArgs, spec: FeatureSpec | None, config: IngestConfig) -> i
     )
     found = {**plan.counts, "missing": len(plan.missing), "restated": len(plan.restated)}
     if args.json:
-        print(json.dumps({**found, **({"timelines": plan.timelines} if plan.timelines else {})}))
+        about = {"puts_in_force": plan.puts_in_force}
+        timelines = {"timelines": plan.timelines} if plan.timelines else {}
+        print(json.dumps({**found, **about, **timelines}))
         return 0
     for name, count in found.items():
         print(f"{name:<13} {count:>12,}  {_WHY[name]}")
+    if plan.puts_in_force:
+        print("the features asked for come into force at the end of the run")
     for name, count in (plan.timelines or {}).items():
         print(f"timelines {name}: {count}")
     return 0
@@ -118,11 +122,11 @@ def _plan(args: IngestArgs, spec: FeatureSpec | None, config: IngestConfig) -> i
 
 _WHY = {
     "new": "not in the store yet: decode",
-    "changed": "the file is another one now: decode again",
+    "changed": "another file or window: decode again; another label or split: write down",
     "spec_changed": "the features asked for are others now: decode again",
     "retried": "failed before: decode again",
     "removed": "not listed any more: drop",
     "unchanged": "nothing to do",
     "missing": "listed, but the file is not there: written down as missing",
-    "restated": "another label, split, group or place: written down without decoding",
+    "restated": "of the changed and unchanged, written down without decoding: label, split, place",
 }

@@ -307,7 +307,8 @@ class _Run:
     def _report(self) -> None:
         # From the first clip on: the start of Ray and of the actors says nothing of the pace.
         since = self._first_decoded or datetime.now(UTC)
-        rate = self.n_done / max((datetime.now(UTC) - since).total_seconds(), 1e-3)
+        # Within the first second several decoders have a clip each, and no pace is known.
+        rate = self.n_done / max((datetime.now(UTC) - since).total_seconds(), 1.0)
         left = (self.n_todo - self.n_done) / rate if rate else None
         self.on_progress(
             Progress(

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from pipeline.config import FeatureSpec
 from pipeline.decode.payload import decode_jpegs, fbank_array
 from pipeline.errors import StoreError
-from pipeline.quality.run import Progress
+from pipeline.quality.run import Progress, refuse_no_clips
 from pipeline.store.schema import ROW_GROUP_ROWS
 from pipeline.store.shards import read_rows
 from pipeline.store.store import FeatureStore, Snapshot
@@ -89,10 +89,7 @@ def compute_stats(
     if known is not None and (known.pixel_mean is not None or not with_pixels):
         return known
     rows = snapshot.rows(split)
-    if not len(rows):
-        raise StoreError(
-            f"{snapshot.uri}: no clip in split {split!r} at version {snapshot.version}"
-        )
+    refuse_no_clips(snapshot, snapshot.rows(None), split)
     sums = list(_summed(snapshot, rows, with_pixels, on_progress))
     fbank_mean, fbank_std = _moments(sum(s.n_values for s in sums), [s.fbank for s in sums])
     colours = []

@@ -7,6 +7,7 @@ and is named in the result, so that nobody takes it for gone; everything else is
 import hashlib
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -132,6 +133,10 @@ class _Walk:
             self._warn(os.fsencode(path).decode(errors="replace"), "its name is not UTF-8")
             return
         below = path.removeprefix(self._prefix)
+        # It would be several lines, or worse, in every list, message and table.
+        if re.search(r"[\x00-\x1f\x7f]", below):
+            self._warn(repr(path), "its name holds a control character")
+            return
         if is_part(path):
             self.parts.append((below, file))
         else:

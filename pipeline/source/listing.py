@@ -79,9 +79,11 @@ def list_sources(
             raise SourceError(f"{clips}: give the folder of its clips with --videos")
         found, unreadable = _find_clip_files(entries, videos, cache)
     if not any(file for file, _ in found):
+        first = entries[0]
+        expected = _uri_below(base, first.uri) if is_manifest else f"{first.clip_id}.mp4"
         raise SourceError(
             f"{videos or clips}: none of the {len(entries)} clips of {clips} has a file there "
-            f"(expected names like {entries[0].clip_id}.mp4). Is it mounted, and the right folder?"
+            f"(expected names like {expected}). Is it mounted, and the right folder?"
         )
     return Listing(_as_table(entries, found), unreadable)
 
@@ -159,14 +161,19 @@ def _find_manifest_files(entries: list[Entry], base: str) -> _Files:
     unreadable: list[str] = []
     found: list[tuple[File | None, float | None]] = []
     for entry in entries:
-        is_relative = "://" not in entry.uri and not entry.uri.startswith("/")
-        uri = f"{base.rstrip('/')}/{entry.uri}" if is_relative else entry.uri
+        uri = _uri_below(base, entry.uri)
         if "://" not in uri or uri.startswith("file://"):
             file = _stat(uri.removeprefix("file://"), unreadable)
         else:
             file = _look_up(uri, folders)
         found.append((file, entry.start_s))
     return found, unreadable
+
+
+def _uri_below(base: str, uri: str) -> str:
+    """The place of a manifest's clip, whose uri may be relative to the folder of videos."""
+    is_relative = "://" not in uri and not uri.startswith("/")
+    return f"{base.rstrip('/')}/{uri}" if is_relative else uri
 
 
 def _stat(path: str, unreadable: list[str]) -> File | None:

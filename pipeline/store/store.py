@@ -61,7 +61,7 @@ class FeatureStore:
         except FileNotFoundError:
             raise StoreError(
                 f"{uri}: no feature store here ({STORE_FILE} is missing). Make one with "
-                '"diccae ingest --clips CSV --videos DIR --store URI".'
+                '"diccae ingest --videos DIR --store URI".'
             ) from None
         if not OLDEST_FORMAT <= about["format"] <= FORMAT:
             raise StoreError(
@@ -139,7 +139,7 @@ class FeatureStore:
         """
         try:
             return Snapshot(self, self._load(version))
-        except (DeltaError, OSError, ValueError) as error:
+        except (DeltaError, OSError, ValueError, OverflowError) as error:
             raise StoreError(
                 f"{self.uri}: version {version} cannot be read ({error}). "
                 "Versions are kept by pins and by the retention of store vacuum."
