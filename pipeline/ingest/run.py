@@ -85,18 +85,24 @@ def plan_ingest(
     existing = FeatureStore.open(store) if FeatureStore.exists(store) else None
     cache = existing.location if existing else None
     listing = list_sources(clips, videos, cache, label_from_folder=label_from_folder)
-    return _compare(listing, existing.snapshot() if existing else None, spec, config)
+    snapshot = existing.snapshot() if existing else None
+    return _compare(listing, snapshot, Location(store), spec, config)
 
 
 def _compare(
-    listing: Listing, snapshot: Snapshot | None, spec: FeatureSpec | None, config: IngestConfig
+    listing: Listing,
+    snapshot: Snapshot | None,
+    location: Location,
+    spec: FeatureSpec | None,
+    config: IngestConfig,
 ) -> Plan:
-    """What brings a version of a store up to date with its source."""
+    """What brings a version of the store at `location` up to date with its source."""
     spec = spec or (snapshot.spec if snapshot else FeatureSpec())
     states = snapshot.states(STATE_COLUMNS, spec.spec_hash()) if snapshot else _NO_STATES
     sources, known = listing.without_unreadable(states)
-    if config.leave_out and snapshot is not None:
-        sources = without_left_out(Location(snapshot.uri), sources, config.leave_out)
+    if config.leave_out:
+        # Refused for a store that is yet to be made: nothing in it was looked at.
+        sources = without_left_out(location, sources, config.leave_out)
     same_content = _same_content(sources, known, config)
     plan = make_plan(sources, known, spec.spec_hash(), config, same_content=same_content)
     plan.counts["unchanged"] += len(states) - len(known)
@@ -156,7 +162,7 @@ def ingest(
         # The index of tar parts is kept from the first look on, before there is a store.
         cache = Location(store)
         listing = list_sources(clips, videos, cache, label_from_folder=label_from_folder)
-        return _compare(listing, snapshot, spec, config)
+        return _compare(listing, snapshot, cache, spec, config)
 
     known = FeatureStore.open(store).snapshot() if FeatureStore.exists(store) else None
     # Before the store is made: a mistake in the source should not leave an empty one behind.

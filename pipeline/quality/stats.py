@@ -25,7 +25,6 @@ import pyarrow.compute as pc
 
 from pipeline.config import FeatureSpec
 from pipeline.decode.payload import decode_jpegs, fbank_array
-from pipeline.errors import StoreError
 from pipeline.quality.run import Progress, refuse_no_clips
 from pipeline.store.schema import ROW_GROUP_ROWS
 from pipeline.store.shards import read_rows

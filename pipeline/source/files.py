@@ -112,6 +112,10 @@ class _Walk:
             try:
                 if entry.is_dir():
                     self.local(entry.path, above | {here})
+                elif _is_wanted(entry.name) and not entry.is_file():
+                    # Whoever opens a pipe waits for its other end. A dangling link ends here, too.
+                    os.stat(entry.path)
+                    self._warn(entry.path, "a pipe, socket or device")
                 elif _is_wanted(entry.name):
                     self._take(entry.path, local_file(entry.path, entry.stat()))
             except FileNotFoundError:

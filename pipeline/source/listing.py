@@ -6,6 +6,7 @@ with its file or without, and nothing is taken for gone that merely could not be
 
 import logging
 import os
+import stat
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -178,7 +179,12 @@ def _uri_below(base: str, uri: str) -> str:
 
 def _stat(path: str, unreadable: list[str]) -> File | None:
     try:
-        return local_file(path, os.stat(path))
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            # Whoever opens a pipe waits for its other end.
+            _log.warning("%s: not a file; it counts as missing", path)
+            return None
+        return local_file(path, found)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
