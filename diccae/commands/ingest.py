@@ -44,13 +44,7 @@ def main(argv: Sequence[str]) -> int:
     # Only then is the store looked into for what the options change.
     is_asked = any(arg.startswith("--features.") for arg in argv)
     args = parse("ingest", IngestArgs, argv, SECTIONS, _own_spec if is_asked else None)
-    config = args.run.ingest.model_copy(
-        update={
-            "retry_failed": args.retry_failed or args.run.ingest.retry_failed,
-            "allow_mass_delete": args.allow_mass_delete or args.run.ingest.allow_mass_delete,
-            "probe": args.probe or args.run.ingest.probe,
-        }
-    )
+    config = _with_switches(args)
     is_asked = is_asked or "features" in load_config(args.config).model_fields_set
     spec = args.run.features if is_asked else None
     if args.plan:
@@ -80,6 +74,18 @@ def main(argv: Sequence[str]) -> int:
     if summary.failed:
         say(f'failed clips: diccae store failures --store "{args.store}"')
     return 0
+
+
+def _with_switches(args: IngestArgs) -> IngestConfig:
+    """The config's ingest section, with what the short options turn on."""
+    given = args.run.ingest
+    return given.model_copy(
+        update={
+            "retry_failed": args.retry_failed or given.retry_failed,
+            "allow_mass_delete": args.allow_mass_delete or given.allow_mass_delete,
+            "probe": args.probe or given.probe,
+        }
+    )
 
 
 def _own_spec(args: IngestArgs) -> RunConfig | None:

@@ -86,7 +86,7 @@ def make_plan(
     touched = _true(
         pc.is_in(sources["clip_id"], value_set=pa.array(sorted(same_content), pa.string()))
     )
-    kinds = _classify(sources, before, is_known, touched, spec_hash=spec_hash, config=config)
+    kinds = _classify(_compared(sources, before, is_known, touched, spec_hash), config)
 
     unlisted = np.ones(len(states), bool)
     unlisted[position[is_known]] = False
@@ -95,32 +95,31 @@ def make_plan(
         int(kinds.gone.sum() + (unlisted & was_present).sum()), int(was_present.sum()), config
     )
 
-    why = np.select(
-        [kinds.new, kinds.changed, kinds.spec_changed, kinds.retried],
-        ["new", "changed", "spec_changed", "retried"],
-        "",
-    )
-    todo = np.flatnonzero(why != "")
-    attempts = np.zeros(len(sources), np.int32)
-    if before is not None:
-        attempts = np.where(kinds.retried, before["attempts"].fill_null(0).to_numpy(), 0)
     return Plan(
-        todo=sources.take(todo)
-        .append_column("why", pa.array(why[todo].tolist(), pa.string()))
-        .append_column("attempts", pa.array(attempts[todo], pa.int32())),
+        todo=_todo(sources, before, kinds),
         missing=sources.filter(pa.array(kinds.gone | kinds.missing)),
         restated=sources.filter(pa.array(kinds.reworded | kinds.moved)),
         removed_ids=states["clip_id"].filter(pa.array(unlisted)).to_pylist(),
-        counts={
-            "new": int(kinds.new.sum()),
-            "changed": int(kinds.changed.sum() + kinds.reworded.sum()),
-            "spec_changed": int(kinds.spec_changed.sum()),
-            "removed": int(kinds.gone.sum() + unlisted.sum()),
-            "missing": int(kinds.missing.sum()),
-            "unchanged": int(kinds.kept.sum() - kinds.reworded.sum()),
-            "retried": int(kinds.retried.sum()),
-        },
+        counts=kinds.counts(n_unlisted=int(unlisted.sum())),
     )
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Masks over the source clips: what each is, and where it differs from its row in the store."""
+
+    is_known: np.ndarray
+    has_file: np.ndarray
+    was_missing: np.ndarray
+    was_failed: np.ndarray
+    touched: np.ndarray
+    """The file is another one, of the content the store knows."""
+    same_file: np.ndarray
+    same_spec: np.ndarray
+    same_words: np.ndarray
+    same_place: np.ndarray
+    reason: pa.ChunkedArray
+    attempts: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -139,44 +138,80 @@ class _Kinds:
     reworded: np.ndarray
     moved: np.ndarray
 
+    def counts(self, n_unlisted: int) -> dict[str, int]:
+        """As in Plan; a clip with other words counts as changed, though nothing is decoded."""
+        return {
+            "new": int(self.new.sum()),
+            "changed": int(self.changed.sum() + self.reworded.sum()),
+            "spec_changed": int(self.spec_changed.sum()),
+            "removed": int(self.gone.sum()) + n_unlisted,
+            "missing": int(self.missing.sum()),
+            "unchanged": int(self.kept.sum() - self.reworded.sum()),
+            "retried": int(self.retried.sum()),
+        }
 
-def _classify(
+
+def _todo(sources: pa.Table, before: pa.Table | None, kinds: _Kinds) -> pa.Table:
+    """As in Plan. Only a retried clip has its attempts counted on."""
+    why = np.select(
+        [kinds.new, kinds.changed, kinds.spec_changed, kinds.retried],
+        ["new", "changed", "spec_changed", "retried"],
+        "",
+    )
+    todo = np.flatnonzero(why != "")
+    attempts = np.zeros(len(sources), np.int32)
+    if before is not None:
+        attempts = np.where(kinds.retried, before["attempts"].fill_null(0).to_numpy(), 0)
+    return (
+        sources.take(todo)
+        .append_column("why", pa.array(why[todo].tolist(), pa.string()))
+        .append_column("attempts", pa.array(attempts[todo], pa.int32()))
+    )
+
+
+def _compared(
     sources: pa.Table,
     before: pa.Table | None,
     is_known: np.ndarray,
     touched: np.ndarray,
-    *,
     spec_hash: str,
-    config: IngestConfig,
-) -> _Kinds:
-    """What became of each source clip. Args: before: its row in the store, where it is known."""
-    has_file = pc.is_valid(sources["fp"]).to_numpy()
+) -> _Compared:
+    """Args: before: the row of each clip in the store, any where it is not known."""
     if before is None:
         # Against an empty store every clip is compared with nothing.
         before = pa.table(
             {name: pa.nulls(len(sources), CLIPS_SCHEMA.field(name).type) for name in STATE_COLUMNS}
         )
     reason = before["reason"].fill_null("")
-    was_missing = is_known & _true(pc.equal(reason, Reason.MISSING))
-    was_failed = is_known & _true(pc.equal(before["status"], "failed"))
-    same_file = _same_file(sources, before) | (touched & _same_window(sources, before))
-    same_spec = _true(pc.equal(before["spec_hash"], spec_hash))
-    same_words = _same(sources, before, "label") & _same(sources, before, "split")
-    attempts = before["attempts"].fill_null(0).to_numpy()
+    return _Compared(
+        is_known=is_known,
+        has_file=pc.is_valid(sources["fp"]).to_numpy(),
+        was_missing=is_known & _true(pc.equal(reason, Reason.MISSING)),
+        was_failed=is_known & _true(pc.equal(before["status"], "failed")),
+        touched=touched,
+        same_file=_same_file(sources, before) | (touched & _same_window(sources, before)),
+        same_spec=_true(pc.equal(before["spec_hash"], spec_hash)),
+        same_words=_same(sources, before, "label") & _same(sources, before, "split"),
+        same_place=_same(sources, before, "uri") & _same(sources, before, "group"),
+        reason=reason,
+        attempts=before["attempts"].fill_null(0).to_numpy(),
+    )
 
-    new = has_file & (~is_known | was_missing)
-    missing = ~has_file & ~is_known
-    gone = is_known & ~was_missing & ~has_file
-    rest = is_known & ~new & ~gone
-    decoded = rest & ~was_missing
-    changed = decoded & ~same_file
-    spec_changed = decoded & same_file & ~same_spec
-    retry = was_failed & _to_retry(reason, attempts, config)
-    retried = decoded & same_file & same_spec & retry
+
+def _classify(clips: _Compared, config: IngestConfig) -> _Kinds:
+    """What became of each source clip."""
+    new = clips.has_file & (~clips.is_known | clips.was_missing)
+    missing = ~clips.has_file & ~clips.is_known
+    gone = clips.is_known & ~clips.was_missing & ~clips.has_file
+    rest = clips.is_known & ~new & ~gone
+    decoded = rest & ~clips.was_missing
+    changed = decoded & ~clips.same_file
+    spec_changed = decoded & clips.same_file & ~clips.same_spec
+    retry = clips.was_failed & _to_retry(clips.reason, clips.attempts, config)
+    retried = decoded & clips.same_file & clips.same_spec & retry
     kept = rest & ~changed & ~spec_changed & ~retried
-    reworded = kept & ~same_words
-    same_place = _same(sources, before, "uri") & _same(sources, before, "group")
-    moved = kept & same_words & (touched | ~same_place)
+    reworded = kept & ~clips.same_words
+    moved = kept & clips.same_words & (clips.touched | ~clips.same_place)
     return _Kinds(
         new=new,
         missing=missing,

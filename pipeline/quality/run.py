@@ -113,11 +113,18 @@ def check_quality(
     mine = table.filter(table["in_store"])
     if split is not None:
         mine = mine.filter(pc.equal(mine["split"], split))
+    return _summary(store, snapshot, mine, looked_at=len(fresh), started=started)
+
+
+def _summary(
+    store: FeatureStore, snapshot: Snapshot, mine: pa.Table, *, looked_at: int, started: float
+) -> QualitySummary:
+    """Args: mine: rows of the quality table that were asked for; started: monotonic seconds."""
     return QualitySummary(
         version=snapshot.version,
         spec_hash=snapshot.spec_hash,
         clips=len(mine),
-        looked_at=len(fresh),
+        looked_at=looked_at,
         rules=[_count(mine, rule.name, rule.stamp) for rule in RULES],
         sources=dict(Counter(mine["source"].to_pylist()).most_common()),
         not_judged={

@@ -197,16 +197,10 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     rounds: Rounds | None = settings["rounds"]
     out = Path(settings["out"])
     span = Span(*settings["span"])
-    state = ray_fit.last_state()
-    if state is None and span.start is not None:
-        state = ray_fit.state_in(span.start)
+    state = _starting_state(span, rounds, world)
     encoder = _starting_encoder(config, index, state)
-    if state is not None and rounds is not None and state["bank"] and world.rank == 0:
-        rounds.restore(state["bank"])
-    tracker = None
-    if world.rank == 0:
-        step = 0 if state is None else int(state["step"])
-        tracker = Tracker(RunHandle(*settings["handle"]), out / "metrics.jsonl", step)
+    handle = RunHandle(*settings["handle"])
+    tracker = ray_fit.tracker_for(world, handle, out / "metrics.jsonl", state)
     trainer = Pretrainer(
         config,
         encoder,
@@ -217,7 +211,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         hooks=_hooks(config, rounds, world, out, tracker),
     )
     last = trainer.run(state, span.until_epoch)
-    if world.rank != 0:
+    if tracker is None:
         return None
     save_encoder(
         encoder,
@@ -227,9 +221,18 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         settings["provenance"],
         statistics=config.data.statistics,
     )
-    assert tracker is not None
     tracker.close()
     return {"metrics": last, "steps": trainer.step, "clustering_s": trainer.labelling.waited_s}
+
+
+def _starting_state(span: Span, rounds: Rounds | None, world: World) -> dict[str, Any] | None:
+    """The newest checkpoint of this run, else the one it branches off from; restores its bank."""
+    state = ray_fit.last_state()
+    if state is None and span.start is not None:
+        state = ray_fit.state_in(span.start)
+    if state is not None and rounds is not None and state["bank"] and world.rank == 0:
+        rounds.restore(state["bank"])
+    return state
 
 
 def _starting_encoder(
