@@ -6,6 +6,7 @@ nothing is ever there twice; another spec comes into force when all of its clips
 """
 
 import contextlib
+import logging
 import time
 import uuid
 from collections import Counter
@@ -113,6 +114,7 @@ class _Asked:
             sources = without_left_out(Location(self.store), sources, self.config.leave_out)
         same_content = _same_content(sources, known, self.config)
         plan = make_plan(sources, known, spec.spec_hash(), self.config, same_content=same_content)
+        _warn_of_lost_labels(plan, known)
         plan.counts["unchanged"] += len(states) - len(known)
         in_force = snapshot is None or _has_in_force(snapshot, spec)
         plan = replace(plan, puts_in_force=not in_force)
@@ -121,6 +123,18 @@ class _Asked:
 
             plan = replace(plan, timelines=probe_timelines(plan.todo, spec, self.config))
         return plan
+
+
+def _warn_of_lost_labels(plan: Plan, states: pa.Table) -> None:
+    """A forgotten --label-from-folder, or list, would empty the classes of a store silently."""
+    labelled = states["clip_id"].filter(pc.is_valid(states["label"])).combine_chunks()
+    without = plan.restated["clip_id"].filter(pc.is_null(plan.restated["label"]))
+    if n_lost := pc.sum(pc.is_in(without, value_set=labelled)).as_py():
+        _LOG.warning(
+            "%d clips lose the label they have in the store: the source names none. Labels come "
+            "from --clips, or from folders with --label-from-folder",
+            n_lost,
+        )
 
 
 def _has_in_force(snapshot: Snapshot, spec: FeatureSpec) -> bool:
@@ -348,6 +362,7 @@ class _Run:
         )
 
 
+_LOG = logging.getLogger(__name__)
 _NO_STATES = CLIPS_SCHEMA.empty_table().select(STATE_COLUMNS)
 
 

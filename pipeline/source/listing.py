@@ -80,11 +80,10 @@ def list_sources(
             raise SourceError(f"{clips}: give the folder of its clips with --videos")
         found, unreadable = _find_clip_files(entries, videos, cache)
     if not any(file for file, _ in found):
-        first = entries[0]
-        expected = _uri_below(base, first.uri) if is_manifest else f"{first.clip_id}.mp4"
+        expected = _uri_below(base, entries[0].uri or f"{entries[0].clip_id}.mp4")
         raise SourceError(
-            f"{videos or clips}: none of the {len(entries)} clips of {clips} has a file there "
-            f"(expected names like {expected}). Is it mounted, and the right folder?"
+            f"{videos or clips}: none of the {len(entries)} clips of {clips} has a file (such as "
+            f"{expected}). Is it mounted, and the right folder?"
         )
     return Listing(_as_table(entries, found), unreadable)
 
