@@ -132,13 +132,15 @@ def test_a_source_that_cannot_be_is_one_line_and_leaves_no_store(
 
 
 @pytest.fixture
-def pretrained(tmp_path: Path) -> Path:
+def pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run folder that pinned a store without labels; its encoder was never trained."""
     from diccae.run_folder import RunFolder
     from diccae.stages.run_record import pin_for, remember
 
     config = load_config(SMOKE)
-    store = noise_store(tmp_path / "store", config.features, 64, labelled=False).uri
+    noise_store(tmp_path / "store", config.features, 64, labelled=False)
+    monkeypatch.chdir(tmp_path)
+    store = "store"
     folder = RunFolder(tmp_path / "run")
     folder.open(config, fresh=False)
     remember(folder, config, store, pin_for(folder, config, store))
@@ -154,6 +156,7 @@ def test_what_needs_labels_says_so_by_name_before_the_cluster_is_used(
 ) -> None:
     started: list[str] = []
     monkeypatch.setattr(f"diccae.stages.{command}.start_ray", lambda: started.append("ray"))
+    monkeypatch.chdir(pretrained)  # The store was named as in another folder.
     assert main([command, "--out", str(pretrained)]) == 1
     printed = capsys.readouterr().err
     assert f"diccae {command}: {command}" in printed
