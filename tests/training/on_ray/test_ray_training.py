@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from support.processes import kill
-from support.ranks import by_value, run_ray_ranks
+from support.ranks import run_ray_ranks
 from support.stores import noise_store
 
 from clustering.config import KMeansConfig, PoolConfig
@@ -223,8 +224,9 @@ def _one_rank_fails(settings: dict[str, Any]) -> None:
 
 def test_an_error_on_one_rank_ends_all_of_them(ray_session: None, tmp_path: Path) -> None:
     started = time.monotonic()
-    refused = pytest.raises(WeightsError, match="/nowhere/encoder cannot be read")
-    with by_value(__name__), refused:
+    # Ray has a cloudpickle of its own; its workers do not find the modules of tests.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with pytest.raises(WeightsError, match="/nowhere/encoder cannot be read"):
         fit(_one_rank_fails, {}, tmp_path, "pretrain", CONFIG.scale)
     assert time.monotonic() - started < 100, "waited for the collective's own timeout"
 
