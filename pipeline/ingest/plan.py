@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from pipeline.config import IngestConfig
 from pipeline.errors import MassRemoval
@@ -24,6 +25,8 @@ STATE_COLUMNS = [
 """Columns of the clips table a plan needs."""
 
 _PASSING_ATTEMPTS = 2
+
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -108,18 +111,18 @@ def make_plan(
 class _Compared:
     """Masks over the source clips: what each is, and where it differs from its row in the store."""
 
-    is_known: np.ndarray
-    has_file: np.ndarray
-    was_missing: np.ndarray
-    was_failed: np.ndarray
-    touched: np.ndarray
+    is_known: Mask
+    has_file: Mask
+    was_missing: Mask
+    was_failed: Mask
+    touched: Mask
     """The file is another one, of the content the store knows."""
-    same_file: np.ndarray
-    same_spec: np.ndarray
-    same_words: np.ndarray
-    same_place: np.ndarray
+    same_file: Mask
+    same_spec: Mask
+    same_words: Mask
+    same_place: Mask
     reason: pa.ChunkedArray
-    attempts: np.ndarray
+    attempts: NDArray[np.integer]
 
 
 @dataclass(frozen=True)
@@ -127,16 +130,16 @@ class _Kinds:
     """Masks over the source clips."""
 
     # Exactly one of these seven holds for each clip.
-    new: np.ndarray
-    missing: np.ndarray
-    gone: np.ndarray
-    changed: np.ndarray
-    spec_changed: np.ndarray
-    retried: np.ndarray
-    kept: np.ndarray
+    new: Mask
+    missing: Mask
+    gone: Mask
+    changed: Mask
+    spec_changed: Mask
+    retried: Mask
+    kept: Mask
     # Parts of `kept`.
-    reworded: np.ndarray
-    moved: np.ndarray
+    reworded: Mask
+    moved: Mask
 
     def counts(self, n_unlisted: int) -> dict[str, int]:
         """As in Plan; a clip with other words counts as changed, though nothing is decoded."""
@@ -172,8 +175,8 @@ def _todo(sources: pa.Table, before: pa.Table | None, kinds: _Kinds) -> pa.Table
 def _compared(
     sources: pa.Table,
     before: pa.Table | None,
-    is_known: np.ndarray,
-    touched: np.ndarray,
+    is_known: Mask,
+    touched: Mask,
     spec_hash: str,
 ) -> _Compared:
     """Args: before: the row of each clip in the store, any where it is not known."""
@@ -225,28 +228,28 @@ def _classify(clips: _Compared, config: IngestConfig) -> _Kinds:
     )
 
 
-def _true(mask: pa.ChunkedArray) -> np.ndarray:
-    return mask.fill_null(False).to_numpy()
+def _true(mask: pa.ChunkedArray) -> Mask:
+    return np.asarray(mask.fill_null(False).to_numpy(), bool)
 
 
-def _same(left: pa.Table, right: pa.Table, name: str) -> np.ndarray:
+def _same(left: pa.Table, right: pa.Table, name: str) -> Mask:
     """Equal, two nulls being equal."""
     both_null = pc.and_(pc.is_null(left[name]), pc.is_null(right[name]))
     return _true(pc.equal(left[name], right[name])) | _true(both_null)
 
 
-def _same_file(sources: pa.Table, before: pa.Table) -> np.ndarray:
+def _same_file(sources: pa.Table, before: pa.Table) -> Mask:
     # A content hash is compared by whoever can read the file; here the stat speaks for it.
     hashed = _true(pc.equal(before["fp_kind"], "sha256"))
     same = (_same(sources, before, "fp") | hashed) & _same(sources, before, "size")
     return same & _same(sources, before, "mtime_ns") & _same_window(sources, before)
 
 
-def _same_window(sources: pa.Table, before: pa.Table) -> np.ndarray:
+def _same_window(sources: pa.Table, before: pa.Table) -> Mask:
     return _same(sources, before, "start_s") & _same(sources, before, "end_s")
 
 
-def _to_retry(reason: pa.ChunkedArray, attempts: np.ndarray, config: IngestConfig) -> np.ndarray:
+def _to_retry(reason: pa.ChunkedArray, attempts: NDArray[np.integer], config: IngestConfig) -> Mask:
     passing = _true(pc.is_in(reason, value_set=pa.array([r.value for r in PASSING])))
     wanted = _true(pc.is_in(reason, value_set=pa.array(config.retry_reasons, pa.string())))
     return config.retry_failed | wanted | (passing & (attempts < _PASSING_ATTEMPTS))

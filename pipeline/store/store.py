@@ -267,7 +267,7 @@ class FeatureStore:
                 except CommitFailedError as error:
                     refused, self._table = error, None
                     continue
-                version = table.version()
+                version: int = table.version()
                 if version % _FOLD_EVERY == 0:
                     self._fold_files(table)
                 return version
@@ -326,11 +326,11 @@ class FeatureStore:
 
     def version(self) -> int:
         """The newest version."""
-        return self._newest().version()
+        return int(self._newest().version())
 
     def initial_spec_hash(self) -> str:
         """Hash of the spec the store was created with."""
-        return json.loads(self.location.read_bytes(STORE_FILE))["spec_hash"]
+        return str(json.loads(self.location.read_bytes(STORE_FILE))["spec_hash"])
 
     def read_spec(self, spec_hash: str) -> FeatureSpec:
         """A spec that was used in this store, by its hash."""

@@ -11,10 +11,10 @@ from support.runs import SMOKE
 from support.stores import noise_store
 
 from diccae.cli import main
+from diccae.config import load_config
 from diccae.resources import Demand, Node, left_over
-from pipeline.config import FeatureSpec
 
-SPEC = FeatureSpec(n_frames=3, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
+SPEC = load_config(SMOKE).features
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from training.model.make import make_classifier, make_encoder
 from training.on_ray import fit as ray_fit
 from training.on_ray.reader import RayReader
 from training.tracking.copier import RunHandle
-from training.tracking.tracker import Tracker
 from training.weights.files import (
     absolute_uri,
     encoder_digest,

@@ -16,6 +16,7 @@ from training.model.blocks import PatchStem
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.weights import layouts
+from training.weights.card import ModelCard
 from training.weights.files import load_classifier, load_encoder, saved_name
 
 
