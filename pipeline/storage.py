@@ -18,7 +18,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import StoreError
 
-_LIBRARIES = ("aiohttp", "botocore", "deltalake", "gcsfs", "google")
+_LIBRARIES = ("_internal", "aiohttp", "botocore", "deltalake", "gcsfs", "google")
+"""`_internal` is where deltalake says that its errors are from."""
 
 
 class Location:

@@ -130,7 +130,7 @@ def _summary(
         not_judged={
             rule.name: mine[rule.name].null_count for rule in RULES if mine[rule.name].null_count
         },
-        table=store.location.join(FILE),
+        table=f"{store.uri}/{FILE}",
         seconds=round(time.monotonic() - started, 2),
     )
 

@@ -33,11 +33,29 @@ from pipeline.store.snapshot import Snapshot
 __all__ = ["FeatureStore", "Snapshot", "read_rows"]
 
 _TABLE_KINDS = ("file", "s3", "s3a", "gs", "az", "abfs", "abfss", "hdfs")
+_UNFIT = re.compile(r"%[0-9A-Fa-f]{2}|[\[\]\\]")
+"""The library takes %20 for a space, and panics at brackets."""
 _CHECKPOINT_EVERY = 50
 _FOLD_EVERY = 64
 _FOLDED_BYTES = 32 << 20
 _MOST_TRIES = 20
 """Commits of others that one commit gives way to before it gives up."""
+
+
+def _refuse_place_without_tables(uri: str, whole: str) -> None:
+    """Raises: StoreError if no Delta table can lie at a URI."""
+    kind = whole.partition("://")[0] if "://" in whole else "file"
+    if kind not in _TABLE_KINDS:
+        raise StoreError(
+            f"{uri}: a store holds a Delta table, and that cannot lie on {kind}://. Possible: "
+            f"a local path, {', '.join(f'{one}://' for one in _TABLE_KINDS[1:])}. Clips may "
+            "come from anywhere."
+        )
+    if unfit := _UNFIT.search(whole):
+        raise StoreError(
+            f"{uri}: a store holds a Delta table, and that cannot lie below a folder with "
+            f"{unfit[0]!r} in its name. Name another folder."
+        )
 
 
 class FeatureStore:
@@ -85,14 +103,7 @@ class FeatureStore:
         if cls.exists(uri):
             return cls.open(uri)
         store = cls(uri)
-        kind = store.uri.partition("://")[0] if "://" in store.uri else "file"
-        if kind not in _TABLE_KINDS:
-            raise StoreError(
-                f"{uri}: a store holds a Delta table, and that cannot lie on {kind}://. Possible: "
-                f"a local path, {', '.join(f'{one}://' for one in _TABLE_KINDS[1:])}. Clips may "
-                "come from anywhere."
-            )
-        store.location.fs.makedirs(store.location.path, exist_ok=True)
+        _refuse_place_without_tables(uri, store.uri)
         store.write_spec(spec)
         DeltaTable.create(
             store._table_uri,

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pytest
 from support.s3 import s3_server
 
+from diccae.cli import main
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.decode.payload import fbanks_function
 from pipeline.errors import StoreError, StoreLocked
@@ -119,6 +120,16 @@ def ingested(source: str, store_uri: str) -> FeatureStore:
 
 def no_ray() -> None:
     raise AssertionError("Ray for twelve clips")
+
+
+def test_a_misspelt_bucket_is_told_and_not_made(s3, capsys):
+    client, _ = s3
+    source = ["--clips", "s3://data/clips.csv", "--videos", "s3://data/videos"]
+    assert main(["ingest", *source, "--store", "s3://dta/store"]) == 1
+    printed = capsys.readouterr().err
+    assert "bucket does not exist" in printed
+    assert printed.count("\n") == 1
+    assert [bucket["Name"] for bucket in client.list_buckets()["Buckets"]] == ["data"]
 
 
 def test_s3_to_s3_equals_local_files(s3):

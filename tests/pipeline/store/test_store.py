@@ -287,6 +287,17 @@ def test_a_place_that_cannot_hold_a_table_is_refused():
         FeatureStore.create("memory://a/store", FeatureSpec())
 
 
+@pytest.mark.parametrize("name", ["a%20b", "[x]", "x]", "a\\b", "50%", "a b #?ü"])
+def test_a_folder_whose_name_the_table_would_mistake_is_refused(name, tmp_path):
+    uri = str(tmp_path / name / "store")
+    if name in ("50%", "a b #?ü"):
+        assert FeatureStore.create(uri, FeatureSpec()).version() == 0
+        return
+    with pytest.raises(StoreError, match="Name another folder"):
+        FeatureStore.create(uri, FeatureSpec())
+    assert not Path(uri).exists()
+
+
 def test_a_store_older_than_the_group_column_opens_and_is_written_on(tmp_path, monkeypatch):
     old = CLIPS_SCHEMA.remove(CLIPS_SCHEMA.get_field_index("group"))
     with monkeypatch.context() as before:
