@@ -6,6 +6,7 @@ that died anywhere goes on from its newest checkpoint when the same command is g
 """
 
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,25 +95,58 @@ def check(config: TrainingConfig, clustering: KMeansConfig, data: Pinned) -> Non
     Raises: TrainingError naming the keys, the values and what is allowed.
     """
     spec, n_clips = data.snapshot.spec, len(data.train)
+    check_alone(config)
     BatchPlan.of(n_clips, config.pretrain.batch_size, config.data)
-    lanes_of(0, config.scale.num_workers, config.data.lanes)
     if config.data.frames_per_clip > spec.n_frames:
         raise TrainingError(
             f"data.frames_per_clip = {config.data.frames_per_clip}, but the store holds "
             f"{spec.n_frames} frames a clip; lower it, or ingest with --features.n-frames"
         )
-    _refuse_what_cannot_learn(config)
     control_labels(config.rounds.labels, data.train, clustering.k, config.seed)
-    if config.rounds.labels != "none" and clustering.k > n_clips:
+    if config.rounds.labels in ("clusters", "random") and clustering.k > n_clips // 2:
         raise TrainingError(
             f"clustering.k = {clustering.k}, but the train split has {n_clips} clips; K is at most "
-            "that, and about one to three times the number of classes works best"
+            "half of that (a cluster of one clip has nothing to teach), and about one to three "
+            "times the number of classes works best"
         )
     try:
         with torch.device("meta"):
             Encoder(config.encoder, input_shape(spec), decoder=config.loss.reconstruction > 0)
     except ValueError as error:
         raise TrainingError(f"the encoder does not fit the store's features: {error}") from None
+
+
+def check_alone(config: TrainingConfig) -> None:
+    """Refuse what cannot work on any clips. Raises: TrainingError, as `check`."""
+    plan = BatchPlan.of(config.pretrain.batch_size, config.pretrain.batch_size, config.data)
+    lanes_of(0, config.scale.num_workers, config.data.lanes)
+    _refuse_what_cannot_learn(config)
+    _refuse_labels_that_never_come(config, plan.compared(config.loss.negatives))
+
+
+def _refuse_labels_that_never_come(config: TrainingConfig, compared: int) -> None:
+    """A run that asks for labels and gets none is InfoNCE alone under another name.
+
+    Rounds start between epochs, the first after the warm-up and once InfoNCE, which is at least 0,
+    is below ln n - margin. Args: compared: n.
+    """
+    rounds, epochs = config.rounds, config.pretrain.epochs
+    if rounds.labels == "none":
+        return
+    first = max(1, rounds.warmup_epochs)
+    if first >= epochs:
+        raise TrainingError(
+            f"rounds.warmup_epochs = {rounds.warmup_epochs} of pretrain.epochs = {epochs}: the "
+            f"first round would start after {first} epochs, when nothing is left to train; lower "
+            "rounds.warmup_epochs, raise pretrain.epochs, or set rounds.labels = none"
+        )
+    if rounds.margin_nats >= math.log(compared):
+        raise TrainingError(
+            f"rounds.margin_nats = {rounds.margin_nats}: labels would wait until InfoNCE among "
+            f"{compared} clips falls below ln {compared} - margin = "
+            f"{math.log(compared) - rounds.margin_nats:.2f}, and it is never below 0; set "
+            f"rounds.margin_nats well below {math.log(compared):.2f}, such as 0.25"
+        )
 
 
 def _refuse_what_cannot_learn(config: TrainingConfig) -> None:

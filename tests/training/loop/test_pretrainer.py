@@ -335,3 +335,15 @@ def test_a_new_loss_term_is_one_entry(tmp_path: Path, monkeypatch: pytest.Monkey
     late = toy._replace(needs="labels")
     monkeypatch.setattr(objective, "LOSS_TERMS", (*objective.LOSS_TERMS[:-1], late))
     assert Variant("", {"loss": {"toy": 0.0}}).shares_warmup
+
+
+def test_a_checkpoint_holds_nothing_of_each_clip_or_rank(tmp_path: Path) -> None:
+    trainer, recorder = make_trainer(pretrain_config(), tmp_path)
+    trainer.run()
+    state = next(s["labelling"] for s in recorder.states if s["labelling"]["confusion"])
+    held = [x for saved in state["confusion"] for x in saved.values()]
+    assert held
+    assert max(x.numel() for x in held) <= 4 * 5, "more than K x (K + 1) numbers"
+    assert not any(
+        isinstance(x, torch.Tensor | list) and x is not state["confusion"] for x in state.values()
+    )
