@@ -17,6 +17,7 @@ import torch
 from clustering.config import KMeansConfig, PoolConfig
 from clustering.kmeans.label_table import LabelTable
 from clustering.pool.pool import ClusterPool
+from clustering.rounds.files import is_complete, round_uri
 from clustering.rounds.protocol import Rounds
 from pipeline.quality.leave_out import LeftOut, left_out
 from pipeline.store.store import FeatureStore, Snapshot
@@ -24,7 +25,7 @@ from training.config import TrainingConfig
 from training.data.order import BatchPlan, WindowPlan, lanes_of
 from training.data.rows import RowIndex, index_rows
 from training.data.validation import groups_of, split_validation
-from training.errors import TrainingError
+from training.errors import TOO_OLD, TrainingError
 from training.loop.controls import control_labels
 from training.loop.hooks import Hooks, World
 from training.loop.pretrainer import Pretrainer
@@ -231,12 +232,8 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     rounds: Rounds | None = settings["rounds"]
     out = Path(settings["out"])
     span = Span(*settings["span"])
-    state = ray_fit.last_state()
-    if state is None and span.start is not None:
-        state = ray_fit.state_in(span.start)
+    state = _state_to_go_on_with(span, out, rounds if world.rank == 0 else None)
     encoder = _starting_encoder(config, index, state)
-    if state is not None and rounds is not None and state["bank"] and world.rank == 0:
-        rounds.restore(state["bank"])
     tracker = None
     if world.rank == 0:
         step = 0 if state is None else int(state["step"])
@@ -264,6 +261,39 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     assert tracker is not None
     tracker.close()
     return {"metrics": last, "steps": trainer.step, "clustering_s": trainer.labelling.waited_s}
+
+
+def _state_to_go_on_with(span: Span, out: Path, restored: Rounds | None) -> dict[str, Any] | None:
+    """The newest checkpoint of the run, or that it starts from; None for a run from nothing.
+
+    Args: restored: gets the rows of its bank.
+    """
+    state = ray_fit.last_state()
+    if state is None and span.start is not None:
+        state = ray_fit.state_in(span.start)
+    if state is None:
+        return None
+    refuse_lost_labels(state, str(out / "rounds"))
+    if restored is not None and state["bank"]:
+        restored.restore(state["bank"])
+    return state
+
+
+def refuse_lost_labels(state: dict[str, Any], uri: str) -> None:
+    """Raises: TrainingError if the labels a checkpoint goes on with are not among the rounds.
+
+    Asked for all the same, they would be waited for until `rounds.timeout_s`, half an hour.
+    """
+    labelling = state["labelling"]
+    if "confusion" not in labelling:
+        raise TrainingError(TOO_OLD)
+    number = labelling["round"]
+    if labelling["confusion"] and not is_complete(uri, number):
+        raise TrainingError(
+            f"{round_uri(uri, number)}: the checkpoint of step {state['step']} goes on with the "
+            f"labels of round {number}, which are not there any more. Copy the folder back, or "
+            "give --fresh to start again"
+        )
 
 
 def _starting_encoder(
