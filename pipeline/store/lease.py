@@ -101,7 +101,8 @@ class Lease:
 
     def _read(self, generation: int) -> dict[str, Any] | None:
         try:
-            return json.loads(self._location.read_bytes(_name(generation)))
+            holder: dict[str, Any] = json.loads(self._location.read_bytes(_name(generation)))
+            return holder
         except FileNotFoundError:
             return None
 

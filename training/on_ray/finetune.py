@@ -20,7 +20,6 @@ from training.model.make import make_classifier, make_encoder
 from training.on_ray import fit as ray_fit
 from training.on_ray.reader import RayReader
 from training.tracking.copier import RunHandle
-from training.tracking.tracker import Tracker
 from training.weights.files import (
     absolute_uri,
     encoder_digest,
@@ -174,10 +173,8 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     state = ray_fit.last_state()
     encoder, _ = load_encoder(settings["encoder"])
     classifier = make_classifier(config, encoder, len(index.classes))
-    tracker = None
-    if world.rank == 0:
-        step = 0 if state is None else int(state["step"])
-        tracker = Tracker(RunHandle(*settings["handle"]), out / "finetune.jsonl", step)
+    handle = RunHandle(*settings["handle"])
+    tracker = ray_fit.tracker_for(world, handle, out / "finetune.jsonl", state)
 
     def write(step: int, metrics: dict[str, float]) -> None:
         if tracker is not None:

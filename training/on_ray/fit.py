@@ -21,6 +21,8 @@ from training import errors
 from training.config import ScaleConfig, TrainingConfig
 from training.errors import ConfigMismatch, TrainingError
 from training.loop.hooks import World
+from training.tracking.copier import RunHandle
+from training.tracking.tracker import Tracker
 from training.weights.files import absolute_uri
 
 _STATE = "state.pt"
@@ -182,6 +184,15 @@ def this_world(scale: ScaleConfig) -> World:
     if device.type == "cpu":
         torch.set_num_threads(scale.threads_per_worker or max(1, int(scale.cpus_per_worker)))
     return World(context.get_world_rank(), context.get_world_size(), device)
+
+
+def tracker_for(
+    world: World, handle: RunHandle, lines: Path, state: dict[str, Any] | None
+) -> Tracker | None:
+    """Rank 0's tracker, from the step of the checkpoint on; None on all others."""
+    if world.rank != 0:
+        return None
+    return Tracker(handle, lines, 0 if state is None else int(state["step"]))
 
 
 def last_state() -> dict[str, Any] | None:

@@ -232,12 +232,10 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     rounds: Rounds | None = settings["rounds"]
     out = Path(settings["out"])
     span = Span(*settings["span"])
-    state = _state_to_go_on_with(span, out, rounds if world.rank == 0 else None)
+    state = _starting_state(span, out, rounds if world.rank == 0 else None)
     encoder = _starting_encoder(config, index, state)
-    tracker = None
-    if world.rank == 0:
-        step = 0 if state is None else int(state["step"])
-        tracker = Tracker(RunHandle(*settings["handle"]), out / "metrics.jsonl", step)
+    handle = RunHandle(*settings["handle"])
+    tracker = ray_fit.tracker_for(world, handle, out / "metrics.jsonl", state)
     trainer = Pretrainer(
         config,
         encoder,
@@ -248,7 +246,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         hooks=_hooks(config, rounds, world, out, tracker),
     )
     last = trainer.run(state, span.until_epoch)
-    if world.rank != 0:
+    if tracker is None:
         return None
     save_encoder(
         encoder,
@@ -258,13 +256,12 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         settings["provenance"],
         statistics=config.data.statistics,
     )
-    assert tracker is not None
     tracker.close()
     return {"metrics": last, "steps": trainer.step, "clustering_s": trainer.labelling.waited_s}
 
 
-def _state_to_go_on_with(span: Span, out: Path, restored: Rounds | None) -> dict[str, Any] | None:
-    """The newest checkpoint of the run, or that it starts from; None for a run from nothing.
+def _starting_state(span: Span, out: Path, restored: Rounds | None) -> dict[str, Any] | None:
+    """The newest checkpoint of this run, else the one it branches off from.
 
     Args: restored: gets the rows of its bank.
     """
