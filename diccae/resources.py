@@ -23,7 +23,7 @@ from clustering.config import PoolGroups
 from diccae.errors import ResourceError
 from training.config import ScaleConfig, TrainingConfig
 
-_SPARE_CPUS = 2
+EMBEDDED_SPARE_CPUS = 2
 """Logical CPUs of an embedded cluster beyond the machine's cores: Ray's own light tasks and actors
 ask for whole ones, and on a small machine would otherwise wait for ever."""
 
@@ -68,7 +68,7 @@ def start_ray() -> None:
         atexit.register(_stop_embedded, folder)
         ray.init(
             address="local",
-            num_cpus=cores + _SPARE_CPUS,
+            num_cpus=cores + EMBEDDED_SPARE_CPUS,
             include_dashboard=False,
             _temp_dir=folder,
             **quiet,

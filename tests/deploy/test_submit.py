@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from deploy.errors import AccessRefused, ClusterUnreachable, DeployError
-from deploy.submit import INTERRUPTED, connect, follow, stop, submit
+from deploy.submit import INTERRUPTED, connect, follow, nodes_of, stop, submit
 
 TOKEN = "4f9c" * 16
 MAIN = """
@@ -125,6 +125,16 @@ class Screen:
 
     def write(self, text: str) -> None:
         self.log += text
+
+
+@pytest.mark.usefixtures("token")
+def test_the_nodes_of_a_cluster_are_known_before_a_job_is_sent(head: str) -> None:
+    deadline = time.monotonic() + 60
+    cluster = connect(head)
+    while not (nodes := nodes_of(cluster)):  # The head answers a second before it is a node.
+        assert time.monotonic() < deadline, "the head never listed itself"
+        time.sleep(0.2)
+    assert nodes == [(2.0, 0.0)]
 
 
 @pytest.mark.usefixtures("token")
