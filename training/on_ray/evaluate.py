@@ -49,11 +49,14 @@ def evaluate(
     test: RowIndex,
     out: Path,
     clusters: dict[str, int],
+    *,
+    may_write: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluate the encoder, and the classifier if there is one, of a run folder.
 
     Writes `evaluation/` (predictions, confusion counts, embeddings).
     Args: test: the clips of `evaluate.split`. clusters: last pseudo-label by clip id.
+        may_write: asked before the files; raises where another start has the folder now.
     Raises: TrainingError if the run folder has no encoder, or no training clip a label.
     """
     of_test, of_train, middle = _outputs(config, _models(out), train, test)
@@ -71,6 +74,7 @@ def evaluate(
         retrieval_per_class=config.evaluate.retrieval_per_class,
     )
     confusion = count_confusion(given, test.classes)
+    may_write()
     write_evaluation(out / "evaluation", given, confusion, config.evaluate.split)
     return Evaluation(
         n_train=len(train),

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 
 from training import errors
+from training.attempt import UNHELD, Attempt
 from training.config import ScaleConfig, TrainingConfig
-from training.errors import ConfigMismatch, TrainingError
+from training.errors import ConfigMismatch, RunTaken, TrainingError
 from training.loop.hooks import World
 from training.weights.files import absolute_uri
 
@@ -36,9 +37,12 @@ def fit(
     out: Path,
     name: str,
     scale: ScaleConfig,
+    *,
+    attempt: Attempt = UNHELD,
 ) -> Any:
     """Run `loop(settings)` on the workers; goes on from the newest checkpoint under `out`/`name`.
 
+    Args: attempt: whose the workers are; they end for good when it has lost the folder.
     Returns: what rank 0 returned.
     Raises: the loop's own TrainingError; TrainingError for a worker that failed too often;
         KeyboardInterrupt.
@@ -47,11 +51,13 @@ def fit(
     from ray.train.torch import TorchTrainer
 
     _quick_controller()
-    said = out.resolve() / "failed" / "error.json"
-    said.unlink(missing_ok=True)  # Of an earlier start.
+    attempt.check()
+    # By attempt: what the workers of an earlier one say too late must not end this one.
+    said = out.resolve() / "failed" / f"error-{attempt.number}.json"
+    said.unlink(missing_ok=True)  # Of an earlier stage.
     trainer = TorchTrainer(
         _told,
-        train_loop_config=_Given(loop, settings, said)._asdict(),
+        train_loop_config=_Given(loop, settings, said, attempt)._asdict(),
         scaling_config=_scaling(scale),
         run_config=ray.train.RunConfig(
             name=name,
@@ -63,6 +69,7 @@ def fit(
     try:
         result = interruptible(trainer.fit).return_value
     except ray.train.TrainingFailedError as error:
+        attempt.check()
         if said.exists():  # The last failure that scale.max_failures allowed.
             raise _read_error(said) from error
         raise _explained(error, out) from error
@@ -125,6 +132,7 @@ class _Given(NamedTuple):
     settings: dict[str, Any]
     said: Path
     """Where a TrainingError is written, for the workers that are started after it."""
+    attempt: Attempt
 
 
 def _told(config: dict[str, Any]) -> Any:
@@ -132,15 +140,22 @@ def _told(config: dict[str, Any]) -> Any:
 
     A TrainingError is raised first, so that Ray ends the other workers, which may wait in a
     collective for this one until its timeout of 30 minutes. The workers that Ray then starts anew
-    find it written down and return it: repeating the run could only fail again.
+    find it written down and return it: repeating the run could only fail again. That the run
+    folder was taken over they see for themselves, and write nothing into it.
     """
     given = _Given(**config)
+    try:
+        given.attempt.check()
+    except RunTaken as error:
+        return _Failure(error)
     if given.said.exists():
         return _Failure(_read_error(given.said))
     try:
         return given.loop(given.settings)
-    except TrainingError as error:
-        _write_error(given.said, error)
+    except Exception as error:
+        given.attempt.check()  # Rather this than what it may have led to, such as a lost actor.
+        if isinstance(error, TrainingError):
+            _write_error(given.said, error)
         raise
 
 
@@ -212,10 +227,12 @@ def state_in(folder: Path, mmap: bool = False) -> dict[str, Any]:
     return state
 
 
-def report_state(state: dict[str, Any], rank: int) -> None:
-    """Checkpoint: written by rank 0, reported by all."""
+def report_state(state: dict[str, Any], rank: int, attempt: Attempt = UNHELD) -> None:
+    """Checkpoint: written by rank 0, reported by all. Raises: RunTaken."""
     import ray.train
 
+    attempt.check()
+    state = {**state, "attempt": attempt.number}
     metrics = {"step": state["step"]}
     if rank != 0:
         ray.train.report(metrics)
@@ -223,6 +240,7 @@ def report_state(state: dict[str, Any], rank: int) -> None:
     folder = tempfile.mkdtemp(prefix="diccae-checkpoint-")
     try:
         torch.save({**state, "format": _FORMAT}, Path(folder) / _STATE)
+        attempt.check()  # Again: a large state takes a while, and Ray's copy begins now.
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -246,10 +264,13 @@ def leaving_notice() -> Callable[[], bool]:
     return is_news
 
 
-def failure_writer(out: Path, rank: int) -> Callable[[dict[str, Any]], str]:
+def failure_writer(
+    out: Path, rank: int, attempt: Attempt = UNHELD
+) -> Callable[[dict[str, Any]], str]:
     """Keeps what is needed to replay a step whose loss was not finite."""
 
     def write(content: dict[str, Any]) -> str:
+        attempt.check()
         path = out / "failed" / f"step-{content['step']}-rank-{rank}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, path)
