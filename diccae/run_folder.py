@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -36,11 +37,24 @@ LEASE_STALE_S = 60.0
 """Of commands that have no `scale.lease_stale_s`."""
 
 
+def local_folder(out: str) -> Path:
+    """The absolute path of `--out`.
+
+    Raises: UsageError for a URI: as a path it would be the folder `./s3:/bucket/run`.
+    """
+    if re.match(r"[A-Za-z][\w+.-]*:/", out):
+        raise UsageError(
+            f"--out {out}: a run folder is a local path, not a URI: name a disk that all nodes see "
+            "(on Kubernetes shared_claim, deploy/README.md); stores may be in buckets (--store)"
+        )
+    return Path(out).resolve()
+
+
 class RunFolder:
     """`<out>/` of a run."""
 
     def __init__(self, out: str | Path) -> None:
-        self.path = Path(out).resolve()  # Workers run in other folders.
+        self.path = local_folder(str(out))  # Workers run in other folders.
         self._lease: Lease | None = None
 
     @contextlib.contextmanager

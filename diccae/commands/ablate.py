@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from diccae.args import parse
 from diccae.commands.pretrain import SECTIONS
@@ -57,8 +56,8 @@ def main(argv: Sequence[str]) -> int:
     seeds = tuple(range(args.run.seed, args.run.seed + args.seeds))
     log_to_screen()
     plan = Plan(variants, seeds, metric, args.finetune)
-    out = Path(args.out).resolve()
-    folder = RunFolder(out)
+    folder = RunFolder(args.out)
+    out = folder.path
     with folder.held("ablate", args.run.scale.lease_stale_s):
         done, record = run_ablation(args.run, plan, args.store, out, say)
         folder.check()

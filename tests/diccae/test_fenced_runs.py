@@ -137,6 +137,28 @@ def test_a_fresh_start_does_not_give_the_folder_back_to_the_one_before(tmp_path:
     assert not folder.record
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["pretrain", "--store", "s"],
+        ["finetune"],
+        ["evaluate"],
+        ["report"],
+        ["ablate", "--store", "s"],
+        ["weights", "import", "--model", "m", "--store", "s"],
+    ],
+    ids=" ".join,
+)
+def test_a_uri_is_no_run_folder_yet(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """It was the folder `./s3:/bucket/run` of the driver's node."""
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--out", "s3://bucket/run"]) == 2
+    assert "--out s3://bucket/run: a run folder is a local path" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_stopped_pretraining_is_taken_over_and_writes_nothing_more(
     ray_session: None, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
