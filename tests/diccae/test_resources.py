@@ -14,7 +14,7 @@ from diccae.cli import main
 from diccae.resources import Demand, Node, left_over
 from pipeline.config import FeatureSpec
 
-SPEC = FeatureSpec(n_frames=3, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
+SPEC = FeatureSpec(n_frames=4, frame_size=64, fbank_frames=192, n_mels=64, duration_s=2.0)
 
 
 @pytest.fixture
