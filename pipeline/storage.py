@@ -65,14 +65,16 @@ class Location:
                 return told.timestamp()
             if told is not None:
                 return float(told)
-        return self.fs.modified(entry["name"]).timestamp()
+        modified: datetime = self.fs.modified(entry["name"])
+        return modified.timestamp()
 
     def read_bytes(self, name: str) -> bytes:
         """Content of a file.
 
         Raises: FileNotFoundError.
         """
-        return self.fs.cat_file(self.join(name))
+        content: bytes = self.fs.cat_file(self.join(name))
+        return content
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Create or replace a file."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from numpy.typing import NDArray
 
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"
 _RATE_HZ = 16000
@@ -124,6 +125,9 @@ def _two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
             return back, fore
 
 
+Floats = NDArray[np.floating]
+
+
 class _Motion(NamedTuple):
     """What of a shape's way differs from clip to clip."""
 
@@ -135,12 +139,13 @@ class _Motion(NamedTuple):
     """Of its size."""
 
 
-def _shape(look: str, x_HW: np.ndarray, y_HW: np.ndarray, t: float, motion: _Motion) -> np.ndarray:
+def _shape(look: str, x_HW: Floats, y_HW: Floats, t: float, motion: _Motion) -> NDArray[np.bool_]:
     """Where the shape is at time t in [0, 1]."""
     phase, speed, scale = motion
     if look == "bouncing":
         height = abs(math.sin(math.pi * (2 * speed * t + phase)))
-        return np.hypot(x_HW, y_HW - 0.25 + 0.5 * height) < 0.13 * scale
+        distance_HW: Floats = np.hypot(x_HW, y_HW - 0.25 + 0.5 * height)
+        return distance_HW < 0.13 * scale
     if look == "spinning":
         angle = 2 * math.pi * (speed * t + phase)
         along = x_HW * math.cos(angle) + y_HW * math.sin(angle)
@@ -149,9 +154,11 @@ def _shape(look: str, x_HW: np.ndarray, y_HW: np.ndarray, t: float, motion: _Mot
     if look in ("left", "right"):
         shift = (speed * t + phase) % 1.0 - 0.5
         middle = shift if look == "right" else -shift
-        return np.maximum(np.abs(x_HW - middle), np.abs(y_HW)) < 0.12 * scale
+        reach_HW: Floats = np.maximum(np.abs(x_HW - middle), np.abs(y_HW))
+        return reach_HW < 0.12 * scale
     radius = 0.08 + 0.27 * (t if look == "growing" else 1 - t)
-    return np.hypot(x_HW, y_HW) < radius * scale
+    from_middle_HW: Floats = np.hypot(x_HW, y_HW)
+    return from_middle_HW < radius * scale
 
 
 def sound(voice: str, rng: np.random.Generator) -> np.ndarray:

@@ -24,7 +24,7 @@ RAY = ("clustering/pool/", "training/on_ray/", "pipeline/ingest/on_ray.py", "dep
 """Everything else can be read, tested and run without a cluster."""
 ONE_FILE_A_COMMAND = "diccae/commands"
 
-MAX_FILES, MAX_LINES, MAX_FUNCTION_LINES, MAX_POSITIONAL = 12, 400, 40, 6
+MAX_FILES, MAX_LINES, MAX_FUNCTION_LINES = 12, 400, 40
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -135,17 +135,6 @@ def test_functions_are_short(package: str) -> None:
         for name, node in _functions(package)
     }
     assert {name: n for name, n in lengths.items() if n > MAX_FUNCTION_LINES} == {}
-
-
-@every_package
-def test_functions_take_few_positional_arguments(package: str) -> None:
-    wrong = {}
-    for name, node in _functions(package):
-        taken = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
-        n = len(taken) - (taken[:1] in (["self"], ["cls"]))
-        if n > MAX_POSITIONAL:
-            wrong[name] = n
-    assert wrong == {}
 
 
 def test_tests_lie_as_the_rooms_do() -> None:

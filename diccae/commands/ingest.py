@@ -44,13 +44,7 @@ def main(argv: Sequence[str]) -> int:
     # Only then is the store looked into for what the options change.
     is_asked = any(arg.startswith("--features.") for arg in argv)
     args = parse("ingest", IngestArgs, argv, SECTIONS, _own_spec if is_asked else None)
-    config = args.run.ingest.model_copy(
-        update={
-            "retry_failed": args.retry_failed or args.run.ingest.retry_failed,
-            "allow_mass_delete": args.allow_mass_delete or args.run.ingest.allow_mass_delete,
-            "probe": args.probe or args.run.ingest.probe,
-        }
-    )
+    config = _with_switches(args)
     is_asked = is_asked or "features" in load_config(args.config).model_fields_set
     spec = args.run.features if is_asked else None
     if args.plan:
@@ -82,6 +76,18 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _with_switches(args: IngestArgs) -> IngestConfig:
+    """The config's ingest section, with what the short options turn on."""
+    given = args.run.ingest
+    return given.model_copy(
+        update={
+            "retry_failed": args.retry_failed or given.retry_failed,
+            "allow_mass_delete": args.allow_mass_delete or given.allow_mass_delete,
+            "probe": args.probe or given.probe,
+        }
+    )
+
+
 def _own_spec(args: IngestArgs) -> RunConfig | None:
     """The config with the features of the store, where there is one and no config names others."""
     if "features" in load_config(args.config).model_fields_set:
@@ -107,10 +113,14 @@ def _plan(args: IngestArgs, spec: FeatureSpec | None, config: IngestConfig) -> i
     )
     found = {**plan.counts, "missing": len(plan.missing), "restated": len(plan.restated)}
     if args.json:
-        print(json.dumps({**found, **({"timelines": plan.timelines} if plan.timelines else {})}))
+        about = {"puts_in_force": plan.puts_in_force}
+        timelines = {"timelines": plan.timelines} if plan.timelines else {}
+        print(json.dumps({**found, **about, **timelines}))
         return 0
     for name, count in found.items():
         print(f"{name:<13} {count:>12,}  {_WHY[name]}")
+    if plan.puts_in_force:
+        print("the features asked for come into force at the end of the run")
     for name, count in (plan.timelines or {}).items():
         print(f"timelines {name}: {count}")
     return 0
@@ -118,11 +128,11 @@ def _plan(args: IngestArgs, spec: FeatureSpec | None, config: IngestConfig) -> i
 
 _WHY = {
     "new": "not in the store yet: decode",
-    "changed": "the file is another one now: decode again",
+    "changed": "another file or window: decode again; another label or split: write down",
     "spec_changed": "the features asked for are others now: decode again",
     "retried": "failed before: decode again",
     "removed": "not listed any more: drop",
     "unchanged": "nothing to do",
     "missing": "listed, but the file is not there: written down as missing",
-    "restated": "another label, split, group or place: written down without decoding",
+    "restated": "of the changed and unchanged, written down without decoding: label, split, place",
 }

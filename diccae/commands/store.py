@@ -68,6 +68,13 @@ def main(argv: Sequence[str]) -> int:
         return _quality(args)
     if args.action == "stats":
         return _stats(args)
+    return _change_or_copy(args)
+
+
+def _change_or_copy(args: StoreArgs) -> int:
+    """The actions that write: compact, vacuum, unpin, export."""
+    from pipeline.ingest import maintenance
+
     if args.action == "compact":
         return _show(maintenance.compact(args.store), args.json)
     if args.action == "vacuum":

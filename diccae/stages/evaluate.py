@@ -24,8 +24,8 @@ from training.tracking import tracker as tracking
 def run_evaluate(folder: RunFolder, config: RunConfig, say: Say) -> dict[str, Any]:
     """Evaluate the folder's models on the test split into `results.json`."""
     data = pin_for(folder, config)
-    config, _ = settle(folder, config, data, say)
     test = tested_rows(data, config)
+    config, _ = settle(folder, config, data, say)
     start_ray()
     check_fits(inference_demands(config.scale))
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")

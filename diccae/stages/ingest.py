@@ -5,6 +5,7 @@ Imports neither torch nor Ray, so that an ingest with nothing to do ends at once
 
 import shutil
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,15 @@ def run_ingest(
     if config.workers is None:
         # One per core: the spare CPUs of an embedded cluster are none to decode on.
         config = config.model_copy(update={"workers": embedded_cores()})
-    line = ProgressLine()
     params = {"clips": clips, "videos": videos, "store": store, "ingest": config.model_dump()}
     if spec is not None:
         params["features"] = spec.model_dump()
-    run = _IngestRun(tracked, params) if tracked is not None and tracked.uri else None
+    with _IngestRun(tracked, params) as run, closing(ProgressLine()) as line:
 
-    def show(progress: Progress) -> None:
-        line.show(_in_words(progress), now=progress.done == progress.total)
-        if run is not None:
+        def show(progress: Progress) -> None:
+            line.show(_in_words(progress), now=progress.done == progress.total)
             run.log(progress)
 
-    status, summary = "FAILED", None
-    try:
         summary = ingest(
             clips,
             videos,
@@ -58,15 +55,8 @@ def run_ingest(
             on_progress=show,
             label_from_folder=label_from_folder,
         )
-        status = "FINISHED"
-        return summary
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        line.close()
-        if run is not None:
-            run.end(status, summary)
+        run.conclude(summary)
+    return summary
 
 
 def _in_words(progress: Progress) -> str:
@@ -80,9 +70,12 @@ def _in_words(progress: Progress) -> str:
 
 
 class _IngestRun:
-    """The MLflow run of an ingest, made at its first progress: nothing to do leaves no run."""
+    """The MLflow run of an ingest, made at its first progress: nothing to do leaves no run.
 
-    def __init__(self, config: TrackingConfig, params: dict[str, Any]) -> None:
+    Without a config, or one without a server, it keeps silent.
+    """
+
+    def __init__(self, config: TrackingConfig | None, params: dict[str, Any]) -> None:
         self._config, self._params = config, params
         self._done = 0
         self._handle: RunHandle | None = None
@@ -90,9 +83,10 @@ class _IngestRun:
 
     def log(self, progress: Progress) -> None:
         """A point of the curves; its step is the number of clips done."""
+        if self._config is None or not self._config.uri:
+            return
         if self._tracker is None:
-            self._begin()
-        assert self._tracker is not None
+            self._tracker = self._begin(self._config)
         point = {
             "ok": progress.ok,
             "failed": progress.failed,
@@ -105,19 +99,28 @@ class _IngestRun:
         self._done = progress.done
         self._tracker.log(self._done, point)
 
-    def _begin(self) -> None:
+    def _begin(self, config: TrackingConfig) -> tracking.Tracker:
         scratch = tempfile.mkdtemp(prefix="diccae-ingest-")
         store = str(self._params["store"])
         tags = {"mlflow.runName": f"ingest {Path(store).name}", "store.uri": store}
-        self._handle = tracking.create_run(self._config, scratch, self._params, tags, {})
-        self._tracker = tracking.Tracker(self._handle, Path(scratch) / "metrics.jsonl")
+        self._handle = tracking.create_run(config, scratch, self._params, tags, {})
+        return tracking.Tracker(self._handle, Path(scratch) / "metrics.jsonl")
 
-    def end(self, status: str, summary: IngestSummary | None) -> None:
-        """The summary as last numbers, and the end of the run."""
+    def conclude(self, summary: IngestSummary) -> None:
+        """The summary as last numbers of the curves."""
+        if self._tracker is not None:
+            self._tracker.log(self._done, summary.to_json())
+
+    def __enter__(self) -> "_IngestRun":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The end of the run, with how the ingest ended."""
         if self._tracker is None or self._handle is None:
             return
-        if summary is not None:
-            self._tracker.log(self._done, summary.to_json())
         self._tracker.close()
-        tracking.finish(self._handle, status)
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
+        tracking.finish(
+            self._handle, "KILLED" if stopped else "FAILED" if kind is not None else "FINISHED"
+        )
         shutil.rmtree(self._handle.out, ignore_errors=True)

@@ -34,29 +34,14 @@ def run_pretrain(
 
     Args: tags: of the MLflow run, besides the usual ones.
     """
-    data = pin_for(folder, config, store)
-    check(config, config.clustering, data)
-    init, made = None if folder.record else config.encoder.init, None
-    if init is not None and span.start is None:
-        made = _say_what_weights_give(config, data, say).made_with
-    config, statistics = settle(folder, config, data, say, init, made)
-    remember(folder, config, store, data, statistics)
-    n_clips = len(data.train)
-    steps = BatchPlan.of(n_clips, config.pretrain.batch_size, config.data).steps(n_clips)
-    total = steps * (span.until_epoch or config.pretrain.epochs)
+    config, data = _settled(folder, config, store, say, span)
     start_ray()
     makes_labels = config.rounds.labels != "none"
     pool = config.pool.groups(config.clustering) if makes_labels else None
     check_fits(training_demands(config, pool))
     handle = tracking_run(folder, config, data, tags)
     scale_note(config.scale, say)
-    say(
-        f"pretrain  {len(data.train):,} clips of {store} version {data.snapshot.version}, "
-        f"{total:,} steps of {config.pretrain.batch_size}, encoder {config.encoder.preset}"
-    )
-    if data.left_out is not None:
-        told = ", ".join(f"{name}-{version}" for name, version in data.left_out.rules.items())
-        say(f"left out  {len(data.left_out.clips):,} clips by {told}")
+    total = _say_what_is_trained(config, data, store, say, span)
     made_by = provenance(folder, config)
     started = time.monotonic()
     with watched(folder.path / "metrics.jsonl", total, "pretrain"):
@@ -77,6 +62,36 @@ def run_pretrain(
         )
     _write_results(folder, config, len(data.train), result, time.monotonic() - started)
     return result
+
+
+def _settled(
+    folder: RunFolder, config: RunConfig, store: str, say: Say, span: Span
+) -> tuple[RunConfig, Pinned]:
+    """The config with its statistics, and its data, both written down: all that can be refused
+    before the cluster is used."""
+    data = pin_for(folder, config, store)
+    check(config, config.clustering, data)
+    init, made = None if folder.record else config.encoder.init, None
+    if init is not None and span.start is None:
+        made = _say_what_weights_give(config, data, say).made_with
+    config, statistics = settle(folder, config, data, say, init, made)
+    remember(folder, config, store, data, statistics)
+    return config, data
+
+
+def _say_what_is_trained(config: RunConfig, data: Pinned, store: str, say: Say, span: Span) -> int:
+    """Returns: number of steps."""
+    n_clips = len(data.train)
+    steps = BatchPlan.of(n_clips, config.pretrain.batch_size, config.data).steps(n_clips)
+    total = steps * (span.until_epoch or config.pretrain.epochs)
+    say(
+        f"pretrain  {n_clips:,} clips of {store} version {data.snapshot.version}, "
+        f"{total:,} steps of {config.pretrain.batch_size}, encoder {config.encoder.preset}"
+    )
+    if data.left_out is not None:
+        told = ", ".join(f"{name}-{version}" for name, version in data.left_out.rules.items())
+        say(f"left out  {len(data.left_out.clips):,} clips by {told}")
+    return total
 
 
 def _write_results(

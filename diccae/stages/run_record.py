@@ -67,7 +67,10 @@ def remember(
         return
     folder.check()
     snapshot = data.snapshot
-    pinned: dict[str, Any] = {"uri": store, "version": snapshot.version, "digest": snapshot.digest}
+    # The whole path: the next stage may be started in another folder.
+    pinned: dict[str, Any] = {
+        "uri": snapshot.uri, "version": snapshot.version, "digest": snapshot.digest,
+    }  # fmt: skip
     if data.left_out is not None:
         # Which clips, not only which rules: a later look at the store must not change the run.
         pq.write_table(data.left_out.clips, folder.path / _LEFT_OUT)

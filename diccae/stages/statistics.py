@@ -43,13 +43,10 @@ def settle(
     if weights:
         theirs = theirs._replace(statistics=theirs.statistics or _of_old_run(weights))
         _refuse_other_features(weights, theirs, data.snapshot.spec)
-    given, known = config.data.given_statistics, folder.record.get("statistics")
-    if given is None and folder.record:  # Of a run that began before run.json said them.
-        given = folder.config().data.given_statistics
+    known = folder.record.get("statistics")
+    given = _given_or_begun_with(folder, config)
     if given is not None:
-        chosen, origin = given, known["from"] if known else "the config"
-    elif known is not None:
-        chosen, origin = FbankStatistics(known["mean"], known["std"]), known["from"]
+        chosen, origin = given
     elif theirs.statistics is not None:
         chosen, origin = theirs.statistics, f"weights {weights}"
     else:
@@ -66,6 +63,20 @@ def settle(
     if known is None:
         say(f"fbanks    {_told(chosen)}, of {origin}")
     return with_statistics(config, chosen), {**chosen._asdict(), "from": origin}
+
+
+def _given_or_begun_with(
+    folder: RunFolder, config: RunConfig
+) -> tuple[FbankStatistics, str] | None:
+    """What the config says, else what the run in the folder began with, and where it is from."""
+    given, known = config.data.given_statistics, folder.record.get("statistics")
+    if given is None and folder.record:  # Of a run that began before run.json said them.
+        given = folder.config().data.given_statistics
+    if given is not None:
+        return given, known["from"] if known else "the config"
+    if known is not None:
+        return FbankStatistics(known["mean"], known["std"]), known["from"]
+    return None
 
 
 def with_statistics(config: RunConfig, statistics: FbankStatistics) -> RunConfig:

@@ -3,7 +3,7 @@
 Importing torch takes 0.6 GB and seconds of a process: one for eight CPUs pays for it, not each.
 Knows nothing of clips, shards or Ray. Invariant: a service that dies is started again and asked
 again; those it works for notice nothing but the time.
-Run as `python -m pipeline.decode.fbank_service NAME SPEC` it is the service itself.
+Run as `python -m pipeline.decode.fbank_service NAME SPEC [attached]` it is the service itself.
 """
 
 import os
@@ -34,6 +34,7 @@ _ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "2",
 }
 _KEY_VARIABLE = "DICCAE_FBANK_KEY"
+_ATTACHED = "attached"
 _GIVE_UP_S = 120.0
 _IDLE_S = 5.0
 _START_S = 60.0
@@ -45,11 +46,16 @@ class SharedFbanks:
     The first to ask starts the service; it ends by itself when nobody is connected to it.
     """
 
-    def __init__(self, spec: FeatureSpec, name: str, key: bytes) -> None:
-        """Args: name: equal for all who share a service; key: a secret they share."""
+    def __init__(
+        self, spec: FeatureSpec, name: str, key: bytes, *, is_attached: bool = False
+    ) -> None:
+        """Args: name: equal for all who share a service; key: a secret they share; is_attached:
+        a service started here ends with this process, however that ends; else others may go on
+        using it."""
         self._spec = spec
         self._name = name
         self._key = key
+        self._is_attached = is_attached
         self._connection: Connection | None = None
         self._started: subprocess.Popen[bytes] | None = None
 
@@ -87,6 +93,8 @@ class SharedFbanks:
         if self._started is not None:
             self._started.kill()
             self._started.wait()
+            if self._started.stdin is not None:
+                self._started.stdin.close()
 
     def _connect(self, deadline: float) -> Connection:
         """Raises: ConnectionError if no service answers until then."""
@@ -107,13 +115,15 @@ class SharedFbanks:
                 time.sleep(0.1)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # It outlives the one that starts it: others may be using it.
+        # A session of its own: a Ctrl-C that is meant for the driver would end it in mid-answer.
         return subprocess.Popen(
             [
                 *(sys.executable, "-m", "pipeline.decode.fbank_service"),
                 *(self._name, self._spec.canonical_json()),
+                *([_ATTACHED] if self._is_attached else []),
             ],
-            stdin=subprocess.DEVNULL,
+            # The end of this process closes the pipe, and nothing is ever written to it.
+            stdin=subprocess.PIPE if self._is_attached else subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
             env={
@@ -176,9 +186,18 @@ def _address(name: str) -> str:
     return f"\0diccae-fbank-{name}"
 
 
-def main(name: str, spec: str) -> None:
-    """The service."""
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def main(name: str, spec: str, attached: str = "") -> None:
+    """The service. Args: attached: whether to end when stdin is closed."""
     key = bytes.fromhex(os.environ.pop(_KEY_VARIABLE))
+    if attached == _ATTACHED:
+        # Left alone it would hold 0.7 GB and the terminal's stderr for a minute more, and whoever
+        # reads the command's output through a pipe would wait for it.
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         # Before torch is imported: of several started at once all but one end here.
         listener = Listener(_address(name), backlog=128, authkey=key)

@@ -25,9 +25,10 @@ Fbanks = Callable[[list[np.ndarray]], list[np.ndarray]]
 
 def encode_jpeg(image_HW3: np.ndarray, quality: int) -> bytes:
     """One RGB uint8 image as a 4:2:0 JPEG."""
-    return simplejpeg.encode_jpeg(
+    jpeg: bytes = simplejpeg.encode_jpeg(
         np.ascontiguousarray(image_HW3), quality=quality, colorspace="RGB", colorsubsampling="420"
     )
+    return jpeg
 
 
 def decode_jpegs(jpegs: Sequence[bytes | memoryview]) -> np.ndarray:
@@ -77,7 +78,7 @@ def fbank_function(spec: FeatureSpec) -> Fbank:
         # Summed by halves: one more rounding in the mean is seen in the bins with little energy.
         half = (len(samples) + 1) // 2
         mean = (samples[:half].sum() + samples[half:].sum()) / len(samples)
-        return kaldi.fbank(
+        fbank_TM = kaldi.fbank(
             (samples - mean)[None],
             htk_compat=True,
             sample_frequency=spec.sample_rate_hz,
@@ -87,7 +88,8 @@ def fbank_function(spec: FeatureSpec) -> Fbank:
             dither=0.0,
             frame_length=FRAME_LENGTH_MS,
             frame_shift=FRAME_SHIFT_MS,
-        ).numpy()
+        )
+        return np.asarray(fbank_TM)
 
     return fbank
 

@@ -126,4 +126,4 @@ def _resample(frames: list[Any], spec: FeatureSpec) -> np.ndarray:
     resampler = av.AudioResampler(format="fltp", rate=spec.sample_rate_hz)
     resampled = [*resampler.resample(fifo.read()), *resampler.resample(None)]
     samples_CT = np.concatenate([frame.to_ndarray() for frame in resampled], axis=1)
-    return samples_CT[0] if spec.audio_channel == "first" else samples_CT.mean(0)
+    return np.asarray(samples_CT[0] if spec.audio_channel == "first" else samples_CT.mean(0))

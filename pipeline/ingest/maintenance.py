@@ -31,6 +31,8 @@ from pipeline.store.store import FeatureStore, Snapshot
 _LEASE_STALE_S = 60.0
 _SPARSE_FRAC = 0.5
 _TAR_CLIPS = 1000
+_MOST_RETENTION_HOURS = 876_000
+"""A hundred years."""
 
 
 def status(uri: str, version: int | None = None) -> dict[str, Any]:
@@ -191,6 +193,12 @@ def vacuum(uri: str, retention_hours: float = 168.0, dry_run: bool = False) -> d
     Returns: {"shards", "bytes", "kept"}.
     Raises: StoreLocked, StoreError.
     """
+    # A negative one would take the shards of a run under way for old ones.
+    if not 0 <= retention_hours <= _MOST_RETENTION_HOURS:
+        raise StoreError(
+            f"{uri}: a retention of {retention_hours:g} hours; allowed are 0 to "
+            f"{_MOST_RETENTION_HOURS:,}. Nothing was removed."
+        )
     store = FeatureStore.open(uri)
     with store.lease(_LEASE_STALE_S, "store vacuum") as lease:
         oldest = time.time() - 3600 * retention_hours
@@ -231,8 +239,9 @@ def export(
     if not Location(out).is_local:
         raise SourceError(f"{out}: an export goes to a local folder; copy it from there")
     folder = Path(Location(out).path)
-    if folder.exists() and any(folder.iterdir()):
-        raise SourceError(f"{out}: not empty; name a new folder for the export")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        what = "not empty" if folder.is_dir() else "a file"
+        raise SourceError(f"{out}: {what}; name a new folder for the export")
     snapshot = FeatureStore.open(uri).snapshot(version)
     write = _write_folder if format == "folder" else _write_tars
     splits = pc.unique(snapshot.rows(None)["split"]).to_pylist()

@@ -36,7 +36,7 @@ def run_shards(
         # decoder in a process, and half a second of imports.
         workers = []
         for _ in range(min(n_workers, len(shards))):
-            fbanks = SharedFbanks(spec, wave_id, fbank_key)
+            fbanks = SharedFbanks(spec, wave_id, fbank_key, is_attached=True)
             decoder = ShardDecoder(
                 store_uri, spec, config, wave_id, fbanks, expected_id=expected_id
             )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from pipeline.config import IngestConfig
 from pipeline.errors import MassRemoval
@@ -24,6 +25,8 @@ STATE_COLUMNS = [
 """Columns of the clips table a plan needs."""
 
 _PASSING_ATTEMPTS = 2
+
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def make_plan(
     touched = _true(
         pc.is_in(sources["clip_id"], value_set=pa.array(sorted(same_content), pa.string()))
     )
-    kinds = _classify(sources, before, is_known, touched, spec_hash=spec_hash, config=config)
+    kinds = _classify(_compared(sources, before, is_known, touched, spec_hash), config)
 
     unlisted = np.ones(len(states), bool)
     unlisted[position[is_known]] = False
@@ -95,6 +98,64 @@ def make_plan(
         int(kinds.gone.sum() + (unlisted & was_present).sum()), int(was_present.sum()), config
     )
 
+    return Plan(
+        todo=_todo(sources, before, kinds),
+        missing=sources.filter(pa.array(kinds.gone | kinds.missing)),
+        restated=sources.filter(pa.array(kinds.reworded | kinds.moved)),
+        removed_ids=states["clip_id"].filter(pa.array(unlisted)).to_pylist(),
+        counts=kinds.counts(n_unlisted=int(unlisted.sum())),
+    )
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Masks over the source clips: what each is, and where it differs from its row in the store."""
+
+    is_known: Mask
+    has_file: Mask
+    was_missing: Mask
+    was_failed: Mask
+    touched: Mask
+    """The file is another one, of the content the store knows."""
+    same_file: Mask
+    same_spec: Mask
+    same_words: Mask
+    same_place: Mask
+    reason: pa.ChunkedArray
+    attempts: NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """Masks over the source clips."""
+
+    # Exactly one of these seven holds for each clip.
+    new: Mask
+    missing: Mask
+    gone: Mask
+    changed: Mask
+    spec_changed: Mask
+    retried: Mask
+    kept: Mask
+    # Parts of `kept`.
+    reworded: Mask
+    moved: Mask
+
+    def counts(self, n_unlisted: int) -> dict[str, int]:
+        """As in Plan; a clip with other words counts as changed, though nothing is decoded."""
+        return {
+            "new": int(self.new.sum()),
+            "changed": int(self.changed.sum() + self.reworded.sum()),
+            "spec_changed": int(self.spec_changed.sum()),
+            "removed": int(self.gone.sum()) + n_unlisted,
+            "missing": int(self.missing.sum()),
+            "unchanged": int(self.kept.sum() - self.reworded.sum()),
+            "retried": int(self.retried.sum()),
+        }
+
+
+def _todo(sources: pa.Table, before: pa.Table | None, kinds: _Kinds) -> pa.Table:
+    """As in Plan. Only a retried clip has its attempts counted on."""
     why = np.select(
         [kinds.new, kinds.changed, kinds.spec_changed, kinds.retried],
         ["new", "changed", "spec_changed", "retried"],
@@ -104,79 +165,56 @@ def make_plan(
     attempts = np.zeros(len(sources), np.int32)
     if before is not None:
         attempts = np.where(kinds.retried, before["attempts"].fill_null(0).to_numpy(), 0)
-    return Plan(
-        todo=sources.take(todo)
+    return (
+        sources.take(todo)
         .append_column("why", pa.array(why[todo].tolist(), pa.string()))
-        .append_column("attempts", pa.array(attempts[todo], pa.int32())),
-        missing=sources.filter(pa.array(kinds.gone | kinds.missing)),
-        restated=sources.filter(pa.array(kinds.reworded | kinds.moved)),
-        removed_ids=states["clip_id"].filter(pa.array(unlisted)).to_pylist(),
-        counts={
-            "new": int(kinds.new.sum()),
-            "changed": int(kinds.changed.sum() + kinds.reworded.sum()),
-            "spec_changed": int(kinds.spec_changed.sum()),
-            "removed": int(kinds.gone.sum() + unlisted.sum()),
-            "missing": int(kinds.missing.sum()),
-            "unchanged": int(kinds.kept.sum() - kinds.reworded.sum()),
-            "retried": int(kinds.retried.sum()),
-        },
+        .append_column("attempts", pa.array(attempts[todo], pa.int32()))
     )
 
 
-@dataclass(frozen=True)
-class _Kinds:
-    """Masks over the source clips."""
-
-    # Exactly one of these seven holds for each clip.
-    new: np.ndarray
-    missing: np.ndarray
-    gone: np.ndarray
-    changed: np.ndarray
-    spec_changed: np.ndarray
-    retried: np.ndarray
-    kept: np.ndarray
-    # Parts of `kept`.
-    reworded: np.ndarray
-    moved: np.ndarray
-
-
-def _classify(
+def _compared(
     sources: pa.Table,
     before: pa.Table | None,
-    is_known: np.ndarray,
-    touched: np.ndarray,
-    *,
+    is_known: Mask,
+    touched: Mask,
     spec_hash: str,
-    config: IngestConfig,
-) -> _Kinds:
-    """What became of each source clip. Args: before: its row in the store, where it is known."""
-    has_file = pc.is_valid(sources["fp"]).to_numpy()
+) -> _Compared:
+    """Args: before: the row of each clip in the store, any where it is not known."""
     if before is None:
         # Against an empty store every clip is compared with nothing.
         before = pa.table(
             {name: pa.nulls(len(sources), CLIPS_SCHEMA.field(name).type) for name in STATE_COLUMNS}
         )
     reason = before["reason"].fill_null("")
-    was_missing = is_known & _true(pc.equal(reason, Reason.MISSING))
-    was_failed = is_known & _true(pc.equal(before["status"], "failed"))
-    same_file = _same_file(sources, before) | (touched & _same_window(sources, before))
-    same_spec = _true(pc.equal(before["spec_hash"], spec_hash))
-    same_words = _same(sources, before, "label") & _same(sources, before, "split")
-    attempts = before["attempts"].fill_null(0).to_numpy()
+    return _Compared(
+        is_known=is_known,
+        has_file=pc.is_valid(sources["fp"]).to_numpy(),
+        was_missing=is_known & _true(pc.equal(reason, Reason.MISSING)),
+        was_failed=is_known & _true(pc.equal(before["status"], "failed")),
+        touched=touched,
+        same_file=_same_file(sources, before) | (touched & _same_window(sources, before)),
+        same_spec=_true(pc.equal(before["spec_hash"], spec_hash)),
+        same_words=_same(sources, before, "label") & _same(sources, before, "split"),
+        same_place=_same(sources, before, "uri") & _same(sources, before, "group"),
+        reason=reason,
+        attempts=before["attempts"].fill_null(0).to_numpy(),
+    )
 
-    new = has_file & (~is_known | was_missing)
-    missing = ~has_file & ~is_known
-    gone = is_known & ~was_missing & ~has_file
-    rest = is_known & ~new & ~gone
-    decoded = rest & ~was_missing
-    changed = decoded & ~same_file
-    spec_changed = decoded & same_file & ~same_spec
-    retry = was_failed & _to_retry(reason, attempts, config)
-    retried = decoded & same_file & same_spec & retry
+
+def _classify(clips: _Compared, config: IngestConfig) -> _Kinds:
+    """What became of each source clip."""
+    new = clips.has_file & (~clips.is_known | clips.was_missing)
+    missing = ~clips.has_file & ~clips.is_known
+    gone = clips.is_known & ~clips.was_missing & ~clips.has_file
+    rest = clips.is_known & ~new & ~gone
+    decoded = rest & ~clips.was_missing
+    changed = decoded & ~clips.same_file
+    spec_changed = decoded & clips.same_file & ~clips.same_spec
+    retry = clips.was_failed & _to_retry(clips.reason, clips.attempts, config)
+    retried = decoded & clips.same_file & clips.same_spec & retry
     kept = rest & ~changed & ~spec_changed & ~retried
-    reworded = kept & ~same_words
-    same_place = _same(sources, before, "uri") & _same(sources, before, "group")
-    moved = kept & same_words & (touched | ~same_place)
+    reworded = kept & ~clips.same_words
+    moved = kept & clips.same_words & (clips.touched | ~clips.same_place)
     return _Kinds(
         new=new,
         missing=missing,
@@ -190,28 +228,28 @@ def _classify(
     )
 
 
-def _true(mask: pa.ChunkedArray) -> np.ndarray:
-    return mask.fill_null(False).to_numpy()
+def _true(mask: pa.ChunkedArray) -> Mask:
+    return np.asarray(mask.fill_null(False).to_numpy(), bool)
 
 
-def _same(left: pa.Table, right: pa.Table, name: str) -> np.ndarray:
+def _same(left: pa.Table, right: pa.Table, name: str) -> Mask:
     """Equal, two nulls being equal."""
     both_null = pc.and_(pc.is_null(left[name]), pc.is_null(right[name]))
     return _true(pc.equal(left[name], right[name])) | _true(both_null)
 
 
-def _same_file(sources: pa.Table, before: pa.Table) -> np.ndarray:
+def _same_file(sources: pa.Table, before: pa.Table) -> Mask:
     # A content hash is compared by whoever can read the file; here the stat speaks for it.
     hashed = _true(pc.equal(before["fp_kind"], "sha256"))
     same = (_same(sources, before, "fp") | hashed) & _same(sources, before, "size")
     return same & _same(sources, before, "mtime_ns") & _same_window(sources, before)
 
 
-def _same_window(sources: pa.Table, before: pa.Table) -> np.ndarray:
+def _same_window(sources: pa.Table, before: pa.Table) -> Mask:
     return _same(sources, before, "start_s") & _same(sources, before, "end_s")
 
 
-def _to_retry(reason: pa.ChunkedArray, attempts: np.ndarray, config: IngestConfig) -> np.ndarray:
+def _to_retry(reason: pa.ChunkedArray, attempts: NDArray[np.integer], config: IngestConfig) -> Mask:
     passing = _true(pc.is_in(reason, value_set=pa.array([r.value for r in PASSING])))
     wanted = _true(pc.is_in(reason, value_set=pa.array(config.retry_reasons, pa.string())))
     return config.retry_failed | wanted | (passing & (attempts < _PASSING_ATTEMPTS))

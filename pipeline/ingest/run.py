@@ -6,6 +6,7 @@ nothing is ever there twice; another spec comes into force when all of its clips
 """
 
 import contextlib
+import logging
 import time
 import uuid
 from collections import Counter
@@ -24,7 +25,7 @@ from pipeline.quality.rules import rules_named
 from pipeline.reasons import Reason
 from pipeline.source.fetch import is_local_file
 from pipeline.source.files import sha256_of
-from pipeline.source.listing import Listing, list_sources
+from pipeline.source.listing import list_sources
 from pipeline.storage import Location
 from pipeline.store.lease import Lease
 from pipeline.store.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
@@ -82,30 +83,58 @@ def plan_ingest(
 
     Raises: SourceError, StoreError, MassRemoval.
     """
+    asked = _Asked(clips, videos, store, spec, config, label_from_folder)
     existing = FeatureStore.open(store) if FeatureStore.exists(store) else None
-    cache = existing.location if existing else None
-    listing = list_sources(clips, videos, cache, label_from_folder=label_from_folder)
-    return _compare(listing, existing.snapshot() if existing else None, spec, config)
+    if existing is None:
+        return asked.plan(None, cache=None)
+    return asked.plan(existing.snapshot(), existing.location)
 
 
-def _compare(
-    listing: Listing, snapshot: Snapshot | None, spec: FeatureSpec | None, config: IngestConfig
-) -> Plan:
-    """What brings a version of a store up to date with its source."""
-    spec = spec or (snapshot.spec if snapshot else FeatureSpec())
-    states = snapshot.states(STATE_COLUMNS, spec.spec_hash()) if snapshot else _NO_STATES
-    sources, known = listing.without_unreadable(states)
-    if config.leave_out and snapshot is not None:
-        sources = without_left_out(Location(snapshot.uri), sources, config.leave_out)
-    same_content = _same_content(sources, known, config)
-    plan = make_plan(sources, known, spec.spec_hash(), config, same_content=same_content)
-    plan.counts["unchanged"] += len(states) - len(known)
-    plan = replace(plan, puts_in_force=snapshot is not None and not _has_in_force(snapshot, spec))
-    if config.probe:
-        from pipeline.ingest.probe import probe_timelines
+@dataclass(frozen=True)
+class _Asked:
+    """What an ingest was asked to bring into a store."""
 
-        plan = replace(plan, timelines=probe_timelines(plan.todo, spec, config))
-    return plan
+    clips: str | None
+    videos: str | None
+    store: str
+    spec: FeatureSpec | None
+    config: IngestConfig
+    label_from_folder: bool
+
+    def plan(self, snapshot: Snapshot | None, cache: Location | None) -> Plan:
+        """What brings a version of a store up to date. Args: cache: as list_sources takes it."""
+        listing = list_sources(
+            self.clips, self.videos, cache, label_from_folder=self.label_from_folder
+        )
+        spec = self.spec or (snapshot.spec if snapshot else FeatureSpec())
+        states = snapshot.states(STATE_COLUMNS, spec.spec_hash()) if snapshot else _NO_STATES
+        sources, known = listing.without_unreadable(states)
+        if self.config.leave_out:
+            # Refused for a store that is yet to be made: nothing in it was looked at.
+            sources = without_left_out(Location(self.store), sources, self.config.leave_out)
+        same_content = _same_content(sources, known, self.config)
+        plan = make_plan(sources, known, spec.spec_hash(), self.config, same_content=same_content)
+        _warn_of_lost_labels(plan, known)
+        plan.counts["unchanged"] += len(states) - len(known)
+        in_force = snapshot is None or _has_in_force(snapshot, spec)
+        plan = replace(plan, puts_in_force=not in_force)
+        if self.config.probe:
+            from pipeline.ingest.probe import probe_timelines
+
+            plan = replace(plan, timelines=probe_timelines(plan.todo, spec, self.config))
+        return plan
+
+
+def _warn_of_lost_labels(plan: Plan, states: pa.Table) -> None:
+    """A forgotten --label-from-folder, or list, would empty the classes of a store silently."""
+    labelled = states["clip_id"].filter(pc.is_valid(states["label"])).combine_chunks()
+    without = plan.restated["clip_id"].filter(pc.is_null(plan.restated["label"]))
+    if n_lost := pc.sum(pc.is_in(without, value_set=labelled)).as_py():
+        _LOG.warning(
+            "%d clips lose the label they have in the store: the source names none. Labels come "
+            "from --clips, or from folders with --label-from-folder",
+            n_lost,
+        )
 
 
 def _has_in_force(snapshot: Snapshot, spec: FeatureSpec) -> bool:
@@ -144,52 +173,40 @@ def ingest(
 ) -> IngestSummary:
     """Bring a store up to date with its source.
 
-    Args: clips, videos, label_from_folder: as list_sources takes them; spec: None takes the one in
-        force, or FeatureSpec() for a new store; start_ray: called only if there are more clips to
-        decode than config.local_clips.
-    Raises: SourceError, MassRemoval, StoreError, StoreLocked, TooManyFailures (all good clips are
-        committed), KeyboardInterrupt (what is done is committed).
+    Args: clips, videos, label_from_folder: as list_sources takes them; spec: None: the one in
+        force, FeatureSpec() for a new store; start_ray: called above config.local_clips clips.
+    Raises: SourceError, MassRemoval, StoreError, StoreLocked; TooManyFailures and KeyboardInterrupt
+        when all that is good, or done, is committed.
     """
     started = time.monotonic()
-
-    def plan_from(snapshot: Snapshot | None) -> Plan:
-        # The index of tar parts is kept from the first look on, before there is a store.
-        cache = Location(store)
-        listing = list_sources(clips, videos, cache, label_from_folder=label_from_folder)
-        return _compare(listing, snapshot, spec, config)
-
+    asked = _Asked(clips, videos, store, spec, config, label_from_folder)
     known = FeatureStore.open(store).snapshot() if FeatureStore.exists(store) else None
-    # Before the store is made: a mistake in the source should not leave an empty one behind.
-    plan = plan_from(known)
+    # Before the store is made: a mistake in the source should not leave an empty one behind. The
+    # index of tar parts is kept there from this first look on.
+    plan = asked.plan(known, Location(store))
     target = FeatureStore.create(store, spec or FeatureSpec())
     newest = known or target.snapshot()
     plan = replace(plan, puts_in_force=not _has_in_force(newest, spec or newest.spec))
     if plan.is_empty:
-        seconds = round(time.monotonic() - started, 3)
-        return IngestSummary(**plan.counts, ok=0, failed=0, seconds=seconds, version=newest.version)
+        return _summary(plan, newest.version, started)
     with target.lease(config.lease_stale_s, f"an ingest of {clips or videos}") as lease:
         if target.version() != (known.version if known else 0):
             # Another run finished before this one had the lease.
             newest = target.snapshot()
-            plan = plan_from(newest)
-        spec = spec or newest.spec
-        run = _Run(target, spec, config, lease, len(plan.todo), on_progress, start_ray)
-        run.settle(plan, newest)
-        if len(plan.todo):
-            run.decode(plan.todo)
-        if plan.puts_in_force:
-            # Last: a run that is stopped leaves the data set of the old spec as it was.
-            target.put_in_force(spec, {"run_id": run.run_id}, lease.check)
-        version = target.version()
-    summary = IngestSummary(
-        **plan.counts,
-        ok=run.n_ok,
-        failed=run.n_failed,
-        seconds=round(time.monotonic() - started, 3),
-        version=version,
-    )
+            plan = asked.plan(newest, Location(store))
+        used = spec or newest.spec
+        run = _Run(target, used, config, lease, len(plan.todo), on_progress, start_ray)
+        run.carry_out(plan, newest)
+        summary = _summary(plan, target.version(), started, ok=run.n_ok, failed=run.n_failed)
     run.refuse_too_many_failures(summary)
     return summary
+
+
+def _summary(
+    plan: Plan, version: int, started: float, ok: int = 0, failed: int = 0
+) -> IngestSummary:
+    seconds = round(time.monotonic() - started, 3)
+    return IngestSummary(**plan.counts, ok=ok, failed=failed, seconds=seconds, version=version)
 
 
 @dataclass
@@ -212,6 +229,15 @@ class _Run:
     _first_decoded: datetime | None = None
     _waiting: list[pa.Table] = field(default_factory=list)
     _last_commit: float = field(default_factory=time.monotonic)
+
+    def carry_out(self, plan: Plan, planned: Snapshot) -> None:
+        """Do what the plan says. Args: planned: the version it was made from."""
+        self.settle(plan, planned)
+        if len(plan.todo):
+            self.decode(plan.todo)
+        if plan.puts_in_force:
+            # Last: a run that is stopped leaves the data set of the old spec as it was.
+            self.store.put_in_force(self.spec, {"run_id": self.run_id}, self.lease.check)
 
     def settle(self, plan: Plan, planned: Snapshot) -> None:
         """Commit what needs no decoding: missing, restated and removed clips.
@@ -307,7 +333,8 @@ class _Run:
     def _report(self) -> None:
         # From the first clip on: the start of Ray and of the actors says nothing of the pace.
         since = self._first_decoded or datetime.now(UTC)
-        rate = self.n_done / max((datetime.now(UTC) - since).total_seconds(), 1e-3)
+        # Within the first second several decoders have a clip each, and no pace is known.
+        rate = self.n_done / max((datetime.now(UTC) - since).total_seconds(), 1.0)
         left = (self.n_todo - self.n_done) / rate if rate else None
         self.on_progress(
             Progress(
@@ -335,6 +362,7 @@ class _Run:
         )
 
 
+_LOG = logging.getLogger(__name__)
 _NO_STATES = CLIPS_SCHEMA.empty_table().select(STATE_COLUMNS)
 
 

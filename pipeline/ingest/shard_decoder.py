@@ -157,7 +157,7 @@ class ShardDecoder:
         """The outcome for a file that stayed the same while it was read."""
         for _ in range(_MOST_RELOADS):
             try:
-                outcome = self._sandbox.result()
+                outcome: Clip | Rejected = self._sandbox.result()
             except Rejected as rejected:
                 outcome = rejected
             try:
@@ -271,7 +271,7 @@ def table_to_bytes(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue())
 
 
 def table_from_bytes(data: bytes) -> pa.Table:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.quality.filesize import lost_bytes_frac
 
@@ -73,11 +74,11 @@ def _lost_time_frac(container: Any) -> float:
     """Of a container without an index of bytes: where its last packet is, against its header."""
     if "mp4" in container.format.name or not container.duration:
         return 0.0
-    promised_s = container.duration / av.time_base
-    start_s = (container.start_time or 0) / av.time_base
+    promised_s = float(container.duration / av.time_base)
+    start_s = float((container.start_time or 0) / av.time_base)
     # A seek to the end lands on the last key frame before it; in a cut file, before the cut.
     container.seek(int((start_s + promised_s) * av.time_base), backward=True)
-    last_s = max(
+    last_s: float = max(
         (
             float((packet.pts + (packet.duration or 0)) * packet.time_base)
             for packet in container.demux()
@@ -135,11 +136,11 @@ def _piece(container: Any, audio: Any, at_s: float) -> np.ndarray | None:
 
 def _floats(frame: Any) -> np.ndarray:
     """Samples [C, S] between -1 and 1."""
-    samples = frame.to_ndarray()
+    samples: NDArray[Any] = frame.to_ndarray()
     if not frame.format.is_planar:
         samples = samples.reshape(-1, frame.layout.nb_channels).T
     if samples.dtype == np.uint8:
-        return (samples.astype(np.float32) - 128) / 128
+        return np.asarray((samples.astype(np.float32) - 128) / 128)
     if np.issubdtype(samples.dtype, np.integer):
         return samples.astype(np.float32) / float(np.iinfo(samples.dtype).max)
     return samples

@@ -120,7 +120,7 @@ def _nearest(described_nD: np.ndarray, queries: np.ndarray) -> np.ndarray:
         index.train(described_nD)
         index.nprobe = _PROBES
     index.add(described_nD)
-    return index.search(described_nD[queries], min(n, _NEIGHBOURS + 1))[1]
+    return np.asarray(index.search(described_nD[queries], min(n, _NEIGHBOURS + 1))[1])
 
 
 def sameness(a: Prints, b: Prints) -> float | None:
@@ -143,7 +143,8 @@ def _is_flat(sound_SB: np.ndarray) -> bool:
 def _centred(sound_SB: np.ndarray) -> np.ndarray:
     """What is left of a sound without its spectrum and its loudness over time: two hums, or two
     bursts of noise of one rhythm, are not the same sound."""
-    return sound_SB - sound_SB.mean(0) - sound_SB.mean(1, keepdims=True) + sound_SB.mean()
+    spectrum_B, loudness_S1 = sound_SB.mean(0), sound_SB.mean(1, keepdims=True)
+    return np.asarray(sound_SB - spectrum_B - loudness_S1 + sound_SB.mean())
 
 
 def _best_shift(a_SB: np.ndarray, b_SB: np.ndarray) -> tuple[float, float]:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.errors import StoreError
 from pipeline.quality.duplicates import Prints, find_twins
 from pipeline.quality.rules import RULES
 from pipeline.quality.scan import MEASURED_BY, ScanSettings, scan
@@ -95,6 +96,8 @@ def check_quality(
     store = FeatureStore.open(uri)
     snapshot = store.snapshot()
     states = _states(snapshot)
+    if split is not None:
+        refuse_no_clips(snapshot, states, split)
     known = read_measured(store.location)
     todo = _todo(states, known, split, reads_sources)
     settings = ScanSettings(store.uri, snapshot.spec, reads_sources)
@@ -110,11 +113,18 @@ def check_quality(
     mine = table.filter(table["in_store"])
     if split is not None:
         mine = mine.filter(pc.equal(mine["split"], split))
+    return _summary(store, snapshot, mine, looked_at=len(fresh), started=started)
+
+
+def _summary(
+    store: FeatureStore, snapshot: Snapshot, mine: pa.Table, *, looked_at: int, started: float
+) -> QualitySummary:
+    """Args: mine: rows of the quality table that were asked for; started: monotonic seconds."""
     return QualitySummary(
         version=snapshot.version,
         spec_hash=snapshot.spec_hash,
         clips=len(mine),
-        looked_at=len(fresh),
+        looked_at=looked_at,
         rules=[_count(mine, rule.name, rule.stamp) for rule in RULES],
         sources=dict(Counter(mine["source"].to_pylist()).most_common()),
         not_judged={
@@ -123,6 +133,16 @@ def check_quality(
         table=store.location.join(FILE),
         seconds=round(time.monotonic() - started, 2),
     )
+
+
+def refuse_no_clips(snapshot: Snapshot, clips: pa.Table, split: str) -> None:
+    """Raises: StoreError if none of `clips` is of the split; it names those there are."""
+    splits = set(pc.unique(clips["split"]).to_pylist())
+    if split not in splits:
+        raise StoreError(
+            f"{snapshot.uri}: no clip in split {split!r} at version {snapshot.version}; there are "
+            f"{', '.join(sorted(map(str, splits))) or 'no clips at all'}"
+        )
 
 
 def _states(snapshot: Snapshot) -> pa.Table:

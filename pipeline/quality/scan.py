@@ -24,7 +24,8 @@ from pipeline.quality.container import SourceSignals
 from pipeline.quality.features import measure_features
 from pipeline.quality.table import MEASURED_SCHEMA
 from pipeline.reasons import Reason, Rejected
-from pipeline.source.fetch import Fetched, fetch_all, part_of
+from pipeline.source.fetch import Fetched, fetch_all
+from pipeline.source.tar_parts import part_of
 from pipeline.storage import is_storage_failure
 from pipeline.store.schema import ROW_GROUP_ROWS
 from pipeline.store.shards import read_rows

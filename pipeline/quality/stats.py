@@ -25,8 +25,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import FeatureSpec
 from pipeline.decode.payload import decode_jpegs, fbank_array
-from pipeline.errors import StoreError
-from pipeline.quality.run import Progress
+from pipeline.quality.run import Progress, refuse_no_clips
 from pipeline.store.schema import ROW_GROUP_ROWS
 from pipeline.store.shards import read_rows
 from pipeline.store.store import FeatureStore, Snapshot
@@ -89,31 +88,34 @@ def compute_stats(
     if known is not None and (known.pixel_mean is not None or not with_pixels):
         return known
     rows = snapshot.rows(split)
-    if not len(rows):
-        raise StoreError(
-            f"{snapshot.uri}: no clip in split {split!r} at version {snapshot.version}"
-        )
+    refuse_no_clips(snapshot, snapshot.rows(None), split)
     sums = list(_summed(snapshot, rows, with_pixels, on_progress))
+    stats = _put_together(sums, snapshot, split, n_clips=len(rows))
+    content = json.dumps(asdict(stats), indent=1).encode()
+    store.location.write_bytes(_name(split, stats.rows_digest), content)
+    return stats
+
+
+def _put_together(
+    sums: list[_Sums], snapshot: Snapshot, split: str, *, n_clips: int
+) -> FeatureStats:
     fbank_mean, fbank_std = _moments(sum(s.n_values for s in sums), [s.fbank for s in sums])
     colours = []
-    if with_pixels:
+    if any(s.n_pixels for s in sums):
         n_pixels = sum(s.n_pixels for s in sums)
         of_colour = [[(s.pixels[c], s.pixels[3 + c]) for s in sums] for c in range(3)]
         colours = [_moments(n_pixels, pairs) for pairs in of_colour]
-    stats = FeatureStats(
+    return FeatureStats(
         split=split,
         version=snapshot.version,
         spec_hash=snapshot.spec_hash,
         rows_digest=_rows_digest(snapshot, split),
-        clips=len(rows),
+        clips=n_clips,
         fbank_mean=fbank_mean,
         fbank_std=fbank_std,
         pixel_mean=(colours[0][0], colours[1][0], colours[2][0]) if colours else None,
         pixel_std=(colours[0][1], colours[1][1], colours[2][1]) if colours else None,
     )
-    content = json.dumps(asdict(stats), indent=1).encode()
-    store.location.write_bytes(_name(split, stats.rows_digest), content)
-    return stats
 
 
 def _name(split: str, rows_digest: str) -> str:

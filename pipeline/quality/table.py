@@ -79,7 +79,8 @@ def read_about(location: Location) -> dict[str, Any]:
     """
     try:
         with location.fs.open(location.join(FILE), "rb") as file:
-            return json.loads(pq.read_schema(file).metadata[_ABOUT])
+            about: dict[str, Any] = json.loads(pq.read_schema(file).metadata[_ABOUT])
+            return about
     except FileNotFoundError:
         raise no_table(location.uri) from None
 
@@ -168,7 +169,7 @@ def _read(location: Location, name: str, columns: list[str] | None = None) -> pa
 def _to_bytes(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="ZSTD")
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue())
 
 
 def _last_of_each(table: pa.Table) -> pa.Table:

@@ -20,6 +20,7 @@ from pipeline.errors import SourceError
 from pipeline.storage import Location
 
 _log = logging.getLogger(__name__)
+_UNSAFE = "it holds a path or a control character"
 _SAFE_ID = re.compile(r"[A-Za-z0-9_-]+")
 _VGGSOUND_NAME = re.compile(r"([A-Za-z0-9_-]{11})_\d{6}")
 _MANIFEST_COLUMNS = ("uri", "start_s", "end_s", "label", "split", "group", "clip_id")
@@ -99,6 +100,8 @@ def _twice(entries: list[Entry], clips: str) -> Iterator[str]:
                 f" ({other.uri} there, {entry.uri} here): name with --videos the folder above "
                 "both, or tell them apart in a column clip_id"
             )
+        else:
+            told += ": take one of the lines out"
         yield told
 
 
@@ -163,7 +166,9 @@ def _vggsound_entries(
         elif not label or not split:
             problems.append(f"{where}: the {'split' if label else 'label'} is empty")
         elif not _is_safe(split):
-            problems.append(f"{where}: {split!r} is not a split: it holds a path")
+            problems.append(
+                f"{where}: {split!r} is not a split: it holds a path or a control character"
+            )
         else:
             seconds = int(float(start))
             clip_id = f"{ytid}_{seconds:06d}"
@@ -220,14 +225,14 @@ def _manifest_entry(line: int, row: dict[str, Any], base: str) -> Entry:
             clip_id += f"_{start_s:06.0f}" if start_s == int(start_s) else f"_{start_s:010.3f}"
     for name, value in (("clip_id", clip_id), ("split", split)):
         if not _is_safe(value):
-            raise ValueError(f"{value!r} is not a {name}: it holds a path")
+            raise ValueError(f"{value!r} is not a {name}: {_UNSAFE}")
     group = group or group_of(PurePosixPath(uri).stem, group_of(clip_id, uri))
     return Entry(line, clip_id, label or None, split, group, "", start_s, end_s, uri)
 
 
 def _is_safe(name: str) -> bool:
     """Whether a name can be that of a folder: `store export` makes one of it."""
-    return re.fullmatch(r"[^/\\\0]+", name) is not None and name not in (".", "..")
+    return re.fullmatch(r"[^/\\\x00-\x1f\x7f]+", name) is not None and name not in (".", "..")
 
 
 def _seconds(name: str, value: Any) -> float | None:

@@ -7,6 +7,7 @@ and is named in the result, so that nobody takes it for gone; everything else is
 import hashlib
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -111,6 +112,10 @@ class _Walk:
             try:
                 if entry.is_dir():
                     self.local(entry.path, above | {here})
+                elif _is_wanted(entry.name) and not entry.is_file():
+                    # Whoever opens a pipe waits for its other end. A dangling link ends here, too.
+                    os.stat(entry.path)
+                    self._warn(entry.path, "a pipe, socket or device")
                 elif _is_wanted(entry.name):
                     self._take(entry.path, local_file(entry.path, entry.stat()))
             except FileNotFoundError:
@@ -132,6 +137,10 @@ class _Walk:
             self._warn(os.fsencode(path).decode(errors="replace"), "its name is not UTF-8")
             return
         below = path.removeprefix(self._prefix)
+        # It would be several lines, or worse, in every list, message and table.
+        if re.search(r"[\x00-\x1f\x7f]", below):
+            self._warn(repr(path), "its name holds a control character")
+            return
         if is_part(path):
             self.parts.append((below, file))
         else:

@@ -6,6 +6,7 @@ with its file or without, and nothing is taken for gone that merely could not be
 
 import logging
 import os
+import stat
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -79,9 +80,10 @@ def list_sources(
             raise SourceError(f"{clips}: give the folder of its clips with --videos")
         found, unreadable = _find_clip_files(entries, videos, cache)
     if not any(file for file, _ in found):
+        expected = _uri_below(base, entries[0].uri or f"{entries[0].clip_id}.mp4")
         raise SourceError(
-            f"{videos or clips}: none of the {len(entries)} clips of {clips} has a file there "
-            f"(expected names like {entries[0].clip_id}.mp4). Is it mounted, and the right folder?"
+            f"{videos or clips}: none of the {len(entries)} clips of {clips} has a file (such as "
+            f"{expected}). Is it mounted, and the right folder?"
         )
     return Listing(_as_table(entries, found), unreadable)
 
@@ -159,8 +161,7 @@ def _find_manifest_files(entries: list[Entry], base: str) -> _Files:
     unreadable: list[str] = []
     found: list[tuple[File | None, float | None]] = []
     for entry in entries:
-        is_relative = "://" not in entry.uri and not entry.uri.startswith("/")
-        uri = f"{base.rstrip('/')}/{entry.uri}" if is_relative else entry.uri
+        uri = _uri_below(base, entry.uri)
         if "://" not in uri or uri.startswith("file://"):
             file = _stat(uri.removeprefix("file://"), unreadable)
         else:
@@ -169,9 +170,20 @@ def _find_manifest_files(entries: list[Entry], base: str) -> _Files:
     return found, unreadable
 
 
+def _uri_below(base: str, uri: str) -> str:
+    """The place of a manifest's clip, whose uri may be relative to the folder of videos."""
+    is_relative = "://" not in uri and not uri.startswith("/")
+    return f"{base.rstrip('/')}/{uri}" if is_relative else uri
+
+
 def _stat(path: str, unreadable: list[str]) -> File | None:
     try:
-        return local_file(path, os.stat(path))
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            # Whoever opens a pipe waits for its other end.
+            _log.warning("%s: not a file; it counts as missing", path)
+            return None
+        return local_file(path, found)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

@@ -73,7 +73,7 @@ class _Header(tarfile.TarInfo):
             tar.n_headers = 0
             # Global headers stay in memory: together they are bounded too.
             tar.header_bytes = sum(len(k) + len(v) for k, v in tar.pax_headers.items())
-        return super()._proc_member(tar)  # type: ignore[misc]
+        return super()._proc_member(tar)  # type: ignore[misc, no-any-return]
 
     def _proc_gnusparse_10(self, *args: object) -> None:
         raise _Unbounded("a sparse member, which may announce any size")

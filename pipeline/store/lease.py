@@ -147,7 +147,8 @@ def _newest_at(location: Location) -> int:
 
 def _read_at(location: Location, generation: int) -> dict[str, Any] | None:
     try:
-        return json.loads(location.read_bytes(_name(generation)))
+        holder: dict[str, Any] = json.loads(location.read_bytes(_name(generation)))
+        return holder
     except FileNotFoundError:
         return None
 

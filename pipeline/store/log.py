@@ -135,4 +135,4 @@ def _codes(spec_hashes: pa.Array, specs: dict[str, int]) -> np.ndarray:
     """Numbers of spec hashes; `specs` gains those that are new."""
     encoded = spec_hashes.fill_null("").dictionary_encode()
     table = [specs.setdefault(one, len(specs)) for one in encoded.dictionary.to_pylist()]
-    return np.array(table, np.int16)[encoded.indices.to_numpy()]
+    return np.asarray(np.array(table, np.int16)[encoded.indices.to_numpy()])

@@ -99,7 +99,7 @@ class _Watched:
         self.closed = False
         self.failure: BaseException | None = None
 
-    def _tried(self, call: Callable[..., Any], *args: int) -> Any:
+    def _tried(self, call: Callable[..., T], *args: int) -> T:
         try:
             return call(*args)
         except BaseException as error:

@@ -87,11 +87,11 @@ class Snapshot:
     def spec_hash(self) -> str:
         """Hash of `spec`; rows of another spec are not part of the data set."""
         if self.names_its_spec:
-            return self._table.metadata().configuration[SPEC_PROPERTY]
+            return str(self._table.metadata().configuration[SPEC_PROPERTY])
         keys = self._keys
         if not len(keys.seq_N):
             return self._store.initial_spec_hash()
-        return keys.specs[keys.spec_N[int(np.argmax(keys.seq_N))]]
+        return str(keys.specs[keys.spec_N[int(np.argmax(keys.seq_N))]])
 
     @cached_property
     def _live(self) -> pa.Table:

@@ -61,7 +61,7 @@ class FeatureStore:
         except FileNotFoundError:
             raise StoreError(
                 f"{uri}: no feature store here ({STORE_FILE} is missing). Make one with "
-                '"diccae ingest --clips CSV --videos DIR --store URI".'
+                '"diccae ingest --videos DIR --store URI".'
             ) from None
         if not OLDEST_FORMAT <= about["format"] <= FORMAT:
             raise StoreError(
@@ -139,7 +139,7 @@ class FeatureStore:
         """
         try:
             return Snapshot(self, self._load(version))
-        except (DeltaError, OSError, ValueError) as error:
+        except (DeltaError, OSError, ValueError, OverflowError) as error:
             raise StoreError(
                 f"{self.uri}: version {version} cannot be read ({error}). "
                 "Versions are kept by pins and by the retention of store vacuum."
@@ -256,7 +256,7 @@ class FeatureStore:
                 except CommitFailedError as error:
                     refused, self._table = error, None
                     continue
-                version = table.version()
+                version: int = table.version()
                 if version % _FOLD_EVERY == 0:
                     self._fold_files(table)
                 return version
@@ -315,11 +315,11 @@ class FeatureStore:
 
     def version(self) -> int:
         """The newest version."""
-        return self._newest().version()
+        return int(self._newest().version())
 
     def initial_spec_hash(self) -> str:
         """Hash of the spec the store was created with."""
-        return json.loads(self.location.read_bytes(STORE_FILE))["spec_hash"]
+        return str(json.loads(self.location.read_bytes(STORE_FILE))["spec_hash"])
 
     def read_spec(self, spec_hash: str) -> FeatureSpec:
         """A spec that was used in this store, by its hash."""

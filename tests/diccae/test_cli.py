@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.stores import noise_store
 
 from diccae.cli import COMMANDS, main
+from pipeline.config import FeatureSpec
 
 _HEAVY = ("torch", "ray", "mlflow", "faiss", "deltalake", "pyarrow", "matplotlib", "sklearn", "av")
 
@@ -67,6 +69,25 @@ def test_storage_that_cannot_be_used_is_one_line(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert said in err
+
+
+def test_a_number_that_cannot_be_is_one_line_and_removes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = noise_store(tmp_path / "store", FeatureSpec(n_frames=1, frame_size=16), 4).uri
+    stray = tmp_path / "store" / "features" / "part-run-000009-0.parquet"
+    stray.touch()
+    for action, option, value, said in (
+        ("vacuum", "--retention-hours", "-5", "a retention of -5 hours; allowed are 0 to"),
+        ("vacuum", "--retention-hours", "nan", "a retention of nan hours; allowed are 0 to"),
+        ("status", "--version", "-1", "version -1 cannot be read"),
+        ("export", "--out", str(stray), "a file; name a new folder"),
+    ):
+        assert main(["store", action, "--store", store, option, value]) in (1, 2)
+        printed = capsys.readouterr().err
+        assert said in printed
+        assert printed.count("\n") == 1
+    assert stray.exists(), "the shard of a run under way"
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

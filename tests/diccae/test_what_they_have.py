@@ -69,7 +69,11 @@ def test_every_clip_of_a_folder_is_ingested_and_a_later_list_only_names_them(
 
 
 def test_label_from_folder_labels_without_decoding_again(
-    clips: Path, unlabelled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    clips: Path,
+    unlabelled: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     store = str(shutil.copytree(unlabelled, tmp_path / "store"))
     arguments = ["--videos", str(clips), "--store", store, "--label-from-folder", "--json"]
@@ -79,16 +83,45 @@ def test_label_from_folder_labels_without_decoding_again(
     assert main(["ingest", *arguments]) == 0
     assert json.loads(capsys.readouterr().out)["ok"] == 0
     assert FeatureStore.open(store).snapshot().classes == ["left", "right"]
+    # The same line without the option, as it is easily typed.
+    arguments.remove("--label-from-folder")
+    capsys.readouterr()
+    assert main(["ingest", *arguments, "--plan"]) == 0
+    assert f"{N_CLIPS} clips lose the label" in caplog.text
+
+
+def test_a_plan_says_whether_another_spec_comes_into_force(
+    clips: Path, unlabelled: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["ingest", "--videos", str(clips), "--store", unlabelled, "--plan"]
+    for options, comes in (([], False), (["--features.n-frames", "2"], True)):
+        capsys.readouterr()
+        assert main([*arguments, *options, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["puts_in_force"] is comes
+        assert main([*arguments, *options]) == 0
+        assert ("come into force" in capsys.readouterr().out) is comes
+
+
+def test_nothing_can_be_left_out_of_a_store_that_is_yet_to_be_made(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["ingest", "--videos", str(clips), "--store", str(tmp_path / "store")]
+    for rule, code, said in (("still", 1, "no quality table"), ("stil", 2, "no rule 'stil'")):
+        assert main([*arguments, "--ingest.leave-out", rule]) == code
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_source_that_cannot_be_is_one_line_and_leaves_no_store(
     clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "list.csv").write_text("uri,split\na.mp4,../../x\n")
+    (tmp_path / "away.csv").write_text("uri\nnot/here.mp4\n")
     for source, said in (
         ([], "give --videos FOLDER"),
         (["--videos", str(tmp_path)], "no videos there"),
         (["--clips", str(tmp_path / "list.csv")], "'../../x' is not a split: it holds a path"),
+        (["--clips", str(tmp_path / "away.csv")], f"such as {tmp_path}/not/here.mp4"),
         (["--clips", "x.csv", "--videos", str(clips), "--label-from-folder"], "leave out"),
     ):
         assert main(["ingest", *source, "--store", str(tmp_path / "store")]) == 2
@@ -99,13 +132,15 @@ def test_a_source_that_cannot_be_is_one_line_and_leaves_no_store(
 
 
 @pytest.fixture
-def pretrained(tmp_path: Path) -> Path:
+def pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run folder that pinned a store without labels; its encoder was never trained."""
     from diccae.run_folder import RunFolder
     from diccae.stages.run_record import pin_for, remember
 
     config = load_config(SMOKE)
-    store = noise_store(tmp_path / "store", config.features, 64, labelled=False).uri
+    noise_store(tmp_path / "store", config.features, 64, labelled=False)
+    monkeypatch.chdir(tmp_path)
+    store = "store"
     folder = RunFolder(tmp_path / "run")
     folder.open(config, fresh=False)
     remember(folder, config, store, pin_for(folder, config, store))
@@ -121,6 +156,7 @@ def test_what_needs_labels_says_so_by_name_before_the_cluster_is_used(
 ) -> None:
     started: list[str] = []
     monkeypatch.setattr(f"diccae.stages.{command}.start_ray", lambda: started.append("ray"))
+    monkeypatch.chdir(pretrained)  # The store was named as in another folder.
     assert main([command, "--out", str(pretrained)]) == 1
     printed = capsys.readouterr().err
     assert f"diccae {command}: {command}" in printed

@@ -111,11 +111,9 @@ class Source:
 
 
 @pytest.fixture(scope="session")
-def done(synth_data, tmp_path_factory, ray_session) -> Source:
-    """A source ingested once; tests copy it."""
-    config = IngestConfig(
-        workers=1, shard_clips=16, timeout_s=30, cpus_per_worker=0.5, local_clips=0
-    )
+def done(synth_data, tmp_path_factory) -> Source:
+    """A source ingested once, without Ray; tests copy it."""
+    config = IngestConfig(workers=1, shard_clips=16, timeout_s=30, cpus_per_worker=0.5)
     source = Source(synth_data, tmp_path_factory.mktemp("done"), SMALL_SPEC, config)
     source.summary = source.ingest(SMALL_SPEC)
     return source
@@ -123,7 +121,7 @@ def done(synth_data, tmp_path_factory, ray_session) -> Source:
 
 @pytest.fixture(scope="session")
 def undisturbed(done) -> list:
-    """What the store of a run through Ray that nothing happened to holds."""
+    """What the store of a run that nothing happened to holds."""
     return contents(done.store)
 
 

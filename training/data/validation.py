@@ -60,7 +60,9 @@ def split_validation(
     return index.take(~held_N), index.take(held_N)
 
 
-def _give_both_sides(groups: NDArray, draw_G: NDArray, held_G: NDArray) -> None:
+def _give_both_sides(
+    groups: NDArray[np.intp], draw_G: NDArray[np.float64], held_G: NDArray[np.bool_]
+) -> None:
     """Move the group of a class that is nearest to the other side there, if none is there."""
     held = held_G[groups]
     if held.all():
@@ -70,7 +72,10 @@ def _give_both_sides(groups: NDArray, draw_G: NDArray, held_G: NDArray) -> None:
 
 
 def _check_classes(
-    index: RowIndex, of_class: dict[int, NDArray], names_G: NDArray, held_G: NDArray
+    index: RowIndex,
+    of_class: dict[int, NDArray[np.intp]],
+    names_G: NDArray[np.object_],
+    held_G: NDArray[np.bool_],
 ) -> None:
     """Raises: TrainingError."""
     if not of_class:

@@ -82,7 +82,8 @@ def gather_with_grad(x: Tensor, share: RankShare | None = None) -> Tensor:
         return x
     share = share or equal_share(len(x))
     with share.timed():
-        gathered: Tensor = _Gather.apply(x, share)
+        # torch leaves `Function.apply` untyped.
+        gathered: Tensor = _Gather.apply(x, share)  # type: ignore[no-untyped-call]
     return gathered
 
 

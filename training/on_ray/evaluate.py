@@ -52,11 +52,10 @@ def evaluate(
     *,
     may_write: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Evaluate the encoder, and the classifier if there is one, of a run folder.
+    """Evaluate the encoder, and the classifier if there is one, of a run folder: `evaluation/`.
 
-    Writes `evaluation/` (predictions, confusion counts, embeddings).
-    Args: test: the clips of `evaluate.split`. clusters: last pseudo-label by clip id.
-        may_write: asked before the files; raises where another start has the folder now.
+    Args: test: the clips of `evaluate.split`. clusters: last pseudo-label by clip id. may_write:
+        asked before the files; raises where another start has the folder now.
     Raises: TrainingError if the run folder has no encoder, or no training clip a label.
     """
     of_test, of_train, middle = _outputs(config, _models(out), train, test)
@@ -73,13 +72,13 @@ def evaluate(
         clusters_M=np.array([clusters.get(c, NO_LABEL) for c in test.clip_ids_N], np.int32),
         retrieval_per_class=config.evaluate.retrieval_per_class,
     )
-    confusion = count_confusion(given, test.classes)
+    confusion, split = count_confusion(given, test.classes), config.evaluate.split
     may_write()
-    write_evaluation(out / "evaluation", given, confusion, config.evaluate.split)
+    write_evaluation(out / "evaluation", given, confusion, split)
     return Evaluation(
         n_train=len(train),
         n_test=len(test),
-        split=config.evaluate.split,
+        split=split,
         classes=test.classes,
         measured=measure(given),
         confusion=confusion.summary(given.confused_pairs),

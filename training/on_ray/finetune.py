@@ -21,7 +21,6 @@ from training.model.make import make_classifier, make_encoder
 from training.on_ray import fit as ray_fit
 from training.on_ray.reader import RayReader
 from training.tracking.copier import RunHandle
-from training.tracking.tracker import Tracker
 from training.weights.files import (
     absolute_uri,
     encoder_digest,
@@ -179,11 +178,8 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     state = ray_fit.last_state()
     encoder, _ = load_encoder(settings["encoder"])
     classifier = make_classifier(config, encoder, len(index.classes))
-    tracker = None
-    if world.rank == 0:
-        step = 0 if state is None else int(state["step"])
-        handle = RunHandle(*settings["handle"])
-        tracker = Tracker(handle, out / "finetune.jsonl", step, attempt=attempt)
+    handle = RunHandle(*settings["handle"])
+    tracker = ray_fit.tracker_for(world, handle, out / "finetune.jsonl", state, attempt=attempt)
 
     def write(step: int, metrics: dict[str, float]) -> None:
         if tracker is not None:

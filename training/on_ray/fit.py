@@ -22,6 +22,8 @@ from training.attempt import UNHELD, Attempt
 from training.config import ScaleConfig, TrainingConfig
 from training.errors import ConfigMismatch, RunTaken, TrainingError
 from training.loop.hooks import World
+from training.tracking.copier import RunHandle
+from training.tracking.tracker import Tracker
 from training.weights.files import absolute_uri
 
 _STATE = "state.pt"
@@ -59,12 +61,7 @@ def fit(
         _told,
         train_loop_config=_Given(loop, settings, said, attempt)._asdict(),
         scaling_config=_scaling(scale),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=str(out.resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-        ),
+        run_config=_storage(out, name, scale),
     )
     try:
         result = interruptible(trainer.fit).return_value
@@ -76,6 +73,17 @@ def fit(
     if isinstance(result, _Failure):
         raise result.error
     return result
+
+
+def _storage(out: Path, name: str, scale: ScaleConfig) -> Any:
+    import ray.train
+
+    return ray.train.RunConfig(
+        name=name,
+        storage_path=str(out.resolve()),
+        failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
+        checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+    )
 
 
 def _quick_controller() -> None:
@@ -197,6 +205,21 @@ def this_world(scale: ScaleConfig) -> World:
     if device.type == "cpu":
         torch.set_num_threads(scale.threads_per_worker or max(1, int(scale.cpus_per_worker)))
     return World(context.get_world_rank(), context.get_world_size(), device)
+
+
+def tracker_for(
+    world: World,
+    handle: RunHandle,
+    lines: Path,
+    state: dict[str, Any] | None,
+    *,
+    attempt: Attempt = UNHELD,
+) -> Tracker | None:
+    """Rank 0's tracker, from the step of the checkpoint on; None on all others."""
+    if world.rank != 0:
+        return None
+    step = 0 if state is None else int(state["step"])
+    return Tracker(handle, lines, step, attempt=attempt)
 
 
 def last_state() -> dict[str, Any] | None:

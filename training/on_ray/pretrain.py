@@ -208,17 +208,10 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     out = Path(settings["out"])
     span = Span(*settings["span"])
     attempt = Attempt(*settings["attempt"])
-    state = ray_fit.last_state()
-    if state is None and span.start is not None:
-        state = ray_fit.state_in(span.start)
+    state = _starting_state(span, rounds, world)
     encoder = _starting_encoder(config, index, state)
-    if state is not None and rounds is not None and state["bank"] and world.rank == 0:
-        rounds.restore(state["bank"])
-    tracker = None
-    if world.rank == 0:
-        step = 0 if state is None else int(state["step"])
-        handle = RunHandle(*settings["handle"])
-        tracker = Tracker(handle, out / "metrics.jsonl", step, attempt=attempt)
+    handle = RunHandle(*settings["handle"])
+    tracker = ray_fit.tracker_for(world, handle, out / "metrics.jsonl", state, attempt=attempt)
     trainer = Pretrainer(
         config,
         encoder,
@@ -229,7 +222,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         hooks=_hooks(config, rounds, world, out, tracker=tracker, attempt=attempt),
     )
     last = trainer.run(state, span.until_epoch)
-    if world.rank != 0:
+    if tracker is None:
         return None
     attempt.check()
     save_encoder(
@@ -240,9 +233,18 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         settings["provenance"],
         statistics=config.data.statistics,
     )
-    assert tracker is not None
     tracker.close()
     return {"metrics": last, "steps": trainer.step, "clustering_s": trainer.labelling.waited_s}
+
+
+def _starting_state(span: Span, rounds: Rounds | None, world: World) -> dict[str, Any] | None:
+    """The newest checkpoint of this run, else the one it branches off from; restores its bank."""
+    state = ray_fit.last_state()
+    if state is None and span.start is not None:
+        state = ray_fit.state_in(span.start)
+    if state is not None and rounds is not None and state["bank"] and world.rank == 0:
+        rounds.restore(state["bank"])
+    return state
 
 
 def _starting_encoder(

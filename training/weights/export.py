@@ -16,7 +16,8 @@ from training.model.blocks import PatchStem
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.weights import layouts
-from training.weights.files import ModelCard, load_classifier, load_encoder, saved_name
+from training.weights.card import ModelCard
+from training.weights.files import load_classifier, load_encoder, saved_name
 
 
 def cavmae_state(model: Encoder | Classifier) -> dict[str, Tensor]:

@@ -4,50 +4,21 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
+from support.processes import below
 from support.stores import contents
 
 from pipeline.errors import PipelineError
 from pipeline.ingest.maintenance import status
-from pipeline.ingest.on_ray import _DecodeActor
 from pipeline.ingest.run import plan_ingest
-from pipeline.ingest.shard_decoder import ShardDecoder, table_to_bytes
+from pipeline.ingest.shard_decoder import ShardDecoder
 from pipeline.ingest.verify import verify
 from pipeline.reasons import Reason
-from pipeline.storage import Location
-from pipeline.store.identity import store_id
 
 SLOW = "tests.pipeline.slow_decoder:extract"
-
-
-@pytest.fixture
-def source(source):
-    """The copied source, whose clips are all small work."""
-    source.config = source.config.model_copy(update={"local_clips": 48})
-    return source
-
-
-def test_clips_decoded_here_are_those_decoded_through_ray(source, undisturbed):
-    source.store += "-again"
-    summary = source.ingest(source.spec, workers=2)
-    assert source.counts(summary) == {"new": 48, "ok": 48}
-    assert source.n_ray_starts == 0
-    assert contents(source.store) == undisturbed
-    assert source.progress[-1].committed == 48
-
-
-def test_one_clip_more_than_the_line_is_rays(source):
-    for file in source.files()[:3]:
-        os.utime(file, ns=(1, 1))
-    summary = source.ingest(local_clips=2)
-    assert (summary.ok, source.n_ray_starts) == (3, 1)
-    for file in source.files()[:2]:
-        os.utime(file, ns=(2, 2))
-    summary = source.ingest(local_clips=2)
-    assert (summary.ok, source.n_ray_starts) == (2, 1)
 
 
 def test_ray_is_not_even_imported_for_two_clips(source):
@@ -91,6 +62,28 @@ def test_an_interrupt_keeps_what_is_done(source):
     n_kept = status(source.store)["ok"]
     assert 0 < n_kept < 48
     assert source.ingest().ok == 48 - n_kept
+
+
+def test_the_end_of_the_command_is_the_end_of_all_its_processes(source):
+    """Whoever reads its output through a pipe waits for whatever still holds the pipe's end."""
+    command = [sys.executable, "-m", "diccae", "ingest", "--clips", source.csv]
+    command += ["--videos", source.videos, "--store", f"{source.store}-again"]
+    command += ["--ingest.extractor", SLOW, "--ingest.workers", "1"]
+    run = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "TEST_SLOW_S": "60", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    names = ["pipeline.decode.fbank_service", "pipeline.decode.sandbox"]
+    deadline = time.monotonic() + 60
+    while not all(map(below, names)):
+        assert time.monotonic() < deadline
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.kill()
+    # Without an end of its own the service stays for a minute.
+    run.communicate(timeout=20)
 
 
 def test_storage_that_fails_is_told_as_through_ray(source):
@@ -142,25 +135,6 @@ def test_a_shard_that_takes_longer_than_the_stall_timeout_is_no_stall(source, mo
     assert summary.ok == 16
 
 
-def test_an_actor_is_heard_of_while_its_shard_is_unfinished(source, monkeypatch):
-    monkeypatch.setattr("pipeline.ingest.on_ray._pick_service", lambda: "here")
-    monkeypatch.setenv("TEST_SLOW_S", "0.2")
-    config = source.config.model_copy(update={"extractor": SLOW, "stall_timeout_s": 0.4})
-    source.store += "-again"
-    source.ingest(source.spec)
-    spec = source.spec.model_copy(update={"n_frames": 2})
-    plan = plan_ingest(str(source.csv), str(source.videos), source.store, spec, config)
-    actor = _DecodeActor(
-        source.store, spec, config, "run", fbank_key=b"key",
-        expected_id=store_id(Location(source.store)),
-    )  # fmt: skip
-    task = pa.table({"index": [0], "clips": [table_to_bytes(plan.todo.slice(0, 4))]})
-    said = [row for result in actor(task) for row in result.to_pylist()]
-    actor.close()
-    assert len(said) >= 3, "a sign of life before the shard"
-    assert not any(row["error"] or row["refused"] for row in said)
-
-
 def test_a_decoder_that_sees_another_store_or_none_is_refused(source, tmp_path):
     shutil.copytree(source.store, tmp_path / "other")
     plan = plan_ingest(
@@ -176,13 +150,3 @@ def test_a_decoder_that_sees_another_store_or_none_is_refused(source, tmp_path):
         assert said in outcome.refused
         assert "All nodes of a cluster must see one store" in outcome.refused
     assert not (tmp_path / "nothing").exists()
-
-
-def test_a_cluster_whose_nodes_see_another_store_ends_in_one_line(source, monkeypatch):
-    """What the driver takes for the id is another one than the actors, other processes, find."""
-    source.store += "-again"
-    monkeypatch.setattr("pipeline.ingest.on_ray.store_id", lambda location: "the driver's own")
-    with pytest.raises(PipelineError, match=r"another store has its store\.json on") as caught:
-        source.ingest(source.spec, local_clips=0)
-    assert "\n" not in str(caught.value)
-    assert status(source.store)["clips"] == 0

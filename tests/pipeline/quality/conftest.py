@@ -1,4 +1,4 @@
-"""Clips with planted faults, decoded into a store without Ray."""
+"""Clips with planted faults, ingested into a store."""
 
 import csv
 import json
@@ -11,13 +11,7 @@ import pytest
 
 from diccae.cli import main
 from pipeline.config import FeatureSpec, IngestConfig
-from pipeline.decode.payload import fbanks_function
-from pipeline.ingest.plan import STATE_COLUMNS, make_plan
-from pipeline.ingest.run import _Run
-from pipeline.ingest.shard_decoder import ShardDecoder
-from pipeline.source.listing import list_sources
-from pipeline.store.lease import Lease
-from pipeline.store.store import FeatureStore
+from pipeline.ingest.run import ingest
 
 SPEC = FeatureSpec(n_frames=8, frame_size=64, duration_s=3.0, fbank_frames=300, n_mels=64)
 
@@ -36,21 +30,8 @@ def quality(capsys: pytest.CaptureFixture[str]) -> Quality:
     return run
 
 
-def decode_into_store(folder: Path, leave_out: tuple[str, ...] = ()) -> str:
-    """What an ingest of `clips.csv` and `videos/` does, in this process: plan, decode, commit."""
-    config = IngestConfig(leave_out=leave_out)
-    store = FeatureStore.create(str(folder / "store"), SPEC)
-    sources = list_sources(str(folder / "clips.csv"), str(folder / "videos"))
-    states = store.snapshot().states(STATE_COLUMNS)
-    plan = make_plan(sources, states, SPEC.spec_hash(), config)
-    with Lease(store.location, 60, "a test") as lease:
-        run = _Run(store, SPEC, config, lease, len(plan.todo), lambda progress: None)
-        run.settle(plan)
-        decoder = ShardDecoder(store.uri, SPEC, config, "run", fbanks_function(SPEC))
-        for states in decoder.decode(0, plan.todo):
-            store.append(states, {})
-        decoder._sandbox.close()
-    return store.uri
+def _ray_is_not_needed() -> None:
+    raise AssertionError("a dozen clips are decoded without Ray")
 
 
 class Clips:
@@ -117,7 +98,18 @@ def planted(ffmpeg, tmp_path_factory) -> SimpleNamespace:
         content = path.read_bytes()
         path.write_bytes(content[: int(frac * len(content))])
     clips.add("missing")
-    return SimpleNamespace(clips=clips, store=decode_into_store(clips.folder))
+    folder = clips.folder
+    store = str(folder / "store")
+    ingest(
+        str(folder / "clips.csv"),
+        str(folder / "videos"),
+        store,
+        SPEC,
+        IngestConfig(max_failed_frac=1.0),
+        start_ray=_ray_is_not_needed,
+        on_progress=lambda progress: None,
+    )
+    return SimpleNamespace(clips=clips, store=store)
 
 
 @pytest.fixture

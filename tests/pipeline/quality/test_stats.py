@@ -71,5 +71,8 @@ def test_known_statistics_are_read_until_the_rows_are_others(
 
 
 def test_a_split_without_clips_is_one_line(store: str, capsys) -> None:
-    assert main(["store", "stats", "--store", store, "--split", "validation"]) == 1
-    assert "no clip in split 'validation'" in capsys.readouterr().err
+    for action in ("stats", "quality"):
+        assert main(["store", action, "--store", store, "--split", "validation"]) == 1
+        told = capsys.readouterr().err
+        assert "no clip in split 'validation' at version" in told
+        assert told.endswith("there are train\n")

@@ -112,9 +112,13 @@ def test_a_trap_costs_one_warning_and_the_rest_is_found(videos, caplog):
     (videos / "cat" / "up").symlink_to(videos)
     with open(os.fsencode(videos / "cat") + b"/\xff\xfe.mp4", "wb"):
         pass
+    (videos / "cat" / "two\nlines.mp4").touch()
+    os.mkfifo(videos / "cat" / "pipe.mp4")
     assert set(listed(videos)) == {"dog__0001", "cat__0001", "cat__deep__-abc_def_12_000030", "top"}
     told = sorted(record.getMessage().removeprefix(f"{videos}/cat/") for record in caplog.records)
-    assert len(told) == 4
+    assert len(told) == 6
+    assert told.pop(0).endswith("two\\nlines.mp4': skipped: its name holds a control character")
+    assert told.pop(2) == "pipe.mp4: skipped: a pipe, socket or device"
     assert told[0].startswith("gone.mp4: skipped: a link to a file that is not there")
     assert told[1].startswith("loop.mp4: skipped: Too many levels of symbolic links")
     assert told[2].startswith("up: skipped: a link to a folder above it")

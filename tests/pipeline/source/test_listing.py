@@ -165,6 +165,7 @@ def test_manifest_of_another_data_set(kind, videos, tmp_path):
         (",,,dog,train,", "the uri is empty"),
         ("x.mp4,,,dog,,", "the split is empty"),
         ("x.mp4,,,dog,../../x,", "'../../x' is not a split: it holds a path"),
+        ("x.mp4,,,dog,tr\x07ain,", "not a split: it holds a path or a control character"),
         ("x.mp4,,,dog,..,", "'..' is not a split: it holds a path"),
     ],
 )
