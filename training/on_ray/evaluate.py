@@ -52,10 +52,9 @@ def evaluate(
     *,
     may_write: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Evaluate the encoder, and the classifier if there is one, of a run folder: `evaluation/`.
+    """Evaluate a run folder's encoder, and classifier if there is one, on the clips of `split`.
 
-    Args: test: the clips of `evaluate.split`. clusters: last pseudo-label by clip id. may_write:
-        asked before the files; raises where another start has the folder now.
+    Args: clusters: last pseudo-label by clip id. may_write: asked before files are written.
     Raises: TrainingError if the run folder has no encoder, or no training clip a label.
     """
     of_test, of_train, middle = _outputs(config, _models(out), train, test)
