@@ -11,10 +11,10 @@ from support.runs import SMOKE
 from support.stores import noise_store
 
 from diccae.cli import main
+from diccae.config import load_config
 from diccae.resources import Demand, Node, left_over
-from pipeline.config import FeatureSpec
 
-SPEC = FeatureSpec(n_frames=4, frame_size=64, fbank_frames=192, n_mels=64, duration_s=2.0)
+SPEC = load_config(SMOKE).features
 
 
 @pytest.fixture

@@ -4,11 +4,12 @@ The forks come from a server that never ran autograd: forking pytest itself fail
 used it, and a fresh interpreter per rank would import torch each time.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cloudpickle
@@ -53,13 +54,20 @@ def run_ray_ranks(n_ranks: int, fn: Callable[[int, int], Any]) -> list[Any]:
         return ray.get([task.remote(_pickled(rank)) for rank in ranks])
 
 
-def _pickled(fn: Callable[..., Any]) -> bytes:
-    """With its module, which other processes may not find."""
-    module = sys.modules[getattr(fn, "func", fn).__module__]
+@contextlib.contextmanager
+def by_value(module_name: str) -> Iterator[None]:
+    """Send functions of a test module with their code: other processes may not find the module."""
+    module = sys.modules[module_name]
     cloudpickle.register_pickle_by_value(module)
-    payload = cloudpickle.dumps(fn)
-    cloudpickle.unregister_pickle_by_value(module)
-    return payload
+    try:
+        yield
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+
+
+def _pickled(fn: Callable[..., Any]) -> bytes:
+    with by_value(getattr(fn, "func", fn).__module__):
+        return bytes(cloudpickle.dumps(fn))
 
 
 def _rank(payload: bytes, rank: int, n_ranks: int, folder: str) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from support.processes import kill
-from support.ranks import run_ray_ranks
+from support.ranks import by_value, run_ray_ranks
 from support.stores import noise_store
 
 from clustering.config import KMeansConfig, PoolConfig
@@ -223,7 +223,8 @@ def _one_rank_fails(settings: dict[str, Any]) -> None:
 
 def test_an_error_on_one_rank_ends_all_of_them(ray_session: None, tmp_path: Path) -> None:
     started = time.monotonic()
-    with pytest.raises(WeightsError, match="/nowhere/encoder cannot be read"):
+    refused = pytest.raises(WeightsError, match="/nowhere/encoder cannot be read")
+    with by_value(__name__), refused:
         fit(_one_rank_fails, {}, tmp_path, "pretrain", CONFIG.scale)
     assert time.monotonic() - started < 100, "waited for the collective's own timeout"
 
