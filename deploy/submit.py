@@ -222,7 +222,10 @@ def _compare_versions(cluster: Cluster, say: Say) -> None:
 
 
 def _summary(left_out: list[tuple[str, str]], most: int = 12) -> str:
-    names = [name if why == "ignored" else f"{name} ({why})" for name, why in left_out]
+    # Credentials are all named, and first: who needs one of them must see that it does not travel.
+    order = sorted(left_out, key=lambda item: "credentials" not in item[1])
+    most = max(most, sum("credentials" in why for _, why in left_out))
+    names = [name if why == "ignored" else f"{name} ({why})" for name, why in order]
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 

@@ -355,6 +355,9 @@ class ScaleConfig(Frozen):
     """CPUs one of these tasks reserves."""
     max_failures: int = Field(3, ge=-1)
     """Worker failures a run survives; -1: any number."""
+    lease_stale_s: float = Field(60.0, gt=1)
+    """A start of a command that was silent for this long is taken for dead: the next one goes on
+    with its run folder, and it writes nothing there any more."""
 
 
 class TrackingConfig(Frozen):

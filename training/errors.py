@@ -19,6 +19,12 @@ class ConfigMismatch(TrainingError):
     exit_code: ClassVar[int] = 2
 
 
+class RunTaken(TrainingError):
+    """Another start of the command took the run folder over: this one may write nothing more."""
+
+    exit_code: ClassVar[int] = 4
+
+
 class NonFiniteLoss(TrainingError):
     """The loss became NaN or infinite; the step is saved for replay."""
 

@@ -18,6 +18,7 @@ import pytest
 
 from deploy.errors import AccessRefused, ClusterUnreachable, DeployError
 from deploy.submit import INTERRUPTED, connect, follow, nodes_of, stop, submit
+from diccae.cli import main
 
 TOKEN = "4f9c" * 16
 MAIN = """
@@ -258,3 +259,13 @@ def test_paths_that_do_not_travel_are_named(old_ray: str, project: Path, tmp_pat
 def test_an_address_that_cannot_work_says_what_would(address: str, message: str) -> None:
     with pytest.raises(DeployError, match=message):
         connect(address, timeout_s=5)
+
+
+def test_a_home_folder_is_refused_before_the_cluster_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """HOME is `tmp_path` here."""
+    (tmp_path / "main.py").write_text("")
+    options = ["--address", "http://127.0.0.1:1", "--working-dir", str(tmp_path)]
+    assert main(["submit", *options, "--", "pretrain"]) == 2
+    assert "a home folder" in capsys.readouterr().err

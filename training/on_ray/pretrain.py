@@ -21,6 +21,7 @@ from clustering.rounds.files import is_complete, round_uri
 from clustering.rounds.protocol import Rounds
 from pipeline.quality.leave_out import LeftOut, left_out
 from pipeline.store.store import FeatureStore, Snapshot
+from training.attempt import UNHELD, Attempt
 from training.config import TrainingConfig
 from training.data.order import BatchPlan, WindowPlan, lanes_of
 from training.data.rows import RowIndex, index_rows
@@ -181,6 +182,7 @@ def pretrain(
     *,
     pool: PoolConfig,
     span: Span = WHOLE,
+    attempt: Attempt = UNHELD,
 ) -> dict[str, Any]:
     """Train on the cluster Ray is connected to. Returns: the last metrics and times.
 
@@ -191,7 +193,8 @@ def pretrain(
     actors: ClusterPool | None = None
     rounds: Rounds | None = None
     if config.rounds.labels != "none":
-        actors = _actors(config, clustering, pool, data.train, str(out / "rounds"))
+        where = str(out / "rounds")
+        actors = _actors(config, clustering, pool, data.train, where, attempt=attempt)
         rounds = actors.client()
     settings = {
         "config": ray_fit.for_workers(config),
@@ -201,9 +204,10 @@ def pretrain(
         "handle": tuple(handle),
         "provenance": provenance,
         "span": tuple(span),
+        "attempt": tuple(attempt),
     }
     try:
-        result = ray_fit.fit(_loop, settings, out, CHECKPOINTS, config.scale)
+        result = ray_fit.fit(_loop, settings, out, CHECKPOINTS, config.scale, attempt=attempt)
     finally:
         if actors is not None:
             actors.close()
@@ -211,15 +215,21 @@ def pretrain(
 
 
 def _actors(
-    config: TrainingConfig, clustering: KMeansConfig, pool: PoolConfig, train: RowIndex, uri: str
+    config: TrainingConfig,
+    clustering: KMeansConfig,
+    pool: PoolConfig,
+    train: RowIndex,
+    uri: str,
+    *,
+    attempt: Attempt,
 ) -> ClusterPool:
     widths: dict[str, int] = {s: config.encoder.projection for s in config.loss.label_streams}
     control = control_labels(config.rounds.labels, train, clustering.k, config.seed)
     if control is None:
-        return ClusterPool(clustering, pool, widths, uri, config.seed)
+        return ClusterPool(clustering, pool, widths, uri, config.seed, may_write=attempt.check)
     with_k = clustering.model_copy(update={"k": control.k})
     given = LabelTable(control.keys_N, control.labels_N)
-    return ClusterPool(with_k, pool, widths, uri, config.seed, given=given)
+    return ClusterPool(with_k, pool, widths, uri, config.seed, given=given, may_write=attempt.check)
 
 
 def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -232,10 +242,11 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     rounds: Rounds | None = settings["rounds"]
     out = Path(settings["out"])
     span = Span(*settings["span"])
+    attempt = Attempt(*settings["attempt"])
     state = _starting_state(span, out, rounds if world.rank == 0 else None)
     encoder = _starting_encoder(config, index, state)
     handle = RunHandle(*settings["handle"])
-    tracker = ray_fit.tracker_for(world, handle, out / "metrics.jsonl", state)
+    tracker = ray_fit.tracker_for(world, handle, out / "metrics.jsonl", state, attempt=attempt)
     trainer = Pretrainer(
         config,
         encoder,
@@ -243,11 +254,12 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         reader=_reader(config, index, world),
         rounds=rounds,
         world=world,
-        hooks=_hooks(config, rounds, world, out, tracker),
+        hooks=_hooks(config, rounds, world, out, tracker=tracker, attempt=attempt),
     )
     last = trainer.run(state, span.until_epoch)
     if tracker is None:
         return None
+    attempt.check()
     save_encoder(
         encoder,
         str(out / "encoder"),
@@ -314,22 +326,26 @@ def _hooks(
     rounds: Rounds | None,
     world: World,
     out: Path,
+    *,
     tracker: Tracker | None,
+    attempt: Attempt,
 ) -> Hooks:
     keeps_bank = rounds is not None and config.rounds.features == "train"
 
     def save(state: dict[str, Any]) -> None:
+        attempt.check()
         state["bank"] = ""
         if keeps_bank:
             state["bank"] = str(out / "rounds" / f"bank-{state['step']:08d}")
             _save_bank(rounds, Path(state["bank"]), world, config.rounds.timeout_s)
-        ray_fit.report_state(state, world.rank)
+        ray_fit.report_state(state, world.rank, attempt)
 
     def write(step: int, metrics: dict[str, float]) -> None:
         if tracker is not None:
             tracker.log(step, metrics)
 
-    return Hooks(write, save, ray_fit.failure_writer(out, world.rank), ray_fit.leaving_notice())
+    keep = ray_fit.failure_writer(out, world.rank, attempt)
+    return Hooks(write, save, keep, ray_fit.leaving_notice())
 
 
 def _save_bank(rounds: Rounds | None, folder: Path, world: World, timeout_s: float) -> None:
