@@ -54,9 +54,9 @@ def plant_features_of_the_old_spec(machine: StoreMachine) -> None:
     """A clip that was touched is written down as one of the new spec, without a decode."""
     classify, restate = plan._classify, run._restate
 
-    def classified(sources, before, is_known, touched, **wanted):
-        kinds = classify(sources, before, is_known, touched, **wanted)
-        hidden = kinds.spec_changed & touched
+    def classified(clips, config):
+        kinds = classify(clips, config)
+        hidden = kinds.spec_changed & clips.touched
         return dataclasses.replace(
             kinds,
             spec_changed=kinds.spec_changed & ~hidden,
