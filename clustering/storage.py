@@ -8,10 +8,19 @@ import io
 import json
 import os
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import fsspec
 import numpy as np
+
+MayWrite = Callable[[], None]
+"""Raises where another driver has taken the place over: called before each file of a pool, whose
+actors may outlive the driver they belong to. Picklable."""
+
+
+def always() -> None:
+    """The `MayWrite` of a place that is the caller's alone."""
 
 
 def join(uri: str, *parts: str) -> str:

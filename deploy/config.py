@@ -96,6 +96,10 @@ class ClusterConfig(Frozen):
     """Secret whose keys become variables of every pod (AWS_ACCESS_KEY_ID, ...); may be missing."""
     mlflow_secret: Name = "diccae-mlflow"
     """Secret with MLFLOW_BACKEND_STORE_URI and the keys of the artifact bucket."""
+    shared_claim: Name | None = None
+    """PersistentVolumeClaim (ReadWriteMany) that all pods mount, for `--out`; None mounts none."""
+    shared_mount: str = Field("/shared", pattern=r"^(/[\w.-]+)+$")
+    """Where the pods see it."""
     mlflow_artifacts: str = Field("s3://mlflow", pattern=r"^[a-z0-9]+://[\w./-]+$")
     """Where the MLflow server keeps artifacts."""
     env: dict[str, str] = {
@@ -130,6 +134,9 @@ class ClusterConfig(Frozen):
     """How long a finished cluster stays for a look."""
     idle_s: int = Field(300, ge=10)
     """Idle time after which a node is given back."""
+    worker_profile: str = Field("", pattern=r"^[\w+=,.@-]*$")
+    """`ray up`: name of the IAM instance profile of the workers, which lets them read and write the
+    buckets; empty: Ray's own, `ray-autoscaler-v1`, which Ray gives to the head alone."""
     region: str = Field("us-east-1", pattern=r"^[a-z0-9-]+$")
     """Cloud region for `ray up`."""
     token_file: str = Field("~/.ray/auth_token", pattern=r"^[\w./~-]+$")

@@ -5,8 +5,10 @@ it is packed changes its hash, and the job dies looking for a package that was n
 Invariant: the same files give the same bytes, so an unchanged tree is uploaded once.
 """
 
+import contextlib
 import fnmatch
 import os
+import pwd
 import stat
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -22,7 +24,30 @@ MAX_BYTES = 100 * 2**20
 
 _IGNORE_FILES = (".gitignore", ".rayignore")
 _NEVER_FOLDERS = {".git", ".hg", ".svn", "__pycache__", "node_modules", "mlartifacts", "mlruns"}
-_NEVER_FILES = ("*.pyc", ".env", ".env.*", ".netrc", "*.pem", "*.key", "auth_token", "mlflow.db*")
+_NEVER_FILES = ("*.pyc", "mlflow.db*")
+_CREDENTIAL_FOLDERS = (
+    ".ssh", ".aws", ".azure", ".kube", ".docker", ".gnupg", ".ray", ".oci", "gcloud",
+)  # fmt: skip
+"""By their name, wherever they are: programs keep nothing else in them that a job would need."""
+_CREDENTIAL_FILES = (
+    ".env", ".env.*", "*.env", ".envrc", ".netrc", "_netrc", ".pypirc", ".npmrc", ".pgpass",
+    ".my.cnf", ".s3cfg", ".boto", ".git-credentials", ".dockercfg", ".dockerconfigjson",
+    ".htpasswd", ".vault-token", "kubeconfig", "*.kubeconfig", "rclone.conf",
+    "*.pem", "*.key", "*.p12", "*.pfx", "*.p8", "*.ppk", "*.jks", "*.keystore", "*.kdbx", "*.gpg",
+    "*.tfstate", "*.tfstate.*", "*.tfvars", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
+    "auth_token", "token", "*.token", "*_token", "token.txt", "token.json", "credentials",
+    "credentials.csv", "credentials.db", "credentials.ini", "*credentials.json",
+    "credentials.toml", "credentials.y*ml", "client_secret*.json", "*service-account*.json",
+    "*service_account*.json", "secrets.json", "secrets.toml", "secrets.y*ml",
+)  # fmt: skip
+"""By their name, in lower case."""
+_FORMS = ("*.example", "*.sample", "*.template", "*.dist", "id_*.pub")
+_KEY_MARKS = (b'"private_key"', b'"refresh_token"', b'"client_secret"', b"PRIVATE KEY-----")
+"""What the text of a key says whatever its file is called: service accounts are often named after
+the project."""
+_LOOKED_AT = (".json", ".txt", ".yaml", ".yml", ".cfg", ".ini", ".conf", "")
+_KEY_BYTES = 64 * 2**10
+"""Keys are smaller; a file beyond it is not read."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the oldest date a zip can say; real ones would change the hash
 
 
@@ -52,10 +77,17 @@ def select_files(folder: Path, excludes: Sequence[str] = ()) -> Selection:
     """Choose what is sent: all but what git or Ray ignores, `excludes`, secrets and environments.
 
     Args: excludes: patterns in gitignore's language, relative to `folder`.
-    Raises: PackageRefused if there is no such folder, nothing is left, or it is over MAX_BYTES.
+    Raises: PackageRefused if there is no such folder, it is a home folder or above one, nothing is
+        left, or it is over MAX_BYTES.
     """
     if not folder.is_dir():
         raise PackageRefused(f"{folder}: no such folder; name the project with --working-dir")
+    if _holds_a_home(folder.resolve()):
+        raise PackageRefused(
+            f"{folder}: a home folder, or one that holds it, is not sent: what programs keep there "
+            "(keys, tokens, histories) would reach the cluster; name the project's own folder with "
+            "--working-dir"
+        )
     walk = _Walk(folder.resolve(), GitIgnoreSpec.from_lines(excludes), [])
     selection = Selection(list(walk.files(folder.resolve(), [])), walk.left_out)
     selection.files.sort()
@@ -108,7 +140,7 @@ class _Walk(NamedTuple):
         is_folder = entry.is_dir(follow_symlinks=False)
         if is_folder and (entry.name in _NEVER_FOLDERS or (path / "pyvenv.cfg").exists()):
             return "never sent"
-        if not is_folder and any(fnmatch.fnmatch(entry.name, glob) for glob in _NEVER_FILES):
+        if not is_folder and _matches(entry.name, _NEVER_FILES):
             return "never sent"
         if self.excludes.match_file(name):
             return "excluded"
@@ -118,8 +150,43 @@ class _Walk(NamedTuple):
             target = path.resolve()
             if not target.is_relative_to(self.root):
                 return "a link out of the folder"
-            return "" if target.is_file() else "a link to a folder or to nothing"
+            if not target.is_file():
+                return "a link to a folder or to nothing"
+            return "a link to credentials" if _is_credential(target, self.root) else ""
+        if _is_credential(path, self.root):
+            return "credentials"
         return "" if is_folder or entry.is_file() else "not a file"
+
+
+def _holds_a_home(folder: Path) -> bool:
+    """Whether `folder` is the user's home, whoever the environment says that is, or above it."""
+    homes = [Path("/root"), Path("/home"), Path(os.environ.get("HOME") or "/root")]
+    with contextlib.suppress(KeyError):  # A container's user may be a bare number.
+        homes.append(Path(pwd.getpwuid(os.getuid()).pw_dir))
+    above = any(home.resolve().is_relative_to(folder) for home in homes)
+    return above or folder.parent == Path("/home").resolve()
+
+
+def _is_credential(path: Path, root: Path) -> bool:
+    """By its name, those of the folders above it up to `root`, or the text of a key."""
+    names = path.relative_to(root).parts
+    if any(name.lower() in _CREDENTIAL_FOLDERS for name in names):
+        return True
+    if not path.is_file():
+        return False
+    # What a project shows its users: empty forms of the file, by the custom of their names.
+    if _matches(path.name, _CREDENTIAL_FILES) and not _matches(path.name, _FORMS):
+        return True
+    if path.suffix.lower() not in _LOOKED_AT or path.stat().st_size > _KEY_BYTES:
+        return False
+    with contextlib.suppress(OSError):  # Packing it will say what is wrong with it.
+        content = path.read_bytes()
+        return any(mark in content for mark in _KEY_MARKS)
+    return False
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name.lower(), glob) for glob in globs)
 
 
 def _ignored(path: Path, is_folder: bool, rules: list[_Rules]) -> bool:

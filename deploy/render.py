@@ -5,6 +5,7 @@ value enters it as JSON, which YAML reads as exactly that value.
 Invariant: every name of a template is filled, and what is filled is used.
 """
 
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -22,18 +23,30 @@ TEMPLATES = {
 }
 """Name of a rendered file: its template in this folder."""
 
+MAXIMA = "DICCAE_AUTOSCALING_GROUPS"
+"""Variable in which a job reads what its cluster can grow to."""
+_RAYS_PROFILE = "ray-autoscaler-v1"
+
 _PLAIN = {
     "name", "namespace", "operator_namespace", "token_secret", "storage_secret", "mlflow_secret",
-    "mlflow_artifacts", "token_file", "cpu_image", "gpu_image", "mlflow_image", "region",
+    "mlflow_artifacts", "maxima", "token_file", "cpu_image", "gpu_image", "mlflow_image", "region",
 }  # fmt: skip
 """Fields whose pattern leaves nothing to quote, so that they may stand inside other words."""
+
+
+_COMPOSED = {
+    "head", "decode", "train", "env", "command", "shared_claim", "shared_mount", "worker_profile",
+}  # fmt: skip
+"""Fields that reach the templates as parts of other values."""
 
 
 def render(config: ClusterConfig) -> dict[str, str]:
     """The text of every manifest, by file name.
 
-    Raises: ManifestError if a template asks for a value that the config does not have.
+    Raises: ManifestError if a template asks for a value that the config does not have, or the
+        command writes to a disk that only one pod has.
     """
+    _refuse_runs_in_one_pod(config)
     values = {key: text if key in _PLAIN else json.dumps(text) for key, text in _values(config)}
     rendered = {}
     for name, template in TEMPLATES.items():
@@ -49,27 +62,93 @@ def render(config: ClusterConfig) -> dict[str, str]:
 
 def write_manifests(config: ClusterConfig, out: str | Path) -> list[Path]:
     """Render into the folder `out`, which is made; the files, in order."""
+    rendered = render(config)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, text in render(config).items():
+    for name, text in rendered.items():
         (folder / name).write_text(text)
         paths.append(folder / name)
     return paths
 
 
 def _values(config: ClusterConfig) -> list[tuple[str, Any]]:
-    plain = config.model_dump(exclude={"head", "decode", "train", "env", "command"})
+    plain = config.model_dump(exclude=_COMPOSED)
     values: dict[str, Any] = {
         **plain,
         "entrypoint": shlex.join(["python", "-m", "diccae", *config.command]),
-        "env": [{"name": key, "value": value} for key, value in config.env.items()],
+        "env": [
+            {"name": key, "value": value}
+            for key, value in (config.env | {MAXIMA: json.dumps(_maxima(config))}).items()
+        ],
         "idle_minutes": max(1, config.idle_s // 60),
+        "mounts": _mounts(config),
+        "maxima": shlex.quote(json.dumps(_maxima(config))),
+        "profile": {"Name": config.worker_profile or _RAYS_PROFILE},
         "max_workers": config.decode.max_nodes + config.train.max_nodes,
     }
     for name in ("head", "decode", "train"):
-        values |= _group_values(name, getattr(config, name))
+        group = getattr(config, name)
+        values |= _group_values(name, group)
+        values[f"{name}_volumes"] = _volumes(config, group)
     return list(values.items())
+
+
+def _maxima(config: ClusterConfig) -> list[dict[str, int]]:
+    """The most that the autoscaler can start: what `diccae` compares a run with."""
+    return [
+        {"nodes": group.max_nodes, "cpus": group.cpus, "gpus": group.gpus}
+        for group in (config.decode, config.train)
+    ]
+
+
+def _mounts(config: ClusterConfig) -> list[dict[str, str]]:
+    mounts = [{"name": "shm", "mountPath": "/dev/shm"}, {"name": "ray", "mountPath": "/tmp/ray"}]
+    if config.shared_claim is not None:
+        mounts.append({"name": "shared", "mountPath": config.shared_mount})
+    return mounts
+
+
+def _volumes(config: ClusterConfig, group: GroupConfig) -> list[dict[str, Any]]:
+    """/dev/shm of at least the object store, else Ray falls back to the disk; Ray's own folder."""
+    volumes: list[dict[str, Any]] = [
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{group.shm_mib}Mi"}},
+        {"name": "ray", "emptyDir": {}},
+    ]
+    if config.shared_claim is not None:
+        claim = {"claimName": config.shared_claim}
+        volumes.append({"name": "shared", "persistentVolumeClaim": claim})
+    return volumes
+
+
+def _refuse_runs_in_one_pod(config: ClusterConfig) -> None:
+    """Refuse a run folder or store that only one pod would have.
+
+    Raises: ManifestError.
+    """
+    for option in ("--out", "--store"):
+        for path in _given(config.command, option):
+            if "://" in path and option == "--store":
+                continue
+            shared = config.shared_claim is not None
+            if shared and path.startswith(f"{config.shared_mount}/"):
+                continue
+            raise ManifestError(
+                f"command: {option} {path} is on no disk that all pods share; "
+                + (
+                    f"put it below {config.shared_mount}"
+                    if shared
+                    else "set shared_claim to a "
+                    f"ReadWriteMany claim and put it below {config.shared_mount}"
+                )
+                + (", or in a bucket (s3://...)" if option == "--store" else "")
+            )
+
+
+def _given(command: tuple[str, ...], option: str) -> list[str]:
+    """Values of an option, given as `--out X` or `--out=X`."""
+    apart = [value for name, value in itertools.pairwise(command) if name == option]
+    return apart + [w.partition("=")[2] for w in command if w.startswith(f"{option}=")]
 
 
 def _group_values(name: str, group: GroupConfig) -> dict[str, Any]:
@@ -78,7 +157,6 @@ def _group_values(name: str, group: GroupConfig) -> dict[str, Any]:
         "memory": f"{group.memory_gib}Gi",
         "gpus": str(group.gpus),
         "object_store": str(group.object_store_bytes),
-        "shm": f"{group.shm_mib}Mi",
         "shm_bytes": group.shm_mib * 2**20,
         "min": group.min_nodes,
         "max": group.max_nodes,

@@ -78,6 +78,27 @@ def connect(address: str, timeout_s: float = 20.0) -> Cluster:
     return Cluster(url, version, headers, _job_client(url, headers))
 
 
+def nodes_of(cluster: Cluster, timeout_s: float = 20.0) -> list[tuple[float, float]]:
+    """CPUs and GPUs of each node that is alive; those an autoscaler would add are not among them.
+
+    Raises: ClusterUnreachable if the server does not say.
+    """
+    import requests
+
+    url = f"{cluster.url}/api/v0/nodes"
+    try:
+        answer = requests.get(url, headers=cluster.headers, timeout=timeout_s)
+        answer.raise_for_status()
+        rows = answer.json()["data"]["result"]["result"]
+    except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+        raise ClusterUnreachable(
+            f"{url} does not list the nodes ({type(error).__name__}: {error}); leave --address out "
+            "to compare with this machine"
+        ) from error
+    alive = [row["resources_total"] for row in rows if row["state"] == "ALIVE"]
+    return [(float(has.get("CPU", 0.0)), float(has.get("GPU", 0.0))) for has in alive]
+
+
 def _http_url(address: str) -> str:
     scheme, separator, rest = address.partition("://")
     if not separator:
@@ -201,7 +222,10 @@ def _compare_versions(cluster: Cluster, say: Say) -> None:
 
 
 def _summary(left_out: list[tuple[str, str]], most: int = 12) -> str:
-    names = [name if why == "ignored" else f"{name} ({why})" for name, why in left_out]
+    # Credentials are all named, and first: who needs one of them must see that it does not travel.
+    order = sorted(left_out, key=lambda item: "credentials" not in item[1])
+    most = max(most, sum("credentials" in why for _, why in left_out))
+    names = [name if why == "ignored" else f"{name} ({why})" for name, why in order]
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 

@@ -30,8 +30,8 @@ COMMANDS = {
     "doctor": "check this machine, the cluster, the store and MLflow",
 }
 
-_EXIT_CODES = """exit codes: 0 ok, 1 error, 2 usage, 3 too many failed clips, 4 store locked,
-            130 interrupted (what was done is kept; run it again to go on)"""
+_EXIT_CODES = """exit codes: 0 ok, 1 error, 2 usage, 3 too many failed clips, 4 locked: another
+            process writes there, 130 interrupted (what was done is kept; run it again to go on)"""
 
 
 def usage() -> str:

@@ -6,6 +6,7 @@ starts; Ray itself would wait for ever without a word.
 
 import atexit
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -13,6 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn
@@ -21,14 +23,20 @@ import psutil
 
 from clustering.config import PoolGroups
 from diccae.errors import ResourceError
+from diccae.screen import say
 from training.config import ScaleConfig, TrainingConfig
 
-_SPARE_CPUS = 2
+EMBEDDED_SPARE_CPUS = 2
 """Logical CPUs of an embedded cluster beyond the machine's cores: Ray's own light tasks and actors
 ask for whole ones, and on a small machine would otherwise wait for ever."""
 
 _NO_API_SERVER = "http://127.0.0.1:9"
 """Where an embedded cluster says its API server is: at a port that answers nothing."""
+
+MAXIMA = "DICCAE_AUTOSCALING_GROUPS"
+"""Variable in which a rendered manifest says what its cluster can grow to."""
+_POLL_NODES_S = 2.0
+_SAY_AGAIN_S = 60.0
 
 _embedded: list[str] = []
 """Folders of clusters inside this process."""
@@ -68,7 +76,7 @@ def start_ray() -> None:
         atexit.register(_stop_embedded, folder)
         ray.init(
             address="local",
-            num_cpus=cores + _SPARE_CPUS,
+            num_cpus=cores + EMBEDDED_SPARE_CPUS,
             include_dashboard=False,
             _temp_dir=folder,
             **quiet,
@@ -202,33 +210,79 @@ def left_over(demands: list[Demand], nodes: list[Node]) -> list[Demand]:
 def check_fits(
     demands: list[Demand], lower: str = "scale.num_workers, scale.cpus_per_worker or pool.n_actors"
 ) -> None:
-    """Compare with the nodes of the cluster Ray is connected to.
+    """Compare with the cluster Ray is connected to; where it can grow, wait until it has.
 
     Args: lower: the keys that make the run smaller, for the message.
-    Raises: ResourceError with a table of who wants what.
+    Raises: ResourceError with a table of who wants what, for what the cluster can never hold.
     """
+    growing = nodes_at_most()
+    nodes = growing or nodes_up()
+    if missing := left_over(demands, nodes):
+        raise ResourceError(_too_small(demands, nodes, missing, lower, bool(growing)))
+    if growing:
+        _wait_for_nodes(demands)
+
+
+def nodes_up() -> list[Node]:
+    """The nodes of the cluster Ray is connected to."""
     import ray
 
-    nodes = [
+    return [
         Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
         for node in ray.nodes()
         if node["Alive"]
     ]
-    missing = left_over(demands, nodes)
-    if not missing:
+
+
+def nodes_at_most() -> list[Node]:
+    """The nodes that an autoscaler may start, as the rendered manifest says; none without one."""
+    groups = json.loads(os.environ.get(MAXIMA) or "[]")
+    return [Node(group["cpus"], group["gpus"]) for group in groups for _ in range(group["nodes"])]
+
+
+def _wait_for_nodes(demands: list[Demand]) -> None:
+    """Ask the autoscaler for what is missing, and wait: a group of min_nodes 0 has none yet."""
+    if not left_over(demands, nodes_up()):
         return
+    from ray.autoscaler.sdk import request_resources
+
+    bundles = [
+        {"CPU": demand.cpus, **({"GPU": demand.gpus} if demand.gpus else {})}
+        for demand in demands
+        for _ in range(demand.n)
+    ]
+    request_resources(bundles=bundles)
+    said, said_at = "", 0.0
+    try:
+        while missing := left_over(demands, nodes_up()):
+            parts = ", ".join(f"{demand.n} of the {demand.part}" for demand in missing)
+            up = nodes_up()
+            line = f"waiting   for nodes: no room yet for {parts}; {len(up)} node(s) are up"
+            if line != said or time.monotonic() - said_at > _SAY_AGAIN_S:
+                say(line)
+                said, said_at = line, time.monotonic()
+            time.sleep(_POLL_NODES_S)
+    finally:
+        # What runs on a node keeps it; a request left standing would keep it after the run.
+        request_resources(bundles=[])
+
+
+def _too_small(
+    demands: list[Demand], nodes: list[Node], missing: list[Demand], lower: str, grows: bool
+) -> str:
     rows = "\n".join(
         f"  {d.part:<30} {d.n:>4} x {d.cpus:g} CPU" + (f", {d.gpus:g} GPU" if d.gpus else "")
         for d in demands
     )
     cpus, gpus = sum(d.n * d.cpus for d in demands), sum(d.n * d.gpus for d in demands)
     largest = max(nodes, key=lambda node: (node.gpus, node.cpus), default=Node(0, 0))
-    raise ResourceError(
-        f"the cluster has {sum(n.cpus for n in nodes):g} CPUs and {sum(n.gpus for n in nodes):g} "
+    has = "the cluster can grow to" if grows else "the cluster has"
+    return (
+        f"{has} {sum(n.cpus for n in nodes):g} CPUs and {sum(n.gpus for n in nodes):g} "
         f"GPUs on {len(nodes)} node(s), the largest {largest.cpus:g} and {largest.gpus:g}; this "
         f"run needs {cpus:g} and {gpus:g}:\n{rows}\n"
         f"No room for {', '.join(f'{d.n} of the {d.part}' for d in missing)}. "
-        f"Lower {lower}, or add nodes."
+        f"Lower {lower}, or {'raise max_nodes of its groups' if grows else 'add nodes'}."
     )
 
 

@@ -1,13 +1,15 @@
 """A run folder: what pins a run, its stages, and `results.json`.
 
-Knows nothing of how a stage works. Invariant: a folder holds one run; the same command goes on with
-it, another config is refused with the keys that differ.
+Knows nothing of how a stage works. Invariants: a folder holds one run; the same command goes on
+with it, another config is refused with the keys that differ; of several starts one writes at a
+time, and one that was taken for dead writes nothing any more.
 """
 
 import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -20,6 +22,10 @@ from typing import Any
 from diccae.config import RunConfig, differing_keys, load_config, save_config
 from diccae.errors import UsageError
 from diccae.screen import ProgressLine, clock
+from pipeline.errors import StoreLocked
+from pipeline.storage import Location
+from pipeline.store.lease import LEASE_FOLDER, Lease
+from training.attempt import UNHELD, Attempt
 from training.errors import ConfigMismatch
 
 _VERSIONS = ("diccae", "torch", "torchaudio", "ray", "faiss-gpu", "mlflow", "pyarrow", "deltalake")
@@ -27,11 +33,68 @@ _NOT_PINNED = ("scale.", "pool.", "tracking.", "ingest.", "finetune.", "evaluate
 """Sections that may change between the stages of a run; its features are pinned with the store."""
 
 
+LEASE_STALE_S = 60.0
+"""Of commands that have no `scale.lease_stale_s`."""
+
+
+def local_folder(out: str) -> Path:
+    """The absolute path of `--out`.
+
+    Raises: UsageError for a URI: as a path it would be the folder `./s3:/bucket/run`.
+    """
+    if re.match(r"[A-Za-z][\w+.-]*:/", out):
+        raise UsageError(
+            f"--out {out}: a run folder is a local path, not a URI: name a disk that all nodes see "
+            "(on Kubernetes shared_claim, deploy/README.md); stores may be in buckets (--store)"
+        )
+    return Path(out).resolve()
+
+
 class RunFolder:
     """`<out>/` of a run."""
 
     def __init__(self, out: str | Path) -> None:
-        self.path = Path(out).resolve()  # Workers run in other folders.
+        self.path = local_folder(str(out))  # Workers run in other folders.
+        self._lease: Lease | None = None
+
+    @contextlib.contextmanager
+    def held(self, purpose: str, stale_s: float = LEASE_STALE_S) -> Iterator[None]:
+        """Be the one who writes into the folder. Commands of commands hold it once.
+
+        Args: purpose: the command, for the message to others. stale_s: silence after which another
+            start may take the folder over.
+        Raises: StoreLocked (exit 4) while another start lives.
+        """
+        if self._lease is not None:
+            yield
+            return
+        with Lease(Location(str(self.path)), stale_s, f"diccae {purpose}") as lease:
+            self._lease = lease
+            try:
+                yield
+            finally:
+                self._lease = None
+
+    @property
+    def attempt(self) -> Attempt:
+        """This start, for its workers; UNHELD outside of `held`."""
+        if self._lease is None:
+            return UNHELD
+        return Attempt(str(self.path), self._lease.generation)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether no other start has taken the folder over."""
+        try:
+            self.check()
+        except StoreLocked:
+            return False
+        return True
+
+    def check(self) -> None:
+        """Before each write. Raises: StoreLocked once another start has taken the folder over."""
+        if self._lease is not None:
+            self._lease.check()
 
     @property
     def record(self) -> dict[str, Any]:
@@ -62,8 +125,9 @@ class RunFolder:
         A folder whose run was refused before it started has no record and is free.
         Raises: ConfigMismatch naming the keys, if the folder holds a run of another config.
         """
+        self.check()
         if fresh and self.record:
-            shutil.rmtree(self.path)
+            self._clear()
         self.path.mkdir(parents=True, exist_ok=True)
         if self.record:
             config = _with_statistics_of(self.config(), config)
@@ -81,13 +145,25 @@ class RunFolder:
         save_config(config, self.path / "config.yaml")
         return bool(self.record)
 
+    def _clear(self) -> None:
+        """Remove all but the lease: a start of before must go on to find that it lost it."""
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                if entry.name != LEASE_FOLDER:
+                    shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
     def _with_settings_of_classifier(self, config: RunConfig) -> RunConfig:
         if not (self.path / "classifier" / "classifier.json").exists():
             return config
         return config.model_copy(update={"finetune": self.config().finetune})
 
     def write_record(self, **fields: Any) -> None:
-        """Merge fields into `run.json`."""
+        """Merge fields into `run.json`, and which attempt did so."""
+        self.check()
+        if self.attempt.number:
+            fields["attempt"] = self.attempt.number
         record = {
             "name": self.path.resolve().name,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -99,6 +175,7 @@ class RunFolder:
 
     def write_results(self, **fields: Any) -> dict[str, Any]:
         """Merge fields into `results.json`; times of stages are kept beside each other."""
+        self.check()
         old = self.results
         seconds = {**old.get("seconds", {}), **fields.pop("seconds", {})}
         results = {**old, **fields, "seconds": seconds}

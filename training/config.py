@@ -140,6 +140,14 @@ class AugmentConfig(Frozen):
     """Largest relative change of brightness."""
     contrast: float = Field(0.0, ge=0)
     """Largest relative change of contrast."""
+    hue: float = Field(0.0, ge=0, le=0.5)
+    """Largest rotation of the hue either way, as a share of the circle; 0.5: any hue."""
+    saturation: float = Field(0.0, ge=0, le=1)
+    """Largest relative change of the saturation."""
+    greyscale: float = Field(0.0, ge=0, le=1)
+    """Chance that a view has no colour at all."""
+    blur: float = Field(0.0, ge=0)
+    """Largest standard deviation of a Gaussian blur, in pixels of the stored frame."""
     shift_frac: float = Field(0.0, ge=0, le=1)
     """Largest circular shift of the fbank in time, as a share of its length."""
     gain: float = Field(0.0, ge=0)
@@ -347,6 +355,9 @@ class ScaleConfig(Frozen):
     """CPUs one of these tasks reserves."""
     max_failures: int = Field(3, ge=-1)
     """Worker failures a run survives; -1: any number."""
+    lease_stale_s: float = Field(60.0, gt=1)
+    """A start of a command that was silent for this long is taken for dead: the next one goes on
+    with its run folder, and it writes nothing there any more."""
 
 
 class TrackingConfig(Frozen):

@@ -19,9 +19,21 @@ class ConfigMismatch(TrainingError):
     exit_code: ClassVar[int] = 2
 
 
+class RunTaken(TrainingError):
+    """Another start of the command took the run folder over: this one may write nothing more."""
+
+    exit_code: ClassVar[int] = 4
+
+
 class NonFiniteLoss(TrainingError):
     """The loss became NaN or infinite; the step is saved for replay."""
 
 
 class WeightsError(TrainingError):
     """A weights file does not fit the encoder."""
+
+
+TOO_OLD = (
+    "the newest checkpoint is one of diccae 0.1, which this version cannot go on with: finish the "
+    "run with 0.1, or start again with --fresh"
+)

@@ -69,8 +69,8 @@ class Checkpoint(Protocol):
 class StateFile:
     """A `Checkpoint` in one file, replaced after each iteration."""
 
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
+    def __init__(self, uri: str, may_write: storage.MayWrite = storage.always) -> None:
+        self._uri, self._may_write = uri, may_write
 
     def load(self) -> LloydState | None:
         """See `Checkpoint.load`."""
@@ -81,4 +81,5 @@ class StateFile:
 
     def save(self, state: LloydState) -> None:
         """See `Checkpoint.save`."""
+        self._may_write()
         storage.write_arrays(self._uri, state.arrays())

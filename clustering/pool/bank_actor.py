@@ -24,9 +24,17 @@ class BankActor:
     """Owner of the virtual shards v with v % count == index."""
 
     def __init__(
-        self, index: int, count: int, folder: str, streams: Mapping[str, int], vshards: int
+        self,
+        index: int,
+        count: int,
+        folder: str,
+        streams: Mapping[str, int],
+        vshards: int,
+        *,
+        may_write: storage.MayWrite = storage.always,
     ) -> None:
         """Read back what an earlier incarnation had acknowledged."""
+        self._may_write = may_write
         self._owner = Owner(index, count, vshards)
         self._folder = folder
         self._streams = dict(streams)
@@ -56,6 +64,7 @@ class BankActor:
 
     def hold(self, step: int) -> None:
         """See `Bank.hold`; also after a restart of this actor."""
+        self._may_write()
         storage.write_json(self._at("hold.json"), {"step": step})
         self._bank.hold(step)
 
@@ -93,9 +102,11 @@ class BankActor:
         return storage.join(self._folder, name)
 
     def _write(self, uri: str, rows: BankRows) -> RowFile:
+        self._may_write()
         return write_rows(uri, rows, self._streams, self._owner.vshards)
 
     def _rebase(self, uri: str) -> None:
+        self._may_write()
         storage.write_json(self._at("base.json"), {"uri": uri})
         storage.remove(self._at("hold.json"))
 

@@ -47,6 +47,7 @@ class Coordinator:
         # with rounds of an earlier driver before they are asked for.
         marker = storage.join(folder, "coordinator.json")
         restarted = storage.exists(marker)
+        maker.may_write()
         storage.write_json(marker, maker.identity)
         self._orphans = maker.unfinished() if restarted else []
 
@@ -114,6 +115,7 @@ class Coordinator:
                 for i, bank in enumerate(self._banks)
             ]
         )
+        self._maker.may_write()
         return FrozenRows.commit(folder, tuple(parts), sum(self._maker.streams.values()))
 
 

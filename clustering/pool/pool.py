@@ -36,8 +36,12 @@ class ClusterPool:
         seed: int = 0,
         *,
         given: LabelTable | None = None,
+        may_write: storage.MayWrite = storage.always,
     ) -> None:
-        """Args: as `LocalRounds`; `uri` must be reachable from all nodes."""
+        """Args: as `LocalRounds`; `uri` must be reachable from all nodes. may_write: what the
+        actors ask before each file."""
+        may_write()
+        self._may_write = may_write
         self._kmeans, self._config, self._streams = kmeans, config, dict(streams)
         # What an earlier driver's banks kept can only be restored through a checkpoint.
         storage.remove(storage.join(uri, "bank"))
@@ -49,7 +53,7 @@ class ClusterPool:
             banks=[f"{pool_id}-bank-{i}" for i in range(groups.banks.n)],
             compute=[f"{pool_id}-compute-{i}" for i in range(groups.compute.n)],
         )
-        maker = RoundMaker(kmeans, self._streams, uri, seed, given)
+        maker = RoundMaker(kmeans, self._streams, uri, seed, given, may_write=may_write)
         self.banks = [self._bank(i, names.banks, groups.banks.cpus) for i in range(groups.banks.n)]
         self.actors = compute_actors(kmeans, groups.compute, names.compute)
         self.coordinator = (
@@ -63,7 +67,14 @@ class ClusterPool:
         return (
             ray.remote(BankActor)
             .options(num_cpus=cpus, name=names[index], **FOREVER)
-            .remote(index, len(names), folder, self._streams, self._kmeans.vshards)
+            .remote(
+                index,
+                len(names),
+                folder,
+                self._streams,
+                self._kmeans.vshards,
+                may_write=self._may_write,
+            )
         )
 
     def client(self) -> PoolClient:

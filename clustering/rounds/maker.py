@@ -43,7 +43,11 @@ class RoundMaker:
         uri: str,
         seed: int,
         given: LabelTable | None = None,
+        *,
+        may_write: storage.MayWrite = storage.always,
     ) -> None:
+        """Args: may_write: raises where another driver has taken over; called before each file."""
+        self.may_write = may_write
         self.config, self.streams, self.uri = config, dict(streams), uri
         self._seed = seed
         self._targets = targets_of(config, streams)
@@ -61,6 +65,7 @@ class RoundMaker:
 
     def begin(self, request: RoundRequest) -> None:
         """Note that a round was asked for, so that a restart goes on with it."""
+        self.may_write()
         begin(self.uri, request, self.identity)
 
     def unfinished(self) -> list[RoundRequest]:
@@ -111,6 +116,7 @@ class RoundMaker:
             heads=[] if reason else heads,
             health=merged,
         )
+        self.may_write()
         publish(self.uri, published)
         storage.remove(self._states_uri(request.round))
         return published
@@ -129,7 +135,7 @@ class RoundMaker:
             self.config,
             int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]),
             warm=old.table if old is not None and not request.cold else None,
-            checkpoint=StateFile(state),
+            checkpoint=StateFile(state, self.may_write),
         )
 
     def _head(

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from diccae.args import parse
 from diccae.commands.pretrain import SECTIONS
@@ -45,7 +44,7 @@ class AblateArgs:
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("ablate", AblateArgs, argv, (*SECTIONS, "finetune", "evaluate"))
-    from diccae.run_folder import log_to_screen
+    from diccae.run_folder import RunFolder, log_to_screen
     from diccae.stages.ablate import Plan, read_variants, run_ablation, write_results
     from training.evaluation.variants import DEFAULT_VARIANTS
 
@@ -57,9 +56,12 @@ def main(argv: Sequence[str]) -> int:
     seeds = tuple(range(args.run.seed, args.run.seed + args.seeds))
     log_to_screen()
     plan = Plan(variants, seeds, metric, args.finetune)
-    out = Path(args.out).resolve()
-    done, record = run_ablation(args.run, plan, args.store, out, say)
-    summary = write_results(out, plan, done, record)
+    folder = RunFolder(args.out)
+    out = folder.path
+    with folder.held("ablate", args.run.scale.lease_stale_s):
+        done, record = run_ablation(args.run, plan, args.store, out, say)
+        folder.check()
+        summary = write_results(out, plan, done, record)
     if args.json:
         print(json.dumps(summary.content))
         return 0

@@ -17,6 +17,10 @@ class DoctorArgs:
     """MLflow server to reach."""
     address: str | None = None
     """Ray job server to reach."""
+    config: str | None = None
+    """YAML config: whether its run makes sense, and fits the store, the card and the cluster."""
+    init: str | None = None
+    """Weights that the config's run would start from, as for `pretrain --init`."""
     json: bool = False
     """Print the checks as one JSON line."""
 
@@ -26,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse("doctor", DoctorArgs, argv)
     from diccae.doctor.examine import run_doctor
 
-    checks = run_doctor(args.store, args.mlflow_uri, args.address)
+    checks = run_doctor(args.store, args.mlflow_uri, args.address, args.config, args.init)
     if args.json:
         print(json.dumps([check._asdict() for check in checks]))
     else:

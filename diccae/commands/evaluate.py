@@ -34,7 +34,8 @@ def main(argv: Sequence[str]) -> int:
     log_to_screen()
     from diccae.stages.evaluate import run_evaluate
 
-    results = run_evaluate(folder, args.run, say)
+    with folder.held("evaluate", args.run.scale.lease_stale_s):
+        results = run_evaluate(folder, args.run, say)
     print(json.dumps(results) if args.json else results_table(results))
     return 0
 

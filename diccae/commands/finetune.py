@@ -41,6 +41,13 @@ def main(argv: Sequence[str]) -> int:
     log_to_screen()
     if args.dry_run:
         return _dry_run(folder, args)
+    with folder.held("finetune", args.run.scale.lease_stale_s):
+        _finetune(folder, args)
+    say(f"classifier in {args.out}/classifier; next: diccae evaluate --out {args.out}")
+    return 0
+
+
+def _finetune(folder: RunFolder, args: FinetuneArgs) -> None:
     from diccae.stages.finetune import run_finetune
     from diccae.stages.run_record import open_run
     from diccae.stages.statistics import with_store_features
@@ -56,8 +63,6 @@ def main(argv: Sequence[str]) -> int:
     folder.open(run, fresh=False)
     open_run(folder, run, args.store)
     run_finetune(folder, run, args.encoder, say)
-    say(f"classifier in {args.out}/classifier; next: diccae evaluate --out {args.out}")
-    return 0
 
 
 def _dry_run(folder: RunFolder, args: FinetuneArgs) -> int:

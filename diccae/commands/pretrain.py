@@ -61,10 +61,11 @@ def main(argv: Sequence[str]) -> int:
 
     log_to_screen()
     folder = RunFolder(args.out)
-    config = with_store_features(folder, config, args.config, args.store, args.fresh)
-    if folder.open(config, args.fresh, pretraining=True):
-        say(f"going on with the run in {args.out}")
-    run_pretrain(folder, config, args.store, say)
+    with folder.held("pretrain", config.scale.lease_stale_s):
+        config = with_store_features(folder, config, args.config, args.store, args.fresh)
+        if folder.open(config, args.fresh, pretraining=True):
+            say(f"going on with the run in {args.out}, attempt {folder.attempt.number}")
+        run_pretrain(folder, config, args.store, say)
     if args.json:
         print(json.dumps(folder.results))
     say(f"encoder in {args.out}/encoder; next: diccae finetune --out {args.out}")

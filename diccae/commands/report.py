@@ -1,5 +1,6 @@
 """`diccae report`: a run folder to one HTML page."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,5 +23,7 @@ def main(argv: Sequence[str]) -> int:
     from diccae.run_folder import RunFolder
     from diccae.stages.report import run_report
 
-    print(run_report(RunFolder(args.out), args.store))
+    folder = RunFolder(args.out)
+    with folder.held("report") if folder.record else contextlib.nullcontext():
+        print(run_report(folder, args.store))
     return 0

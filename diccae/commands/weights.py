@@ -63,11 +63,14 @@ def _import(args: WeightsArgs) -> dict[str, Any]:
     from diccae.stages.weights import import_weights
 
     folder = RunFolder(args.out)
-    if folder.record:
-        raise UsageError(f"import: {args.out} holds a run already; name a new folder with --out")
-    run = with_store_features(folder, args.run, args.config, args.store)
-    folder.open(run, fresh=False)
-    report = import_weights(folder, run, args.store, args.model, args.classes, say)
+    with folder.held("weights import"):
+        if folder.record:
+            raise UsageError(
+                f"import: {args.out} holds a run already; name a new folder with --out"
+            )
+        run = with_store_features(folder, args.run, args.config, args.store)
+        folder.open(run, fresh=False)
+        report = import_weights(folder, run, args.store, args.model, args.classes, say)
     say(f"next: diccae evaluate --out {args.out}, or finetune")
     done = report._asdict()
     del done["made_with"]

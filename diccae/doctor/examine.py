@@ -4,15 +4,20 @@ Knows nothing of how the answers are shown, and changes nothing. Invariant: no c
 each one that fails names the next step.
 """
 
-from diccae.doctor import libraries, machine, services
+from diccae.doctor import libraries, machine, recipe, services
 from diccae.doctor.check import Check
 
 
 def run_doctor(
-    store: str | None = None, mlflow_uri: str | None = None, address: str | None = None
+    store: str | None = None,
+    mlflow_uri: str | None = None,
+    address: str | None = None,
+    config: str | None = None,
+    init: str | None = None,
 ) -> list[Check]:
-    """Check the machine, and whatever of store, MLflow server and cluster is named.
+    """Check the machine, and whatever of store, MLflow server, cluster and config file is named.
 
+    Args: init: weights that `config` is to start from, as of `pretrain --init`.
     Returns: checks in the order in which their failures should be mended; about 20 s.
     """
     checks = [
@@ -34,4 +39,8 @@ def run_doctor(
         checks.append(services.check_mlflow(mlflow_uri))
     if address:
         checks.append(services.check_cluster(address))
+    if config:
+        checks.append(recipe.check_recipe(config, store, init))
+        checks.append(recipe.check_memory(config, store))
+        checks.append(recipe.check_place(config, address))
     return checks

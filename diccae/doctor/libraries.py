@@ -64,7 +64,7 @@ def _pins() -> dict[str, Version]:
     return {canonicalize_name(name): Version(version) for name, version in lines}
 
 
-_DEVICES = """
+DEVICES = """
 import json, torch
 names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
 print(json.dumps([torch.__version__, [[p.name, p.total_memory] for p in names]]))
@@ -74,7 +74,7 @@ print(json.dumps([torch.__version__, [[p.name, p.total_memory] for p in names]])
 @never_raises("devices", "reinstall torch: pip install -c constraints.txt --force-reinstall torch")
 def check_devices() -> Check:
     """GPUs that torch can use; a driver that torch cannot use is a failure, a CPU is not."""
-    version, gpus = json.loads(child.run(_DEVICES, 120))
+    version, gpus = json.loads(child.run(DEVICES, 120))
     cpus = len(os.sched_getaffinity(0))
     if gpus:
         names = ", ".join(f"{name} ({memory / 2**30:.0f} GiB)" for name, memory in gpus)

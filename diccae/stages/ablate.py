@@ -186,12 +186,13 @@ class _Ablation(NamedTuple):
     def _train(self, name: str, variant: Variant, seed: int) -> None:
         folder, config = self._folder(seed, name), variant_config(self.config, name, variant, seed)
         span = self._branch(variant, seed)
-        folder.open(config, fresh=False)
-        tags = _tags(self.parent, f"seed-{seed} {name}")
-        run_pretrain(folder, config, self.store, self.say, span, tags)
-        if self.plan.finetune:
-            run_finetune(folder, config, None, self.say)
-        run_evaluate(folder, config, self.say)
+        with folder.held(f"ablate, {name}", config.scale.lease_stale_s):
+            folder.open(config, fresh=False)
+            tags = _tags(self.parent, f"seed-{seed} {name}")
+            run_pretrain(folder, config, self.store, self.say, span, tags)
+            if self.plan.finetune:
+                run_finetune(folder, config, None, self.say)
+            run_evaluate(folder, config, self.say)
 
     def _branch(self, variant: Variant, seed: int) -> Span:
         """Where it starts: the end of the seed's warm-up, which is run if it is not there."""
@@ -201,10 +202,11 @@ class _Ablation(NamedTuple):
         folder = self._folder(seed, _WARMUP)
         if not folder.results.get("warmup_epochs"):
             own = self.config.model_copy(update={"seed": seed})
-            folder.open(own, fresh=False)
-            tags = _tags(self.parent, f"seed-{seed} {_WARMUP}")
-            run_pretrain(folder, own, self.store, self.say, Span(until_epoch=epochs), tags)
-            folder.write_results(warmup_epochs=epochs)
+            with folder.held("ablate, warm-up", own.scale.lease_stale_s):
+                folder.open(own, fresh=False)
+                tags = _tags(self.parent, f"seed-{seed} {_WARMUP}")
+                run_pretrain(folder, own, self.store, self.say, Span(until_epoch=epochs), tags)
+                folder.write_results(warmup_epochs=epochs)
         newest = newest_checkpoint(folder.path, CHECKPOINTS)
         if newest is None:
             raise UsageError(

@@ -42,6 +42,13 @@ def run_demo(config: RunConfig, out: Path, data: Path | None, fresh: bool, say: 
     Raises: UsageError if `data` is no such folder; the errors of the stages.
     """
     folder = RunFolder(out / "run")
+    with folder.held("demo", config.scale.lease_stale_s):
+        return _run_stages(folder, config, out, data=data, fresh=fresh, say=say)
+
+
+def _run_stages(
+    folder: RunFolder, config: RunConfig, out: Path, *, data: Path | None, fresh: bool, say: Say
+) -> Demo:
     if folder.open(config, fresh):
         say(f"going on with the run in {folder.path}")
     csv, videos = _clips(out, data, say)

@@ -30,11 +30,14 @@ def run_evaluate(folder: RunFolder, config: RunConfig, say: Say) -> dict[str, An
     check_fits(inference_demands(config.scale))
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
     started = time.monotonic()
-    found = evaluate(config, data.train, test, folder.path, _clusters(folder.path, test)).as_json()
+    clusters = _clusters(folder.path, test)
+    evaluation = evaluate(config, data.train, test, folder.path, clusters, may_write=folder.check)
+    found = evaluation.as_json()
     seconds = {"evaluate": round(time.monotonic() - started, 2)}
     results = folder.write_results(**found, seconds=seconds, config_hash=config.digest())
     handle = tracking_handle(folder)
     if handle.run_id:
+        folder.check()
         tracking.log_results(handle, dict(scalars(found)))
     return results
 

@@ -32,6 +32,7 @@ def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say:
     start_ray()
     check_fits(training_demands(config, None))
     origin = provenance(folder, config)
+    folder.check()
     uri = starting_encoder(config, train, encoder, folder.path, origin)
     say(
         f"finetune  {len(train):,} labelled of {len(data.train):,} clips, "
@@ -43,6 +44,8 @@ def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say:
         with_status(
             folder,
             handle,
-            lambda: finetune(config, train, uri, folder.path, handle, origin),
+            lambda: finetune(
+                config, train, uri, folder.path, handle, origin, attempt=folder.attempt
+            ),
         )
     folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})

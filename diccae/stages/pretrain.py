@@ -57,6 +57,7 @@ def run_pretrain(
                 made_by,
                 span=span,
                 pool=config.pool,
+                attempt=folder.attempt,
             ),
         )
     _write_results(folder, config, len(data.train), result, time.monotonic() - started)

@@ -13,7 +13,7 @@ from training.tracking import tracker as tracking
 
 def run_report(folder: RunFolder, store: str | None) -> Path:
     """Write the page and hand it, the results and the encoder to MLflow."""
-    page = write_report(folder.path, store)
+    page = write_report(folder.path, store, may_write=folder.check)
     handle = tracking_handle(folder)
     if handle.run_id:
         present = [

@@ -65,6 +65,7 @@ def remember(
     """
     if folder.record.get("store"):
         return
+    folder.check()
     snapshot = data.snapshot
     # The whole path: the next stage may be started in another folder.
     pinned: dict[str, Any] = {
@@ -100,6 +101,7 @@ def tracking_run(
     folder: RunFolder, config: RunConfig, data: Pinned, tags: Mapping[str, str] | None = None
 ) -> RunHandle:
     """The MLflow run of the folder: made once, the same after every restart."""
+    folder.check()
     known = folder.record.get("mlflow")
     if known:
         return RunHandle(known["uri"], known["run_id"], str(folder.path))
@@ -133,7 +135,10 @@ def provenance(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
 def with_status(
     folder: RunFolder, handle: RunHandle, stage: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Run a stage and tell MLflow how it ended; an MLflow that was away gets the run now."""
+    """Run a stage and tell MLflow how it ended; an MLflow that was away gets the run now.
+
+    A start that lost the folder tells nothing: the run is that of the one which holds it.
+    """
     status = "FAILED"
     try:
         result = stage()
@@ -143,5 +148,6 @@ def with_status(
         status = "KILLED"
         raise
     finally:
-        handle = tracking.finish(handle, status)
-        folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
+        if folder.is_ours:
+            handle = tracking.finish(handle, status)
+            folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})

@@ -120,8 +120,17 @@ def with_store_features(
     """
     if folder.record and not fresh:  # Its store, and so its features, are pinned.
         return config.model_copy(update={"features": folder.config().features})
+    spec = spec_as_asked(file, config.data.version, store)
+    return config.model_copy(update={"features": spec})
+
+
+def spec_as_asked(file: str | None, version: int | None, store: str) -> FeatureSpec:
+    """The feature spec of a store, which is what the config file asks for.
+
+    Raises: UsageError naming the keys of the file's `features` that the store has otherwise.
+    """
     asked = load_config(file).features
-    spec = FeatureStore.open(store).snapshot(config.data.version).spec
+    spec = FeatureStore.open(store).snapshot(version).spec
     wrong = [
         f"features.{name} = {getattr(asked, name)} in {file}, {getattr(spec, name)} in the store"
         for name in sorted(asked.model_fields_set)
@@ -132,7 +141,7 @@ def with_store_features(
             f"{store} holds other features than the config asks for: {'; '.join(wrong)}. Ingest "
             f"with --config {file}, or change the config"
         )
-    return config.model_copy(update={"features": spec})
+    return spec
 
 
 def _of_store(snapshot: Snapshot) -> tuple[FbankStatistics, str]:

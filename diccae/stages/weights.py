@@ -48,6 +48,7 @@ def import_weights(
     config, statistics = settle(folder, config, data, say, uri, report.made_with)
     open_run(folder, config, store)
     folder.write_record(statistics=statistics)
+    folder.check()
     made_from = provenance(folder, config) | {"weights": uri}
     saved = (train.classes, train.spec.model_dump(mode="json"), made_from)
     normalised = config.data.statistics

@@ -1,4 +1,4 @@
-"""Lease: the right to be the one writer of a store, with a heartbeat.
+"""Lease: the right to be the one writer of a store or a run folder, with a heartbeat.
 
 Knows nothing of what is written. Invariant: of any number of processes at most one holds the newest
 generation, because a generation is a file that only one of them can create; a holder that lost it
@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ import psutil
 from pipeline.errors import StoreLocked
 from pipeline.storage import Location, storage_failures_ignored
 
-_FOLDER = "lease"
+LEASE_FOLDER = "lease"
+"""Below the place that is held."""
+_LOST = "this run was taken for dead and lost its lease. {}"
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _ended: set[str] = set()
 """Owners of leases that this process has given up."""
@@ -42,6 +45,7 @@ class Lease:
             "pid": os.getpid(),
             "pid_started": psutil.Process().create_time(),
             "purpose": purpose,
+            "since": time.time(),
             # Others judge the silence by it: who beats slowly is not dead to a hasty one.
             "stale_s": stale_s,
         }
@@ -50,15 +54,21 @@ class Lease:
         self._lost: str | None = None
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
+    @property
+    def generation(self) -> int:
+        """Number of this hold among all of the place; 0 before it is entered."""
+        return self._generation
+
     def __enter__(self) -> "Lease":
         """Raises: StoreLocked if somebody else is writing."""
         newest = self._newest()
         holder = self._read(newest)
         if holder is not None and self._is_alive(newest, holder):
-            raise StoreLocked(self._describe(holder))
+            raise StoreLocked(_describe(self._location, holder, self._stale_s))
         self._generation = newest + 1
         if not self._location.create_bytes(_name(self._generation), self._stamp()):
-            raise StoreLocked(self._describe(self._read(self._generation) or {}))
+            holder = self._read(self._generation)
+            raise StoreLocked(_describe(self._location, holder, self._stale_s))
         for generation in range(max(1, newest - 1), newest + 1):
             self._location.remove(_name(generation))
         self._thread.start()
@@ -78,16 +88,17 @@ class Lease:
     def check(self) -> None:
         """Raises: StoreLocked if another process has taken the lease over."""
         if self._lost is None and self._newest() != self._generation:
-            self._lost = self._describe(self._read(self._newest()) or {})
+            self._lost = _describe(self._location, self._read(self._newest()), self._stale_s)
         if self._lost is not None:
-            raise StoreLocked(f"this run was taken for dead and lost its lease. {self._lost}")
+            raise StoreLocked(_LOST.format(self._lost))
 
     def _beat(self) -> None:
         while not self._stop.wait(self._stale_s / 6):
             # Storage that is away for a while costs a heartbeat, not the run.
             with storage_failures_ignored():
                 if self._newest() != self._generation:
-                    self._lost = self._describe(self._read(self._newest()) or {})
+                    holder = self._read(self._newest())
+                    self._lost = _describe(self._location, holder, self._stale_s)
                     return
                 self._location.write_bytes(_name(self._generation), self._stamp())
 
@@ -95,23 +106,20 @@ class Lease:
         return json.dumps(self._me | {"beat": time.time(), "released": released}).encode()
 
     def _newest(self) -> int:
-        names = (entry["name"].rsplit("/", 1)[-1] for entry in self._location.ls(_FOLDER))
-        numbers = (name.removesuffix(".json") for name in names if name.endswith(".json"))
-        return max((int(number) for number in numbers if number.isdigit()), default=0)
+        return _newest_at(self._location)
 
     def _read(self, generation: int) -> dict[str, Any] | None:
-        try:
-            holder: dict[str, Any] = json.loads(self._location.read_bytes(_name(generation)))
-            return holder
-        except FileNotFoundError:
-            return None
+        return _read_at(self._location, generation)
 
     def _is_alive(self, generation: int, holder: dict[str, Any]) -> bool:
         if holder["released"] or holder["owner"] in _ended:
             return False
         if holder["host"] == self._me["host"]:
-            return _same_process(holder["pid"], holder["pid_started"])
-        stale_s = self._stale_s_of(holder)
+            status = _status_of(holder["pid"], holder["pid_started"])
+            # A stopped process (SIGSTOP, Ctrl-Z) is judged by its silence: it may never go on.
+            if status != psutil.STATUS_STOPPED:
+                return status is not None
+        stale_s = _stale_s_of(holder, self._stale_s)
         if time.time() - holder["beat"] < stale_s:
             return True
         # Clocks differ between machines: a heartbeat that looks old may still go on.
@@ -119,18 +127,50 @@ class Lease:
         again = self._read(generation)
         return again is None or again["beat"] != holder["beat"]
 
-    def _stale_s_of(self, holder: dict[str, Any]) -> float:
-        """Leases of older versions do not say it."""
-        return float(holder.get("stale_s", self._stale_s))
 
-    def _describe(self, holder: dict[str, Any]) -> str:
-        ago = f"{time.time() - holder['beat']:.0f} s ago" if "beat" in holder else "just now"
-        return (
-            f"{self._location.uri}: locked by {holder.get('purpose', 'another run')} "
-            f"(host {holder.get('host', '?')}, process {holder.get('pid', '?')}, heartbeat {ago}). "
-            f"Wait for it or end it: silent for "
-            f"{self._stale_s_of(holder):.0f} s, it counts as dead."
-        )
+def check_generation(uri: str, generation: int) -> None:
+    """`Lease.check` for processes, also on other machines, that work for the holder of a lease.
+
+    Raises: StoreLocked if a younger generation holds the place.
+    """
+    location = Location(uri)
+    newest = _newest_at(location)
+    if newest != generation:
+        raise StoreLocked(_LOST.format(_describe(location, _read_at(location, newest))))
+
+
+def _newest_at(location: Location) -> int:
+    names = (entry["name"].rsplit("/", 1)[-1] for entry in location.ls(LEASE_FOLDER))
+    numbers = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+    return max((int(number) for number in numbers if number.isdigit()), default=0)
+
+
+def _read_at(location: Location, generation: int) -> dict[str, Any] | None:
+    try:
+        holder: dict[str, Any] = json.loads(location.read_bytes(_name(generation)))
+        return holder
+    except FileNotFoundError:
+        return None
+
+
+def _stale_s_of(holder: dict[str, Any], otherwise: float) -> float:
+    """Leases of older versions do not say it."""
+    return float(holder.get("stale_s", otherwise))
+
+
+def _describe(location: Location, about: dict[str, Any] | None, stale_s: float = 0.0) -> str:
+    holder = about or {}
+    ago = f"{time.time() - holder['beat']:.0f} s ago" if "beat" in holder else "just now"
+    since = ""
+    if "since" in holder:
+        began = datetime.fromtimestamp(holder["since"], UTC)
+        since = f", since {began.isoformat(timespec='seconds')}"
+    return (
+        f"{location.uri}: locked by {holder.get('purpose', 'another run')} "
+        f"(host {holder.get('host', '?')}, process {holder.get('pid', '?')}{since}, heartbeat "
+        f"{ago}). Wait for it or end it: silent for {_stale_s_of(holder, stale_s):.0f} s, it "
+        "counts as dead."
+    )
 
 
 def _host() -> str:
@@ -145,13 +185,15 @@ def _host() -> str:
 
 
 def _name(generation: int) -> str:
-    return f"{_FOLDER}/{generation:08d}.json"
+    return f"{LEASE_FOLDER}/{generation:08d}.json"
 
 
-def _same_process(pid: int, started: float) -> bool:
+def _status_of(pid: int, started: float) -> str | None:
+    """psutil's word for how the very process fares; None if it is gone."""
     try:
         process = psutil.Process(pid)
         same = abs(process.create_time() - started) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        status = str(process.status())
     except psutil.Error:
-        return False
+        return None
+    return status if same and status != psutil.STATUS_ZOMBIE else None

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from deploy.__main__ import main
 from deploy.config import ClusterConfig, GroupConfig
-from deploy.render import render, write_manifests
+from deploy.render import MAXIMA, render, write_manifests
 
 ROOT = Path(__file__).parents[2]
 GUARDED_PORTS = {6379, 8265, 10001, 5000}
@@ -208,7 +208,51 @@ def test_words_of_the_command_and_env_arrive_as_given() -> None:
     job = _rayjob(UNUSUAL)
     assert shlex.split(job["spec"]["entrypoint"]) == ["python", "-m", "diccae", *UNUSUAL.command]
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
-    assert {entry["name"]: entry["value"] for entry in head["env"]} == UNUSUAL.env
+    env = {entry["name"]: entry["value"] for entry in head["env"]}
+    maxima = json.loads(env.pop(MAXIMA))
+    assert env == UNUSUAL.env
+    assert maxima[0] == {"nodes": 2, "cpus": 2, "gpus": 0}
+    start = yaml.safe_load(render(UNUSUAL)["ray-cluster.yaml"])["head_start_ray_commands"][-1]
+    assert f"{MAXIMA}={json.dumps(maxima)}" in shlex.split(start)
+
+
+def test_a_shared_claim_is_in_every_pod_and_a_run_in_one_pod_is_refused(
+    schemas: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("pretrain", "--store", "s3://b/store", "--out", "/runs/first")
+    config = ClusterConfig(shared_claim="team-runs", shared_mount="/runs", command=command)
+    job = _rayjob(config)
+    assert _errors(schemas, job) == []
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        claim = {"name": "shared", "persistentVolumeClaim": {"claimName": "team-runs"}}
+        assert claim in pod["volumes"]
+        mount = {"name": "shared", "mountPath": "/runs"}
+        assert mount in pod["containers"][0]["volumeMounts"]
+    for words in (command, ("pretrain", "--out=s3://b/run"), ("ingest", "--store", "store")):
+        assert main(["--out", str(tmp_path / "m"), "--", *words]) == 2
+        assert "set shared_claim" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_two_jobs_stand_beside_each_other() -> None:
+    """One MLflow serves both, whichever manifests were applied last."""
+    one, other = _documents(ClusterConfig(name="one")), _documents(ClusterConfig(name="other"))
+    assert one[2:] == other[2:]
+    (rule,) = one[-1]["spec"]["ingress"]
+    (peer,) = rule["from"]
+    assert peer["podSelector"] == {
+        "matchExpressions": [{"key": "diccae.io/cluster", "operator": "Exists"}]
+    }
+
+
+def test_workers_of_ray_up_have_an_instance_profile() -> None:
+    for given, name in (("", "ray-autoscaler-v1"), ("team-s3", "team-s3")):
+        text = render(ClusterConfig(worker_profile=given))["ray-cluster.yaml"]
+        types = yaml.safe_load(text)["available_node_types"]
+        for group in ("decode-cpu", "train-gpu"):
+            assert types[group]["node_config"]["IamInstanceProfile"] == {"Name": name}
 
 
 def test_head_takes_no_work_and_shared_memory_holds_the_object_store() -> None:

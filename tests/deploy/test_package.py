@@ -63,6 +63,69 @@ def test_secrets_environments_and_history_never_travel(tmp_path: Path) -> None:
     assert ("py311/", "never sent") in select_files(root).left_out
 
 
+CREDENTIALS = {
+    ".ssh/config": "",
+    ".aws/credentials": "",
+    ".kube/config": "",
+    ".docker/config.json": "{}",
+    ".config/gcloud/application_default_credentials.json": "{}",
+    ".git-credentials": "",
+    ".netrc": "",
+    ".pypirc": "",
+    ".npmrc": "",
+    ".pgpass": "",
+    ".envrc": "",
+    "deploy/prod.env": "",
+    "deploy/Prod.ENV": "",
+    "tls/server.p12": "",
+    "tls/server.pem": "",
+    "keys/id_ed25519": "",
+    "keys/deploy": "-----BEGIN OPENSSH PRIVATE KEY-----",
+    "my-project-1a2b3c.json": '{"type": "service_account", "private_key": "-----BEGIN"}',
+    "hf_token": "",
+    "service.token": "",
+    "infra/terraform.tfstate": "",
+    ".streamlit/secrets.toml": "",
+}
+HARMLESS = {
+    "main.py": "PRIVATE_KEY = '-----BEGIN RSA PRIVATE KEY-----'  # what a scanner looks for",
+    "tokenizer.json": "{}",
+    "pkg/token.py": "",
+    ".env.example": "TOKEN=",
+    "configs/environment.yaml": "",
+    "keys/id_ed25519.pub": "",
+}
+
+
+def test_credentials_never_travel_and_are_listed(tmp_path: Path) -> None:
+    _tree(tmp_path, CREDENTIALS | HARMLESS)
+    selection = select_files(tmp_path)
+    assert [file.name for file in selection.files] == sorted(HARMLESS)
+    left_out = tuple(name for name, why in selection.left_out if "credentials" in why)
+    assert all(name.startswith(left_out) for name in CREDENTIALS)
+    assert _names(tmp_path, "!*.env", "!.ssh/") == sorted(HARMLESS)  # No pattern takes one back.
+
+
+def test_a_link_to_credentials_is_no_way_out(tmp_path: Path) -> None:
+    root = _tree(tmp_path, {"main.py": "", ".env": "TOKEN=1", ".aws/config": "key", "a/b.py": ""})
+    (root / "settings").symlink_to(".env")
+    (root / "a" / "aws.txt").symlink_to("../.aws/config")
+    (root / "again").symlink_to("settings")
+    assert _names(root) == ["a/b.py", "main.py"]
+    left_out = dict(select_files(root).left_out)
+    assert left_out["settings"] == left_out["again"] == "a link to credentials"
+
+
+def test_a_home_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = _tree(tmp_path / "home" / "user" / "project", {"main.py": ""})
+    monkeypatch.setenv("HOME", str(tmp_path / "home" / "user"))
+    assert _names(project) == ["main.py"]
+    (tmp_path / "alias").symlink_to(project.parent)
+    for folder in (project.parent, tmp_path / "home", tmp_path / "alias", Path("/"), Path("/root")):
+        with pytest.raises(PackageRefused, match="home folder"):
+            select_files(folder)
+
+
 def test_links_that_leave_the_folder_stay_and_links_inside_become_files(tmp_path: Path) -> None:
     outside = _tree(tmp_path / "outside", {"data.bin": "big"})
     root = _tree(tmp_path / "root", {"main.py": "pass"})

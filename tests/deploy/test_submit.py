@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from deploy.errors import AccessRefused, ClusterUnreachable, DeployError
-from deploy.submit import INTERRUPTED, connect, follow, stop, submit
+from deploy.submit import INTERRUPTED, connect, follow, nodes_of, stop, submit
+from diccae.cli import main
 
 TOKEN = "4f9c" * 16
 MAIN = """
@@ -125,6 +126,16 @@ class Screen:
 
     def write(self, text: str) -> None:
         self.log += text
+
+
+@pytest.mark.usefixtures("token")
+def test_the_nodes_of_a_cluster_are_known_before_a_job_is_sent(head: str) -> None:
+    deadline = time.monotonic() + 60
+    cluster = connect(head)
+    while not (nodes := nodes_of(cluster)):  # The head answers a second before it is a node.
+        assert time.monotonic() < deadline, "the head never listed itself"
+        time.sleep(0.2)
+    assert nodes == [(2.0, 0.0)]
 
 
 @pytest.mark.usefixtures("token")
@@ -248,3 +259,13 @@ def test_paths_that_do_not_travel_are_named(old_ray: str, project: Path, tmp_pat
 def test_an_address_that_cannot_work_says_what_would(address: str, message: str) -> None:
     with pytest.raises(DeployError, match=message):
         connect(address, timeout_s=5)
+
+
+def test_a_home_folder_is_refused_before_the_cluster_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """HOME is `tmp_path` here."""
+    (tmp_path / "main.py").write_text("")
+    options = ["--address", "http://127.0.0.1:1", "--working-dir", str(tmp_path)]
+    assert main(["submit", *options, "--", "pretrain"]) == 2
+    assert "a home folder" in capsys.readouterr().err

@@ -40,6 +40,51 @@ def _pretrain(folder: Path, *options: str) -> int:
     return main(["pretrain", "--config", SMOKE, *out, "--encoder.dim", "32", *options])
 
 
+MAXIMA = '[{"nodes": 2, "cpus": 8, "gpus": 0}, {"nodes": 1, "cpus": 16, "gpus": 2}]'
+
+
+def test_a_pretraining_waits_while_the_groups_grow_from_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cluster
+) -> None:
+    """The head takes no work, the group that trains has no node yet."""
+    head, decode, train = (0.0, 0.0), (8.0, 0.0), (16.0, 2.0)
+    monkeypatch.setenv("DICCAE_AUTOSCALING_GROUPS", MAXIMA)
+    monkeypatch.setattr("diccae.resources._POLL_NODES_S", 0.0)
+    asked: list[list[dict[str, float]]] = []
+
+    def request_resources(bundles: list[dict[str, float]]) -> None:
+        asked.append(bundles)
+
+    def grow(seconds: float) -> None:
+        cluster(*((head, decode) if len(asked) == 1 and not grown else (head, decode, train)))
+        grown.append(seconds)
+
+    grown: list[float] = []
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", request_resources)
+    monkeypatch.setattr("diccae.resources.time.sleep", grow)
+    cluster(head)
+    with pytest.raises(ZeroDivisionError):  # It goes on.
+        _pretrain(tmp_path, "--scale.num-workers", "2", "--scale.use-gpu")
+    assert len(grown) == 2
+    assert [bundle for bundle in asked[0] if bundle.get("GPU")] == [{"CPU": 1.0, "GPU": 1.0}] * 2
+    assert asked[1:] == [[]], "what was asked for is given back"
+    said = [line for line in capsys.readouterr().err.splitlines() if "waiting" in line]
+    assert "2 of the training workers" in said[0]
+    assert "2 node(s) are up" in said[-1]
+
+
+def test_what_the_groups_can_never_hold_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cluster
+) -> None:
+    monkeypatch.setenv("DICCAE_AUTOSCALING_GROUPS", MAXIMA)
+    cluster((0.0, 0.0))
+    assert _pretrain(tmp_path, "--scale.num-workers", "3", "--scale.use-gpu") == 1
+    said = capsys.readouterr().err
+    assert "can grow to 32 CPUs and 2 GPUs" in said
+    assert "No room for 1 of the training workers" in said
+    assert "raise max_nodes" in said
+
+
 @pytest.mark.parametrize(
     ("nodes", "options", "said"),
     [

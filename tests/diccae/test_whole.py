@@ -331,6 +331,12 @@ def test_baseline_recipe_runs_and_dry_run_says_what_it_costs(
         (["--pretrain.batch-size", "400"], f"only {N_TRAIN} clips"),
         (["--scale.num-workers", "5"], "data.lanes = 4 are too few for 5 workers"),
         (["--rounds.margin-nats", "0.2"], "encoder.stem = patch learns nothing"),
+        (["--clustering.k", f"{N_TRAIN // 2 + 1}"], "K is at most half of that"),
+        (
+            ["--rounds.margin-nats", "3.5", "--loss.intra", "1"],
+            "set rounds.margin_nats well below 3.47",
+        ),
+        (["--rounds.warmup-epochs", "3"], "lower rounds.warmup_epochs"),
     ],
 )
 def test_what_cannot_work_is_said_before_the_cluster_is_used(

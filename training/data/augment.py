@@ -7,6 +7,7 @@ Shapes: B clips, F frames, H x W pixels, T fbank frames, M mel bins.
 """
 
 import functools
+import math
 
 import torch
 from torch import Generator, Tensor
@@ -16,6 +17,8 @@ from training.config import AugmentConfig, DataConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+"""RGB to luma Y and chroma (I, Q), as NTSC defines them; a grey pixel has no chroma."""
 
 
 def normalise_frames(frames_BFHWC: Tensor) -> Tensor:
@@ -23,6 +26,13 @@ def normalise_frames(frames_BFHWC: Tensor) -> Tensor:
     x = frames_BFHWC.permute(0, 1, 4, 2, 3).float() / 255.0
     mean, std = _imagenet(x.device)
     return (x - mean) / std
+
+
+@functools.lru_cache(maxsize=8)
+def _yiq(device: torch.device) -> tuple[Tensor, Tensor]:
+    """YIQ and its inverse, [3, 3]; copied once, as that waits."""
+    to_yiq = torch.tensor(YIQ, dtype=torch.float64)
+    return to_yiq.float().to(device), to_yiq.inverse().float().to(device)
 
 
 @functools.lru_cache(maxsize=8)
@@ -44,7 +54,11 @@ def _uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
 
 
 def augment_frames(x_BFCHW: Tensor, config: AugmentConfig, generator: Generator) -> Tensor:
-    """Random resized crop, flip, brightness and contrast; one draw per clip, same for its frames.
+    """Random resized crop, flip, contrast, brightness, colour, blur; one draw for a clip's frames.
+
+    Contrast multiplies the normalised values, brightness is added to them; the rest is `_recolour`
+    and `_blur`. A strength of 0 draws nothing, so the views of a config stay what they were when a
+    new kind of change is added to this file.
 
     Args: x_BFCHW: normalised float32, on the generator's device.
     """
@@ -72,7 +86,57 @@ def augment_frames(x_BFCHW: Tensor, config: AugmentConfig, generator: Generator)
             x_BFCHW
         )
     shape = (n_clips, 1, 1, 1, 1)
-    return x_BFCHW * draws["contrast"].view(shape) + draws["brightness"].view(shape)
+    x_BFCHW = x_BFCHW * draws["contrast"].view(shape) + draws["brightness"].view(shape)
+    if config.hue > 0.0 or config.saturation > 0.0 or config.greyscale > 0.0:
+        x_BFCHW = _recolour(x_BFCHW, config, generator)
+    if config.blur > 0.0:
+        x_BFCHW = _blur(x_BFCHW, _uniform(n_clips, 0.0, config.blur, generator))
+    return x_BFCHW
+
+
+def _recolour(x_BFCHW: Tensor, config: AugmentConfig, generator: Generator) -> Tensor:
+    """Turn and scale the chroma of every pixel; its luma stays.
+
+    Of a pixel's RGB in [0, 1], (Y, I, Q) = YIQ RGB; the chroma (I, Q) is rotated by an angle
+    uniform in +-hue * 360 degrees and multiplied by a factor uniform in 1 +- saturation, or by 0
+    with chance `greyscale`. Nothing is clipped to [0, 1] on the way back: clipping would change
+    the luma, and leave a trace of the hue that was.
+    """
+    n_clips, device = len(x_BFCHW), x_BFCHW.device
+    angle = _uniform(n_clips, -config.hue, config.hue, generator) * (2 * math.pi)
+    factor = 1.0 + _uniform(n_clips, -config.saturation, config.saturation, generator)
+    grey = _uniform(n_clips, 0.0, 1.0, generator) < config.greyscale
+    factor = torch.where(grey, 0.0, factor)
+    chroma_B33 = torch.zeros(n_clips, 3, 3, device=device)
+    chroma_B33[:, 0, 0] = 1.0
+    chroma_B33[:, 1, 1] = chroma_B33[:, 2, 2] = factor * angle.cos()
+    chroma_B33[:, 2, 1] = factor * angle.sin()
+    chroma_B33[:, 1, 2] = -chroma_B33[:, 2, 1]
+    to_yiq, to_rgb = _yiq(device)
+    rgb_B33 = to_rgb @ chroma_B33 @ to_yiq
+    mean, std = (values.flatten() for values in _imagenet(device))
+    # Of normalised values: one product for each pixel instead of one more for every step.
+    matrix_B33 = rgb_B33 * std / std[:, None]
+    offset_B3 = (rgb_B33 @ mean - mean) / std
+    changed = matrix_B33[:, None] @ x_BFCHW.flatten(3) + offset_B3[:, None, :, None]
+    return changed.view_as(x_BFCHW)
+
+
+def _blur(x_BFCHW: Tensor, sigma_B: Tensor) -> Tensor:
+    """Gaussian blur of `sigma_B` pixels along both axes; weights of a row of pixels sum to 1.
+
+    The part of a Gaussian that is outside of the frame is shared out among the pixels inside. As
+    products of whole rows with a matrix: a convolution has one kernel size, and each clip a width
+    of its own.
+    """
+
+    def weights(n: int) -> Tensor:
+        at = torch.arange(n, device=x_BFCHW.device)
+        distance = (at[:, None] - at) / sigma_B.clamp_min(1e-3)[:, None, None]
+        return torch.softmax(-0.5 * distance**2, dim=-1)[:, None, None]
+
+    height, width = x_BFCHW.shape[-2:]
+    return weights(height) @ x_BFCHW @ weights(width).mT
 
 
 def _random_spans(n: int, length: int, longest: int, generator: Generator) -> Tensor:

@@ -127,6 +127,10 @@ class BatchPlan(NamedTuple):
         """Clips of a batch in one lane, b."""
         return self.batch_size // self.lanes
 
+    def compared(self, negatives: str) -> int:
+        """Clips that InfoNCE compares: of the whole batch, or of a lane (`local`)."""
+        return self.batch_size if negatives == "global" else self.lane_size
+
     def rows_of_workers(self, world_size: int) -> tuple[int, ...]:
         """Clips of a batch that each worker reads."""
         b = self.lane_size

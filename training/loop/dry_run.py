@@ -65,6 +65,25 @@ def dry_run_finetuning(
     return budget_table(budget, *_load(plan, config.scale, None), steps)
 
 
+class StepBytes(NamedTuple):
+    """Memory of a step of one worker."""
+
+    pretrain: int
+    finetune: int
+
+
+def step_bytes(config: TrainingConfig, spec: FeatureSpec, n_classes: int) -> StepBytes:
+    """What a worker's largest steps keep, by the budget; nothing is measured, no store read."""
+    sizes, shape = (config.pretrain.batch_size, config.finetune.batch_size), input_shape(spec)
+    plans = [BatchPlan.of(batch_size, batch_size, config.data) for batch_size in sizes]
+    micro_batches = (config.pretrain.micro_batch, None)
+    clips = [_load(*x).at_once for x in zip(plans, [config.scale] * 2, micro_batches, strict=True)]
+    return StepBytes(
+        pretraining_budget(config, shape).step_bytes(clips[0]),
+        finetuning_budget(config, shape, n_classes).step_bytes(clips[1]),
+    )
+
+
 def _load(plan: BatchPlan, scale: ScaleConfig, micro_batch: int | None) -> _Load:
     per_step = max(plan.rows_of_workers(scale.num_workers))
     if micro_batch is None or micro_batch >= per_step:

@@ -193,7 +193,7 @@ class Finetuner:
     def _log(self) -> None:
         metrics = self.meter.flush(self.step, self.tuning.batch_size)
         metrics["epoch"] = self.step / self.steps_per_epoch
-        metrics["confusion/mean_offdiagonal"] = self.confusion.mean_offdiagonal
+        metrics["confusion/mean_offdiagonal"] = float(self.confusion.mean_offdiagonal)
         if self.world.rank == 0:
             self.hooks.log(self.step, metrics)
 

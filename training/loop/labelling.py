@@ -50,7 +50,7 @@ class Labelling:
         self.rounds = None if config.rounds.labels == "none" else rounds
         self.push = None if self.rounds is None else FeaturePush(self.rounds, world)
         self.steps_per_epoch = plan.steps(len(index))
-        compared = plan.batch_size if config.loss.negatives == "global" else plan.lane_size
+        compared = plan.compared(config.loss.negatives)
         self.gate_nats = math.log(compared) - config.rounds.margin_nats
         order = np.argsort(index.keys_N)
         self.truth = LabelTable(index.keys_N[order], index.labels_N[order])
@@ -212,14 +212,16 @@ class Labelling:
         """Health of the round in force, by MLflow metric name."""
         out = {f"clustering/{name}": value for name, value in self.health.items()}
         if self.in_force:
-            degrees = [labels.confusion.mean_offdiagonal for labels in self.in_force]
+            degrees = [float(labels.confusion.mean_offdiagonal) for labels in self.in_force]
             out["confusion/mean_offdiagonal"] = float(np.mean(degrees))
         return out
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs; numbers, strings and tensors only. Collective.
 
-        Rows on their way to the bank are in it afterwards.
+        Labels and prototypes are those of round `round`, which is on storage: a copy of them in
+        every checkpoint would be 12 bytes a clip. Rows on their way to the bank are in it
+        afterwards.
         """
         if self.push is not None:
             self.push.settle()
@@ -231,38 +233,27 @@ class Labelling:
             "confusion_step": self.confusion_step,
             "health": self.health,
             "rows_dropped": self.rows_dropped,
-            "heads": [
-                {
-                    "name": head.name,
-                    "teaches": list(head.teaches),
-                    "keys": torch.from_numpy(head.keys_N.view(np.int64).copy()),
-                    "labels": torch.from_numpy(head.labels_N.copy()),
-                    "prototypes": {s: m.cpu() for s, m in labels.prototypes.items()},
-                    "confusion": {
-                        name: value.cpu() for name, value in labels.confusion.state_dict().items()
-                    },
-                }
-                for head, labels in zip(self.heads, self.in_force, strict=True)
+            "confusion": [
+                {name: value.cpu() for name, value in labels.confusion.state_dict().items()}
+                for labels in self.in_force
             ],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a `state_dict`; a round that was pending is asked for again. Collective."""
+        """Take over a `state_dict`; a round that was pending is asked for again. Collective.
+
+        Raises: ClusteringError if the round whose labels were in force is no longer on storage.
+        """
         self.round, self.first_step = state["round"], state["first_step"]
         self.confusion_step = state["confusion_step"]
         self.health, self.rows_dropped = dict(state["health"]), state["rows_dropped"]
         self.pending = None if state["pending"] is None else RoundRequest(**state["pending"])
         self.heads, self.in_force = [], []
-        for saved in state["heads"]:
-            head = HeadLabels(
-                saved["name"],
-                tuple(saved["teaches"]),
-                saved["keys"].numpy().view(np.uint64),
-                saved["labels"].numpy(),
-                {stream: m.numpy() for stream, m in saved["prototypes"].items()},
-                saved["confusion"]["confusion_KK"].float().numpy(),
-            )
-            self._enforce(head).confusion.load_state_dict(saved["confusion"])
+        if state["confusion"]:
+            assert self.rounds is not None
+            published = self.rounds.wait(self.round, self.config.rounds.timeout_s)
+            for head, confusion in zip(published.heads, state["confusion"], strict=True):
+                self._enforce(head).confusion.load_state_dict(confusion)
         if self.pending is not None and self.rounds is not None:
             if self.world.rank == 0:
                 self.rounds.start(self.pending)

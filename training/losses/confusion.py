@@ -16,7 +16,12 @@ from torch import Tensor
 
 from clustering.kmeans.label_table import NO_LABEL
 from training.config import ConfusionConfig
-from training.losses.gather import of_every_rank, of_this_rank, world
+from training.errors import TOO_OLD, TrainingError
+from training.losses.gather import world
+
+_UNIT = 2.0**36
+"""Posteriors are summed as whole multiples of 1 / _UNIT: such a sum is exact, so it is the same in
+any order, on any number of ranks, and resumed from a checkpoint; 2^27 clips of a class fit."""
 
 
 def relative_degrees(confusion_KK: Tensor) -> Tensor:
@@ -45,9 +50,9 @@ def confusion_weights(confusion_KK: Tensor, gamma: float, w_max: float) -> Tenso
     return relative_degrees(confusion_KK.double()).pow(gamma).clamp(1.0, w_max).fill_diagonal_(1.0)
 
 
-def mean_offdiagonal(confusion_KK: Tensor) -> float:
-    """The mean confusion degree: share of posterior mass on wrong classes, in [0, 1]."""
-    return float(1.0 - confusion_KK.double().diagonal().mean())
+def mean_offdiagonal(confusion_KK: Tensor) -> Tensor:
+    """The mean confusion degree: share of posterior mass on wrong classes, in [0, 1]; scalar."""
+    return (1.0 - confusion_KK.double().diagonal().mean()).float()
 
 
 class ConfusionState:
@@ -62,7 +67,9 @@ class ConfusionState:
         self.confusion_KK = confusion_KK.detach().double().clone()
         n_classes = confusion_KK.shape[0]
         # sums of posteriors by label, the last column counts clips: one tensor, one all-reduce
-        self.sums_KK1 = self.confusion_KK.new_zeros(n_classes, n_classes + 1)
+        self.sums_KK1 = torch.zeros(
+            n_classes, n_classes + 1, dtype=torch.int64, device=self.confusion_KK.device
+        )
         self.unseen_epochs_K = self.confusion_KK.new_zeros(n_classes)
         self.weights_KK = torch.ones_like(self.confusion_KK, dtype=torch.float32)
         self.mean_offdiagonal = mean_offdiagonal(self.confusion_KK)
@@ -70,8 +77,9 @@ class ConfusionState:
     @torch.no_grad()
     def accumulate(self, posteriors_BK: Tensor, labels_B: Tensor) -> None:
         """Add this rank's clips; rows labelled -100 are left out. No communication."""
-        labelled_B = (labels_B != NO_LABEL).double()
-        rows = torch.cat([posteriors_BK.double(), labelled_B.new_ones(len(labels_B), 1)], dim=1)
+        labelled_B = (labels_B != NO_LABEL).long()
+        units_BK = (posteriors_BK.double() * _UNIT).round().long()
+        rows = torch.cat([units_BK, torch.ones_like(labelled_B)[:, None]], dim=1)
         self.sums_KK1.index_add_(0, labels_B.long().clamp_min(0), rows * labelled_B[:, None])
 
     @torch.no_grad()
@@ -90,11 +98,11 @@ class ConfusionState:
         counts_K = self.sums_KK1[:, -1]
         if self.config.update == "dynamic":
             seen_K = counts_K > 0
-            means_KK = self.sums_KK1[:, :-1] / counts_K.clamp_min(1)[:, None]
+            means_KK = self.sums_KK1[:, :-1].double() / _UNIT / counts_K.clamp_min(1)[:, None]
             kept_K = self.config.ema_per_epoch**self.unseen_epochs_K
             share_K1 = torch.where(seen_K, 1 - kept_K, 0.0)[:, None]
             self.confusion_KK += share_K1 * (means_KK - self.confusion_KK)
-            self.unseen_epochs_K[seen_K] = 0
+            self.unseen_epochs_K.masked_fill_(seen_K, 0)
         self.sums_KK1.zero_()
         ramp = since_labels_epochs / self.config.ramp_epochs if self.config.ramp_epochs else 1.0
         gamma = self.config.gamma * min(max(ramp, 0.0), 1.0)
@@ -102,19 +110,31 @@ class ConfusionState:
         self.mean_offdiagonal = mean_offdiagonal(self.confusion_KK)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that `load_state_dict` needs to go on exactly; tensors only. Collective."""
+        """All that `load_state_dict` needs to go on exactly; tensors only. Collective.
+
+        Its size does not depend on the number of ranks: what they have accumulated is one sum.
+        """
+        sums_KK1 = self.sums_KK1.clone()
+        if world()[1] > 1:
+            dist.all_reduce(sums_KK1)
         return {
             "confusion_KK": self.confusion_KK.clone(),
-            "sums_WKK1": of_every_rank(self.sums_KK1),
+            "sums_KK1": sums_KK1,
             "unseen_epochs_K": self.unseen_epochs_K.clone(),
             "weights_KK": self.weights_KK.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a `state_dict`, moved to the device of this state; ranks may be others now."""
+        """Take over a `state_dict`, moved to the device of this state; ranks may be others now.
+
+        Raises: TrainingError for one of diccae 0.1.
+        """
+        if "sums_KK1" not in state:
+            raise TrainingError(TOO_OLD)
         device = self.confusion_KK.device
         for name in ("confusion_KK", "unseen_epochs_K", "weights_KK"):
             setattr(self, name, state[name].to(device).clone())
-        sums_WKK1 = state["sums_WKK1"].to(device)
-        self.sums_KK1 = of_this_rank(sums_WKK1) * (len(sums_WKK1) / world()[1])
+        sums_KK1 = state["sums_KK1"].to(device).clone()
+        # The next update adds up all ranks: one of them holds what was there before.
+        self.sums_KK1 = sums_KK1 if world()[0] == 0 else sums_KK1.zero_()
         self.mean_offdiagonal = mean_offdiagonal(self.confusion_KK)

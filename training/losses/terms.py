@@ -189,5 +189,6 @@ def supervised_loss(
 
 def soft_targets(labels_B: Tensor, n_classes: int, smoothing: float = 0.0) -> Tensor:
     """One-hot rows, `smoothing` of their mass spread over all classes: [B, C] float32."""
-    one_hot = F.one_hot(labels_B.long(), n_classes).float()
+    # Not `one_hot`: it reads the smallest and largest label, for which a device may be waited for.
+    one_hot = (labels_B[:, None] == torch.arange(n_classes, device=labels_B.device)).float()
     return one_hot * (1 - smoothing) + smoothing / n_classes

@@ -49,11 +49,12 @@ def evaluate(
     test: RowIndex,
     out: Path,
     clusters: dict[str, int],
+    *,
+    may_write: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Evaluate the encoder, and the classifier if there is one, of a run folder.
+    """Evaluate a run folder's encoder, and classifier if there is one, on the clips of `split`.
 
-    Writes `evaluation/` (predictions, confusion counts, embeddings).
-    Args: test: the clips of `evaluate.split`. clusters: last pseudo-label by clip id.
+    Args: clusters: last pseudo-label by clip id. may_write: asked before files are written.
     Raises: TrainingError if the run folder has no encoder, or no training clip a label.
     """
     of_test, of_train, middle = _outputs(config, _models(out), train, test)
@@ -70,12 +71,13 @@ def evaluate(
         clusters_M=np.array([clusters.get(c, NO_LABEL) for c in test.clip_ids_N], np.int32),
         retrieval_per_class=config.evaluate.retrieval_per_class,
     )
-    confusion = count_confusion(given, test.classes)
-    write_evaluation(out / "evaluation", given, confusion, config.evaluate.split)
+    confusion, split = count_confusion(given, test.classes), config.evaluate.split
+    may_write()
+    write_evaluation(out / "evaluation", given, confusion, split)
     return Evaluation(
         n_train=len(train),
         n_test=len(test),
-        split=config.evaluate.split,
+        split=split,
         classes=test.classes,
         measured=measure(given),
         confusion=confusion.summary(given.confused_pairs),

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from training.attempt import UNHELD, Attempt
 from training.config import TrainingConfig
 from training.data.order import BatchPlan, WindowPlan, balanced_draws, lanes_of
 from training.data.rows import RowIndex
@@ -51,6 +52,8 @@ def finetune(
     out: Path,
     handle: RunHandle,
     provenance: dict[str, Any],
+    *,
+    attempt: Attempt = UNHELD,
 ) -> dict[str, Any]:
     """Train a classifier on the cluster Ray is connected to.
 
@@ -69,8 +72,10 @@ def finetune(
         "out": str(out),
         "handle": tuple(handle),
         "provenance": provenance,
+        "attempt": tuple(attempt),
     }
-    return dict(ray_fit.fit(_loop, settings, out, CHECKPOINTS, config.scale) or {})
+    last = ray_fit.fit(_loop, settings, out, CHECKPOINTS, config.scale, attempt=attempt)
+    return dict(last or {})
 
 
 def starting_encoder(
@@ -169,27 +174,28 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     config = TrainingConfig.model_validate(settings["config"])
     world = ray_fit.this_world(config.scale)
     index: RowIndex = ray.get(settings["index"][0])
-    out = Path(settings["out"])
+    out, attempt = Path(settings["out"]), Attempt(*settings["attempt"])
     state = ray_fit.last_state()
     encoder, _ = load_encoder(settings["encoder"])
     classifier = make_classifier(config, encoder, len(index.classes))
     handle = RunHandle(*settings["handle"])
-    tracker = ray_fit.tracker_for(world, handle, out / "finetune.jsonl", state)
+    tracker = ray_fit.tracker_for(world, handle, out / "finetune.jsonl", state, attempt=attempt)
 
     def write(step: int, metrics: dict[str, float]) -> None:
         if tracker is not None:
             tracker.log(step, {f"finetune/{name}": value for name, value in metrics.items()})
 
     def save(state: dict[str, Any]) -> None:
-        ray_fit.report_state({**state, "decides": settings["decides"]}, world.rank)
+        ray_fit.report_state({**state, "decides": settings["decides"]}, world.rank, attempt)
 
-    keep = ray_fit.failure_writer(out, world.rank)
+    keep = ray_fit.failure_writer(out, world.rank, attempt)
     hooks = Hooks(write, save, keep, ray_fit.leaving_notice())
     reader = _reader(config, index, world)
     tuner = Finetuner(config, classifier, index, reader=reader, world=world, hooks=hooks)
     last = tuner.run(state)
     if tracker is None:
         return None
+    attempt.check()
     save_classifier(
         classifier,
         str(out / "classifier"),

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 
 from training import errors
+from training.attempt import UNHELD, Attempt
 from training.config import ScaleConfig, TrainingConfig
-from training.errors import ConfigMismatch, TrainingError
+from training.errors import ConfigMismatch, RunTaken, TrainingError
 from training.loop.hooks import World
 from training.tracking.copier import RunHandle
 from training.tracking.tracker import Tracker
@@ -38,9 +39,12 @@ def fit(
     out: Path,
     name: str,
     scale: ScaleConfig,
+    *,
+    attempt: Attempt = UNHELD,
 ) -> Any:
     """Run `loop(settings)` on the workers; goes on from the newest checkpoint under `out`/`name`.
 
+    Args: attempt: whose the workers are; they end for good when it has lost the folder.
     Returns: what rank 0 returned.
     Raises: the loop's own TrainingError; TrainingError for a worker that failed too often;
         KeyboardInterrupt.
@@ -49,28 +53,37 @@ def fit(
     from ray.train.torch import TorchTrainer
 
     _quick_controller()
-    said = out.resolve() / "failed" / "error.json"
-    said.unlink(missing_ok=True)  # Of an earlier start.
+    attempt.check()
+    # By attempt: what the workers of an earlier one say too late must not end this one.
+    said = out.resolve() / "failed" / f"error-{attempt.number}.json"
+    said.unlink(missing_ok=True)  # Of an earlier stage.
     trainer = TorchTrainer(
         _told,
-        train_loop_config=_Given(loop, settings, said)._asdict(),
+        train_loop_config=_Given(loop, settings, said, attempt)._asdict(),
         scaling_config=_scaling(scale),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=str(out.resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-        ),
+        run_config=_storage(out, name, scale),
     )
     try:
         result = interruptible(trainer.fit).return_value
     except ray.train.TrainingFailedError as error:
+        attempt.check()
         if said.exists():  # The last failure that scale.max_failures allowed.
             raise _read_error(said) from error
         raise _explained(error, out) from error
     if isinstance(result, _Failure):
         raise result.error
     return result
+
+
+def _storage(out: Path, name: str, scale: ScaleConfig) -> Any:
+    import ray.train
+
+    return ray.train.RunConfig(
+        name=name,
+        storage_path=str(out.resolve()),
+        failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
+        checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+    )
 
 
 def _quick_controller() -> None:
@@ -127,6 +140,7 @@ class _Given(NamedTuple):
     settings: dict[str, Any]
     said: Path
     """Where a TrainingError is written, for the workers that are started after it."""
+    attempt: Attempt
 
 
 def _told(config: dict[str, Any]) -> Any:
@@ -134,15 +148,22 @@ def _told(config: dict[str, Any]) -> Any:
 
     A TrainingError is raised first, so that Ray ends the other workers, which may wait in a
     collective for this one until its timeout of 30 minutes. The workers that Ray then starts anew
-    find it written down and return it: repeating the run could only fail again.
+    find it written down and return it: repeating the run could only fail again. That the run
+    folder was taken over they see for themselves, and write nothing into it.
     """
     given = _Given(**config)
+    try:
+        given.attempt.check()
+    except RunTaken as error:
+        return _Failure(error)
     if given.said.exists():
         return _Failure(_read_error(given.said))
     try:
         return given.loop(given.settings)
-    except TrainingError as error:
-        _write_error(given.said, error)
+    except Exception as error:
+        given.attempt.check()  # Rather this than what it may have led to, such as a lost actor.
+        if isinstance(error, TrainingError):
+            _write_error(given.said, error)
         raise
 
 
@@ -187,12 +208,18 @@ def this_world(scale: ScaleConfig) -> World:
 
 
 def tracker_for(
-    world: World, handle: RunHandle, lines: Path, state: dict[str, Any] | None
+    world: World,
+    handle: RunHandle,
+    lines: Path,
+    state: dict[str, Any] | None,
+    *,
+    attempt: Attempt = UNHELD,
 ) -> Tracker | None:
     """Rank 0's tracker, from the step of the checkpoint on; None on all others."""
     if world.rank != 0:
         return None
-    return Tracker(handle, lines, 0 if state is None else int(state["step"]))
+    step = 0 if state is None else int(state["step"])
+    return Tracker(handle, lines, step, attempt=attempt)
 
 
 def last_state() -> dict[str, Any] | None:
@@ -223,10 +250,12 @@ def state_in(folder: Path, mmap: bool = False) -> dict[str, Any]:
     return state
 
 
-def report_state(state: dict[str, Any], rank: int) -> None:
-    """Checkpoint: written by rank 0, reported by all."""
+def report_state(state: dict[str, Any], rank: int, attempt: Attempt = UNHELD) -> None:
+    """Checkpoint: written by rank 0, reported by all. Raises: RunTaken."""
     import ray.train
 
+    attempt.check()
+    state = {**state, "attempt": attempt.number}
     metrics = {"step": state["step"]}
     if rank != 0:
         ray.train.report(metrics)
@@ -234,6 +263,7 @@ def report_state(state: dict[str, Any], rank: int) -> None:
     folder = tempfile.mkdtemp(prefix="diccae-checkpoint-")
     try:
         torch.save({**state, "format": _FORMAT}, Path(folder) / _STATE)
+        attempt.check()  # Again: a large state takes a while, and Ray's copy begins now.
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -257,10 +287,13 @@ def leaving_notice() -> Callable[[], bool]:
     return is_news
 
 
-def failure_writer(out: Path, rank: int) -> Callable[[dict[str, Any]], str]:
+def failure_writer(
+    out: Path, rank: int, attempt: Attempt = UNHELD
+) -> Callable[[dict[str, Any]], str]:
     """Keeps what is needed to replay a step whose loss was not finite."""
 
     def write(content: dict[str, Any]) -> str:
+        attempt.check()
         path = out / "failed" / f"step-{content['step']}-rank-{rank}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, path)

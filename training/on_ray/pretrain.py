@@ -6,6 +6,7 @@ that died anywhere goes on from its newest checkpoint when the same command is g
 """
 
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +17,16 @@ import torch
 from clustering.config import KMeansConfig, PoolConfig
 from clustering.kmeans.label_table import LabelTable
 from clustering.pool.pool import ClusterPool
+from clustering.rounds.files import is_complete, round_uri
 from clustering.rounds.protocol import Rounds
 from pipeline.quality.leave_out import LeftOut, left_out
 from pipeline.store.store import FeatureStore, Snapshot
+from training.attempt import UNHELD, Attempt
 from training.config import TrainingConfig
 from training.data.order import BatchPlan, WindowPlan, lanes_of
 from training.data.rows import RowIndex, index_rows
 from training.data.validation import groups_of, split_validation
-from training.errors import TrainingError
+from training.errors import TOO_OLD, TrainingError
 from training.loop.controls import control_labels
 from training.loop.hooks import Hooks, World
 from training.loop.pretrainer import Pretrainer
@@ -94,25 +97,58 @@ def check(config: TrainingConfig, clustering: KMeansConfig, data: Pinned) -> Non
     Raises: TrainingError naming the keys, the values and what is allowed.
     """
     spec, n_clips = data.snapshot.spec, len(data.train)
+    check_alone(config)
     BatchPlan.of(n_clips, config.pretrain.batch_size, config.data)
-    lanes_of(0, config.scale.num_workers, config.data.lanes)
     if config.data.frames_per_clip > spec.n_frames:
         raise TrainingError(
             f"data.frames_per_clip = {config.data.frames_per_clip}, but the store holds "
             f"{spec.n_frames} frames a clip; lower it, or ingest with --features.n-frames"
         )
-    _refuse_what_cannot_learn(config)
     control_labels(config.rounds.labels, data.train, clustering.k, config.seed)
-    if config.rounds.labels != "none" and clustering.k > n_clips:
+    if config.rounds.labels in ("clusters", "random") and clustering.k > n_clips // 2:
         raise TrainingError(
             f"clustering.k = {clustering.k}, but the train split has {n_clips} clips; K is at most "
-            "that, and about one to three times the number of classes works best"
+            "half of that (a cluster of one clip has nothing to teach), and about one to three "
+            "times the number of classes works best"
         )
     try:
         with torch.device("meta"):
             Encoder(config.encoder, input_shape(spec), decoder=config.loss.reconstruction > 0)
     except ValueError as error:
         raise TrainingError(f"the encoder does not fit the store's features: {error}") from None
+
+
+def check_alone(config: TrainingConfig) -> None:
+    """Refuse what cannot work on any clips. Raises: TrainingError, as `check`."""
+    plan = BatchPlan.of(config.pretrain.batch_size, config.pretrain.batch_size, config.data)
+    lanes_of(0, config.scale.num_workers, config.data.lanes)
+    _refuse_what_cannot_learn(config)
+    _refuse_labels_that_never_come(config, plan.compared(config.loss.negatives))
+
+
+def _refuse_labels_that_never_come(config: TrainingConfig, compared: int) -> None:
+    """A run that asks for labels and gets none is InfoNCE alone under another name.
+
+    Rounds start between epochs, the first after the warm-up and once InfoNCE, which is at least 0,
+    is below ln n - margin. Args: compared: n.
+    """
+    rounds, epochs = config.rounds, config.pretrain.epochs
+    if rounds.labels == "none":
+        return
+    first = max(1, rounds.warmup_epochs)
+    if first >= epochs:
+        raise TrainingError(
+            f"rounds.warmup_epochs = {rounds.warmup_epochs} of pretrain.epochs = {epochs}: the "
+            f"first round would start after {first} epochs, when nothing is left to train; lower "
+            "rounds.warmup_epochs, raise pretrain.epochs, or set rounds.labels = none"
+        )
+    if rounds.margin_nats >= math.log(compared):
+        raise TrainingError(
+            f"rounds.margin_nats = {rounds.margin_nats}: labels would wait until InfoNCE among "
+            f"{compared} clips falls below ln {compared} - margin = "
+            f"{math.log(compared) - rounds.margin_nats:.2f}, and it is never below 0; set "
+            f"rounds.margin_nats well below {math.log(compared):.2f}, such as 0.25"
+        )
 
 
 def _refuse_what_cannot_learn(config: TrainingConfig) -> None:
@@ -146,6 +182,7 @@ def pretrain(
     *,
     pool: PoolConfig,
     span: Span = WHOLE,
+    attempt: Attempt = UNHELD,
 ) -> dict[str, Any]:
     """Train on the cluster Ray is connected to. Returns: the last metrics and times.
 
@@ -156,7 +193,8 @@ def pretrain(
     actors: ClusterPool | None = None
     rounds: Rounds | None = None
     if config.rounds.labels != "none":
-        actors = _actors(config, clustering, pool, data.train, str(out / "rounds"))
+        where = str(out / "rounds")
+        actors = _actors(config, clustering, pool, data.train, where, attempt=attempt)
         rounds = actors.client()
     settings = {
         "config": ray_fit.for_workers(config),
@@ -166,9 +204,10 @@ def pretrain(
         "handle": tuple(handle),
         "provenance": provenance,
         "span": tuple(span),
+        "attempt": tuple(attempt),
     }
     try:
-        result = ray_fit.fit(_loop, settings, out, CHECKPOINTS, config.scale)
+        result = ray_fit.fit(_loop, settings, out, CHECKPOINTS, config.scale, attempt=attempt)
     finally:
         if actors is not None:
             actors.close()
@@ -176,15 +215,21 @@ def pretrain(
 
 
 def _actors(
-    config: TrainingConfig, clustering: KMeansConfig, pool: PoolConfig, train: RowIndex, uri: str
+    config: TrainingConfig,
+    clustering: KMeansConfig,
+    pool: PoolConfig,
+    train: RowIndex,
+    uri: str,
+    *,
+    attempt: Attempt,
 ) -> ClusterPool:
     widths: dict[str, int] = {s: config.encoder.projection for s in config.loss.label_streams}
     control = control_labels(config.rounds.labels, train, clustering.k, config.seed)
     if control is None:
-        return ClusterPool(clustering, pool, widths, uri, config.seed)
+        return ClusterPool(clustering, pool, widths, uri, config.seed, may_write=attempt.check)
     with_k = clustering.model_copy(update={"k": control.k})
     given = LabelTable(control.keys_N, control.labels_N)
-    return ClusterPool(with_k, pool, widths, uri, config.seed, given=given)
+    return ClusterPool(with_k, pool, widths, uri, config.seed, given=given, may_write=attempt.check)
 
 
 def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -197,10 +242,11 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     rounds: Rounds | None = settings["rounds"]
     out = Path(settings["out"])
     span = Span(*settings["span"])
-    state = _starting_state(span, rounds, world)
+    attempt = Attempt(*settings["attempt"])
+    state = _starting_state(span, out, rounds if world.rank == 0 else None)
     encoder = _starting_encoder(config, index, state)
     handle = RunHandle(*settings["handle"])
-    tracker = ray_fit.tracker_for(world, handle, out / "metrics.jsonl", state)
+    tracker = ray_fit.tracker_for(world, handle, out / "metrics.jsonl", state, attempt=attempt)
     trainer = Pretrainer(
         config,
         encoder,
@@ -208,11 +254,12 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         reader=_reader(config, index, world),
         rounds=rounds,
         world=world,
-        hooks=_hooks(config, rounds, world, out, tracker),
+        hooks=_hooks(config, rounds, world, out, tracker=tracker, attempt=attempt),
     )
     last = trainer.run(state, span.until_epoch)
     if tracker is None:
         return None
+    attempt.check()
     save_encoder(
         encoder,
         str(out / "encoder"),
@@ -225,14 +272,37 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     return {"metrics": last, "steps": trainer.step, "clustering_s": trainer.labelling.waited_s}
 
 
-def _starting_state(span: Span, rounds: Rounds | None, world: World) -> dict[str, Any] | None:
-    """The newest checkpoint of this run, else the one it branches off from; restores its bank."""
+def _starting_state(span: Span, out: Path, restored: Rounds | None) -> dict[str, Any] | None:
+    """The newest checkpoint of this run, else the one it branches off from.
+
+    Args: restored: gets the rows of its bank.
+    """
     state = ray_fit.last_state()
     if state is None and span.start is not None:
         state = ray_fit.state_in(span.start)
-    if state is not None and rounds is not None and state["bank"] and world.rank == 0:
-        rounds.restore(state["bank"])
+    if state is None:
+        return None
+    refuse_lost_labels(state, str(out / "rounds"))
+    if restored is not None and state["bank"]:
+        restored.restore(state["bank"])
     return state
+
+
+def refuse_lost_labels(state: dict[str, Any], uri: str) -> None:
+    """Raises: TrainingError if the labels a checkpoint goes on with are not among the rounds.
+
+    Asked for all the same, they would be waited for until `rounds.timeout_s`, half an hour.
+    """
+    labelling = state["labelling"]
+    if "confusion" not in labelling:
+        raise TrainingError(TOO_OLD)
+    number = labelling["round"]
+    if labelling["confusion"] and not is_complete(uri, number):
+        raise TrainingError(
+            f"{round_uri(uri, number)}: the checkpoint of step {state['step']} goes on with the "
+            f"labels of round {number}, which are not there any more. Copy the folder back, or "
+            "give --fresh to start again"
+        )
 
 
 def _starting_encoder(
@@ -256,22 +326,26 @@ def _hooks(
     rounds: Rounds | None,
     world: World,
     out: Path,
+    *,
     tracker: Tracker | None,
+    attempt: Attempt,
 ) -> Hooks:
     keeps_bank = rounds is not None and config.rounds.features == "train"
 
     def save(state: dict[str, Any]) -> None:
+        attempt.check()
         state["bank"] = ""
         if keeps_bank:
             state["bank"] = str(out / "rounds" / f"bank-{state['step']:08d}")
             _save_bank(rounds, Path(state["bank"]), world, config.rounds.timeout_s)
-        ray_fit.report_state(state, world.rank)
+        ray_fit.report_state(state, world.rank, attempt)
 
     def write(step: int, metrics: dict[str, float]) -> None:
         if tracker is not None:
             tracker.log(step, metrics)
 
-    return Hooks(write, save, ray_fit.failure_writer(out, world.rank), ray_fit.leaving_notice())
+    keep = ray_fit.failure_writer(out, world.rank, attempt)
+    return Hooks(write, save, keep, ray_fit.leaving_notice())
 
 
 def _save_bank(rounds: Rounds | None, folder: Path, world: World, timeout_s: float) -> None:

@@ -8,6 +8,7 @@ is named.
 import json
 import logging
 import os
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,17 @@ _LINKS = {
 }
 
 
-def write_report(run_folder: str | Path, store_uri: str | None = None) -> Path:
+def write_report(
+    run_folder: str | Path,
+    store_uri: str | None = None,
+    *,
+    may_write: Callable[[], None] = lambda: None,
+) -> Path:
     """Write `report.html` into a run folder and return its path.
 
     Args: store_uri: where the frames are; None: the store the run was trained on, and if that
-        cannot be read now, a page without frames that says so.
+        cannot be read now, a page without frames that says so. may_write: asked before the file;
+        raises where another start has the folder now.
     Raises: TrainingError for no run folder or a broken part of one; StoreError (pipeline) for a
         `store_uri` that cannot be read.
     """
@@ -57,6 +64,7 @@ def write_report(run_folder: str | Path, store_uri: str | None = None) -> Path:
     page = build_page(run, pictures, note)
     target = run.path / "report.html"
     scratch = run.path / ".report.html.tmp"
+    may_write()
     scratch.write_text(page, encoding="utf-8")
     os.replace(scratch, target)
     return target

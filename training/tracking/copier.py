@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from training.attempt import UNHELD, Attempt
+from training.errors import RunTaken
+
 log = logging.getLogger(__name__)
 
 _MAX_METRICS = 1000  # MLflow's limit on one log_batch
@@ -86,7 +89,10 @@ def legal_name(key: str) -> str:
 class MetricsCopier:
     """Copies lines of a metrics file to an MLflow run, from wherever MLflow stands."""
 
-    def __init__(self, handle: RunHandle, path: Path, resume_step: int = 0) -> None:
+    def __init__(
+        self, handle: RunHandle, path: Path, resume_step: int = 0, attempt: Attempt = UNHELD
+    ) -> None:
+        self._attempt = attempt
         self._handle, self._path, self._resume_step = handle, path, resume_step
         self._offset = 0
         self._known: dict[str, set[int]] | None = None
@@ -138,6 +144,8 @@ class MetricsCopier:
                 if self._warned:
                     log.warning("MLflow at %s answers again; nothing was lost", self._handle.uri)
                 failures, self._warned = 0, False
+            except RunTaken:
+                return  # The attempt that holds the folder now sends its lines.
             except Exception as error:
                 self._report(error)
                 failures += 1
@@ -171,6 +179,7 @@ class MetricsCopier:
         if self._known is None:
             self._known = self._attach(client)
         for batch, end in self._batches():
+            self._attempt.check()
             if batch:
                 client.log_batch(self._handle.run_id, metrics=batch)
             self._offset = end
@@ -178,7 +187,10 @@ class MetricsCopier:
     def _attach(self, client: Any) -> dict[str, set[int]]:
         """The steps MLflow already holds of each metric; marks the run as going on."""
         run_id = self._handle.run_id
+        self._attempt.check()
         run = client.get_run(run_id)
+        if self._attempt.number:
+            client.set_tag(run_id, "attempt", str(self._attempt.number))
         if self._resume_step and run.info.status != "FINISHED":  # a later stage ends nothing
             client.set_tag(run_id, "resumed_from_step", str(self._resume_step))
             client.update_run(run_id, status="RUNNING")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from training.attempt import UNHELD, Attempt
 from training.config import TrackingConfig
 from training.tracking.copier import (
     MetricsCopier,
@@ -230,13 +231,24 @@ def _pending(out: str) -> Path:
 
 
 class Tracker:
-    """Writes the metrics of one worker (rank 0); `log` costs microseconds and never raises.
+    """Writes the metrics of one worker (rank 0); `log` never raises because of a disk or MLflow.
 
     Args: metrics_path: `<out>/metrics.jsonl`. resume_step: the step training goes on from; lines
         beyond it are cut, since those steps come again, and points up to it are never doubled.
+        attempt: stands in each line; once it has lost the run folder nothing is written or sent.
+    Raises: RunTaken, also from `log`.
     """
 
-    def __init__(self, handle: RunHandle, metrics_path: str | Path, resume_step: int = 0) -> None:
+    def __init__(
+        self,
+        handle: RunHandle,
+        metrics_path: str | Path,
+        resume_step: int = 0,
+        *,
+        attempt: Attempt = UNHELD,
+    ) -> None:
+        attempt.check()
+        self._attempt = attempt
         self._path = Path(metrics_path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._last_step_of = _cut(self._path, resume_step)
@@ -244,11 +256,13 @@ class Tracker:
         self._torn = False
         self._copier: MetricsCopier | None = None
         if handle.run_id:
-            self._copier = MetricsCopier(handle, self._path, resume_step)
+            self._copier = MetricsCopier(handle, self._path, resume_step, attempt)
             self._copier.start()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write metrics of a step, best all in one dict; a metric's step counts once, in order."""
+        if self._attempt.number:
+            metrics = {**metrics, "attempt": float(self._attempt.number)}
         values = {
             key: float(value)
             for key, value in metrics.items()
@@ -256,6 +270,7 @@ class Tracker:
         }
         if not values:
             return
+        self._attempt.check()
         self._last_step_of.update(dict.fromkeys(values, step))
         line: dict[str, float | None] = {"step": int(step), "time": round(time.time(), 3)}
         line |= {key: value if math.isfinite(value) else None for key, value in values.items()}

@@ -1,5 +1,6 @@
 """The confusion matrix forgets by epochs, however its updates fall into them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,12 @@ def test_pretraining_counts_every_step_once(
     updates = clock.run(trainer)
     assert trainer.labelling.first_step is not None
     _check(updates, trainer.labelling.first_step, 48 // batch_size)
-    labelled = [state for state in recorder.states[:-1] if state["labelling"]["heads"]]
+    labelled = [state for state in recorder.states[:-1] if state["labelling"]["confusion"]]
     assert labelled
     for number, state in enumerate(labelled):
-        resumed, _ = make_trainer(config, tmp_path / f"resumed-{number}")
+        folder = tmp_path / f"resumed-{number}"
+        shutil.copytree(tmp_path / "whole" / "rounds", folder / "rounds")
+        resumed, _ = make_trainer(config, folder)
         again = clock.run(resumed, state)
         assert again == [update for update in updates if update[0] > state["step"]]
 

@@ -22,6 +22,7 @@ from training.evaluation.variants import Variant
 from training.loop.controls import control_labels
 from training.loop.hooks import World
 from training.losses import objective
+from training.on_ray.pretrain import refuse_lost_labels
 from training.report.page import write_report
 from training.tracking.copier import mlflow_client
 from training.tracking.tracker import Tracker, create_run
@@ -335,3 +336,28 @@ def test_a_new_loss_term_is_one_entry(tmp_path: Path, monkeypatch: pytest.Monkey
     late = toy._replace(needs="labels")
     monkeypatch.setattr(objective, "LOSS_TERMS", (*objective.LOSS_TERMS[:-1], late))
     assert Variant("", {"loss": {"toy": 0.0}}).shares_warmup
+
+
+def test_a_checkpoint_holds_nothing_of_each_clip_or_rank(tmp_path: Path) -> None:
+    trainer, recorder = make_trainer(pretrain_config(), tmp_path)
+    trainer.run()
+    state = next(s["labelling"] for s in recorder.states if s["labelling"]["confusion"])
+    held = [x for saved in state["confusion"] for x in saved.values()]
+    assert held
+    assert max(x.numel() for x in held) <= 4 * 5, "more than K x (K + 1) numbers"
+    assert not any(
+        isinstance(x, torch.Tensor | list) and x is not state["confusion"] for x in state.values()
+    )
+
+
+def test_labels_that_are_gone_are_missed_at_once(tmp_path: Path) -> None:
+    trainer, recorder = make_trainer(pretrain_config(), tmp_path)
+    trainer.run()
+    state = next(s for s in recorder.states if s["labelling"]["confusion"])
+    uri = str(tmp_path / "rounds")
+    refuse_lost_labels(state, uri)
+    shutil.rmtree(tmp_path / "rounds" / "round-0001")
+    with pytest.raises(TrainingError, match=r"round-0001: .* --fresh"):
+        refuse_lost_labels(state, uri)
+    with pytest.raises(TrainingError, match=r"diccae 0\.1"):
+        refuse_lost_labels({**state, "labelling": {"heads": []}}, uri)

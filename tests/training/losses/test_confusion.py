@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.ranks import run_ranks
 
 from training.config import ConfusionConfig
 from training.losses.confusion import (
@@ -127,7 +128,7 @@ def test_gamma_ramps_in_after_the_first_labels(since, gamma):
 
 def test_mean_confusion_degree_is_the_mass_on_wrong_classes():
     assert mean_offdiagonal(torch.eye(3)) == 0
-    assert mean_offdiagonal(torch.full((4, 4), 0.25)) == pytest.approx(0.75)
+    assert float(mean_offdiagonal(torch.full((4, 4), 0.25))) == pytest.approx(0.75)
 
 
 def test_a_restored_state_goes_on_exactly():
@@ -144,3 +145,34 @@ def test_a_restored_state_goes_on_exactly():
     assert torch.equal(restored.confusion_KK, state.confusion_KK)
     assert torch.equal(restored.weights_KK, state.weights_KK)
     assert restored.mean_offdiagonal == state.mean_offdiagonal
+
+
+def _confusion_of_ranks(rank: int, size: int) -> dict[str, torch.Tensor]:
+    """A matrix updated after a checkpoint, by the ranks that made it or by one alone."""
+    config = ConfusionConfig(ramp_epochs=0)
+    posteriors_BK = torch.rand(48, 4, generator=torch.Generator().manual_seed(5)).softmax(1)
+    labels_B = torch.arange(48) % 4
+    mine = slice(rank * 48 // size, (rank + 1) * 48 // size)
+    state = ConfusionState(torch.eye(4), config)
+    state.accumulate(posteriors_BK[mine], labels_B[mine])
+    saved = state.state_dict()
+    resumed = ConfusionState(torch.eye(4), config)
+    resumed.load_state_dict(saved)
+    for each in (state, resumed):
+        each.accumulate(posteriors_BK[mine].flip(1), labels_B[mine])
+        each.update(0.5, since_labels_epochs=1.0)
+    return {
+        "sums": saved["sums_KK1"],
+        "whole": state.confusion_KK,
+        "resumed": resumed.confusion_KK,
+    }
+
+
+def test_what_ranks_have_seen_is_one_sum_and_exact_for_any_number_of_them() -> None:
+    alone = _confusion_of_ranks(0, 1)
+    for size in (2, 3):
+        for outcome in run_ranks(size, _confusion_of_ranks):
+            assert outcome["sums"].shape == (4, 5)
+            for name in ("sums", "whole", "resumed"):
+                assert torch.equal(outcome[name], alone[name])
+            assert torch.equal(outcome["whole"], outcome["resumed"])

@@ -1,0 +1,114 @@
+"""Checks of a config before its first GPU hour: its own sense, its memory, its place.
+
+Composes what pretraining refuses, the budget of `--dry-run` and the table of who wants what; starts
+nothing. Knows nothing of how a run goes. Invariant: what fails here would have failed, or waited
+for ever, in the run.
+"""
+
+import json
+
+import psutil
+
+from diccae.doctor import child
+from diccae.doctor.check import Check, never_raises
+from diccae.doctor.libraries import DEVICES
+
+_SLACK = 0.9
+"""Share of a card's memory that a step may take: the rest is the allocator's, and CUDA's own."""
+_CLASSES = 309
+"""VGGSound's: a classifier of any other number is as small beside its encoder."""
+_PER_NODE = "scale.num_workers, scale.cpus_per_worker, scale.reader_tasks or pool.n_actors"
+
+
+@never_raises("recipe", "change the config as the message says")
+def check_recipe(file: str, store: str | None, init: str | None) -> Check:
+    """The config is one that pretraining would not refuse; with a store, on its clips."""
+    from diccae.config import load_config
+    from diccae.stages.statistics import spec_as_asked
+    from training.data.order import BatchPlan
+    from training.on_ray.pretrain import check, check_alone, pin
+
+    config = load_config(file)
+    if init is not None:
+        encoder = config.encoder.model_copy(update={"init": init})
+        config = config.model_copy(update={"encoder": encoder})
+    batch_size = config.pretrain.batch_size
+    plan = BatchPlan.of(batch_size, batch_size, config.data)
+    check_alone(config)
+    tuned = config.finetune.batch_size
+    BatchPlan.of(tuned, tuned, config.data)
+    rows = max(plan.rows_of_workers(config.scale.num_workers))
+    detail = f"{file}: batches of {batch_size}, {rows} clips a worker"
+    if store is None:
+        return Check("recipe", True, f"{detail}; no --store to compare K and features with")
+    spec_as_asked(file, config.data.version, store)
+    data = pin(store, config.data.version, config)
+    check(config, config.clustering, data)
+    steps = BatchPlan.of(len(data.train), batch_size, config.data).steps(len(data.train))
+    return Check("recipe", True, f"{detail}, {steps:,} steps an epoch of {store}")
+
+
+@never_raises("memory", "see the message")
+def check_memory(file: str, store: str | None) -> Check:
+    """A step of pretraining and of fine-tuning fits the card, or on a CPU the machine."""
+    from diccae.config import load_config
+    from pipeline.store.store import FeatureStore
+    from training.loop.dry_run import step_bytes
+
+    config = load_config(file)
+    spec = config.features
+    if store is not None:
+        spec = FeatureStore.open(store).snapshot(config.data.version).spec
+    needed = step_bytes(config, spec, _CLASSES)
+    told = f"pretraining {_gib(needed.pretrain)}, fine-tuning {_gib(needed.finetune)} a worker"
+    most = max(needed)
+    if config.scale.use_gpu:
+        _, cards = json.loads(child.run(DEVICES, 120))
+        if not cards:
+            return Check("memory", True, f"{told}; no GPU here to compare with")
+        name, there = min(cards, key=lambda card: card[1])
+        room, where = _SLACK * there, f"{_SLACK:.0%} of {name}'s {_gib(there)}"
+    else:
+        # Without GPUs all workers are on this machine, unless a cluster has others.
+        there = psutil.virtual_memory().total
+        room, where = there / config.scale.num_workers, f"{_gib(there)} of memory here"
+        told = f"{config.scale.num_workers} workers: {told}"
+    if most <= room:
+        return Check("memory", True, f"{told}; {where}")
+    hint = "set pretrain.micro_batch (cached gradients, the same result), lower batch_size"
+    return Check("memory", False, f"{told}; {where}", f"{hint}, or use more workers")
+
+
+@never_raises("place", "see the message")
+def check_place(file: str, address: str | None) -> Check:
+    """Workers, readers and actors find a place on the cluster, or on this machine."""
+    from diccae.config import load_config
+    from diccae.resources import EMBEDDED_SPARE_CPUS, Node, embedded_cores, left_over
+    from diccae.resources import training_demands as demands_of
+
+    config = load_config(file)
+    labels = config.rounds.labels != "none"
+    demands = demands_of(config, config.pool.groups(config.clustering) if labels else None)
+    if address:
+        from deploy.submit import connect, nodes_of
+
+        nodes = [Node(*node) for node in nodes_of(connect(address))]
+        where = f"{len(nodes)} node(s) of {address}"
+    else:
+        _, cards = json.loads(child.run(DEVICES, 120))
+        cores = embedded_cores() or psutil.cpu_count() or 1
+        nodes = [Node(float(cores + EMBEDDED_SPARE_CPUS), float(len(cards)))]
+        where = "this machine"
+    cpus, gpus = sum(d.n * d.cpus for d in demands), sum(d.n * d.gpus for d in demands)
+    has = f"{sum(n.cpus for n in nodes):g} CPUs and {sum(n.gpus for n in nodes):g} GPUs"
+    detail = f"needs {cpus:g} CPUs and {gpus:g} GPUs; {where}: {has}"
+    missing = left_over(demands, nodes)
+    if not missing:
+        return Check("place", True, detail)
+    lacking = ", ".join(f"{d.n} of the {d.part}" for d in missing)
+    hint = f"lower {_PER_NODE}, add nodes, or name the cluster it is for with --address"
+    return Check("place", False, f"{detail}: no room for {lacking}", hint)
+
+
+def _gib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB"

@@ -1,0 +1,193 @@
+"""Two starts of one command on one run folder, as real processes: one writes, the other learns."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.runs import SMOKE, lines
+
+from diccae.cli import main
+from diccae.run_folder import RunFolder
+from pipeline.errors import StoreLocked
+from training.attempt import Attempt
+from training.errors import RunTaken
+
+STALE_S = "2"
+HOLDER = """
+import sys, time
+from pathlib import Path
+from diccae.run_folder import RunFolder
+from pipeline.errors import StoreLocked
+from training.errors import RunTaken
+from training.tracking.copier import RunHandle
+from training.tracking.tracker import Tracker
+
+folder = RunFolder(sys.argv[1])
+refused = []
+with folder.held("pretrain", 1.5):
+    attempt = folder.attempt
+    tracker = Tracker(RunHandle("", ""), folder.path / "metrics.jsonl", attempt=attempt)
+    folder.write_record(begun=True)
+    print("holds", attempt.number, flush=True)
+    for step in range(1, 100_000):
+        try:
+            tracker.log(step, {"loss": 1.0})
+        except RunTaken as error:
+            refused.append("metric")
+            break
+        time.sleep(0.005)
+    for name, write in {
+        "record": lambda: folder.write_record(late=True),
+        "results": lambda: folder.write_results(late=True),
+        "tracker": lambda: Tracker(RunHandle("", ""), folder.path / "x.jsonl", attempt=attempt),
+    }.items():
+        try:
+            write()
+        except (StoreLocked, RunTaken):
+            refused.append(name)
+print("refused", *refused, flush=True)
+"""
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Of all files but the lease, whose owner is none of theirs."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and path.parent != folder / "lease"
+    }
+
+
+def _until(what: str, is_so: Callable[[], bool], timeout_s: float = 200.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A process that holds `run` and writes a metric every 5 ms."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "holds 1\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_start_is_refused_while_the_first_lives_and_goes_on_once_it_is_dead(
+    holder: "subprocess.Popen[str]", tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    said = rf"locked by diccae pretrain \(host .*process {holder.pid}, since 20.*heartbeat"
+    with pytest.raises(StoreLocked, match=said) as caught, folder.held("pretrain"):
+        pass
+    assert caught.value.exit_code == 4
+    holder.kill()
+    holder.wait()
+    began = time.monotonic()
+    with folder.held("pretrain"):
+        assert time.monotonic() - began < 1
+        assert folder.attempt == Attempt(str(folder.path), 2)
+        folder.write_record(begun=True)
+    assert folder.record["attempt"] == 2
+
+
+def test_a_start_that_was_taken_for_dead_writes_nothing_any_more(
+    holder: "subprocess.Popen[str]", tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    _until("a metric", lambda: bool(lines(folder.path / "metrics.jsonl")))
+    holder.send_signal(signal.SIGSTOP)
+
+    def taken() -> bool:
+        try:
+            with folder.held("pretrain", 1.5):
+                before = _digests(folder.path)
+                holder.send_signal(signal.SIGCONT)
+                assert holder.stdout is not None
+                assert holder.stdout.readline() == "refused metric record results tracker\n"
+                assert _digests(folder.path) == before
+                return True
+        except StoreLocked:
+            return False
+
+    _until("the stopped start was taken for dead", taken, 60)
+
+
+def test_a_fresh_start_does_not_give_the_folder_back_to_the_one_before(tmp_path: Path) -> None:
+    """--fresh deletes the run, and not what says whose turn it is."""
+    folder = RunFolder(tmp_path / "run")
+    with folder.held("pretrain"):
+        first = folder.attempt
+        folder.write_record(begun=True)
+    with folder.held("pretrain"):
+        folder._clear()
+        with pytest.raises(RunTaken, match="lost its lease"):
+            first.check()
+    assert not folder.record
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["pretrain", "--store", "s"],
+        ["finetune"],
+        ["evaluate"],
+        ["report"],
+        ["ablate", "--store", "s"],
+        ["weights", "import", "--model", "m", "--store", "s"],
+    ],
+    ids=" ".join,
+)
+def test_a_uri_is_no_run_folder_yet(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """It was the folder `./s3:/bucket/run` of the driver's node."""
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--out", "s3://bucket/run"]) == 2
+    assert "--out s3://bucket/run: a run folder is a local path" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_stopped_pretraining_is_taken_over_and_writes_nothing_more(
+    ray_session: None, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first has a Ray of its own, whose workers train on while their driver is stopped."""
+    out = tmp_path / "run"
+    command = ["pretrain", "--store", store, "--out", str(out), "--config", SMOKE]
+    command += ["--pretrain.epochs", "60", "--pretrain.checkpoint-every", "10"]
+    command += ["--scale.lease-stale-s", STALE_S]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    first = subprocess.Popen([sys.executable, "-m", "diccae", *command], env=env)
+    try:
+        checkpoints = out / "pretrain"
+        _until("a checkpoint", lambda: any(checkpoints.glob("checkpoint_*/state.pt")))
+        assert main(command) == 4
+        assert "locked by diccae pretrain" in capsys.readouterr().err
+        first.send_signal(signal.SIGSTOP)
+        codes: list[int] = []
+        _until("taken over", lambda: codes.append(main(command)) or codes[-1] != 4)
+        assert codes[-1] == 0
+        before = _digests(out)
+        first.send_signal(signal.SIGCONT)
+        assert first.wait(100) == 4
+        assert _digests(out) == before
+    finally:
+        first.kill()
+    metrics = lines(out / "metrics.jsonl")
+    steps = [line["step"] for line in metrics]
+    assert steps == sorted(set(steps))
+    assert [line["attempt"] for line in metrics] == sorted(line["attempt"] for line in metrics)
+    assert {line["attempt"] for line in metrics} == {1.0, 2.0}
+    assert json.loads((out / "run.json").read_text())["attempt"] == 2

@@ -1,0 +1,40 @@
+"""A worker whose run folder was taken over ends for good, and leaves no word for the next one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.storage import Location
+from pipeline.store.lease import Lease
+from training.attempt import Attempt
+from training.errors import RunTaken, WeightsError
+from training.on_ray.fit import _Failure, _Given, _told, report_state
+
+
+def _no_actor(settings: dict[str, Any]) -> None:
+    raise WeightsError("an actor of this attempt is gone")
+
+
+def _given(out: Path, attempt: Attempt) -> dict[str, Any]:
+    return _Given(_no_actor, {}, out / "failed" / f"error-{attempt.number}.json", attempt)._asdict()
+
+
+def test_a_worker_says_that_the_folder_was_taken_and_not_what_came_of_it(tmp_path: Path) -> None:
+    location = Location(str(tmp_path))
+    with Lease(location, 30.0, "the first") as lease:
+        first = Attempt(str(tmp_path), lease.generation)
+        with pytest.raises(WeightsError, match="is gone"):
+            _told(_given(tmp_path, first))
+        assert [path.name for path in (tmp_path / "failed").iterdir()] == ["error-1.json"]
+    with Lease(location, 30.0, "the second") as lease:
+        second = Attempt(str(tmp_path), lease.generation)
+        ended = _told(_given(tmp_path, first))  # As Ray starts it anew.
+        assert isinstance(ended, _Failure)
+        assert isinstance(ended.error, RunTaken)
+        assert ended.error.exit_code == 4
+        assert "locked by the second" in str(ended.error)
+        with pytest.raises(RunTaken):
+            report_state({"step": 1}, 0, first)
+        with pytest.raises(WeightsError):  # The words of the first are not those of the second.
+            _told(_given(tmp_path, second))
