@@ -19,6 +19,8 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Title and metrics of what has a place of its own; the terms of the loss come before them."""
 _NOT_CURVES = {"step", "time", "epoch"}
+_TOLD_WHEN_CHANGED = {"world_size", "attempt"}
+"""An undisturbed run has one of each all the time: a flat line that says nothing."""
 _POINTS = 400
 
 
@@ -41,16 +43,16 @@ def panels(metrics: list[dict[str, Any]]) -> list[Panel]:
     """All curves of a run: the known panels first, the rest by the prefix of their names.
 
     The seconds of a step (`time/...`) and the health of rounds (`clustering/...`) have sections of
-    their own and are left out, and so is a number of workers that never changed.
+    their own and are left out, and so are workers and attempts whose number never changed.
     """
     series = {
         name: Series(name, thin(points))
         for name, points in _points(metrics).items()
         if not name.startswith(("time/", "clustering/"))
     }
-    workers = series.get("world_size")
-    if workers is not None and len({n for _, n in workers.points}) == 1:
-        del series["world_size"]
+    for name in _TOLD_WHEN_CHANGED & series.keys():
+        if len({value for _, value in series[name].points}) == 1:
+            del series[name]
     terms = ("loss", *(term.metric for term in objective.LOSS_TERMS))
     found = []
     for title, names in (("Loss", terms), *_PANELS):

@@ -217,7 +217,7 @@ def health_table(rounds: list[PublishedRound]) -> str:
         if done.reason:
             rows.append([f'<td class="text" colspan="{len(names) + 4}">{text(done.reason)}</td>'])
     head = ["round", "", "from step", "sizes", *(_short(name) for name in names)]
-    return f'<div class="card">{table(head, rows)}</div>'
+    return f'<div class="card dense">{table(head, rows)}</div>'
 
 
 def _short(name: str) -> str:

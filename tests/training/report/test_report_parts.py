@@ -37,13 +37,14 @@ def test_every_metric_has_one_panel_and_what_is_not_finite_no_point() -> None:
     assert found["Learning rate"][0].points == [(1, 0.1)]
 
 
-def test_the_number_of_workers_is_a_curve_where_it_changed() -> None:
-    def titles(*sizes: int) -> list[str]:
-        metrics = [{"step": step, "world_size": size} for step, size in enumerate(sizes)]
+@pytest.mark.parametrize(("name", "title"), [("world_size", "World size"), ("attempt", "Attempt")])
+def test_workers_and_attempts_are_a_curve_where_their_number_changed(name: str, title: str) -> None:
+    def titles(*numbers: int) -> list[str]:
+        metrics = [{"step": step, name: number} for step, number in enumerate(numbers)]
         return [panel.title for panel in panels(metrics)]
 
     assert titles(2, 2) == []
-    assert titles(2, 1, 2) == ["World size"]
+    assert titles(2, 1, 2) == [title]
 
 
 def test_seconds_of_a_step_are_a_mean_over_the_lines_that_have_them() -> None:
