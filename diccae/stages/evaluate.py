@@ -4,7 +4,6 @@ Knows nothing of how they are computed. Invariant: test clips are read here and 
 """
 
 import time
-from pathlib import Path
 from typing import Any
 
 from clustering.rounds.files import load_round, rounds_at
@@ -30,8 +29,8 @@ def run_evaluate(folder: RunFolder, config: RunConfig, say: Say) -> dict[str, An
     check_fits(inference_demands(config.scale))
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
     started = time.monotonic()
-    clusters = _clusters(folder.path, test)
-    evaluation = evaluate(config, data.train, test, folder.path, clusters, may_write=folder.check)
+    clusters = _clusters(folder.place.uri_of("rounds"), test)
+    evaluation = evaluate(config, data.train, test, folder.uri, clusters, may_write=folder.check)
     found = evaluation.as_json()
     seconds = {"evaluate": round(time.monotonic() - started, 2)}
     results = folder.write_results(**found, seconds=seconds, config_hash=config.digest())
@@ -70,9 +69,9 @@ def tested_rows(data: Pinned, config: RunConfig) -> RowIndex:
     return labelled
 
 
-def _clusters(out: Path, test: RowIndex) -> dict[str, int]:
-    """Last pseudo-label of the test clips; none, unless they were trained on."""
-    uri = str(out / "rounds")
+def _clusters(uri: str, test: RowIndex) -> dict[str, int]:
+    """Last pseudo-label of the test clips in the rounds at `uri`; none, unless they were trained
+    on."""
     rounds = rounds_at(uri)
     if not rounds:
         return {}
