@@ -32,6 +32,7 @@ class EmbedArgs:
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("embed", EmbedArgs, argv, ("data", "evaluate", "scale"))
+    from diccae.reach import check_reach
     from diccae.resources import check_fits, start_ray
     from diccae.stages.evaluate import inference_demands
     from diccae.stages.statistics import for_embedding
@@ -44,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     index = index_rows(snapshot, args.split)
     start_ray()
     check_fits(inference_demands(run.scale))
+    check_reach({"--store": args.store, "--encoder": args.encoder})
     job = Job(index, run.evaluate.frames, (args.space,))
     [outputs] = run_jobs([job], Models(args.encoder), run.data, run.scale, run.evaluate)
     write_vectors(index, outputs, args.space, args.out)

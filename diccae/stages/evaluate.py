@@ -9,6 +9,7 @@ from typing import Any
 from clustering.rounds.files import load_round, rounds_at
 from diccae.config import RunConfig
 from diccae.errors import UsageError
+from diccae.reach import check_reach
 from diccae.resources import Demand, check_fits, start_ray
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import Say, pin_for, tracking_handle
@@ -27,6 +28,7 @@ def run_evaluate(folder: RunFolder, config: RunConfig, say: Say) -> dict[str, An
     config, _ = settle(folder, config, data, say)
     start_ray()
     check_fits(inference_demands(config.scale))
+    check_reach({"--store": data.snapshot.uri}, folder.uri)
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
     started = time.monotonic()
     clusters = _clusters(folder.place.uri_of("rounds"), test)

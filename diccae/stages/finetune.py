@@ -6,6 +6,7 @@ Knows nothing of pretraining. Invariant: the same call goes on from the newest c
 import time
 
 from diccae.config import RunConfig
+from diccae.reach import check_reach
 from diccae.resources import check_fits, start_ray, training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.run_record import Say, pin_for, provenance, tracking_handle, with_status
@@ -32,6 +33,7 @@ def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say:
     steps = BatchPlan.of(len(train), config.finetune.batch_size, config.data).steps(len(train))
     start_ray()
     check_fits(training_demands(config, None))
+    check_reach({"--store": data.snapshot.uri, "--encoder": encoder}, folder.uri)
     origin = provenance(folder, config)
     folder.check()
     uri = starting_encoder(config, train, encoder, folder.uri, origin)

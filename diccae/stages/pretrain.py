@@ -10,6 +10,7 @@ from typing import Any
 
 from clustering.rounds.files import load_round, rounds_at
 from diccae.config import RunConfig
+from diccae.reach import check_reach
 from diccae.resources import check_fits, scale_note, start_ray, training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.run_record import Say, pin_for, provenance, remember, tracking_run, with_status
@@ -35,10 +36,7 @@ def run_pretrain(
     Args: tags: of the MLflow run, besides the usual ones.
     """
     config, data = _settled(folder, config, store, say, span)
-    start_ray()
-    makes_labels = config.rounds.labels != "none"
-    pool = config.pool.groups(config.clustering) if makes_labels else None
-    check_fits(training_demands(config, pool))
+    _start_cluster(folder, config, data)
     handle = tracking_run(folder, config, data, tags)
     scale_note(config.scale, say)
     total = _say_what_is_trained(config, data, store, say, span)
@@ -77,6 +75,15 @@ def _settled(
     config, statistics = settle(folder, config, data, say, init, made)
     remember(folder, config, store, data, statistics)
     return config, data
+
+
+def _start_cluster(folder: RunFolder, config: RunConfig, data: Pinned) -> None:
+    """Raises: ResourceError or UsageError for a cluster on which the run cannot work."""
+    start_ray()
+    makes_labels = config.rounds.labels != "none"
+    pool = config.pool.groups(config.clustering) if makes_labels else None
+    check_fits(training_demands(config, pool))
+    check_reach({"--store": data.snapshot.uri, "--init": config.encoder.init}, folder.uri)
 
 
 def _say_what_is_trained(config: RunConfig, data: Pinned, store: str, say: Say, span: Span) -> int:

@@ -58,8 +58,7 @@ def evaluate(
     Args: clusters: last pseudo-label by clip id. may_write: asked before files are written.
     Raises: TrainingError if the run folder has no encoder, or no training clip a label.
     """
-    place = Location(out)
-    of_test, of_train, middle = _outputs(config, _models(place), train, test)
+    of_test, of_train, middle = _outputs(config, _models(Location(out)), train, test)
     probed = _probe(config, train, test, of_train, of_test)
     space = embedding_space(config)
     given = Evidence(
@@ -75,7 +74,7 @@ def evaluate(
     )
     confusion, split = count_confusion(given, test.classes), config.evaluate.split
     may_write()
-    write_evaluation(place.below("evaluation"), given, confusion, split)
+    write_evaluation(Location(out).below("evaluation"), given, confusion, split)
     return Evaluation(
         n_train=len(train),
         n_test=len(test),

@@ -175,13 +175,10 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     config = TrainingConfig.model_validate(settings["config"])
     world = ray_fit.this_world(config.scale)
     index: RowIndex = ray.get(settings["index"][0])
-    out: Location = settings["out"]
-    attempt = Attempt(*settings["attempt"])
-    state = ray_fit.last_state()
-    encoder, _ = load_encoder(settings["encoder"])
+    out, attempt = settings["out"], Attempt(*settings["attempt"])
+    state, encoder = ray_fit.last_state(), load_encoder(settings["encoder"])[0]
     classifier = make_classifier(config, encoder, len(index.classes))
-    handle = RunHandle(*settings["handle"])
-    lines = out.uri_of("finetune.jsonl")
+    handle, lines = RunHandle(*settings["handle"]), out.uri_of("finetune.jsonl")
     tracker = ray_fit.tracker_for(world, handle, lines, state, attempt=attempt)
 
     def write(step: int, metrics: dict[str, float]) -> None:
@@ -189,9 +186,8 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
             tracker.log(step, {f"finetune/{name}": value for name, value in metrics.items()})
 
     def save(state: dict[str, Any]) -> None:
-        if tracker is not None:
-            tracker.publish()  # Before the checkpoint: what it has behind it is not logged again.
-        ray_fit.report_state({**state, "decides": settings["decides"]}, world.rank, attempt)
+        state["decides"] = settings["decides"]
+        ray_fit.report_state(state, world.rank, attempt, tracker)
 
     keep = ray_fit.failure_writer(out.uri, world.rank, attempt)
     hooks = Hooks(write, save, keep, ray_fit.leaving_notice())

@@ -272,8 +272,14 @@ def state_in(folder: str | Path, numbers_only: bool = False) -> dict[str, Any]:
     return state
 
 
-def report_state(state: dict[str, Any], rank: int, attempt: Attempt = UNHELD) -> None:
-    """Checkpoint: written by rank 0, reported by all. Raises: RunTaken."""
+def report_state(
+    state: dict[str, Any],
+    rank: int,
+    attempt: Attempt = UNHELD,
+    tracker: Tracker | None = None,
+) -> None:
+    """Checkpoint: written by rank 0, reported by all, after the metrics up to it: a start that goes
+    on from it does not log them again. Raises: RunTaken."""
     import ray.train
 
     attempt.check()
@@ -282,6 +288,8 @@ def report_state(state: dict[str, Any], rank: int, attempt: Attempt = UNHELD) ->
     if rank != 0:
         ray.train.report(metrics)
         return
+    if tracker is not None:
+        tracker.publish()
     folder = tempfile.mkdtemp(prefix="diccae-checkpoint-")
     try:
         torch.save({**state, "format": _FORMAT}, Path(folder) / _STATE)

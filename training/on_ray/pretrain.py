@@ -184,9 +184,7 @@ def pretrain(
     span: Span = WHOLE,
     attempt: Attempt = UNHELD,
 ) -> dict[str, Any]:
-    """Train on the cluster Ray is connected to. Returns: the last metrics and times.
-
-    Args: out: path or URI of the run folder, which all nodes reach.
+    """Train into `out`, which all nodes reach. Returns: the last metrics and times.
 
     Raises: TrainingError; ClusteringError.
     """
@@ -196,8 +194,7 @@ def pretrain(
     actors: ClusterPool | None = None
     rounds: Rounds | None = None
     if config.rounds.labels != "none":
-        where = place.uri_of("rounds")
-        actors = _actors(config, clustering, pool, data.train, where, attempt=attempt)
+        actors = _actors(config, clustering, pool, data.train, place, attempt=attempt)
         rounds = actors.client()
     settings = {
         "config": ray_fit.for_workers(config),
@@ -222,10 +219,11 @@ def _actors(
     clustering: KMeansConfig,
     pool: PoolConfig,
     train: RowIndex,
-    uri: str,
+    out: Location,
     *,
     attempt: Attempt,
 ) -> ClusterPool:
+    uri = out.uri_of("rounds")
     widths: dict[str, int] = {s: config.encoder.projection for s in config.loss.label_streams}
     control = control_labels(config.rounds.labels, train, clustering.k, config.seed)
     if control is None:
@@ -344,9 +342,7 @@ def _hooks(
             name = f"bank-{state['step']:08d}"
             state["bank"] = out.uri_of("rounds", name)
             _save_bank(rounds, out.below("rounds"), name, world, config.rounds.timeout_s)
-        if tracker is not None:
-            tracker.publish()  # Before the checkpoint: what it has behind it is not logged again.
-        ray_fit.report_state(state, world.rank, attempt)
+        ray_fit.report_state(state, world.rank, attempt, tracker)
 
     def write(step: int, metrics: dict[str, float]) -> None:
         if tracker is not None:

@@ -63,8 +63,7 @@ class Spool:
             raise self._taken
 
     def publish(self) -> None:
-        """Put what there is where the run is; storage that fails costs a warning. Raises: RunTaken.
-        """
+        """All lines to where the run is; storage that fails costs a warning. Raises: RunTaken."""
         if self._scratch is None:
             return
         with self._lock:
