@@ -5,6 +5,7 @@ write in one put, local files are renamed into place.
 """
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -45,7 +46,7 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
         s3fs.S3FileSystem.retries = ATTEMPTS
         s3fs.core.set_custom_error_handler(_may_pass)
-        options["config_kwargs"] = _ONE_REQUEST
+        options["config_kwargs"] = copy.deepcopy(_ONE_REQUEST)  # botocore adds to it.
     filesystem, path = fsspec.core.url_to_fs(uri, **options)
     return filesystem, path
 

@@ -12,6 +12,7 @@ The sum stays below `scale.lease_stale_s` (60 s): a write that is repeated when 
 already have taken the run over would come too late.
 """
 
+import copy
 from typing import Any
 
 import fsspec
@@ -35,7 +36,7 @@ def open_filesystem(uri: Any) -> tuple[fsspec.AbstractFileSystem, str]:
     options: dict[str, Any] = {"use_listings_cache": False}
     if fsspec.utils.get_protocol(str(uri)) in ("s3", "s3a"):
         _repeat_for_longer()
-        options["config_kwargs"] = _ONE_REQUEST
+        options["config_kwargs"] = copy.deepcopy(_ONE_REQUEST)  # botocore adds to it.
     filesystem, path = fsspec.core.url_to_fs(uri, **options)
     return filesystem, path
 

@@ -38,6 +38,10 @@ def run_pretrain(
     config, data = _settled(folder, config, store, say, span)
     _start_cluster(folder, config, data)
     handle = tracking_run(folder, config, data, tags)
+    if not handle.uri:
+        say(
+            "tracking  metrics.jsonl alone: a bucket holds no MLflow file; --tracking.uri names one"
+        )
     scale_note(config.scale, say)
     total = _say_what_is_trained(config, data, store, say, span)
     made_by = provenance(folder, config)

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from support.runs import SMOKE, lines
+from support.unsteady import unsteady_bucket
 
 from diccae.cli import main
 from diccae.run_folder import RunFolder
 from pipeline.errors import StoreLocked
+from pipeline.storage import Location
 from training.attempt import Attempt
 from training.errors import RunTaken
 
@@ -25,9 +27,11 @@ import sys, time
 from diccae.run_folder import RunFolder
 from pipeline.errors import StoreLocked
 from training.errors import RunTaken
+from training.tracking import spool
 from training.tracking.copier import RunHandle
 from training.tracking.tracker import Tracker
 
+spool.PUBLISH_S = 0.05
 folder = RunFolder(sys.argv[1])
 refused, NOWHERE = [], RunHandle("", "")
 with folder.held("pretrain", 1.5):
@@ -135,6 +139,41 @@ def test_a_fresh_start_does_not_give_the_folder_back_to_the_one_before(tmp_path:
         with pytest.raises(RunTaken, match="lost its lease"):
             first.check()
     assert not folder.record
+
+
+def test_in_a_bucket_a_start_that_was_taken_for_dead_writes_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with unsteady_bucket("fenced") as bucket:
+        folder = RunFolder(f"{bucket}/run")
+        command = [sys.executable, "-c", HOLDER, folder.uri]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "holds 1\n"
+            _until("metrics", lambda: folder.place.exists("metrics.jsonl"))
+            holder.send_signal(signal.SIGSTOP)
+            _until("taken over", lambda: _taken_from(folder, holder), 60)
+    assert not list(tmp_path.iterdir())
+
+
+def _taken_from(folder: RunFolder, holder: "subprocess.Popen[str]") -> bool:
+    try:
+        with folder.held("pretrain", 1.5):
+            before = _objects(folder.place)
+            holder.send_signal(signal.SIGCONT)
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "refused metric record results tracker\n"
+            assert _objects(folder.place) == before
+            return True
+    except StoreLocked:
+        return False
+
+
+def _objects(place: Location) -> dict[str, str]:
+    """Digests of all but the lease's."""
+    found = place.fs.find(place.path, detail=True)
+    return {name: about["ETag"] for name, about in found.items() if "/lease/" not in name}
 
 
 @pytest.mark.parametrize(
