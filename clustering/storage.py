@@ -19,7 +19,7 @@ import numpy as np
 ATTEMPTS = 11
 _ONE_REQUEST = {
     "retries": {"total_max_attempts": 1},
-    "connect_timeout": 5,
+    "connect_timeout": 2,
     "read_timeout": 30,
 }
 

@@ -8,8 +8,8 @@ All that is set for retries, and what is left as the libraries have it:
           and at once where nobody answers
   gs://   six attempts over 31 s, gcsfs's own
   Delta   `DELTA_RETRIES`
-The sum stays below `scale.lease_stale_s` (60 s): a write that is repeated when another start may
-already have taken the run over would come too late.
+With 2 s for each connection that is 51 s, less than after which another start may have taken the
+run over (`scale.lease_stale_s`, and a third of it): a write that is repeated comes before that.
 """
 
 import copy
@@ -22,7 +22,7 @@ ATTEMPTS = 11
 _ONE_REQUEST = {
     # The rounds below repeat it; those of botocore in each of them would wait for minutes.
     "retries": {"total_max_attempts": 1},
-    "connect_timeout": 5,
+    "connect_timeout": 2,
     "read_timeout": 30,
 }
 DELTA_RETRIES = {"max_retries": "10", "retry_timeout": "45s"}

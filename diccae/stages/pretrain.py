@@ -36,13 +36,12 @@ def run_pretrain(
     Args: tags: of the MLflow run, besides the usual ones.
     """
     config, data = _settled(folder, config, store, say, span)
-    _start_cluster(folder, config, data)
+    _start_cluster(folder, config, data, say)
     handle = tracking_run(folder, config, data, tags)
     if not handle.uri:
         say(
             "tracking  metrics.jsonl alone: a bucket holds no MLflow file; --tracking.uri names one"
         )
-    scale_note(config.scale, say)
     total = _say_what_is_trained(config, data, store, say, span)
     made_by = provenance(folder, config)
     started = time.monotonic()
@@ -81,13 +80,14 @@ def _settled(
     return config, data
 
 
-def _start_cluster(folder: RunFolder, config: RunConfig, data: Pinned) -> None:
+def _start_cluster(folder: RunFolder, config: RunConfig, data: Pinned, say: Say) -> None:
     """Raises: ResourceError or UsageError for a cluster on which the run cannot work."""
     start_ray()
     makes_labels = config.rounds.labels != "none"
     pool = config.pool.groups(config.clustering) if makes_labels else None
     check_fits(training_demands(config, pool))
     check_reach({"--store": data.snapshot.uri, "--init": config.encoder.init}, folder.uri)
+    scale_note(config.scale, say)
 
 
 def _say_what_is_trained(config: RunConfig, data: Pinned, store: str, say: Say, span: Span) -> int:
