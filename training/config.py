@@ -294,18 +294,21 @@ class FinetuneConfig(Frozen):
 
     mode: Literal["multimodal", "audio", "video"] = "multimodal"
     """Streams that are trained; multimodal models are tested in all modes."""
+    loss: Literal["ce", "bce"] = "ce"
+    """`ce`: one class a clip, cross-entropy and softmax; `bce`: a clip may have several, binary
+    cross-entropy and sigmoid of each class (CAV-MAE on AudioSet); needs `confusion` 0."""
     epochs: int = Field(10, ge=1)
     """Passes over the train split."""
     batch_size: int = Field(48, ge=2)
     """Global batch."""
     auxiliary: float = Field(0.3, ge=0)
-    """Weight of the cross-entropy of the audio and video streams (0: CAV-MAE's recipe)."""
+    """Weight of the loss of the audio and video streams (0: CAV-MAE's recipe)."""
     confusion: float = Field(1.0, ge=0)
     """gamma of the confusion-aware cross-entropy over true classes; 0: plain cross-entropy."""
     confusion_after_epochs: int = Field(1, ge=0)
     """Epochs before the confusion weights apply."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Mass spread over the other classes."""
+    """Mass taken from a clip's classes and spread over all."""
     mixup: float = Field(0.0, ge=0, le=1)
     """Chance that a clip is mixed with another, lambda ~ Beta(10, 10)."""
     balanced: bool = False
@@ -316,6 +319,15 @@ class FinetuneConfig(Frozen):
     """Random views during fine-tuning."""
     optim: OptimConfig = OptimConfig(lr=1e-4, head_lr_scale=10.0, weight_decay=5e-7)
     """Optimiser of fine-tuning."""
+
+    @model_validator(mode="after")
+    def _weights_need_one_class(self) -> "FinetuneConfig":
+        if self.loss == "bce" and self.confusion > 0:
+            raise ValueError(
+                f"loss = bce with confusion = {self.confusion:g}: confusion weights stand between "
+                "the one class of a clip and all others; set finetune.confusion to 0"
+            )
+        return self
 
 
 class EvaluateConfig(Frozen):

@@ -20,7 +20,7 @@ from pipeline.store.schema import CLIPS_SCHEMA
 
 STATE_COLUMNS = [
     "clip_id", "uri", "start_s", "end_s", "label", "split", "status", "reason", "attempts",
-    "fp_kind", "fp", "size", "mtime_ns", "group", "spec_hash",
+    "fp_kind", "fp", "size", "mtime_ns", "group", "more_labels", "spec_hash",
 ]  # fmt: skip
 """Columns of the clips table a plan needs."""
 
@@ -39,7 +39,7 @@ class Plan:
     missing: pa.Table
     """Listed clips whose file is not there, where the store does not say so yet (SOURCE_SCHEMA)."""
     restated: pa.Table
-    """Clips whose label, split, group or place changed, but not their content (SOURCE_SCHEMA)."""
+    """Clips whose labels, split, group or place changed, but not their content (SOURCE_SCHEMA)."""
     removed_ids: list[str]
     """Clips of the store that are not listed any more."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -194,7 +194,9 @@ def _compared(
         touched=touched,
         same_file=_same_file(sources, before) | (touched & _same_window(sources, before)),
         same_spec=_true(pc.equal(before["spec_hash"], spec_hash)),
-        same_words=_same(sources, before, "label") & _same(sources, before, "split"),
+        same_words=_same(sources, before, "label")
+        & _same(sources, before, "more_labels")
+        & _same(sources, before, "split"),
         same_place=_same(sources, before, "uri") & _same(sources, before, "group"),
         reason=reason,
         attempts=before["attempts"].fill_null(0).to_numpy(),

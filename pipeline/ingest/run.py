@@ -367,13 +367,13 @@ _NO_STATES = CLIPS_SCHEMA.empty_table().select(STATE_COLUMNS)
 
 
 def _restate(states: pa.Table, restated: pa.Table) -> pa.Table:
-    """Rows of the clips table with the label, split, group, place and stat the source gives now.
+    """Rows of the clips table with the labels, split, group, place and stat the source gives now.
 
     Everything else stays, above all the spec: it is that of the features the row points at.
     """
     position = pc.index_in(restated["clip_id"], value_set=states["clip_id"].combine_chunks())
     rows = states.take(position)
-    for name in ("label", "split", "group", "uri", "size", "mtime_ns"):
+    for name in ("label", "more_labels", "split", "group", "uri", "size", "mtime_ns"):
         index = CLIPS_SCHEMA.get_field_index(name)
         rows = rows.set_column(index, CLIPS_SCHEMA.field(index), restated[name])
     return rows

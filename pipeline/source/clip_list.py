@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import SourceError
 from pipeline.storage import Location
+from pipeline.store.schema import LABEL_SEPARATOR
 
 _log = logging.getLogger(__name__)
 _UNSAFE = "it holds a path or a control character"
 _SAFE_ID = re.compile(r"[A-Za-z0-9_-]+")
 _VGGSOUND_NAME = re.compile(r"([A-Za-z0-9_-]{11})_\d{6}")
-_MANIFEST_COLUMNS = ("uri", "start_s", "end_s", "label", "split", "group", "clip_id")
+_MANIFEST_COLUMNS = ("uri", "start_s", "end_s", "label", "labels", "split", "group", "clip_id")
 _MOST_PROBLEMS = 20
 TRAIN = "train"
 """The split of clips that are given none."""
@@ -44,6 +45,13 @@ class Entry:
     start_s: float | None = None
     end_s: float | None = None
     uri: str = ""
+    more_labels: tuple[str, ...] = ()
+    """Classes of the clip beside `label`."""
+
+    @property
+    def all_labels(self) -> tuple[str, ...]:
+        """Every class of the clip."""
+        return (self.label, *self.more_labels) if self.label else ()
 
 
 def clip_id_of(path: str) -> str:
@@ -115,11 +123,12 @@ def refuse(problems: list[str]) -> None:
 
 def _warn_of_unknown_labels(clips: str, entries: list[Entry]) -> None:
     """A label that no training clip has is most likely misspelt; the clips are kept."""
-    known = {entry.label for entry in entries if entry.split == TRAIN and entry.label}
+    known = {label for entry in entries if entry.split == TRAIN for label in entry.all_labels}
     unknown: dict[str, int] = {}
     for entry in entries:
-        if known and entry.label and entry.label not in known:
-            unknown.setdefault(entry.label, entry.line)
+        for label in entry.all_labels:
+            if known and label not in known:
+                unknown.setdefault(label, entry.line)
     for label, line in list(unknown.items())[:_MOST_PROBLEMS]:
         near = difflib.get_close_matches(label, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -193,6 +202,11 @@ def _manifest_entries(
             f"{', '.join(_MANIFEST_COLUMNS[1:])}"
         )
     entries = []
+    if "label" in header and "labels" in header:
+        raise SourceError(
+            f"{clips}: columns label and labels: keep one of them; labels holds all classes of a "
+            f"clip, with {LABEL_SEPARATOR} between them"
+        )
     for line, row in rows:
         try:
             entries.append(_manifest_entry(line, row, base))
@@ -203,9 +217,8 @@ def _manifest_entries(
 
 def _manifest_entry(line: int, row: dict[str, Any], base: str) -> Entry:
     """Raises: ValueError."""
-    uri, label, group, clip_id = (
-        str(row.get(name) or "") for name in ("uri", "label", "group", "clip_id")
-    )
+    uri, group, clip_id = (str(row.get(name) or "") for name in ("uri", "group", "clip_id"))
+    labels = _labels(row)
     split = str(row["split"] or "") if "split" in row else TRAIN
     for name, value in (("uri", uri), ("split", split)):
         if not value:
@@ -227,7 +240,23 @@ def _manifest_entry(line: int, row: dict[str, Any], base: str) -> Entry:
         if not _is_safe(value):
             raise ValueError(f"{value!r} is not a {name}: {_UNSAFE}")
     group = group or group_of(PurePosixPath(uri).stem, group_of(clip_id, uri))
-    return Entry(line, clip_id, label or None, split, group, "", start_s, end_s, uri)
+    label, more_labels = (labels[0], tuple(labels[1:])) if labels else (None, ())
+    return Entry(
+        line, clip_id, label, split, group, "", start_s, end_s, uri, more_labels=more_labels
+    )
+
+
+def _labels(row: dict[str, Any]) -> list[str]:
+    """The classes of a manifest's clip, none twice: `label`, or `labels`, which Parquet may hold as
+    a list."""
+    if "labels" not in row:
+        return [str(row["label"])] if row.get("label") else []
+    given = row["labels"] or []
+    parts = given.split(LABEL_SEPARATOR) if isinstance(given, str) else map(str, given)
+    labels = list(dict.fromkeys(label for part in parts if (label := part.strip())))
+    if wrong := [label for label in labels if LABEL_SEPARATOR in label]:
+        raise ValueError(f"label {wrong[0]!r} holds {LABEL_SEPARATOR}, which stands between labels")
+    return labels
 
 
 def _is_safe(name: str) -> bool:

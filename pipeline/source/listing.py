@@ -19,7 +19,7 @@ from pipeline.source.clip_list import TRAIN, Entry, clip_id_of, group_of, read_e
 from pipeline.source.files import File, Found, find_videos, local_file, remote_file
 from pipeline.source.tar_parts import part_of
 from pipeline.storage import Location
-from pipeline.store.schema import SOURCE_SCHEMA
+from pipeline.store.schema import LABEL_SEPARATOR, SOURCE_SCHEMA
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def list_sources(
     """All clips of a CSV or manifest with the files found for them, or all videos of a folder.
 
     Args: clips: VGGSound CSV (no header: ytid, start, label, split) or a CSV/Parquet manifest with
-        columns uri[, start_s, end_s, label, split, group, clip_id]; None lists the folder;
+        columns uri[, start_s, end_s, label or labels, split, group, clip_id]; None: the folder;
         videos: folder of the clips, or of tar parts with them, or one tar part; cache: where the
         index of parts is kept; label_from_folder: without a list, a clip's label is the name of the
         folder it lies in.
@@ -129,6 +129,7 @@ def _as_table(entries: list[Entry], found: list[tuple[File | None, float | None]
         "size": [file.size if file else None for file in files],
         "mtime_ns": [file.mtime_ns if file else None for file in files],
         "group": [entry.group for entry in entries],
+        "more_labels": [LABEL_SEPARATOR.join(entry.more_labels) or None for entry in entries],
     }
     return pa.table(columns, schema=SOURCE_SCHEMA)
 

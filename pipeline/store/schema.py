@@ -24,10 +24,15 @@ SOURCE_SCHEMA = pa.schema(
         pa.field("size", pa.int64()),
         pa.field("mtime_ns", pa.int64()),
         pa.field("group", pa.string()),
+        pa.field("more_labels", pa.string()),
     ]
 )
 """A source clip. `fp` is null where there is no file; start_s, end_s where the file is the clip;
-`label` where it has none; `group`, what validation is split by, in stores older than the column."""
+`label` where it has none; `group`, what validation is split by, in stores older than the column;
+`more_labels`, its classes beside `label` with LABEL_SEPARATOR between them, where it has one."""
+
+LABEL_SEPARATOR = "|"
+
 
 CLIPS_SCHEMA = pa.schema(
     [
@@ -76,3 +81,8 @@ SHARD_SCHEMA = pa.schema(
 
 SPEC_KEY = b"diccae.feature_spec"
 ROW_GROUP_ROWS = 64
+
+
+def split_labels(more_labels: str | None) -> list[str]:
+    """The classes that a value of the column `more_labels` holds."""
+    return more_labels.split(LABEL_SEPARATOR) if more_labels else []

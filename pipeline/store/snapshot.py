@@ -19,12 +19,12 @@ from pipeline.config import FeatureSpec
 from pipeline.errors import StoreError
 from pipeline.storage import is_storage_failure
 from pipeline.store.log import KEY_COLUMNS, LogKeys
-from pipeline.store.schema import CLIPS_SCHEMA, SPEC_PROPERTY
+from pipeline.store.schema import CLIPS_SCHEMA, SPEC_PROPERTY, split_labels
 
 if TYPE_CHECKING:
     from pipeline.store.store import FeatureStore
 
-_ROW_COLUMNS = ["clip_id", "label", "split", "group", "shard", "row"]
+_ROW_COLUMNS = ["clip_id", "label", "more_labels", "split", "group", "shard", "row"]
 
 
 class Snapshot:
@@ -106,6 +106,8 @@ class Snapshot:
     def digest(self) -> str:
         """Equal for equal data: ids, contents (row_key), labels, splits; not for where they lie."""
         columns = ["clip_id", "row_key", "label", "split"]
+        if self._live["more_labels"].null_count < len(self._live):
+            columns.append("more_labels")
         rows = self._live.select(columns).sort_by("clip_id").combine_chunks()
         digest = hashlib.sha256()
         for name in columns:
@@ -115,8 +117,8 @@ class Snapshot:
         return digest.hexdigest()
 
     def rows(self, split: str | None) -> pa.Table:
-        """Live clips of a split (None: all) by (shard, row): clip_id, label, split, group, shard,
-        row."""
+        """Live clips of a split (None: all) by (shard, row): clip_id, label, more_labels, split,
+        group, shard, row."""
         live = self._live
         if split is not None:
             live = live.filter(pc.equal(live["split"], split))
@@ -125,7 +127,10 @@ class Snapshot:
     @cached_property
     def classes(self) -> list[str]:
         """Distinct labels of live clips, sorted."""
-        return sorted(label for label in pc.unique(self._live["label"]).to_pylist() if label)
+        first, more = (
+            pc.unique(self._live[name]).drop_null().to_pylist() for name in ("label", "more_labels")
+        )
+        return sorted({*first, *(label for joined in more for label in split_labels(joined))})
 
     @cached_property
     def _log(self) -> pa_dataset.Dataset:

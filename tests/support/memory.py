@@ -27,7 +27,7 @@ def memory_index() -> RowIndex:
         [f"class {i}" for i in range(N_CLASSES)],
         np.array([f"clip{i:07d}_{i:06d}" for i in range(N_CLIPS)], dtype=object),
         rng.permutation(2**40 + np.arange(N_CLIPS)).astype(np.uint64),
-        np.arange(N_CLIPS) % N_CLASSES,
+        (np.arange(N_CLIPS) % N_CLASSES).astype(np.int32)[:, None],
         np.repeat([0, 1], N_CLIPS // 2).astype(np.int32),
         np.tile(np.arange(N_CLIPS // 2), 2).astype(np.int32),
     )
@@ -68,7 +68,7 @@ class MemoryReader:
         return Batch(
             position=positions,
             key=index.keys_N[positions],
-            label=index.labels_N[positions],
+            labels=index.labels_NL[positions],
             fbank=fbank,
             frames=self.frames[positions[:, None], chosen],
         )

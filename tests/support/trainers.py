@@ -16,6 +16,7 @@ from clustering.kmeans.label_table import LabelTable
 from clustering.rounds.local import LocalRounds
 from training.config import TrainingConfig
 from training.data.order import BatchPlan, WindowPlan, balanced_draws, lanes_of
+from training.data.rows import RowIndex
 from training.loop.finetuner import Finetuner
 from training.loop.hooks import Hooks, World
 from training.loop.pretrainer import Pretrainer
@@ -127,13 +128,22 @@ def finetune_config(**tuning: Any) -> TrainingConfig:
 
 
 def make_tuner(
-    config: TrainingConfig, states: list[dict[str, Any]] | None = None, world: World = _ALONE
+    config: TrainingConfig,
+    states: list[dict[str, Any]] | None = None,
+    world: World = _ALONE,
+    index: RowIndex | None = None,
 ) -> Finetuner:
-    index = memory_index()
+    index = memory_index() if index is None else index
     torch.manual_seed(config.seed)
     encoder = Encoder(config.encoder, SHAPE)
     auxiliary = config.finetune.auxiliary > 0
-    classifier = Classifier(encoder, len(index.classes), config.finetune.mode, auxiliary)
+    classifier = Classifier(
+        encoder,
+        len(index.classes),
+        config.finetune.mode,
+        auxiliary,
+        multi_label=config.finetune.loss == "bce",
+    )
     plan = BatchPlan.of(len(index), config.finetune.batch_size, config.data)
     draws = balanced_draws(index, config.seed) if config.finetune.balanced else None
     lanes = lanes_of(world.rank, world.size, plan.lanes)

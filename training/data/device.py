@@ -24,8 +24,8 @@ class DeviceBatch(NamedTuple):
     """float16, as stored."""
     frames_nFHWC: Tensor
     """uint8."""
-    label_n: Tensor
-    """int64, -1 without a label."""
+    labels_nL: Tensor
+    """int32, -1 where there is no label, or no further one."""
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[DeviceBatch]:
@@ -41,7 +41,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Device
         computing = torch.cuda.current_stream(device)
         # The device waits for the copy, not the host: it is queued behind the step before.
         computing.wait_stream(copying)
-        for x in (there.fbank_nTM, there.frames_nFHWC, there.label_n):
+        for x in (there.fbank_nTM, there.frames_nFHWC, there.labels_nL):
             # Without this its memory would be given to the next copy while a step still reads it.
             x.record_stream(computing)
         yield there
@@ -76,5 +76,6 @@ class HostCopy:
 
 
 def _copied(batch: Batch, device: torch.device) -> DeviceBatch:
-    fbank, frames, label = (to_device(x, device) for x in (batch.fbank, batch.frames, batch.label))
-    return DeviceBatch(batch, fbank, frames, label)
+    host = (batch.fbank, batch.frames, batch.labels)
+    fbank, frames, labels = (to_device(x, device) for x in host)
+    return DeviceBatch(batch, fbank, frames, labels)

@@ -6,7 +6,7 @@ worker reads, so the order never depends on the number of workers, and a run can
 step.
 
 Shapes: N clips, B global batch, V lanes, b = B / V clips of a lane, S steps of a window, n clips of
-a worker's step, W distinct clips of a window, G row groups.
+a worker's step, W distinct clips of a window, L labels of a clip, G row groups.
 """
 
 from collections.abc import Callable, Iterator
@@ -60,7 +60,7 @@ class Window(NamedTuple):
     position_W: NDArray[np.int64]
     """In the `RowIndex`."""
     key_W: NDArray[np.uint64]
-    label_W: NDArray[np.int64]
+    labels_WL: NDArray[np.int32]
     places_Sn: NDArray[np.int64]
     """Which of the distinct clips each step takes, lane after lane."""
     frames: FrameDraw
@@ -91,7 +91,7 @@ def window_of(
         row_W=index.rows_N[wanted_W],
         position_W=wanted_W,
         key_W=index.keys_N[wanted_W],
-        label_W=index.labels_N[wanted_W],
+        labels_WL=index.labels_NL[wanted_W],
         places_Sn=places.reshape(positions_Sn.shape),
         frames=frames,
         seed=seed,
@@ -193,12 +193,14 @@ def row_groups(index: RowIndex) -> NDArray[np.int64]:
 
 
 def balanced_draws(index: RowIndex, seed: int) -> Draws:
-    """Positions of an epoch drawn with replacement, inversely to the size of a clip's class.
+    """Positions of an epoch drawn with replacement, inversely to the size of a clip's classes.
 
-    Source: CAV-MAE's sampler, weight 1000 / (n_c + 0.01).
+    Source: CAV-MAE's sampler, weight 1000 / (n_c + 0.01), summed over the labels of a clip.
     """
-    counts_C = np.bincount(index.labels_N, minlength=len(index.classes))
-    weights_N = 1000.0 / (counts_C[index.labels_N] + 0.01)
+    labels_NL = index.labels_NL
+    counts_C = np.bincount(labels_NL[labels_NL >= 0], minlength=len(index.classes))
+    weights_NL = np.where(labels_NL >= 0, 1000.0 / (counts_C[labels_NL] + 0.01), 0.0)
+    weights_N = weights_NL.sum(1)
     p_N = weights_N / weights_N.sum()
 
     def draws(epoch: int) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@ The edge of the store's shards: knows nothing of Ray, of orders or of augmentati
 batch is a function of its window alone, so any process may read it, and read it again.
 
 Shapes: n clips of a step (lane after lane), v views, F frames of a view, S steps of a window, W
-distinct clips of a window, T fbank frames, M mel bins.
+distinct clips of a window, L labels of a clip, T fbank frames, M mel bins.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,8 +27,8 @@ class Batch(NamedTuple):
     """[n], in the `RowIndex`."""
     key: NDArray[np.uint64]
     """[n]."""
-    label: NDArray[np.int64]
-    """[n], -1 without a label."""
+    labels: NDArray[np.int32]
+    """[n, L] as in the `RowIndex`: -1 where there is no label, or no further one."""
     fbank: NDArray[np.float16]
     """[n, T, M], as stored."""
     frames: NDArray[np.uint8]
@@ -139,7 +139,7 @@ def read_window(window: Window) -> Iterator[Batch]:
         yield Batch(
             position=window.position_W[places_n],
             key=keys_n,
-            label=window.label_W[places_n],
+            labels=window.labels_WL[places_n],
             fbank=np.stack([fbank_array(encoded.fbank(i), window.spec) for i in places_n]),
             frames=frames.reshape(len(places_n), -1, *frames.shape[1:]),
         )

@@ -3,7 +3,7 @@
 Reads the clips table alone: knows nothing of features, batches or their order. Invariant: the index
 depends on the version and the split alone, sorted by (shard, row).
 
-Shapes: N clips.
+Shapes: N clips, L labels of the clip that has most.
 """
 
 import hashlib
@@ -12,10 +12,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.config import FeatureSpec
+from pipeline.store.schema import split_labels
 from pipeline.store.store import Snapshot
 from training.errors import TrainingError
 
@@ -36,8 +38,9 @@ class RowIndex:
     classes: list[str]
     clip_ids_N: NDArray[np.object_]
     keys_N: NDArray[np.uint64]
-    labels_N: NDArray[np.int64]
-    """Position in `classes`; -1 without a label."""
+    labels_NL: NDArray[np.int32]
+    """Positions in `classes` of a clip's labels, the first one first; then, or without a label, -1.
+    L is 1 but where clips have several labels."""
     shards_N: NDArray[np.int32]
     """Position in `shards`."""
     rows_N: NDArray[np.int32]
@@ -45,9 +48,19 @@ class RowIndex:
     def __len__(self) -> int:
         return len(self.keys_N)
 
+    @property
+    def labels_N(self) -> NDArray[np.int64]:
+        """A clip's first label, position in `classes`; -1 without a label."""
+        return self.labels_NL[:, 0].astype(np.int64)
+
+    @property
+    def has_several(self) -> bool:
+        """Whether some clip has more than one label."""
+        return bool((self.labels_NL[:, 1:] >= 0).any())
+
     def take(self, which: NDArray[Any]) -> "RowIndex":
         """The same index with only the rows `which` (positions or mask)."""
-        names = [field.name for field in fields(self) if field.name.endswith("_N")]
+        names = [field.name for field in fields(self) if field.name.endswith(("_N", "_NL"))]
         return replace(self, **{name: getattr(self, name)[which] for name in names})
 
 
@@ -76,7 +89,6 @@ def index_rows(snapshot: Snapshot, split: str, classes: list[str] | None = None)
     keys = clip_keys(clip_ids)
     if len(np.unique(keys)) != len(keys):
         raise TrainingError(f"{snapshot.uri}: two clip ids share a 64-bit key; rename one of them")
-    labels = [position.get(label, -1) for label in table["label"].to_pylist()]
     return RowIndex(
         snapshot.uri,
         snapshot.spec,
@@ -84,10 +96,28 @@ def index_rows(snapshot: Snapshot, split: str, classes: list[str] | None = None)
         list(names),
         clip_ids,
         keys,
-        np.asarray(labels, np.int64),
+        _labels(table, position),
         shard.indices.to_numpy(zero_copy_only=False).astype(np.int32),
         pc.cast(table["row"], "int32").to_numpy(),
     )
+
+
+def _labels(table: pa.Table, position: dict[str, int]) -> NDArray[np.int32]:
+    """See `RowIndex.labels_NL`: a label that is no class is left out."""
+    first_N = [position.get(label, -1) for label in table["label"].to_pylist()]
+    labels_NL = np.array(first_N, np.int32)[:, None]
+    several = np.flatnonzero(pc.is_valid(table["more_labels"]).to_numpy())
+    if not len(several):
+        return labels_NL
+    # Only rows that have more labels are looked at: most stores have none.
+    more = [split_labels(text) for text in table["more_labels"].take(several).to_pylist()]
+    widest = max(map(len, more))
+    labels_NL = np.pad(labels_NL, ((0, 0), (0, widest)), constant_values=-1)
+    for row, names in zip(several.tolist(), more, strict=True):
+        labels = [labels_NL[row, 0], *(position.get(name, -1) for name in names)]
+        known = [label for label in labels if label >= 0]
+        labels_NL[row] = known + [-1] * (1 + widest - len(known))
+    return labels_NL
 
 
 def with_labels(index: RowIndex, purpose: str) -> RowIndex:

@@ -45,8 +45,8 @@ def split_validation(
     names_G, group_N = np.unique(groups_N, return_inverse=True)
     draw_G = clip_keys([f"validation:{name}" for name in names_G]).astype(np.float64) / 2.0**64
     held_G = draw_G < frac
-    labelled = index.labels_N >= 0
-    pairs = np.unique(np.stack([index.labels_N[labelled], group_N[labelled]]), axis=1)
+    rows, places = np.nonzero(index.labels_NL >= 0)
+    pairs = np.unique(np.stack([index.labels_NL[rows, places], group_N[rows]]), axis=1)
     starts = np.flatnonzero(np.diff(pairs[0])) + 1
     of_class = dict(zip(np.unique(pairs[0]).tolist(), np.split(pairs[1], starts), strict=False))
     for _ in range(_MOST_PASSES):

@@ -5,7 +5,7 @@ Pure: knows nothing of how models are applied or where results go. A new metric 
 MLflow and ablations read the table. Invariant: the clips that are measured choose nothing; the
 pairs whose accuracy is measured are chosen on training clips.
 
-Shapes: M clips measured, C classes, P embedding width.
+Shapes: M clips measured, L labels of a clip, C classes, P embedding width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +43,8 @@ class Evidence(NamedTuple):
     """What the metrics are computed from: outputs of a run's models on the clips of one split."""
 
     clip_ids_M: Sequence[str]
-    labels_M: Labels
+    labels_ML: Labels
+    """Labels of each clip, the first one first, then -1."""
     classifier: Mapping[str, Scores]
     """Probabilities [M, C] by stream; empty without a classifier."""
     probes: Mapping[str, Mapping[str, Scores]]
@@ -57,6 +58,11 @@ class Evidence(NamedTuple):
     clusters_M: NDArray[np.int32]
     """Last pseudo-label of each clip, -100 where it was never clustered."""
     retrieval_per_class: int
+
+    @property
+    def labels_M(self) -> Labels:
+        """The first label of each clip: all that probes, pairs and retrieval know."""
+        return self.labels_ML[:, 0]
 
     @property
     def scores(self) -> Mapping[str, Scores]:
@@ -91,7 +97,7 @@ class Metric(NamedTuple):
 
 
 def _by_stream(score: Callable[[Scores, Labels], float], given: Evidence) -> Values:
-    return {s: score(x_MC, given.labels_M) for s, x_MC in given.classifier.items()}
+    return {s: score(x_MC, given.labels_ML) for s, x_MC in given.classifier.items()}
 
 
 def _top5(scores_MC: Scores, labels_M: Labels) -> float:

@@ -27,6 +27,7 @@ from training.evaluation.scores import (
     class_accuracies,
     confusion_counts,
     most_confused_pairs,
+    taken_as,
 )
 
 _WORST_PAIRS = 10
@@ -121,7 +122,7 @@ class ConfusionCounts(NamedTuple):
 def count_confusion(given: Evidence, classes: Sequence[str]) -> ConfusionCounts:
     """What the clips of each class are taken for, by stream."""
     counts = {
-        s: confusion_counts(given.labels_M, x_MC.argmax(1), len(classes))
+        s: confusion_counts(taken_as(given.labels_ML, x_MC.argmax(1)), x_MC.argmax(1), len(classes))
         for s, x_MC in given.scores.items()
     }
     return ConfusionCounts(list(classes), counts)

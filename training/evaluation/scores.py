@@ -4,7 +4,7 @@ Pure numpy on arrays: knows nothing of who scored (a classifier, a probe), of fi
 Invariant: equal scores never help; a classifier that gives every class the same score is right by
 chance of order, not by luck of sort.
 
-Shapes: N clips, C classes.
+Shapes: N clips, C classes, L labels of the clip that has most.
 """
 
 from collections.abc import Sequence
@@ -15,31 +15,38 @@ from numpy.typing import NDArray
 
 Scores = NDArray[np.floating]
 Labels = NDArray[np.integer]
+"""[N]; where said so also [N, L]: a clip's labels, the first one first, then -1."""
 
 
 def topk_accuracy(scores_NC: Scores, labels_N: Labels, k: int = 1) -> float:
-    """Share of clips whose class is among the k highest scores; ties go to the lower class.
+    """Share of clips of which a class is among the k highest scores; ties go to the lower class.
 
+    Args: labels_N: or [N, L].
     Raises: ValueError for no clips, labels out of range or scores that are not finite.
     """
-    _check(scores_NC, labels_N)
-    own_N1 = scores_NC[np.arange(len(labels_N)), labels_N][:, None]
-    before = np.arange(scores_NC.shape[1])[None] < labels_N[:, None]
-    rank_N = (scores_NC > own_N1).sum(1) + ((scores_NC == own_N1) & before).sum(1)
-    return float((rank_N < k).mean())
+    labels_NL = _check(scores_NC, labels_N)
+    best_N = np.full(len(labels_NL), scores_NC.shape[1])
+    for own_N in labels_NL.T:
+        own_N1 = scores_NC[np.arange(len(own_N)), own_N][:, None]
+        before = np.arange(scores_NC.shape[1])[None] < own_N[:, None]
+        rank_N = (scores_NC > own_N1).sum(1) + ((scores_NC == own_N1) & before).sum(1)
+        best_N = np.where(own_N >= 0, np.minimum(best_N, rank_N), best_N)
+    return float((best_N < k).mean())
 
 
 def average_precisions(scores_NC: Scores, labels_N: Labels) -> NDArray[np.float64]:
     """Average precision of each class against all others, NaN for a class without clips: [C].
 
     Sum over distinct score thresholds of (recall gained) * precision, as scikit-learn defines it.
+
+    Args: labels_N: or [N, L].
     """
-    _check(scores_NC, labels_N)
+    labels_NL = _check(scores_NC, labels_N)
     found = np.full(scores_NC.shape[1], np.nan)
-    for index in np.unique(labels_N):
+    for index in np.unique(labels_NL[labels_NL >= 0]):
         scores = scores_NC[:, index]
         order = np.argsort(-scores, kind="stable")
-        hits = np.cumsum(labels_N[order] == index)
+        hits = np.cumsum((labels_NL[order] == index).any(1))
         last_of_tie = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)
         hits = hits[last_of_tie]
         gained = np.diff(hits, prepend=0) / hits[-1]
@@ -50,6 +57,13 @@ def average_precisions(scores_NC: Scores, labels_N: Labels) -> NDArray[np.float6
 def mean_average_precision(scores_NC: Scores, labels_N: Labels) -> float:
     """Mean of `average_precisions` over the classes that have clips."""
     return float(np.nanmean(average_precisions(scores_NC, labels_N)))
+
+
+def taken_as(labels_NL: Labels, predictions_N: Labels) -> Labels:
+    """The class each clip counts for in a confusion matrix, [N]: the predicted one if it is among
+    the clip's, else the first of the clip's."""
+    is_right_N = (labels_NL == predictions_N[:, None]).any(1)
+    return np.where(is_right_N, predictions_N, labels_NL[:, 0])
 
 
 def confusion_counts(labels_N: Labels, predictions_N: Labels, n_classes: int) -> NDArray[np.int64]:
@@ -120,13 +134,15 @@ def confusion_rates(confusion_CC: NDArray[np.number]) -> NDArray[np.float64]:
     return rates
 
 
-def _check(scores_NC: Scores, labels_N: Labels) -> None:
+def _check(scores_NC: Scores, labels_N: Labels) -> Labels:
+    """Returns: the labels as [N, L]."""
     if scores_NC.ndim != 2 or len(scores_NC) != len(labels_N) or not len(labels_N):
         raise ValueError(f"scores {scores_NC.shape} for labels {labels_N.shape}: need [N, C], [N]")
     if not np.isfinite(scores_NC).all():
         bad = int((~np.isfinite(scores_NC).all(1)).sum())
         raise ValueError(f"scores of {bad} of {len(scores_NC)} clips are not finite")
-    if not 0 <= labels_N.min() <= labels_N.max() < scores_NC.shape[1]:
-        raise ValueError(
-            f"labels {labels_N.min()}..{labels_N.max()} for {scores_NC.shape[1]} classes"
-        )
+    labels_NL = labels_N.reshape(len(labels_N), -1)
+    lowest, highest = labels_NL[:, 0].min(), labels_NL.max()
+    if not 0 <= lowest <= highest < scores_NC.shape[1]:
+        raise ValueError(f"labels {lowest}..{highest} for {scores_NC.shape[1]} classes")
+    return labels_NL

@@ -33,7 +33,7 @@ from training.loop.schedule import (
 )
 from training.losses.confusion import ConfusionState
 from training.losses.gather import RankShare
-from training.losses.terms import soft_targets, supervised_loss
+from training.losses.terms import multi_label_loss, soft_targets, supervised_loss
 from training.model.classifier import Classifier
 from training.model.numerics import trunk_numerics
 
@@ -51,8 +51,8 @@ class Finetuner:
         world: World,
         hooks: Hooks,
     ) -> None:
-        """Raises: TrainingError if a clip has no label."""
-        refuse_unlabelled(index)
+        """Raises: TrainingError if a clip has no label, or more than the loss can use."""
+        refuse_labels(index, config.finetune.loss)
         self.config, self.tuning, self.reader = config, config.finetune, reader
         self.world, self.hooks, self.n_classes = world, hooks, len(index.classes)
         self.plan = BatchPlan.of(len(index), self.tuning.batch_size, config.data)
@@ -129,9 +129,12 @@ class Finetuner:
                 self.classifier.parameters(), limit if limit is not None else float("inf")
             )
             self.steps.take(StepTaken(self.step, batch.read, loss.detach(), norm))
-        posteriors_nC = logits[self._main].detach().float().softmax(1)
-        self.confusion.accumulate(posteriors_nC, batch.label_n)
-        hits = (posteriors_nC.argmax(1) == batch.label_n).float().mean() * self.share.weight
+        logits_nC = logits[self._main].detach()
+        if not self.classifier.multi_label:
+            posteriors_nC = self.classifier.probabilities(logits_nC)
+            self.confusion.accumulate(posteriors_nC, batch.labels_nL[:, 0])
+        is_hit_n = (logits_nC.argmax(1, keepdim=True) == batch.labels_nL).any(1)
+        hits = is_hit_n.float().mean() * self.share.weight
         self.meter.add({"loss": loss.detach(), "grad_norm": norm, "accuracy": hits})
 
     @property
@@ -141,16 +144,19 @@ class Finetuner:
 
     def _loss(self, logits: Mapping[str, Tensor], targets_nC: Tensor, epoch: int) -> Tensor:
         """This rank's part of the loss of the global batch."""
-        weighted = self.tuning.confusion > 0 and epoch >= self.tuning.confusion_after_epochs
-        weights_CC = self.confusion.weights_KK if weighted else None
-        losses = {s: supervised_loss(x, targets_nC, weights_CC) for s, x in logits.items()}
+        if self.classifier.multi_label:
+            losses = {s: multi_label_loss(x, targets_nC) for s, x in logits.items()}
+        else:
+            weighted = self.tuning.confusion > 0 and epoch >= self.tuning.confusion_after_epochs
+            weights_CC = self.confusion.weights_KK if weighted else None
+            losses = {s: supervised_loss(x, targets_nC, weights_CC) for s, x in logits.items()}
         main = losses.pop(self._main)
         beside = sum(losses.values(), main.new_zeros(()))
         return (main + self.tuning.auxiliary * beside) * self.share.weight
 
     def _inputs(self, batch: DeviceBatch, epoch: int) -> Mixed:
         """Augmented (and mixed) clips and their soft targets."""
-        targets = soft_targets(batch.label_n, self.n_classes, self.tuning.label_smoothing)
+        targets = soft_targets(batch.labels_nL, self.n_classes, self.tuning.label_smoothing)
         if self.tuning.mixup > 0:
             seeds = (self.config.seed, epoch, self.step)
             met = meeting(self.plan.batch_size, self.tuning.mixup, *seeds)
@@ -175,7 +181,8 @@ class Finetuner:
     def _after_step(self) -> None:
         at_epoch_end = self.step % self.steps_per_epoch == 0
         schedule = self.config.pretrain
-        if at_epoch_end or self.step % self.config.confusion.update_steps == 0:
+        due = at_epoch_end or self.step % self.config.confusion.update_steps == 0
+        if due and not self.classifier.multi_label:
             elapsed = (self.step - self.confusion_step) / self.steps_per_epoch
             epochs_done = self.step / self.steps_per_epoch
             self.confusion.update(elapsed, epochs_done - self.tuning.confusion_after_epochs)
@@ -193,7 +200,8 @@ class Finetuner:
     def _log(self) -> None:
         metrics = self.meter.flush(self.step, self.tuning.batch_size)
         metrics["epoch"] = self.step / self.steps_per_epoch
-        metrics["confusion/mean_offdiagonal"] = float(self.confusion.mean_offdiagonal)
+        if not self.classifier.multi_label:
+            metrics["confusion/mean_offdiagonal"] = float(self.confusion.mean_offdiagonal)
         if self.world.rank == 0:
             self.hooks.log(self.step, metrics)
 
@@ -232,8 +240,16 @@ class Finetuner:
         self.step = state["step"]
 
 
-def refuse_unlabelled(index: RowIndex) -> None:
-    """Raises: TrainingError naming some of the clips without a label, if there are any."""
+def refuse_labels(index: RowIndex, loss: str) -> None:
+    """Raises: TrainingError naming some of the clips without a label, or with several where `loss`
+    takes one, if there are any."""
+    if loss == "ce" and index.has_several:
+        several = index.clip_ids_N[index.labels_NL[:, 1] >= 0].tolist()
+        raise TrainingError(
+            f"{len(several)} clips of the train split have several labels, such as "
+            f"{', '.join(several[:3])}; cross-entropy takes one: set finetune.loss to bce (and "
+            "finetune.confusion to 0)"
+        )
     unlabelled = index.clip_ids_N[index.labels_N < 0].tolist()
     if unlabelled:
         raise TrainingError(

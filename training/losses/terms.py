@@ -187,8 +187,22 @@ def supervised_loss(
         return -(targets_BC * (logits_BC - top_B1 - partition_BC.log())).sum(1).mean()
 
 
-def soft_targets(labels_B: Tensor, n_classes: int, smoothing: float = 0.0) -> Tensor:
-    """One-hot rows, `smoothing` of their mass spread over all classes: [B, C] float32."""
+def multi_label_loss(logits_BC: Tensor, targets_BC: Tensor) -> Tensor:
+    """Binary cross-entropy of every class for itself, mean over clips and classes.
+
+    Args: targets_BC: in [0, 1], 1 for each class of a clip.
+    """
+    with torch.autocast(logits_BC.device.type, enabled=False):
+        logits_BC = full_precision(logits_BC)
+        return F.binary_cross_entropy_with_logits(logits_BC, targets_BC.to(logits_BC.dtype))
+
+
+def soft_targets(labels_BL: Tensor, n_classes: int, smoothing: float = 0.0) -> Tensor:
+    """Ones at a clip's labels, `smoothing` of them spread over all classes: [B, C] float32.
+
+    Args: labels_BL: a clip's labels, none twice; -1 stands for none.
+    """
     # Not `one_hot`: it reads the smallest and largest label, for which a device may be waited for.
-    one_hot = (labels_B[:, None] == torch.arange(n_classes, device=labels_B.device)).float()
-    return one_hot * (1 - smoothing) + smoothing / n_classes
+    classes_C = torch.arange(n_classes, device=labels_BL.device)
+    hot_BC = (labels_BL[:, :, None] == classes_C).any(1).float()
+    return hot_BC * (1 - smoothing) + smoothing / n_classes

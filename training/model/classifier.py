@@ -34,6 +34,7 @@ class Classifier(nn.Module):
 
     Args: mode: what it is trained for, and the default of `forward`. auxiliary: heads of their own
         for the audio and the video stream, trained beside the fusion stream (multimodal only).
+        multi_label: a clip may be of several classes, so each has a probability of its own.
     Raises: ValueError for auxiliary heads in a single-modality mode.
     """
 
@@ -43,11 +44,13 @@ class Classifier(nn.Module):
         n_classes: int,
         mode: Literal["multimodal", "audio", "video"] = "multimodal",
         auxiliary: bool = False,
+        multi_label: bool = False,
     ) -> None:
         super().__init__()
         if auxiliary and mode != "multimodal":
             raise ValueError(f"finetune.auxiliary > 0 needs mode multimodal, found mode {mode}")
         self.encoder, self.mode, self.n_classes = encoder, mode, n_classes
+        self.multi_label = multi_label
         self.mlp_head = _head(encoder.config.dim, n_classes)
         sides: tuple[Stream, ...] = ("audio", "video") if auxiliary else ()
         self.auxiliary_heads = nn.ModuleDict(
@@ -90,6 +93,11 @@ class Classifier(nn.Module):
             stream: _classify(head, self._pool(of_stream(tokens, stream), stream))
             for stream, head in heads.items()
         }
+
+    def probabilities(self, logits_BC: Tensor) -> Tensor:
+        """float32 [B, C]: of the one class of a clip, or of each class for itself."""
+        logits_BC = logits_BC.float()
+        return logits_BC.sigmoid() if self.multi_label else logits_BC.softmax(1)
 
     def _tokens(
         self, fbank_BTM: Tensor | None, frames_BFCHW: Tensor | None, mode: str

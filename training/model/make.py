@@ -28,4 +28,4 @@ def make_classifier(config: TrainingConfig, encoder: Encoder, n_classes: int) ->
     tuning = config.finetune
     torch.manual_seed(config.seed)
     auxiliary = tuning.mode == "multimodal" and tuning.auxiliary > 0
-    return Classifier(encoder, n_classes, tuning.mode, auxiliary)
+    return Classifier(encoder, n_classes, tuning.mode, auxiliary, multi_label=tuning.loss == "bce")

@@ -63,7 +63,7 @@ def evaluate(
     space = embedding_space(config)
     given = Evidence(
         clip_ids_M=test.clip_ids_N.tolist(),
-        labels_M=test.labels_N,
+        labels_ML=test.labels_NL,
         classifier={s: of_test.p[s] for s in STREAMS if s in of_test.p},
         probes=probed.scores,
         embeddings={s: of_test.of(space)[s] for s in STREAMS},

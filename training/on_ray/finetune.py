@@ -15,7 +15,7 @@ from training.config import TrainingConfig
 from training.data.order import BatchPlan, WindowPlan, balanced_draws, lanes_of
 from training.data.rows import RowIndex
 from training.errors import ConfigMismatch
-from training.loop.finetuner import Finetuner, refuse_unlabelled
+from training.loop.finetuner import Finetuner, refuse_labels
 from training.loop.hooks import Hooks, World
 from training.model.make import make_classifier, make_encoder
 from training.on_ray import fit as ray_fit
@@ -62,7 +62,7 @@ def finetune(
     """
     import ray
 
-    refuse_unlabelled(index)
+    refuse_labels(index, config.finetune.loss)
     refuse_other_settings(config, encoder_uri, out)
     settings = {
         "config": ray_fit.for_workers(config),

@@ -94,8 +94,7 @@ class Model:
                 }
                 found = self._one_pass(fbank, seen, tokens, classifier)
             for key, value in found.items():
-                value = value.float().softmax(1) if key[0] == "p" else value.float()
-                sums[key] = sums.get(key, 0) + value / n_passes
+                sums[key] = sums.get(key, 0) + value.float() / n_passes
         kinds: dict[str, ByStream] = {kind: {} for kind in Outputs._fields}
         for (kind, stream), total in sums.items():
             kinds[kind][stream] = total.cpu().numpy()
@@ -120,7 +119,7 @@ class Model:
         tokens: dict[str, dict[str, Tensor]],
         classifier: Classifier | None,
     ) -> dict[tuple[str, str], Tensor]:
-        """z, h and logits, by kind of output and stream."""
+        """z, h and probabilities, by kind of output and stream."""
         out: dict[tuple[str, str], Tensor] = {}
         if self.encoder is not None:
             z, h, _ = self.encoder.encode(tokens["encoder"])
@@ -130,7 +129,7 @@ class Model:
                 logits = classifier.logits_of(tokens["classifier"])
             else:
                 logits = classifier(fbank, frames)
-            out |= {("p", stream): x for stream, x in logits.items()}
+            out |= {("p", stream): classifier.probabilities(x) for stream, x in logits.items()}
         return out
 
 

@@ -31,6 +31,8 @@ class ModelCard(NamedTuple):
     """What a classifier was trained for."""
     auxiliary: bool
     """Whether a classifier has heads for its audio and video streams."""
+    multi_label: bool
+    """Whether a classifier gives each class a probability of its own."""
     statistics: FbankStatistics | None
     """What its fbanks were normalised with; None: it was saved before this was written down."""
 
@@ -49,6 +51,7 @@ class ModelCard(NamedTuple):
             provenance=stored["provenance"],
             mode=stored.get("mode", "multimodal"),
             auxiliary=stored.get("auxiliary", False),
+            multi_label=stored.get("multi_label", False),
             statistics=FbankStatistics(**known) if known else None,
         )
 

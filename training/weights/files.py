@@ -181,6 +181,7 @@ def save_classifier(
     state = {k: v for k, v in classifier.state_dict().items() if ".decoder." not in k}
     details = _details(classes, feature_spec, provenance, statistics)
     details |= {"mode": classifier.mode, "auxiliary": bool(classifier.auxiliary_heads)}
+    details |= {"multi_label": classifier.multi_label}
     _save(state, classifier.encoder, uri, "classifier", details)
 
 
@@ -188,7 +189,9 @@ def load_classifier(uri: str) -> tuple[Classifier, ModelCard]:
     """The classifier of a saved folder and its card; in eval mode, on the CPU."""
     state, card = _read_saved(uri, "classifier")
     encoder = Encoder(card.config, card.shape)
-    classifier = Classifier(encoder, len(card.classes), card.mode, card.auxiliary)
+    classifier = Classifier(
+        encoder, len(card.classes), card.mode, card.auxiliary, multi_label=card.multi_label
+    )
     classifier.load_state_dict(state)
     return classifier.eval(), card
 

@@ -85,6 +85,9 @@ CASES = {
         "new", "new",
     ),
     "relabelled": ({"clip_id": "a", "label": "cat"}, {"clip_id": "a"}, "changed", None),
+    "given_more_labels": (
+        {"clip_id": "a", "more_labels": "cat"}, {"clip_id": "a"}, "changed", None,
+    ),
     "regrouped": ({"clip_id": "a", "group": "g"}, {"clip_id": "a"}, "unchanged", None),
     "moved": ({"clip_id": "a", "uri": "/w/a.mp4"}, {"clip_id": "a"}, "unchanged", None),
     "touched_hash": (

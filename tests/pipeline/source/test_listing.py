@@ -209,6 +209,24 @@ def test_files_of_one_name_in_two_folders_are_two_clips_of_a_manifest(videos, mo
     assert [row["clip_id"] for row in manifest(named, videos, elsewhere)] == ["a", "b"]
 
 
+def test_a_manifest_gives_a_clip_several_labels(videos, tmp_path):
+    text = 'uri,labels\nuntrimmed00.mkv,"Speech| Dog, barking |Speech"\n-abc_def_12_000030.mp4,\n'
+    rows = manifest(text, videos)
+    assert [(r["label"], r["more_labels"]) for r in rows] == [
+        ("Speech", "Dog, barking"),
+        (None,) * 2,
+    ]
+    lists = pa.table({"uri": ["untrimmed00.mkv"], "labels": [["Speech", "Dog, barking"]]})
+    pq.write_table(lists, tmp_path / "m.parquet")
+    (row,) = list_sources(str(tmp_path / "m.parquet"), str(videos)).clips.to_pylist()
+    assert (row["label"], row["more_labels"]) == ("Speech", "Dog, barking")
+    pq.write_table(pa.table({"uri": ["a.mkv"], "labels": [["a|b"]]}), tmp_path / "m.parquet")
+    with pytest.raises(SourceError, match=r"line 1: label 'a\|b' holds \|"):
+        list_sources(str(tmp_path / "m.parquet"), str(videos))
+    with pytest.raises(SourceError, match="columns label and labels: keep one"):
+        manifest("uri,label,labels\nuntrimmed00.mkv,a,b\n", videos)
+
+
 def test_group_is_the_column_or_the_video_of_a_vggsound_name_or_the_uri(videos):
     text = (
         "uri,start_s,group\nuntrimmed00.mkv,1,recording 7\nuntrimmed00.mkv,2,\n"

@@ -66,6 +66,17 @@ def test_newest_row_of_a_clip_counts_and_a_version_stays_what_it_was(store):
         store.snapshot(99)
 
 
+def test_classes_and_digest_speak_of_all_labels_of_a_clip(store):
+    commit(store, ["a", "b"])
+    before = store.snapshot()
+    commit(store, ["a"], more_labels="cat|barking, loud")
+    after = store.snapshot()
+    assert after.classes == ["barking, loud", "cat", "dog"]
+    assert after.digest != before.digest
+    commit(store, ["a"])
+    assert store.snapshot().digest == before.digest
+
+
 def test_digest_speaks_of_content_not_of_shards_or_order(store, tmp_path):
     commit(store, ["a", "b", "c"])
     other = FeatureStore.create(str(tmp_path / "other"), SPEC)
@@ -298,8 +309,9 @@ def test_a_folder_whose_name_the_table_would_mistake_is_refused(name, tmp_path):
     assert not Path(uri).exists()
 
 
-def test_a_store_older_than_the_group_column_opens_and_is_written_on(tmp_path, monkeypatch):
-    old = CLIPS_SCHEMA.remove(CLIPS_SCHEMA.get_field_index("group"))
+@pytest.mark.parametrize("column", ["group", "more_labels"])
+def test_a_store_older_than_a_column_opens_and_is_written_on(column, tmp_path, monkeypatch):
+    old = CLIPS_SCHEMA.remove(CLIPS_SCHEMA.get_field_index(column))
     with monkeypatch.context() as before:
         for module in ("store", "shards"):
             if hasattr(importlib.import_module(f"pipeline.store.{module}"), "CLIPS_SCHEMA"):
@@ -307,10 +319,10 @@ def test_a_store_older_than_the_group_column_opens_and_is_written_on(tmp_path, m
         before.setitem(globals(), "CLIPS_SCHEMA", old)
         version = commit(FeatureStore.create(str(tmp_path), SPEC), ["a", "b"])
     store = FeatureStore.open(str(tmp_path))
-    assert store.snapshot().rows(None)["group"].to_pylist() == [None, None]
-    commit(store, ["b", "c"], group="video 1")
-    rows = {row["clip_id"]: row["group"] for row in store.snapshot().rows("train").to_pylist()}
-    assert rows == {"a": None, "b": "video 1", "c": "video 1"}
-    assert store.snapshot(version).rows(None)["group"].to_pylist() == [None, None]
+    assert store.snapshot().rows(None)[column].to_pylist() == [None, None]
+    commit(store, ["b", "c"], **{column: "new"})
+    rows = {row["clip_id"]: row[column] for row in store.snapshot().rows("train").to_pylist()}
+    assert rows == {"a": None, "b": "new", "c": "new"}
+    assert store.snapshot(version).rows(None)[column].to_pylist() == [None, None]
     assert compact(str(tmp_path))["clips_moved"] >= 0
     assert len(store.snapshot().rows(None)) == 3

@@ -30,7 +30,7 @@ def _index(n: int, shard_rows: int = 256) -> RowIndex:
         ["x", "y"],
         np.array(ids, dtype=object),
         clip_keys(ids),
-        (np.arange(n) % 10 == 0).astype(np.int64),
+        (np.arange(n) % 10 == 0).astype(np.int32)[:, None],
         (np.arange(n) // shard_rows).astype(np.int32),
         (np.arange(n) % shard_rows).astype(np.int32),
     )
@@ -146,7 +146,7 @@ def _vggsound() -> RowIndex:
         classes,
         np.array(ids, dtype=object),
         np.arange(n).astype(np.uint64),
-        labels.astype(np.int64),
+        labels.astype(np.int32)[:, None],
         (places // 256).astype(np.int32),
         (places % 256).astype(np.int32),
     )

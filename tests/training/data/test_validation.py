@@ -26,7 +26,9 @@ def index_of(labels: list[int], ids: list[str] | None = None) -> RowIndex:
     zeros = np.zeros(n, np.int32)
     ids_N = np.array(ids, dtype=object)
     labels_N = np.array(labels, np.int64)
-    return RowIndex("memory", SPEC, ["a"], classes, ids_N, clip_keys(ids), labels_N, zeros, zeros)
+    return RowIndex(
+        "memory", SPEC, ["a"], classes, ids_N, clip_keys(ids), labels_N[:, None], zeros, zeros
+    )
 
 
 def names(*groups: object) -> np.ndarray:

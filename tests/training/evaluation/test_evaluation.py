@@ -15,6 +15,7 @@ from training.evaluation.scores import (
     mean_average_precision,
     most_confused_pairs,
     pair_accuracy,
+    taken_as,
     topk_accuracy,
 )
 
@@ -52,6 +53,23 @@ def test_average_precision_equals_scikit_learn(scored, decimals):
     expected = [average_precision_score(labels == c, scores[:, c]) for c in range(7)]
     np.testing.assert_allclose(average_precisions(scores, labels), expected, rtol=1e-12)
     assert mean_average_precision(scores, labels) == pytest.approx(np.mean(expected))
+
+
+def test_clips_of_several_classes_count_for_each_of_them(scored):
+    scores, labels = scored
+    several = np.stack([labels, np.where(np.arange(len(labels)) % 3, -1, (labels + 2) % 7)], 1)
+    hot = np.zeros(scores.shape, bool)
+    for column in several.T:
+        hot[np.flatnonzero(column >= 0), column[column >= 0]] = True
+    expected = average_precision_score(hot, scores, average=None)
+    np.testing.assert_allclose(average_precisions(scores, several), expected, rtol=1e-12)
+    best = scores.argmax(1)
+    assert topk_accuracy(scores, several) == hot[np.arange(len(best)), best].mean()
+    assert topk_accuracy(scores, several) > topk_accuracy(scores, labels)
+    assert topk_accuracy(scores, several[:, :1], 3) == topk_accuracy(scores, labels, 3)
+    confusion = confusion_counts(taken_as(several, best), best, 7)
+    assert confusion.trace() == hot[np.arange(len(best)), best].sum()
+    assert confusion.sum() == len(best)
 
 
 def test_classes_without_clips_do_not_count():

@@ -1,11 +1,13 @@
 """Fine-tuning: it learns, resumes to the bit, averages, and can be plain cross-entropy."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.memory import memory_index
+from pydantic import ValidationError
+from support.memory import N_CLASSES, memory_index
 from support.ranks import run_ranks
 from support.trainers import finetune_config, make_tuner
 from torch.nn import functional as F
@@ -13,9 +15,12 @@ from torch.nn import functional as F
 from training.config import PretrainConfig
 from training.data.device import on_device
 from training.data.order import EpochReads, FrameDraw
+from training.data.rows import RowIndex
 from training.errors import TrainingError
 from training.loop.finetuner import Finetuner
 from training.loop.hooks import World
+
+_CPU = torch.device("cpu")
 
 
 def _weights(tuner: Finetuner) -> list[torch.Tensor]:
@@ -83,7 +88,7 @@ def test_with_every_addition_off_the_loss_is_plain_cross_entropy() -> None:
     inputs = tuner._inputs(batch, 0)
     logits = tuner.classifier(inputs.fbank_nTM, inputs.frames_nFCHW)
     assert list(logits) == ["fusion"]
-    expected = F.cross_entropy(logits["fusion"], batch.label_n)
+    expected = F.cross_entropy(logits["fusion"], batch.labels_nL[:, 0].long())
     tuner._train_step(batch)
     assert float(tuner.meter.sums["loss"]) == pytest.approx(expected.item(), rel=1e-6)
 
@@ -105,8 +110,7 @@ def test_clips_without_a_label_are_refused() -> None:
     tuner = make_tuner(finetune_config())
     index = memory_index()
     labels = np.where(np.arange(len(index)) == 3, -1, index.labels_N)
-    bare = index.take(np.arange(len(index)))
-    object.__setattr__(bare, "labels_N", labels)
+    bare = replace(index, labels_NL=labels.astype(np.int32)[:, None])
     with pytest.raises(TrainingError, match="clip0000003_000003"):
         Finetuner(
             tuner.config,
@@ -139,3 +143,42 @@ def test_it_leaves_checkpoints_between_the_ends_of_epochs() -> None:
     config = finetune_config(epochs=2).model_copy(update={"pretrain": often})
     make_tuner(config, states).run()
     assert [state["step"] for state in states] == [2, 3, 4, 6]
+
+
+def _of_two_classes() -> RowIndex:
+    """Every third clip is of its class and of the next one."""
+    index = memory_index()
+    more_N = np.where(np.arange(len(index)) % 3 == 0, (index.labels_N + 1) % N_CLASSES, -1)
+    return replace(index, labels_NL=np.stack([index.labels_N, more_N], 1).astype(np.int32))
+
+
+def test_clips_of_several_classes_are_learnt_by_binary_cross_entropy() -> None:
+    index = _of_two_classes()
+    logged: list[dict[str, float]] = []
+    config = finetune_config(loss="bce", confusion=0.0, auxiliary=0.0, epochs=20, balanced=True)
+    tuner = make_tuner(config, index=index)
+    tuner.hooks = tuner.hooks._replace(log=lambda step, metrics: logged.append(metrics))
+    batch = next(on_device(tuner.reader.stream([EpochReads(0, 0, FrameDraw(1))]), _CPU))
+    inputs = tuner._inputs(batch, epoch=0)
+    with torch.no_grad():
+        logits_nC = tuner.model(inputs.fbank_nTM, inputs.frames_nFCHW)["fusion"].double()
+    hot_nC = torch.zeros_like(logits_nC)
+    for row, labels in enumerate(index.labels_NL[batch.read.position].tolist()):
+        hot_nC[row, [label for label in labels if label >= 0]] = 1.0
+    assert (hot_nC.sum(1) == 2).any()
+    log_p, log_not = F.logsigmoid(logits_nC), F.logsigmoid(-logits_nC)
+    literal = -(hot_nC * log_p + (1 - hot_nC) * log_not).mean()
+    torch.testing.assert_close(
+        tuner._loss({"fusion": logits_nC}, inputs.targets_nC, 0), literal, atol=1e-6, rtol=1e-6
+    )
+    last = tuner.run()
+    assert last["accuracy"] > 0.9
+    assert last["loss"] < logged[0]["loss"] / 2
+    assert "confusion/mean_offdiagonal" not in last
+
+
+def test_clips_of_several_classes_are_refused_by_cross_entropy() -> None:
+    with pytest.raises(TrainingError, match=r"16 clips .* such as clip0000000.*finetune.loss to b"):
+        make_tuner(finetune_config(), index=_of_two_classes())
+    with pytest.raises(ValidationError, match=r"loss = bce with confusion = 1.*confusion to 0"):
+        finetune_config(loss="bce")

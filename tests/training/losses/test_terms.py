@@ -204,12 +204,12 @@ def test_supervised_loss_equals_its_definition(weights, weighted):
 
 def test_supervised_loss_survives_extreme_logits(weights):
     logits = torch.tensor([[1e4, -1e4, 0.0, 5.0, -3.0]])
-    loss = supervised_loss(logits, soft_targets(torch.tensor([1]), _K), weights)
+    loss = supervised_loss(logits, soft_targets(torch.tensor([[1]]), _K), weights)
     assert loss.item() == pytest.approx(2e4 + math.log(weights[1, 0].item()), rel=1e-6)
 
 
 def test_smoothed_targets_keep_their_mass():
-    targets = soft_targets(torch.tensor([2, 0]), 4, smoothing=0.2)
+    targets = soft_targets(torch.tensor([[2], [0]]), 4, smoothing=0.2)
     torch.testing.assert_close(
         targets, torch.tensor([[0.05, 0.05, 0.85, 0.05], [0.85, 0.05, 0.05, 0.05]])
     )
