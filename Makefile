@@ -1,6 +1,7 @@
 # make demo   set up, then clips -> store -> encoder -> report (DATA=<folder> uses your own clips)
 # make check  set up, then lint, types and the pure tests: a minute, to run while working
 # make test   set up, then lint, types and tests
+# make test-cluster  set up, then whole jobs on pods in a box; needs root
 # make lock   pin what pyproject.toml asks for into constraints.txt
 
 PYTHON ?= python3.11
@@ -9,7 +10,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OUT    ?= out/demo$(if $(DATA),-$(notdir $(patsubst %/,%,$(DATA))))
 
-.PHONY: demo check test lint types lock browser clean
+.PHONY: demo check test test-cluster lint types lock browser box clean
 
 demo: $(STAMP)
 	$(BIN)/diccae demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(ARGS)
@@ -26,9 +27,13 @@ PURE := tests/test_house.py tests/test_docs.py tests/clustering/kmeans tests/clu
 check: $(STAMP) lint types
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile $(PURE) $(ARGS)
 
-test: $(STAMP) browser lint types
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile \
+test: $(STAMP) browser box lint types
+	$(BIN)/python -m pytest -m "not slow and not gpu and not cluster" -n 2 --dist loadfile \
 	  --no-loadscope-reorder $(ARGS)
+
+# One after the other: a box of four Ray nodes has the machine to itself.
+test-cluster: $(STAMP) box
+	$(BIN)/python -m pytest -m cluster tests/deploy $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -45,6 +50,16 @@ browser:
 	  apt-get update -qq >/dev/null 2>&1; \
 	  apt-get install -qq -y --no-install-recommends chromium >/dev/null 2>&1 && exit 0; fi; \
 	echo "no Chromium found: the browser test of the report will be skipped"
+
+# Pods are tested in namespaces; without these tools, or not as root, those tests are skipped.
+box:
+	@for name in ip nsenter setpriv nft wget; do command -v $$name >/dev/null || missing=1; done; \
+	[ -z "$$missing" ] && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq >/dev/null 2>&1; \
+	  apt-get install -qq -y --no-install-recommends iproute2 util-linux nftables wget \
+	    >/dev/null 2>&1 && exit 0; fi; \
+	echo "no iproute2, nftables, wget: the tests of pods in a box will be skipped"
 
 lock: $(STAMP)
 	$(BIN)/pip install -q uv

@@ -26,6 +26,9 @@ TEMPLATES = {
 MAXIMA = "DICCAE_AUTOSCALING_GROUPS"
 """Variable in which a job reads what its cluster can grow to."""
 _RAYS_PROFILE = "ray-autoscaler-v1"
+_RAYS_FOLDER = "ray-logs"
+"""KubeRay mounts a volume of this name into the autoscaler's container, too: under another name its
+logs would lie where the head's dashboard does not see them."""
 
 _PLAIN = {
     "name", "namespace", "operator_namespace", "token_secret", "storage_secret", "mlflow_secret",
@@ -103,7 +106,10 @@ def _maxima(config: ClusterConfig) -> list[dict[str, int]]:
 
 
 def _mounts(config: ClusterConfig) -> list[dict[str, str]]:
-    mounts = [{"name": "shm", "mountPath": "/dev/shm"}, {"name": "ray", "mountPath": "/tmp/ray"}]
+    mounts = [
+        {"name": "shm", "mountPath": "/dev/shm"},
+        {"name": _RAYS_FOLDER, "mountPath": "/tmp/ray"},
+    ]
     if config.shared_claim is not None:
         mounts.append({"name": "shared", "mountPath": config.shared_mount})
     return mounts
@@ -113,7 +119,7 @@ def _volumes(config: ClusterConfig, group: GroupConfig) -> list[dict[str, Any]]:
     """/dev/shm of at least the object store, else Ray falls back to the disk; Ray's own folder."""
     volumes: list[dict[str, Any]] = [
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{group.shm_mib}Mi"}},
-        {"name": "ray", "emptyDir": {}},
+        {"name": _RAYS_FOLDER, "emptyDir": {}},
     ]
     if config.shared_claim is not None:
         claim = {"claimName": config.shared_claim}

@@ -74,7 +74,7 @@ def test_a_wrong_option_would_be_found(parsing_only: None) -> None:
 
 @every_page
 def test_scripts_and_targets_of_the_documents_are_there(page: Path) -> None:
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for words in _shell_lines(page):
         if words[0] == "make":
             assert set(words[1:2]) <= targets

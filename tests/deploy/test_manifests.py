@@ -261,6 +261,15 @@ def test_workers_of_ray_up_have_an_instance_profile() -> None:
             assert types[group]["node_config"]["IamInstanceProfile"] == {"Name": name}
 
 
+def test_the_autoscaler_logs_where_the_head_reads() -> None:
+    """KubeRay gives its container the volume `ray-logs`, a new one if the manifest has none."""
+    spec = _rayjob(ClusterConfig())["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    (mount,) = [m for m in container["volumeMounts"] if m["mountPath"] == "/tmp/ray"]
+    assert mount["name"] == "ray-logs"
+    assert "ray-logs" in [volume["name"] for volume in spec["volumes"]]
+
+
 def test_head_takes_no_work_and_shared_memory_holds_the_object_store() -> None:
     cluster = _rayjob(ClusterConfig())["spec"]["rayClusterSpec"]
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"

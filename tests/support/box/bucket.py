@@ -1,0 +1,62 @@
+"""Object storage at an address: moto's S3 API, with buckets, and with faults when told so.
+
+Run as a script: `bucket.py PORT BUCKET...`. Knows nothing of what is stored.
+`POST /box/faults?0.05` has that share of the requests answered with 503, as S3 does under load; a
+request that is refused has changed nothing.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from moto.s3.models import s3_backends
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+Answer = Iterable[bytes]
+_SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>busy</Message></Error>"
+
+
+class Faulty:
+    """The API behind a door that does not always open."""
+
+    def __init__(self) -> None:
+        self._api = DomainDispatcherApplication(create_backend_app)
+        self._random = random.Random(0)
+        self._share, self._asked, self._refused = 0.0, 0, 0
+
+    def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Answer:
+        if environ["PATH_INFO"].startswith("/box/"):
+            if environ["REQUEST_METHOD"] == "POST":
+                self._share = float(environ["QUERY_STRING"])
+            start("200 OK", [("Content-Type", "text/plain")])
+            return [f"{self._asked} {self._refused}".encode()]
+        self._asked += 1
+        if self._random.random() < self._share:
+            self._refused += 1
+            # The body is read first: else the client sees a broken connection, not the answer.
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start("503 Slow Down", [("Content-Type", "application/xml")])
+            return [_SLOW_DOWN]
+        answer: Answer = self._api(environ, start)
+        return answer
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_request(self, *_: object) -> None:
+        """Thousands of requests are no news."""
+
+
+def main(port: int, buckets: list[str]) -> None:
+    """Serve for ever; says `ready` when it does."""
+    for bucket in buckets:
+        s3_backends[DEFAULT_ACCOUNT_ID]["aws"].create_bucket(bucket, "us-east-1")
+    server = make_server("0.0.0.0", port, Faulty(), threaded=True, request_handler=_Quiet)
+    print("ready", flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])
