@@ -51,7 +51,7 @@ def _finetune(folder: RunFolder, args: FinetuneArgs) -> None:
     from diccae.stages.finetune import run_finetune
     from diccae.stages.run_record import open_run
     from diccae.stages.statistics import with_store_features
-    from training.on_ray.finetune import forget_finetuning, refuse_other_settings
+    from training.run.finetune import forget_finetuning, refuse_other_settings
 
     if args.fresh:
         forget_finetuning(folder.path)

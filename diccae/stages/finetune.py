@@ -6,16 +6,25 @@ Knows nothing of pretraining. Invariant: the same call goes on from the newest c
 import time
 
 from diccae.config import RunConfig
-from diccae.resources import check_fits, start_ray, training_demands
+from diccae.resources import training_demands
 from diccae.run_folder import RunFolder, watched
+from diccae.stages.place import ON_RAY, Place
 from diccae.stages.run_record import Say, pin_for, provenance, tracking_handle, with_status
 from diccae.stages.statistics import settle
 from training.data.order import BatchPlan
 from training.data.rows import with_labels
-from training.on_ray.finetune import finetune, starting_encoder
+from training.run.edge import Written
+from training.run.finetune import starting_encoder
 
 
-def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say: Say) -> None:
+def run_finetune(
+    folder: RunFolder,
+    config: RunConfig,
+    encoder: str | None,
+    say: Say,
+    *,
+    place: Place = ON_RAY,
+) -> None:
     """Fine-tune the folder's encoder (or another one) into `classifier/`.
 
     Raises: ConfigMismatch if the folder holds fine-tuning with other settings.
@@ -29,8 +38,7 @@ def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say:
     if "statistics" not in folder.record:
         folder.write_record(statistics=statistics)
     steps = BatchPlan.of(len(train), config.finetune.batch_size, config.data).steps(len(train))
-    start_ray()
-    check_fits(training_demands(config, None))
+    place.ready(training_demands(config, None))
     origin = provenance(folder, config)
     folder.check()
     uri = starting_encoder(config, train, encoder, folder.path, origin)
@@ -40,12 +48,11 @@ def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say:
     )
     started = time.monotonic()
     handle = tracking_handle(folder)
+    written = Written(folder.path, handle, origin, folder.attempt)
     with watched(folder.path / "finetune.jsonl", steps * config.finetune.epochs, "finetune"):
         with_status(
             folder,
             handle,
-            lambda: finetune(
-                config, train, uri, folder.path, handle, origin, attempt=folder.attempt
-            ),
+            lambda: place.finetune(config, train, uri, written),
         )
     folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})

@@ -11,13 +11,16 @@ from typing import Any
 
 from clustering.rounds.files import load_round, rounds_at
 from diccae.config import RunConfig
-from diccae.resources import check_fits, scale_note, start_ray, training_demands
+from diccae.resources import training_demands
 from diccae.run_folder import RunFolder, watched
-from diccae.stages.run_record import Say, pin_for, provenance, remember, tracking_run, with_status
+from diccae.stages.place import ON_RAY, Place
+from diccae.stages.run_record import Say, pin_for, provenance, remember, with_status
 from diccae.stages.statistics import settle
 from training.data.order import BatchPlan
 from training.model.make import make_encoder
-from training.on_ray.pretrain import WHOLE, Pinned, Span, check, pretrain
+from training.run.checkpoints import WHOLE, Span
+from training.run.edge import Written
+from training.run.pinned import Pinned, check
 from training.tracking.copier import read_metrics
 from training.weights.files import WeightsReport, by_part, load_weights
 
@@ -29,36 +32,27 @@ def run_pretrain(
     say: Say,
     span: Span = WHOLE,
     tags: Mapping[str, str] | None = None,
+    *,
+    place: Place = ON_RAY,
 ) -> dict[str, Any]:
     """Pretrain into the folder, from its newest checkpoint if there is one.
 
     Args: tags: of the MLflow run, besides the usual ones.
     """
     config, data = _settled(folder, config, store, say, span)
-    start_ray()
     makes_labels = config.rounds.labels != "none"
     pool = config.pool.groups(config.clustering) if makes_labels else None
-    check_fits(training_demands(config, pool))
-    handle = tracking_run(folder, config, data, tags)
-    scale_note(config.scale, say)
+    place.ready(training_demands(config, pool))
+    handle = place.track(folder, config, data, tags)
+    place.note(config.scale, say)
     total = _say_what_is_trained(config, data, store, say, span)
-    made_by = provenance(folder, config)
+    written = Written(folder.path, handle, provenance(folder, config), folder.attempt)
     started = time.monotonic()
     with watched(folder.path / "metrics.jsonl", total, "pretrain"):
         result = with_status(
             folder,
             handle,
-            lambda: pretrain(
-                config,
-                config.clustering,
-                data,
-                folder.path,
-                handle,
-                made_by,
-                span=span,
-                pool=config.pool,
-                attempt=folder.attempt,
-            ),
+            lambda: place.pretrain(config, data, written, span),
         )
     _write_results(folder, config, len(data.train), result, time.monotonic() - started)
     return result

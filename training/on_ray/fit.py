@@ -20,15 +20,16 @@ import torch
 from training import errors
 from training.attempt import UNHELD, Attempt
 from training.config import ScaleConfig, TrainingConfig
-from training.errors import ConfigMismatch, RunTaken, TrainingError
+from training.data.order import WindowPlan
+from training.data.reader import Reader
+from training.errors import RunTaken, TrainingError
 from training.loop.hooks import World
+from training.on_ray.reader import RayReader
+from training.run.checkpoints import state_in, write_state
+from training.run.edge import Edge, Written
 from training.tracking.copier import RunHandle
-from training.tracking.tracker import Tracker
 from training.weights.files import absolute_uri
 
-_STATE = "state.pt"
-_FORMAT = 2
-"""Of checkpoints. 1 had no step of the last update of the confusion matrix, and no settings."""
 _CONTROLLER_POLL_S = "0.2"
 _RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
 
@@ -207,19 +208,23 @@ def this_world(scale: ScaleConfig) -> World:
     return World(context.get_world_rank(), context.get_world_size(), device)
 
 
-def tracker_for(
-    world: World,
-    handle: RunHandle,
-    lines: Path,
-    state: dict[str, Any] | None,
-    *,
-    attempt: Attempt = UNHELD,
-) -> Tracker | None:
-    """Rank 0's tracker, from the step of the checkpoint on; None on all others."""
-    if world.rank != 0:
-        return None
-    step = 0 if state is None else int(state["step"])
-    return Tracker(handle, lines, step, attempt=attempt)
+def this_edge(scale: ScaleConfig, attempt: Attempt) -> Edge:
+    """This worker's surroundings; sets its number of threads."""
+    world = this_world(scale)
+
+    def reader(windows: WindowPlan) -> Reader:
+        return RayReader(windows, scale.reader_tasks, scale.reader_cpus)
+
+    def save(state: dict[str, Any]) -> None:
+        report_state(state, world.rank, attempt)
+
+    return Edge(world, reader, last_state(), save, leaving_notice())
+
+
+def written(settings: dict[str, Any]) -> Written:
+    """Where the run is written down, as the driver said it."""
+    handle, attempt = RunHandle(*settings["handle"]), Attempt(*settings["attempt"])
+    return Written(Path(settings["out"]), handle, settings["provenance"], attempt)
 
 
 def last_state() -> dict[str, Any] | None:
@@ -231,23 +236,6 @@ def last_state() -> dict[str, Any] | None:
         return None
     with checkpoint.as_directory() as folder:
         return state_in(Path(folder))
-
-
-def state_in(folder: Path, mmap: bool = False) -> dict[str, Any]:
-    """The state a checkpoint holds. Args: mmap: leave tensors on storage until they are used.
-
-    Raises: ConfigMismatch if another version of diccae wrote it.
-    """
-    state: dict[str, Any] = torch.load(
-        folder / _STATE, map_location="cpu", weights_only=True, mmap=mmap
-    )
-    found = state.get("format", 1)
-    if found != _FORMAT:
-        raise ConfigMismatch(
-            f"{folder}: a checkpoint of format {found}, this diccae reads format {_FORMAT}; go on "
-            "with the version that wrote it (run.json: versions), or start again with --fresh"
-        )
-    return state
 
 
 def report_state(state: dict[str, Any], rank: int, attempt: Attempt = UNHELD) -> None:
@@ -262,7 +250,7 @@ def report_state(state: dict[str, Any], rank: int, attempt: Attempt = UNHELD) ->
         return
     folder = tempfile.mkdtemp(prefix="diccae-checkpoint-")
     try:
-        torch.save({**state, "format": _FORMAT}, Path(folder) / _STATE)
+        write_state(state, Path(folder))
         attempt.check()  # Again: a large state takes a while, and Ray's copy begins now.
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
     finally:
@@ -285,27 +273,3 @@ def leaving_notice() -> Callable[[], bool]:
         return bool(leaving)
 
     return is_news
-
-
-def failure_writer(
-    out: Path, rank: int, attempt: Attempt = UNHELD
-) -> Callable[[dict[str, Any]], str]:
-    """Keeps what is needed to replay a step whose loss was not finite."""
-
-    def write(content: dict[str, Any]) -> str:
-        attempt.check()
-        path = out / "failed" / f"step-{content['step']}-rank-{rank}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, path)
-        return str(path)
-
-    return write
-
-
-def newest_checkpoint(out: Path, name: str) -> tuple[int, Path] | None:
-    """Step and folder of the newest checkpoint on storage, without starting Ray; None without."""
-    found = []
-    for folder in (out / name).glob("checkpoint_*"):
-        if (folder / _STATE).exists():
-            found.append((int(state_in(folder, mmap=True)["step"]), folder))
-    return max(found, default=None)

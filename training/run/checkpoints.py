@@ -1,0 +1,94 @@
+"""Checkpoints on storage: what is written, the newest one of a run, and where a run branches off.
+
+Knows nothing of who trains. Invariant: what a checkpoint holds loads with weights_only=True.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from clustering.rounds.files import is_complete, round_uri
+from training.attempt import UNHELD, Attempt
+from training.errors import TOO_OLD, ConfigMismatch, TrainingError
+
+_STATE = "state.pt"
+_FORMAT = 3
+"""Of checkpoints. 1 had no step of the last update of the confusion matrix, and no settings; 2 no
+sample of `train_knn`."""
+
+
+class Span(NamedTuple):
+    """The part of a run's steps to take: runs that differ later can share their first epochs."""
+
+    start: Path | None = None
+    """Checkpoint of another run to go on from, while this one has none of its own."""
+    until_epoch: int | None = None
+    """Stop after this many epochs, before the round that follows them."""
+
+
+WHOLE = Span()
+
+
+def write_state(state: dict[str, Any], folder: Path) -> None:
+    """Write a checkpoint into a folder that is there."""
+    torch.save({**state, "format": _FORMAT}, folder / _STATE)
+
+
+def state_in(folder: Path, mmap: bool = False) -> dict[str, Any]:
+    """The state a checkpoint holds. Args: mmap: leave tensors on storage until they are used.
+
+    Raises: ConfigMismatch if another version of diccae wrote it.
+    """
+    state: dict[str, Any] = torch.load(
+        folder / _STATE, map_location="cpu", weights_only=True, mmap=mmap
+    )
+    found = state.get("format", 1)
+    if found != _FORMAT:
+        raise ConfigMismatch(
+            f"{folder}: a checkpoint of format {found}, this diccae reads format {_FORMAT}; go on "
+            "with the version that wrote it (run.json: versions), or start again with --fresh"
+        )
+    return state
+
+
+def newest_checkpoint(out: Path, name: str) -> tuple[int, Path] | None:
+    """Step and folder of the newest checkpoint on storage, without starting Ray; None without."""
+    found = []
+    for folder in (out / name).glob("checkpoint_*"):
+        if (folder / _STATE).exists():
+            found.append((int(state_in(folder, mmap=True)["step"]), folder))
+    return max(found, default=None)
+
+
+def failure_writer(
+    out: Path, rank: int, attempt: Attempt = UNHELD
+) -> Callable[[dict[str, Any]], str]:
+    """Keeps what is needed to replay a step whose loss was not finite."""
+
+    def write(content: dict[str, Any]) -> str:
+        attempt.check()
+        path = out / "failed" / f"step-{content['step']}-rank-{rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, path)
+        return str(path)
+
+    return write
+
+
+def refuse_lost_labels(state: dict[str, Any], uri: str) -> None:
+    """Raises: TrainingError if the labels a checkpoint goes on with are not among the rounds.
+
+    Asked for all the same, they would be waited for until `rounds.timeout_s`, half an hour.
+    """
+    labelling = state["labelling"]
+    if "confusion" not in labelling:
+        raise TrainingError(TOO_OLD)
+    number = labelling["round"]
+    if labelling["confusion"] and not is_complete(uri, number):
+        raise TrainingError(
+            f"{round_uri(uri, number)}: the checkpoint of step {state['step']} goes on with the "
+            f"labels of round {number}, which are not there any more. Copy the folder back, or "
+            "give --fresh to start again"
+        )

@@ -1,0 +1,48 @@
+"""Edge: what a loop is given by the place it runs in, a Ray worker or a process of one machine.
+
+Knows nothing of what is trained. Invariant: two edges of the same peers, clips and checkpoint give
+the same weights, bit for bit on a CPU.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from training.attempt import Attempt
+from training.data.order import WindowPlan
+from training.data.reader import Reader
+from training.loop.hooks import World
+from training.tracking.copier import RunHandle
+from training.tracking.tracker import Tracker
+
+
+class Edge(NamedTuple):
+    """One worker's surroundings."""
+
+    world: World
+    reader: Callable[[WindowPlan], Reader]
+    state: dict[str, Any] | None
+    """The newest checkpoint of this run, if there is one."""
+    save: Callable[[dict[str, Any]], None]
+    """Keeps a checkpoint; called by all workers at the same step."""
+    leaving: Callable[[], bool] = lambda: False
+    """See `Hooks.leaving`."""
+
+
+class Written(NamedTuple):
+    """Where a run is written down."""
+
+    out: Path
+    handle: RunHandle
+    provenance: dict[str, Any]
+    attempt: Attempt
+
+    def tracker(self, lines: str, edge: Edge, state: dict[str, Any] | None) -> Tracker | None:
+        """Rank 0's tracker, from the step of the checkpoint on; None on all others.
+
+        Args: lines: its file in the run folder.
+        """
+        if edge.world.rank != 0:
+            return None
+        step = 0 if state is None else int(state["step"])
+        return Tracker(self.handle, self.out / lines, step, attempt=self.attempt)
