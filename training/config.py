@@ -35,6 +35,8 @@ class EncoderConfig(Frozen):
     """Named size; every other field may override it."""
     stem: Literal["conv", "patch"] = "conv"
     """`patch`: CAV-MAE's 16x16 patches, to start from weights; `conv`: trains from nothing."""
+    norm: Literal["group", "weights", "first"] = "group"
+    """What keeps the scale of a `conv` stem: GroupNorm, standardised weights, or one of each."""
     dim: int = Field(128, ge=8)
     """Token width D."""
     depth: int = Field(1, ge=0)
@@ -214,6 +216,8 @@ class ConfusionConfig(Frozen):
     """What is left of the old estimate after one epoch."""
     update: Literal["dynamic", "static"] = "dynamic"
     """`static` keeps the estimate made when a round is published."""
+    weights: Literal["degree", "shuffled", "constant"] = "degree"
+    """Controls as large for each class: `shuffled` among its pairs, or `constant`, their mean."""
     update_steps: int = Field(10, ge=1)
     """Steps between updates of the estimate, one all-reduce each."""
     share_by_degree: bool = True
@@ -227,6 +231,10 @@ class RoundsConfig(Frozen):
     """`none` never labels: InfoNCE (and what else is on) alone. Controls, in the same slots and
     with prototypes and confusion of their own: `random` draws one of K once for each clip, `true`
     takes the store's classes."""
+    label_noise: float = Field(0.0, ge=0, le=1)
+    """With `true`: share of the clips that are given another class instead, drawn once."""
+    label_noise_from: str | None = None
+    """`evaluation/confusion.npz` of a run: the classes it took theirs for; None: any, by chance."""
     warmup_epochs: int = Field(2, ge=0)
     """No round before this many epochs."""
     every_epochs: int = Field(1, ge=1)
@@ -275,8 +283,7 @@ class PretrainConfig(Frozen):
     batch_size: int = Field(256, ge=2)
     """Global batch B, the same whatever the number of workers."""
     micro_batch: int | None = Field(None, ge=1)
-    """Largest batch in one forward pass of a worker; a larger share runs as cached-gradient
-    chunks with the same result."""
+    """Largest batch of a worker's pass; a larger share runs as cached-gradient chunks."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast type of the trunk; logits and softmax stay fp32."""
     compile: bool = False
@@ -335,11 +342,14 @@ class EvaluateConfig(Frozen):
 
     split: Literal["test", "validation"] = "test"
     """Clips it is measured on; `validation`, to choose by, needs `data.validation_frac` > 0."""
-
     probe_epochs: int = Field(100, ge=1)
     """Iterations of the linear probe."""
+    few_labels: int = Field(10, ge=1)
+    """Labels of each class that the probe from few labels sees."""
     knn_k: int = Field(20, ge=1)
     """Neighbours of the kNN probe."""
+    confused_pairs: int = Field(10, ge=1)
+    """Pairs of classes, those that training clips confuse most, whose accuracy is measured."""
     retrieval_per_class: int = Field(5, ge=1)
     """Test clips per class in the retrieval protocol."""
     frames: int | None = None

@@ -51,12 +51,12 @@ def _finetune(folder: RunFolder, args: FinetuneArgs) -> None:
     from diccae.stages.finetune import run_finetune
     from diccae.stages.run_record import open_run
     from diccae.stages.statistics import with_store_features
-    from training.on_ray.finetune import forget_finetuning, refuse_other_settings
+    from training.run.finetune import forget_finetuning, refuse_other_settings
 
     if args.fresh:
-        forget_finetuning(folder.uri)
+        forget_finetuning(folder.place)
     # Before the folder takes the config over: config.yaml tells of the classifier that is there.
-    refuse_other_settings(args.run, args.encoder, folder.uri)
+    refuse_other_settings(args.run, args.encoder, folder.place)
     run = args.run
     if args.store is not None and not folder.record:
         run = with_store_features(folder, run, args.config, args.store)

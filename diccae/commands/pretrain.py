@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _dry_run(config: RunConfig, store: str) -> int:
     from training.loop.dry_run import dry_run
-    from training.on_ray.pretrain import check, pin
+    from training.run.pinned import check, pin
 
     data = pin(store, config.data.version, config)
     check(config, config.clustering, data)

@@ -26,7 +26,7 @@ def check_recipe(file: str, store: str | None, init: str | None) -> Check:
     from diccae.config import load_config
     from diccae.stages.statistics import spec_as_asked
     from training.data.order import BatchPlan
-    from training.on_ray.pretrain import check, check_alone, pin
+    from training.run.pinned import check, check_alone, pin
 
     config = load_config(file)
     if init is not None:

@@ -9,30 +9,38 @@ from typing import Any
 from clustering.rounds.files import load_round, rounds_at
 from diccae.config import RunConfig
 from diccae.errors import UsageError
-from diccae.reach import check_reach
-from diccae.resources import Demand, check_fits, start_ray
+from diccae.resources import Demand
 from diccae.run_folder import RunFolder
+from diccae.stages.place import ON_RAY, Place
 from diccae.stages.run_record import Say, pin_for, tracking_handle
 from diccae.stages.statistics import settle
 from training.config import ScaleConfig
 from training.data.rows import RowIndex, clip_keys, index_rows, with_labels
 from training.on_ray.evaluate import evaluate
-from training.on_ray.pretrain import Pinned
+from training.run.pinned import Pinned
 from training.tracking import tracker as tracking
 
 
-def run_evaluate(folder: RunFolder, config: RunConfig, say: Say) -> dict[str, Any]:
+def run_evaluate(
+    folder: RunFolder, config: RunConfig, say: Say, *, place: Place = ON_RAY
+) -> dict[str, Any]:
     """Evaluate the folder's models on the test split into `results.json`."""
     data = pin_for(folder, config)
     test = tested_rows(data, config)
     config, _ = settle(folder, config, data, say)
-    start_ray()
-    check_fits(inference_demands(config.scale))
-    check_reach({"--store": data.snapshot.uri}, folder.uri)
+    place.ready(inference_demands(config.scale), {"--store": data.snapshot.uri}, folder.uri)
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
     started = time.monotonic()
     clusters = _clusters(folder.place.uri_of("rounds"), test)
-    evaluation = evaluate(config, data.train, test, folder.uri, clusters, may_write=folder.check)
+    evaluation = evaluate(
+        config,
+        data.train,
+        test,
+        folder.place,
+        clusters,
+        apply=place.apply,
+        may_write=folder.check,
+    )
     found = evaluation.as_json()
     seconds = {"evaluate": round(time.monotonic() - started, 2)}
     results = folder.write_results(**found, seconds=seconds, config_hash=config.digest())

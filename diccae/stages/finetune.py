@@ -6,17 +6,25 @@ Knows nothing of pretraining. Invariant: the same call goes on from the newest c
 import time
 
 from diccae.config import RunConfig
-from diccae.reach import check_reach
-from diccae.resources import check_fits, start_ray, training_demands
+from diccae.resources import training_demands
 from diccae.run_folder import RunFolder, watched
+from diccae.stages.place import ON_RAY, Place
 from diccae.stages.run_record import Say, pin_for, provenance, tracking_handle, with_status
 from diccae.stages.statistics import settle
 from training.data.order import BatchPlan
 from training.data.rows import with_labels
-from training.on_ray.finetune import finetune, starting_encoder
+from training.run.edge import Written
+from training.run.finetune import starting_encoder
 
 
-def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say: Say) -> None:
+def run_finetune(
+    folder: RunFolder,
+    config: RunConfig,
+    encoder: str | None,
+    say: Say,
+    *,
+    place: Place = ON_RAY,
+) -> None:
     """Fine-tune the folder's encoder (or another one) into `classifier/`.
 
     Raises: ConfigMismatch if the folder holds fine-tuning with other settings.
@@ -31,25 +39,22 @@ def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say:
     if "statistics" not in folder.record:
         folder.write_record(statistics=statistics)
     steps = BatchPlan.of(len(train), config.finetune.batch_size, config.data).steps(len(train))
-    start_ray()
-    check_fits(training_demands(config, None))
-    check_reach({"--store": data.snapshot.uri, "--encoder": encoder}, folder.uri)
+    reads = {"--store": data.snapshot.uri, "--encoder": encoder}
+    place.ready(training_demands(config, None), reads, folder.uri)
     origin = provenance(folder, config)
     folder.check()
-    uri = starting_encoder(config, train, encoder, folder.uri, origin)
+    uri = starting_encoder(config, train, encoder, folder.place, origin)
     say(
         f"finetune  {len(train):,} labelled of {len(data.train):,} clips, "
         f"{len(train.classes)} classes, from {uri}"
     )
     started = time.monotonic()
     handle = tracking_handle(folder)
-    total = steps * config.finetune.epochs
-    with watched(folder.place, "finetune.jsonl", total, "finetune"):
+    written = Written(folder.place, handle, origin, folder.attempt)
+    with watched(folder.place, "finetune.jsonl", steps * config.finetune.epochs, "finetune"):
         with_status(
             folder,
             handle,
-            lambda: finetune(
-                config, train, uri, folder.uri, handle, origin, attempt=folder.attempt
-            ),
+            lambda: place.finetune(config, train, uri, written),
         )
     folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})

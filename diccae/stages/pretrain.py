@@ -10,15 +10,17 @@ from typing import Any
 
 from clustering.rounds.files import load_round, rounds_at
 from diccae.config import RunConfig
-from diccae.reach import check_reach
-from diccae.resources import check_fits, scale_note, start_ray, training_demands
+from diccae.resources import training_demands
 from diccae.run_folder import RunFolder, watched
-from diccae.stages.run_record import Say, pin_for, provenance, remember, tracking_run, with_status
+from diccae.stages.place import ON_RAY, Place
+from diccae.stages.run_record import Say, pin_for, provenance, remember, with_status
 from diccae.stages.statistics import settle
 from pipeline.storage import Location
 from training.data.order import BatchPlan
 from training.model.make import make_encoder
-from training.on_ray.pretrain import WHOLE, Pinned, Span, check, pretrain
+from training.run.checkpoints import WHOLE, Span
+from training.run.edge import Written
+from training.run.pinned import Pinned, check
 from training.tracking.copier import read_metrics
 from training.weights.files import WeightsReport, by_part, load_weights
 
@@ -30,36 +32,28 @@ def run_pretrain(
     say: Say,
     span: Span = WHOLE,
     tags: Mapping[str, str] | None = None,
+    *,
+    place: Place = ON_RAY,
 ) -> dict[str, Any]:
     """Pretrain into the folder, from its newest checkpoint if there is one.
 
     Args: tags: of the MLflow run, besides the usual ones.
     """
     config, data = _settled(folder, config, store, say, span)
-    _start_cluster(folder, config, data, say)
-    handle = tracking_run(folder, config, data, tags)
-    if not handle.uri:
-        say(
-            "tracking  metrics.jsonl alone: a bucket holds no MLflow file; --tracking.uri names one"
-        )
+    makes_labels = config.rounds.labels != "none"
+    pool = config.pool.groups(config.clustering) if makes_labels else None
+    reads = {"--store": data.snapshot.uri, "--init": config.encoder.init}
+    place.ready(training_demands(config, pool), reads, folder.uri)
+    handle = place.track(folder, config, data, tags)
+    place.note(config.scale, handle, say)
     total = _say_what_is_trained(config, data, store, say, span)
-    made_by = provenance(folder, config)
+    written = Written(folder.place, handle, provenance(folder, config), folder.attempt)
     started = time.monotonic()
     with watched(folder.place, "metrics.jsonl", total, "pretrain"):
         result = with_status(
             folder,
             handle,
-            lambda: pretrain(
-                config,
-                config.clustering,
-                data,
-                folder.uri,
-                handle,
-                made_by,
-                span=span,
-                pool=config.pool,
-                attempt=folder.attempt,
-            ),
+            lambda: place.pretrain(config, data, written, span),
         )
     _write_results(folder, config, len(data.train), result, time.monotonic() - started)
     return result
@@ -78,16 +72,6 @@ def _settled(
     config, statistics = settle(folder, config, data, say, init, made)
     remember(folder, config, store, data, statistics)
     return config, data
-
-
-def _start_cluster(folder: RunFolder, config: RunConfig, data: Pinned, say: Say) -> None:
-    """Raises: ResourceError or UsageError for a cluster on which the run cannot work."""
-    start_ray()
-    makes_labels = config.rounds.labels != "none"
-    pool = config.pool.groups(config.clustering) if makes_labels else None
-    check_fits(training_demands(config, pool))
-    check_reach({"--store": data.snapshot.uri, "--init": config.encoder.init}, folder.uri)
-    scale_note(config.scale, say)
 
 
 def _say_what_is_trained(config: RunConfig, data: Pinned, store: str, say: Say, span: Span) -> int:

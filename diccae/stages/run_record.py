@@ -15,7 +15,7 @@ from diccae.errors import UsageError
 from diccae.run_folder import RunFolder
 from pipeline.quality.leave_out import LeftOut
 from pipeline.store.store import FeatureStore
-from training.on_ray.pretrain import Pinned, pin
+from training.run.pinned import Pinned, pin
 from training.tracking import tracker as tracking
 from training.tracking.copier import RunHandle
 

@@ -16,7 +16,7 @@ from pipeline.config import FeatureSpec
 from pipeline.storage import place_of, storage_failures_ignored
 from pipeline.store.store import FeatureStore, Snapshot
 from training.config import FbankStatistics
-from training.on_ray.pretrain import Pinned
+from training.run.pinned import Pinned
 from training.weights.card import MadeWith
 from training.weights.files import made_with
 

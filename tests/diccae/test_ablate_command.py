@@ -71,7 +71,7 @@ def test_what_is_done_is_not_done_again_and_the_metric_stays(
     assert (out / "ablation.json").exists(), "needs the test above"
     trained: list[str] = []
     monkeypatch.setattr(
-        "diccae.stages.ablate.run_pretrain", lambda folder, *_: trained.append(folder)
+        "diccae.ablation.runs.run_pretrain", lambda folder, *_, **__: trained.append(folder)
     )
     same = [*arguments, "--variants", "no_fusion", "--pretrain.log-every", "1"]
     assert "no_fusion" in diccae(*same)
@@ -107,3 +107,39 @@ def test_what_cannot_be_trained_is_said_before_anything_is(
     assert "no variant fulll; there are instance" in capsys.readouterr().err
     assert main([*arguments, "--evaluate.split", "validation", "--variants", "full"]) == 2
     assert "data.validation_frac = 0.0 kept no labelled clip" in capsys.readouterr().err
+
+
+def test_runs_side_by_side_need_no_ray_and_keep_what_failed(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diccae.resources.start_ray", lambda: pytest.fail("Ray was started"))
+    own = tmp_path / "variants.yaml"
+    own.write_text("hot: {optim: {lr: 1.0e+30}}")
+    out = tmp_path / "out"
+    arguments = ["ablate", "--config", SMOKE, "--store", store, "--out", str(out), "--seeds", "1"]
+    assert main([*arguments, "--processes", "2"]) == 2
+    assert "--test-clips measures the test clips" in capsys.readouterr().err
+    arguments += ["--data.validation-frac", "0.3", "--evaluate.split", "validation"]
+    arguments += ["--processes", "2", "--variants-file", str(own)]
+    swept = ["--sweep", "confusion.gamma=0", "--sweep-of", "true_labels"]
+    assert main([*arguments, *swept]) == 1
+    said = capsys.readouterr().err
+    assert "seed-0/hot: FAILED: training.errors.NonFiniteLoss" in said
+    content = json.loads((out / "ablation.json").read_text())
+    assert list(content["failed"]) == ["seed-0/hot"]
+    assert [run["variant"] for run in content["runs"]] == ["true_labels@confusion.gamma=0"]
+    assert (out / "seed-0" / "hot" / "process.log").exists()
+    steps = [
+        line["step"]
+        for line in lines(out / "seed-0" / "true_labels@confusion.gamma=0" / "metrics.jsonl")
+    ]
+    assert steps[0] > 1, "it did not start from the warm-up"
+    assert "validation clips" in (out / "ablation.md").read_text()
+    assert not (out / "test").exists()
+    # Without the variant that fails: all that is left was done, but for the test clips.
+    monkeypatch.setattr("diccae.ablation.runs.run_pretrain", pytest.fail)
+    capsys.readouterr()
+    assert main([*arguments[:-2], *swept, "--test-clips"]) == 0
+    assert f"{N_TEST} test clips" in capsys.readouterr().out
+    kept = json.loads((out / "ablation.json").read_text())
+    assert kept["pinned"]["split"] == "validation"

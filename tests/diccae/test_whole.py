@@ -18,9 +18,9 @@ import yaml
 from support.processes import ray_env
 from support.runs import CONFIGS, N_TEST, N_TRAIN, SMOKE, lines
 
+from diccae.ablation.runs import measured_of
 from diccae.cli import main
 from diccae.run_folder import RunFolder
-from diccae.stages.ablate import measured_of
 from training.evaluation import metrics
 from training.report.ablate import variant_rows
 

@@ -72,6 +72,11 @@ class Evidence(NamedTuple):
         by_stream = self.probes[PROBES[0].name]
         return {stream: by_stream[stream] for stream in STREAMS if stream in by_stream}
 
+    @property
+    def scores_on_pairs(self) -> Mapping[str, Scores]:
+        """`scores`, and without a classifier those of both sides too."""
+        return self.classifier or self.probes[PROBES[0].name]
+
 
 class Grid(NamedTuple):
     """How values that are not by stream make a table: the name of a value is ROW_COLUMN."""
@@ -110,7 +115,9 @@ def _of_probe(name: str, given: Evidence) -> Values:
 
 def _on_pairs(given: Evidence) -> Values:
     pairs = list(given.confused_pairs)
-    return {s: pair_accuracy(x_MC, given.labels_M, pairs) for s, x_MC in given.scores.items()}
+    return {
+        s: pair_accuracy(x_MC, given.labels_M, pairs) for s, x_MC in given.scores_on_pairs.items()
+    }
 
 
 def _retrieval(embeddings: Mapping[str, Vectors], given: Evidence) -> dict[str, float]:

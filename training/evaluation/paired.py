@@ -80,7 +80,11 @@ def paired_difference(
 
 
 def contrasts(values: Values, own: Sequence[str] = ()) -> list[PairedDifference]:
-    """The contrasts that the variants at hand allow; a variant of the user's own against `full`."""
-    wanted = [*CONTRASTS, *((name, "full", "") for name in own)]
+    """The contrasts that the variants at hand allow.
+
+    Args: own: variants of the user's, and points of a sweep: against `full` and `instance`.
+    """
+    wanted = [*CONTRASTS]
+    wanted += [(name, reference, "") for name in own for reference in ("full", "instance")]
     found = (paired_difference(values, *names) for names in wanted)
     return [difference for difference in found if difference is not None]

@@ -111,6 +111,28 @@ def _check(
         raise ValueError(f"labels {labels_N.min()}..{labels_N.max()} for {n_classes} classes")
 
 
+def few_label_probe(
+    train_ND: Features,
+    labels_N: NDArray[np.integer],
+    test_MD: Features,
+    n_classes: int,
+    *,
+    per_class: int = 10,
+    iterations: int = 100,
+    device: str = "cpu",
+) -> NDArray[np.float32]:
+    """`linear_probe` on `per_class` training clips of each class, the same ones in every run.
+
+    Drawn by chance from the rows in their order, which is that of the store.
+    """
+    shuffled = np.random.default_rng(0).permutation(len(labels_N))
+    chosen = [shuffled[labels_N[shuffled] == label][:per_class] for label in np.unique(labels_N)]
+    rows = np.sort(np.concatenate(chosen))
+    return linear_probe(
+        train_ND[rows], labels_N[rows], test_MD, n_classes, iterations=iterations, device=device
+    )
+
+
 class Probe(NamedTuple):
     """A way to read classes from frozen features."""
 
@@ -127,6 +149,13 @@ PROBES: tuple[Probe, ...] = (
         "linear probe",
         lambda *given, config, device: linear_probe(
             *given, iterations=config.probe_epochs, device=device
+        ),
+    ),
+    Probe(
+        "probe_few",
+        "linear probe, few labels",
+        lambda *given, config, device: few_label_probe(
+            *given, per_class=config.few_labels, iterations=config.probe_epochs, device=device
         ),
     ),
     Probe(

@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 
 from training.losses.objective import settings_after_labels
 
-_SECTIONS_AFTER_LABELS = ("clustering.", "confusion.", "rounds.cold_every", "rounds.labels")
+_SECTIONS_AFTER_LABELS = (
+    "clustering.",
+    "confusion.",
+    "rounds.cold_every",
+    "rounds.label_noise",
+    "rounds.labels",
+)
 """Config that changes nothing before the first labels, beside that of loss terms."""
 
 
@@ -20,6 +26,8 @@ class Variant(NamedTuple):
     """What it is compared for, in a few words."""
     changes: dict[str, dict[str, Any]]
     """Config values that differ from the recipe, by section and key."""
+    dose: tuple[str, str, str] | None = None
+    """Of a point of a sweep: the variant that is swept, the key and its value."""
 
     @property
     def shares_warmup(self) -> bool:
@@ -39,6 +47,12 @@ VARIANTS: dict[str, Variant] = {
     "alignment": Variant("+ class-level alignment only (L_cls)", {"loss": {"confusion": 0.0}}),
     "gamma0": Variant("both, confusion weights off", {"confusion": {"gamma": 0.0}}),
     "static": Variant("confusion of each round's start", {"confusion": {"update": "static"}}),
+    "shuffled": Variant(
+        "control: weights of pairs dealt out by chance", {"confusion": {"weights": "shuffled"}}
+    ),
+    "constant": Variant(
+        "control: one weight for all pairs of a class", {"confusion": {"weights": "constant"}}
+    ),
     "full": Variant("DICCAE", {}),
     "no_fusion": Variant("DICCAE without the fusion stream", {"loss": {"fusion": False}}),
     "random_labels": Variant("control: labels by chance", {"rounds": {"labels": "random"}}),
@@ -71,6 +85,8 @@ CONTRASTS: tuple[tuple[str, str, str], ...] = (
     ("gamma0", "pseudo_labels", "class-level alignment"),
     ("gamma0", "alignment", "own-stream cross-entropy"),
     ("full", "gamma0", "confusion weights"),
+    ("full", "shuffled", "whom a class is confused with, and not how large weights are"),
+    ("full", "constant", "weights that differ from pair to pair"),
     ("full", "static", "dynamic against static confusion"),
     ("full", "no_fusion", "fusion stream"),
     ("true_labels", "full", "what perfect labels would add"),

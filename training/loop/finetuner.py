@@ -86,7 +86,8 @@ class Finetuner:
         shape = (self.n_classes, self.n_classes)
         uniform_CC = torch.full(shape, 1.0 / self.n_classes, device=self.world.device)
         gamma = {"gamma": self.tuning.confusion}
-        return ConfusionState(uniform_CC, self.config.confusion.model_copy(update=gamma))
+        confusion = self.config.confusion.model_copy(update=gamma)
+        return ConfusionState(uniform_CC, confusion, self.config.seed)
 
     def run(self, state: dict[str, Any] | None = None) -> dict[str, float]:
         """Train to the end, from `state` if given. Returns: the metrics of the last log."""

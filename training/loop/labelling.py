@@ -174,7 +174,8 @@ class Labelling:
 
     def _enforce(self, head: HeadLabels) -> Labels:
         prototypes = {s: self._on_device(m) for s, m in head.prototypes.items()}
-        state = ConfusionState(self._on_device(head.confusion_KK), self.config.confusion)
+        confusion_KK = self._on_device(head.confusion_KK)
+        state = ConfusionState(confusion_KK, self.config.confusion, self.config.seed)
         nobody = torch.empty(0, dtype=torch.int64, device=self.world.device)
         labels = Labels(nobody, prototypes, head.teaches, state)
         self.heads.append(head)

@@ -25,6 +25,7 @@ from training.loop.gradients import Gradients, StepLoss
 from training.loop.hooks import Hooks, World
 from training.loop.labelling import Labelling
 from training.loop.meter import Meter
+from training.loop.sample_probe import SampleProbe
 from training.loop.schedule import (
     learning_rate,
     make_optimizer,
@@ -78,6 +79,7 @@ class Pretrainer:
             state=self._state_of_failure,
         )
         self.labelling = Labelling(config, rounds, index, self.plan, world)
+        self.sample = SampleProbe(index, world)
 
     def run(
         self, state: dict[str, Any] | None = None, until_epoch: int | None = None
@@ -140,6 +142,7 @@ class Pretrainer:
             self.steps.take(StepTaken(self.step, batch.read, loss, norm))
             self.labelling.observe(labels, found.total)
         self._count(found, labels, loss, norm)
+        self.sample.add(batch.read.key, found.embeddings.z)
         if self.labelling.pushes(self.step):
             with self.meter.timed("push"):
                 self.labelling.push_features(batch.read.key, found.embeddings.h, self.step)
@@ -164,20 +167,20 @@ class Pretrainer:
             self.labelling.update_confusion(self.step)
         leaving = False
         if at_epoch_end:
-            self._log()
+            self._log(self.sample.measure())
             self._maybe_start_round()
         elif self.step % schedule.log_every == 0:
-            self._log()
+            self._log({})
             leaving = self.hooks.leaving()
         if at_epoch_end or leaving or self.step % schedule.checkpoint_every == 0:
             with self.meter.timed("checkpoint"):
                 self.steps.settle()
                 self.hooks.save(self.state_dict())
 
-    def _log(self) -> None:
+    def _log(self, of_epoch: dict[str, float]) -> None:
         metrics = self.meter.flush(self.step, self.config.pretrain.batch_size)
         metrics["epoch"] = self.step / self.steps_per_epoch
-        metrics |= self.labelling.metrics()
+        metrics |= self.labelling.metrics() | of_epoch
         if self.world.rank == 0:
             self.hooks.log(self.step, metrics)
 
@@ -215,6 +218,7 @@ class Pretrainer:
             "optimizer": self.optimizer.state_dict(),
             "labelling": self.labelling.state_dict(),
             "meter": self.meter.state_dict(),
+            "sample": self.sample.state_dict(),
         }
 
     def _state_of_failure(self) -> dict[str, Any]:
@@ -227,5 +231,6 @@ class Pretrainer:
         self.encoder.load_state_dict(state["encoder"])
         restore_optimizer(self.optimizer, state["optimizer"], self.world.runs_ahead)
         self.meter.load_state_dict(state["meter"])
+        self.sample.load_state_dict(state["sample"])
         self.step = state["step"]
         self.labelling.load_state_dict(state["labelling"])

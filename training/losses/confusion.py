@@ -50,6 +50,26 @@ def confusion_weights(confusion_KK: Tensor, gamma: float, w_max: float) -> Tenso
     return relative_degrees(confusion_KK.double()).pow(gamma).clamp(1.0, w_max).fill_diagonal_(1.0)
 
 
+def control_weights(weights_KK: Tensor, control: str, seed: int) -> Tensor:
+    """Weights that are as large for each class, and forget which classes it is confused with.
+
+    `shuffled`: each class's weights, dealt out to the others by chance; the deal hangs on K and
+    seed alone, so all ranks, and a run that is resumed, make the same one. `constant`: their mean.
+    """
+    n_classes = len(weights_KK)
+    others = ~torch.eye(n_classes, dtype=torch.bool, device=weights_KK.device)
+    rows = weights_KK[others].view(n_classes, n_classes - 1)
+    if control == "constant":
+        dealt = rows.mean(1, keepdim=True).expand_as(rows)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.rand(rows.shape, generator=generator).argsort(dim=1)
+        dealt = rows.gather(1, draws.to(rows.device))
+    controlled_KK = torch.ones_like(weights_KK)
+    controlled_KK[others] = dealt.flatten()
+    return controlled_KK
+
+
 def mean_offdiagonal(confusion_KK: Tensor) -> Tensor:
     """The mean confusion degree: share of posterior mass on wrong classes, in [0, 1]; scalar."""
     return (1.0 - confusion_KK.double().diagonal().mean()).float()
@@ -59,11 +79,12 @@ class ConfusionState:
     """The running confusion matrix of one clustering head, and its weights.
 
     Args: confusion_KK: the estimate published with the round, from the whole bank under the new
-        prototypes; it stands until training has seen enough to move it.
+        prototypes; it stands until training has seen enough to move it. seed: of the control
+        `shuffled`.
     """
 
-    def __init__(self, confusion_KK: Tensor, config: ConfusionConfig) -> None:
-        self.config = config
+    def __init__(self, confusion_KK: Tensor, config: ConfusionConfig, seed: int = 0) -> None:
+        self.config, self.seed = config, seed
         self.confusion_KK = confusion_KK.detach().double().clone()
         n_classes = confusion_KK.shape[0]
         # sums of posteriors by label, the last column counts clips: one tensor, one all-reduce
@@ -106,7 +127,10 @@ class ConfusionState:
         self.sums_KK1.zero_()
         ramp = since_labels_epochs / self.config.ramp_epochs if self.config.ramp_epochs else 1.0
         gamma = self.config.gamma * min(max(ramp, 0.0), 1.0)
-        self.weights_KK = confusion_weights(self.confusion_KK, gamma, self.config.w_max).float()
+        weights_KK = confusion_weights(self.confusion_KK, gamma, self.config.w_max)
+        if self.config.weights != "degree":
+            weights_KK = control_weights(weights_KK, self.config.weights, self.seed)
+        self.weights_KK = weights_KK.float()
         self.mean_offdiagonal = mean_offdiagonal(self.confusion_KK)
 
     def state_dict(self) -> dict[str, Tensor]:

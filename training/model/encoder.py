@@ -290,8 +290,8 @@ def _through(blocks: nn.ModuleList, x_BLD: Tensor, stream: str = "fusion") -> Te
 def _stems(config: EncoderConfig, shape: InputShape) -> tuple[Stem, Stem]:
     if config.stem == "conv":
         return (
-            AudioConvStem(config.dim, shape.n_mels, shape.fbank_frames),
-            VideoConvStem(config.dim, shape.frame_size),
+            AudioConvStem(config.dim, shape.n_mels, shape.fbank_frames, config.norm),
+            VideoConvStem(config.dim, shape.frame_size, config.norm),
         )
     return (
         PatchStem(config.dim, 1, shape.n_mels, shape.fbank_frames),

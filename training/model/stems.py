@@ -1,7 +1,7 @@
 """AudioConvStem and VideoConvStem: fbank or frame to a few tokens, trainable from nothing on a CPU.
 
-Know nothing of positions, modalities or losses. Invariant: no statistics over the batch (GroupNorm
-only), so a clip's tokens never depend on its neighbours or on the number of workers.
+Know nothing of positions, modalities or losses. Invariant: no statistics over the batch, so a
+clip's tokens never depend on its neighbours or on the number of workers.
 
 Plain 16x16 patches do not leave the InfoNCE plateau ln B without pretrained weights; these do.
 
@@ -10,6 +10,7 @@ Shapes: B clips, T fbank frames, M mel bins, L tokens, D width.
 
 import itertools
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +22,61 @@ _AUDIO_CHANNELS = (32, 64, 128)
 _VIDEO_CHANNELS = (16, 32, 64, 128)
 
 
-def _conv(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
-    convolution = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
-    return [convolution, nn.GroupNorm(8, c_out), nn.ReLU(inplace=True)]
+_RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
+"""1 / the standard deviation of a ReLU of unit normal values."""
+
+Norm = Literal["group", "weights", "first"]
+
+
+class StandardisedConv2d(nn.Conv2d):
+    """Convolution whose filters have mean 0 and variance 1 / fan-in, before a gain that is learnt.
+
+    Unit variance goes through a layer without a look at the activations, so nothing of a clip, such
+    as its contrast or colour, is normalised away.
+    Source: scaled weight standardisation, Brock et al. 2021 (arXiv 2101.08692).
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, input_gain: float) -> None:
+        """Args: input_gain: 1 / the standard deviation of the inputs."""
+        super().__init__(c_in, c_out, kernel, stride, kernel // 2)
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
+        self.gain = nn.Parameter(torch.ones(c_out))
+        self._scale = input_gain / math.sqrt(self.weight[0].numel())
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """As nn.Conv2d."""
+        weight = self.weight
+        variance, mean = torch.var_mean(weight, dim=(1, 2, 3), keepdim=True, correction=0)
+        gain = (self.gain * self._scale)[:, None, None, None]
+        standardised = (weight - mean) * torch.rsqrt(variance + 1e-8) * gain
+        return F.conv2d(x_BCHW, standardised, self.bias, self.stride, self.padding)
+
+
+def _conv(
+    c_in: int, c_out: int, norm: Norm, *, kernel: int = 3, stride: int = 1, first: bool = False
+) -> list[nn.Module]:
+    """Convolution, norm and ReLU. Args: first: of the stem, whose input is no ReLU's."""
+    layers: list[nn.Module] = []
+    if norm == "group":
+        layers.append(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False))
+    else:
+        gain = 1.0 if first else _RELU_GAIN
+        layers.append(StandardisedConv2d(c_in, c_out, kernel, stride, gain))
+    if norm == "group" or (norm == "first" and first):
+        layers.append(nn.GroupNorm(8, c_out))
+    return [*layers, nn.ReLU(inplace=True)]
 
 
 class AudioConvStem(nn.Module):
     """fbank to tokens, one per 16 fbank frames with all mel bins in it."""
 
-    def __init__(self, dim: int, n_mels: int, fbank_frames: int) -> None:
+    def __init__(self, dim: int, n_mels: int, fbank_frames: int, norm: Norm = "group") -> None:
         super().__init__()
         # stride 4 at once: at stride 2 the first layer alone was half of a CPU step
-        layers = _conv(1, _AUDIO_CHANNELS[0], kernel=5, stride=4)
+        layers = _conv(1, _AUDIO_CHANNELS[0], norm, kernel=5, stride=4, first=True)
         for a, b in itertools.pairwise(_AUDIO_CHANNELS):
-            layers += _conv(a, b, stride=2)
+            layers += _conv(a, b, norm, stride=2)
         self.blocks = nn.Sequential(*layers)
         self.n_tokens = math.ceil(fbank_frames / 16)
         self.proj = nn.Linear(_AUDIO_CHANNELS[-1] * math.ceil(n_mels / 16), dim)
@@ -50,12 +92,12 @@ class AudioConvStem(nn.Module):
 class VideoConvStem(nn.Module):
     """Frame to tokens, one per 32x32 pixels; sees the half-size picture and its local contrast."""
 
-    def __init__(self, dim: int, frame_size: int) -> None:
+    def __init__(self, dim: int, frame_size: int, norm: Norm = "group") -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for a, b in itertools.pairwise((6, *_VIDEO_CHANNELS[:-1])):
-            layers += [*_conv(a, b), nn.MaxPool2d(2)]
-        layers += _conv(*_VIDEO_CHANNELS[-2:], stride=2)
+            layers += [*_conv(a, b, norm, first=not layers), nn.MaxPool2d(2)]
+        layers += _conv(*_VIDEO_CHANNELS[-2:], norm, stride=2)
         self.blocks = nn.Sequential(*layers)
         self.n_tokens = math.ceil(frame_size // 16 / 2) ** 2
         self.proj = nn.Linear(_VIDEO_CHANNELS[-1], dim)

@@ -9,7 +9,6 @@ Shapes: N train and M test clips, D token width, C classes.
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ from training.evaluation.results import Evaluation, count_confusion, write_evalu
 from training.evaluation.retrieval import subset_per_class, unit_rows
 from training.evaluation.scores import ConfusedPair, most_confused_pairs
 from training.on_ray.inference import (
+    Apply,
     ByStream,
     Job,
     Models,
@@ -36,8 +36,6 @@ from training.on_ray.inference import (
     test_passes,
 )
 
-_PAIRS = 10
-"""Most confused pairs of training clips whose accuracy is measured."""
 _PAIR_CLIPS = 50
 """Training clips of a class that are asked for their neighbours to find these pairs."""
 _COPIED_ROWS = 8192
@@ -48,9 +46,10 @@ def evaluate(
     config: TrainingConfig,
     train: RowIndex,
     test: RowIndex,
-    out: str | Path,
+    out: Location,
     clusters: dict[str, int],
     *,
+    apply: Apply = run_jobs,
     may_write: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluate a run folder's encoder, and classifier if there is one, on the clips of `split`.
@@ -58,9 +57,8 @@ def evaluate(
     Args: clusters: last pseudo-label by clip id. may_write: asked before files are written.
     Raises: TrainingError if the run folder has no encoder, or no training clip a label.
     """
-    of_test, of_train, middle = _outputs(config, _models(Location(out)), train, test)
-    probed = _probe(config, train, test, of_train, of_test)
-    space = embedding_space(config)
+    of_test, of_train, middle = _outputs(config, _models(out), train, test, apply)
+    probed, space = _probe(config, train, test, of_train, of_test), embedding_space(config)
     given = Evidence(
         clip_ids_M=test.clip_ids_N.tolist(),
         labels_ML=test.labels_NL,
@@ -74,12 +72,12 @@ def evaluate(
     )
     confusion, split = count_confusion(given, test.classes), config.evaluate.split
     may_write()
-    write_evaluation(Location(out).below("evaluation"), given, confusion, split)
+    write_evaluation(out.below("evaluation"), given, confusion, split)
     return Evaluation(
-        n_train=len(train),
-        n_test=len(test),
-        split=split,
-        classes=test.classes,
+        len(train),
+        len(test),
+        split,
+        test.classes,
         measured=measure(given),
         confusion=confusion.summary(given.confused_pairs),
         class_accuracy=confusion.accuracies(),
@@ -99,7 +97,7 @@ def _models(out: Location) -> Models:
 
 
 def _outputs(
-    config: TrainingConfig, models: Models, train: RowIndex, test: RowIndex
+    config: TrainingConfig, models: Models, train: RowIndex, test: RowIndex, apply: Apply
 ) -> tuple[Outputs, Outputs, Outputs]:
     """Of the test clips, of the training clips, and of the test clips' middle frames."""
     frames, space = config.evaluate.frames, embedding_space(config)
@@ -111,7 +109,7 @@ def _outputs(
     one_pass = test_passes(test.spec.n_frames, config.data.frames_per_clip, frames) == 1
     if not one_pass:
         jobs.append(Job(test, 1, (space,)))
-    done = run_jobs(jobs, models, config.data, config.scale, config.evaluate)
+    done = apply(jobs, models, config.data, config.scale, config.evaluate)
     # Where all passes are one, its frame is the middle one already.
     return done[0], done[1], done[0] if one_pass else done[2]
 
@@ -146,7 +144,8 @@ def _probe(
             asked = subset_per_class(train.clip_ids_N[known_N].tolist(), labels_N, _PAIR_CLIPS)
             k = config.evaluate.knn_k
             votes = run(knn_probe, x_ND, labels_N, x_ND[asked], n_classes, k=k, own_M=asked)
-            pairs = _confused_pairs(votes, labels_N[asked], test.labels_N)
+            n_pairs = config.evaluate.confused_pairs
+            pairs = _confused_pairs(votes, labels_N[asked], test.labels_N, n_pairs)
     return _Probed(scores, pairs)
 
 
@@ -170,7 +169,10 @@ def _fit(*given: Any, config: EvaluateConfig, device: str = "cpu") -> ByStream:
 
 
 def _confused_pairs(
-    votes_AC: NDArray[np.float32], labels_A: NDArray[np.integer], tested_M: NDArray[np.integer]
+    votes_AC: NDArray[np.float32],
+    labels_A: NDArray[np.integer],
+    tested_M: NDArray[np.integer],
+    n_pairs: int,
 ) -> list[ConfusedPair]:
     """The pairs that training clips confuse most, among classes that are tested."""
     n_classes = votes_AC.shape[1]
@@ -178,7 +180,7 @@ def _confused_pairs(
     np.add.at(confusion_CC, labels_A, votes_AC)
     untested = np.setdiff1d(np.arange(n_classes), tested_M)
     confusion_CC[untested] = confusion_CC[:, untested] = 0
-    return most_confused_pairs(confusion_CC, _PAIRS)
+    return most_confused_pairs(confusion_CC, n_pairs)
 
 
 def _where_gpus_are(use_gpu: bool, call: Callable[..., Any], *args: Any, **settings: Any) -> Any:

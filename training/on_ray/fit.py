@@ -5,14 +5,13 @@ at checkpoints only, by all workers at the same step; what a checkpoint holds lo
 weights_only=True.
 """
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +21,17 @@ from pipeline.storage import Location, place_of
 from training import errors
 from training.attempt import UNHELD, Attempt
 from training.config import ScaleConfig, TrainingConfig
-from training.errors import ConfigMismatch, RunTaken, TrainingError
+from training.data.order import WindowPlan
+from training.data.reader import Reader
+from training.errors import RunTaken, TrainingError
 from training.loop.hooks import World
+from training.on_ray.reader import RayReader
 from training.on_ray.storage import arrow_filesystem
+from training.run.checkpoints import state_in, write_state
+from training.run.edge import Edge, Written
 from training.tracking.copier import RunHandle
-from training.tracking.tracker import Tracker
 from training.weights.files import absolute_uri
 
-_STATE = "state.pt"
-_FORMAT = 2
-"""Of checkpoints. 1 had no step of the last update of the confusion matrix, and no settings."""
 _CONTROLLER_POLL_S = "0.2"
 _RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
 
@@ -39,15 +39,16 @@ _RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
 def fit(
     loop: Callable[[dict[str, Any]], Any],
     settings: dict[str, Any],
-    out: str | Path,
+    place: Location,
     name: str,
     scale: ScaleConfig,
     *,
     attempt: Attempt = UNHELD,
 ) -> Any:
-    """Run `loop(settings)` on the workers; goes on from the newest checkpoint under `out`/`name`.
+    """Run `loop(settings)` on the workers; goes on from the newest checkpoint under `name`.
 
-    Args: attempt: whose the workers are; they end for good when it has lost the folder.
+    Args: place: the run folder. attempt: whose the workers are; they end for good when it has
+        lost the folder.
     Returns: what rank 0 returned.
     Raises: the loop's own TrainingError; TrainingError for a worker that failed too often;
         KeyboardInterrupt.
@@ -58,7 +59,7 @@ def fit(
     _quick_controller()
     attempt.check()
     # By attempt: what the workers of an earlier one say too late must not end this one.
-    place, said = Location(out), f"failed/error-{attempt.number}.json"
+    said = f"failed/error-{attempt.number}.json"
     place.remove(said)  # Of an earlier stage.
     trainer = TorchTrainer(
         _told,
@@ -212,30 +213,23 @@ def this_world(scale: ScaleConfig) -> World:
     return World(context.get_world_rank(), context.get_world_size(), device)
 
 
-def tracker_for(
-    world: World,
-    handle: RunHandle,
-    lines: str,
-    state: dict[str, Any] | None,
-    *,
-    attempt: Attempt = UNHELD,
-) -> Tracker | None:
-    """Rank 0's tracker, from the step of the checkpoint on; None on all others."""
-    if world.rank != 0:
-        return None
-    step = 0 if state is None else int(state["step"])
-    return Tracker(handle, lines, step, attempt=attempt)
+def this_edge(scale: ScaleConfig, attempt: Attempt) -> Edge:
+    """This worker's surroundings; sets its number of threads."""
+    world = this_world(scale)
+
+    def reader(windows: WindowPlan) -> Reader:
+        return RayReader(windows, scale.reader_tasks, scale.reader_cpus)
+
+    def save(state: dict[str, Any]) -> None:
+        report_state(state, world.rank, attempt)
+
+    return Edge(world, reader, last_state(), save, leaving_notice())
 
 
-@contextlib.contextmanager
-def kept(tracker: Tracker | None) -> Iterator[None]:
-    """A block whose metrics are in the run folder also where it fails: they say why."""
-    try:
-        yield
-    except Exception:
-        if tracker is not None:
-            tracker.publish()
-        raise
+def written(settings: dict[str, Any]) -> Written:
+    """Where the run is written down, as the driver said it."""
+    handle, attempt = RunHandle(*settings["handle"]), Attempt(*settings["attempt"])
+    return Written(settings["out"], handle, settings["provenance"], attempt)
 
 
 def last_state() -> dict[str, Any] | None:
@@ -249,37 +243,8 @@ def last_state() -> dict[str, Any] | None:
         return state_in(Path(folder))
 
 
-def state_in(folder: str | Path, numbers_only: bool = False) -> dict[str, Any]:
-    """The state a checkpoint holds. Args: numbers_only: tensors have a shape and no values, and
-    are not read.
-
-    Raises: ConfigMismatch if another version of diccae wrote it.
-    """
-    place = Location(folder)
-    state: dict[str, Any]
-    if numbers_only:
-        with place.open(_STATE) as file:
-            state = torch.load(file, map_location="meta", weights_only=True)
-    else:
-        with place.fetched(_STATE) as path:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    found = state.get("format", 1)
-    if found != _FORMAT:
-        raise ConfigMismatch(
-            f"{folder}: a checkpoint of format {found}, this diccae reads format {_FORMAT}; go on "
-            "with the version that wrote it (run.json: versions), or start again with --fresh"
-        )
-    return state
-
-
-def report_state(
-    state: dict[str, Any],
-    rank: int,
-    attempt: Attempt = UNHELD,
-    tracker: Tracker | None = None,
-) -> None:
-    """Checkpoint: written by rank 0, reported by all, after the metrics up to it: a start that goes
-    on from it does not log them again. Raises: RunTaken."""
+def report_state(state: dict[str, Any], rank: int, attempt: Attempt = UNHELD) -> None:
+    """Checkpoint: written by rank 0, reported by all. Raises: RunTaken."""
     import ray.train
 
     attempt.check()
@@ -288,11 +253,9 @@ def report_state(
     if rank != 0:
         ray.train.report(metrics)
         return
-    if tracker is not None:
-        tracker.publish()
     folder = tempfile.mkdtemp(prefix="diccae-checkpoint-")
     try:
-        torch.save({**state, "format": _FORMAT}, Path(folder) / _STATE)
+        write_state(state, Path(folder))
         attempt.check()  # Again: a large state takes a while, and Ray's copy begins now.
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
     finally:
@@ -315,29 +278,3 @@ def leaving_notice() -> Callable[[], bool]:
         return bool(leaving)
 
     return is_news
-
-
-def failure_writer(
-    out: str | Path, rank: int, attempt: Attempt = UNHELD
-) -> Callable[[dict[str, Any]], str]:
-    """Keeps what is needed to replay a step whose loss was not finite."""
-    place = Location(out)
-
-    def write(content: dict[str, Any]) -> str:
-        attempt.check()
-        name = f"failed/step-{content['step']}-rank-{rank}.pt"
-        with place.written(name) as path:
-            torch.save(content, path)
-        return place.uri_of(name)
-
-    return write
-
-
-def newest_checkpoint(out: str | Path, name: str) -> tuple[int, str] | None:
-    """Step and folder of the newest checkpoint on storage, without starting Ray; None without."""
-    place, found = Location(out).below(name), []
-    for folder in place.entries():
-        if folder.startswith("checkpoint_") and place.exists(f"{folder}/{_STATE}"):
-            uri = place.uri_of(folder)
-            found.append((int(state_in(uri, numbers_only=True)["step"]), uri))
-    return max(found, default=None)

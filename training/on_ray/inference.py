@@ -12,7 +12,7 @@ import logging
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -149,6 +149,10 @@ class Job(NamedTuple):
     """The outputs that come back; without "p" no classifier is applied."""
 
 
+Apply = Callable[[Sequence[Job], Models, DataConfig, ScaleConfig, EvaluateConfig], list[Outputs]]
+"""Outputs for every row of each job's index, in its order: `run_jobs`, or the lab's own."""
+
+
 class _Worker:
     """A Ray Data actor: reads, decodes and runs clips of the jobs."""
 
@@ -190,7 +194,7 @@ def run_jobs(
     evaluate: EvaluateConfig,
 ) -> list[Outputs]:
     """Outputs for every row of each job's index, in its order."""
-    gathered = [_Gathered(len(job.rows)) for job in jobs]
+    gathered = [Gathered(len(job.rows)) for job in jobs]
     for row in _rows(jobs, models, data, scale, evaluate):
         gathered[row["job"]].put(*pickle.loads(row["outputs"]))
     return [each.outputs() for each in gathered]
@@ -250,7 +254,7 @@ def paged_array(n_rows: int, width: int) -> NDArray[np.float32]:
         return np.memmap(file, np.float32, "w+", shape=(n_rows, width))
 
 
-class _Gathered:
+class Gathered:
     """Outputs of one job, put in their rows as they come."""
 
     def __init__(self, n_rows: int) -> None:

@@ -4,6 +4,7 @@ Knows nothing of how variants are trained. Invariant: every mean stands beside i
 every difference beside its interval.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -132,6 +133,54 @@ def draw(
         axes.grid(axis="x", color="#dddddd", lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
+
+
+def draw_response(
+    metrics: Metrics, metric: str, variants: Mapping[str, Variant], path: Path
+) -> bool:
+    """Dose and response of every sweep with values that are numbers. Returns: whether one is."""
+    from matplotlib.figure import Figure
+
+    found = values_of(metrics, metric)
+    curves = _curves(found, variants)
+    if not curves:
+        return False
+    figure = Figure(figsize=(6.0 * len(curves), 4.0), layout="constrained")
+    for axes, (key, by_variant) in zip(
+        figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
+    ):
+        for name, points in by_variant.items():
+            doses = sorted(points)
+            spreads = [spread(points[dose]) for dose in doses]
+            means = [100 * s.mean for s in spreads]
+            errors = [0.0 if math.isnan(s.sd) else 100 * s.sd for s in spreads]
+            axes.errorbar(doses, means, errors, marker="o", ms=5, capsize=3, label=name)
+        for name in ("instance", "random_labels"):
+            if found.get(name):
+                mean = 100 * spread(found[name]).mean
+                axes.axhline(mean, color="black", lw=0.8, ls="--" if name == "instance" else ":")
+                axes.annotate(name, (0.01, mean), xycoords=("axes fraction", "data"), va="bottom")
+        axes.set_xlabel(key)
+        axes.set_ylabel(f"{metric}, %: mean and s.d. over seeds")
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def _curves(
+    found: Mapping[str, Mapping[int, float]], variants: Mapping[str, Variant]
+) -> dict[str, dict[str, dict[float, Mapping[int, float]]]]:
+    """Values by swept key, variant, dose and seed."""
+    curves: dict[str, dict[str, dict[float, Mapping[int, float]]]] = {}
+    for name, by_seed in found.items():
+        dose = variants[name].dose
+        if dose is None or not by_seed:
+            continue
+        swept, key, value = dose
+        with contextlib.suppress(ValueError):  # A word is a variant and not a point of a curve.
+            curves.setdefault(key, {}).setdefault(swept, {})[float(value)] = by_seed
+    return {key: by_variant for key, by_variant in curves.items() if by_variant}
 
 
 def _mean_sd(by_seed: Mapping[int, float]) -> str:

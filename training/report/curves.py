@@ -11,6 +11,10 @@ from training.losses import objective
 
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Clips matched to their own sound", ("accuracy_instance",)),
+    (
+        "Classes told apart by their neighbours, sample of the training clips",
+        ("train_knn/audio", "train_knn/video", "train_knn/fusion"),
+    ),
     ("Share of clips with a pseudo-label", ("labelled_frac",)),
     ("Mean off-diagonal confusion", ("confusion/mean_offdiagonal",)),
     ("Learning rate", ("lr",)),

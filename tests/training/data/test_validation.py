@@ -14,7 +14,7 @@ from training.config import DataConfig, TrainingConfig
 from training.data.rows import RowIndex, clip_keys
 from training.data.validation import split_validation
 from training.errors import TrainingError
-from training.on_ray.pretrain import Pinned, pin
+from training.run.pinned import Pinned, pin
 
 SPEC = FeatureSpec(n_frames=1, frame_size=16, fbank_frames=8, n_mels=8)
 

@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, top_k_accuracy_score
 from sklearn.preprocessing import StandardScaler
 
-from training.evaluation.probes import knn_probe, linear_probe
+from training.evaluation.probes import few_label_probe, knn_probe, linear_probe
 from training.evaluation.retrieval import class_retrieval, retrieval, subset_per_class
 from training.evaluation.scores import (
     average_precisions,
@@ -129,6 +129,18 @@ def test_linear_probe_ignores_constant_features_and_empty_classes(clusters):
     found = linear_probe(constant[0], labels, constant[1], 6)
     np.testing.assert_allclose(found[:, :4], linear_probe(train, labels, test, 6)[:, :4], atol=1e-3)
     assert found[:, 4:].max() < 0.05
+
+
+def test_few_labels_are_as_many_of_each_class_and_the_same_in_every_run():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], (40, 30, 4))
+    train = rng.normal(size=(len(labels), 6)) + np.eye(6)[labels] * 4
+    test = rng.normal(size=(9, 6))
+    found = few_label_probe(train, labels, test, 3, per_class=5)
+    np.testing.assert_array_equal(found, few_label_probe(train, labels, test, 3, per_class=5))
+    every = few_label_probe(train, labels, test, 3, per_class=40)
+    np.testing.assert_array_equal(every, linear_probe(train, labels, test, 3))
+    assert not np.allclose(found, every)
 
 
 @pytest.mark.parametrize("rows", [256, 7])

@@ -48,6 +48,7 @@ def test_contrasts_are_those_of_the_variants_at_hand() -> None:
         ("gamma0", "instance"),
         ("full", "gamma0"),
         ("k64", "full"),
+        ("k64", "instance"),
     ]
     assert all({a, b} <= VARIANTS.keys() for a, b, _ in CONTRASTS)
 

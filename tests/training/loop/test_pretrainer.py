@@ -15,15 +15,15 @@ from support.trainers import Recorder, make_trainer, pretrain_config, same, weig
 
 from clustering.kmeans.label_table import LabelTable
 from clustering.rounds.local import LocalRounds
-from training.config import LossConfig, TrackingConfig
+from training.config import LossConfig, RoundsConfig, TrackingConfig
 from training.data.device import DeviceBatch
 from training.errors import NonFiniteLoss, TrainingError
 from training.evaluation.variants import Variant
-from training.loop.controls import control_labels
 from training.loop.hooks import World
 from training.losses import objective
-from training.on_ray.pretrain import refuse_lost_labels
 from training.report.page import write_report
+from training.run.checkpoints import refuse_lost_labels
+from training.run.controls import control_labels
 from training.tracking.copier import mlflow_client
 from training.tracking.tracker import Tracker, create_run
 
@@ -163,7 +163,7 @@ def test_rows_that_a_slow_bank_dropped_are_logged_with_their_round(
 
 @pytest.mark.parametrize("labels", ["true", "random"])
 def test_controls_are_the_labels_of_the_losses(labels: str, tmp_path: Path) -> None:
-    control = control_labels(labels, memory_index(), 4, seed=0)
+    control = control_labels(RoundsConfig(labels=labels), memory_index(), 4, seed=0)
     assert control is not None
     given = LabelTable(control.keys_N, control.labels_N)
     trainer, recorder = make_trainer(pretrain_config(), tmp_path, given=given)

@@ -8,6 +8,7 @@ from training.config import ConfusionConfig
 from training.losses.confusion import (
     ConfusionState,
     confusion_weights,
+    control_weights,
     mean_offdiagonal,
     relative_degrees,
 )
@@ -176,3 +177,28 @@ def test_what_ranks_have_seen_is_one_sum_and_exact_for_any_number_of_them() -> N
             for name in ("sums", "whole", "resumed"):
                 assert torch.equal(outcome[name], alone[name])
             assert torch.equal(outcome["whole"], outcome["resumed"])
+
+
+def test_controls_keep_the_weights_of_a_class_and_forget_their_pairs() -> None:
+    weights = confusion_weights(_matrix(n_classes=20), 1.0, 10.0)
+    shuffled, constant = (control_weights(weights, name, 3) for name in ("shuffled", "constant"))
+    for found in (shuffled, constant):
+        torch.testing.assert_close(found.sum(1), weights.sum(1))
+        assert torch.equal(found.diagonal(), torch.ones(20).double())
+    assert torch.equal(shuffled.sort(1).values, weights.sort(1).values)
+    assert (shuffled != weights).any(1).all()
+    assert torch.equal(shuffled, control_weights(weights, "shuffled", 3))
+    assert not torch.equal(shuffled, control_weights(weights, "shuffled", 4))
+    others = constant[~torch.eye(20, dtype=torch.bool)].view(20, 19)
+    assert (others == others[:, :1]).all()
+
+
+def test_a_control_is_what_the_state_weighs_with() -> None:
+    found = {}
+    for name in ("degree", "shuffled"):
+        config = ConfusionConfig.model_validate({"weights": name, "ramp_epochs": 0})
+        state = ConfusionState(_matrix(), config, seed=1)
+        state.update(1.0, since_labels_epochs=1)
+        found[name] = state.weights_KK
+    assert not torch.equal(found["degree"], found["shuffled"])
+    assert torch.equal(found["shuffled"], control_weights(found["degree"], "shuffled", 1))

@@ -34,7 +34,8 @@ from training.loop.hooks import Hooks, World
 from training.loop.pretrainer import Pretrainer
 from training.model.make import make_encoder
 from training.on_ray.fit import fit, interruptible, this_world
-from training.on_ray.pretrain import check, pin, pretrain
+from training.on_ray.pretrain import pretrain
+from training.run.pinned import check, pin
 from training.tracking.copier import RunHandle
 
 SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
@@ -66,7 +67,8 @@ import ray
 from ray.cluster_utils import Cluster
 from test_ray_training import CLUSTERING, CONFIG
 from training.tracking.copier import RunHandle
-from training.on_ray.pretrain import check, pin, pretrain
+from training.on_ray.pretrain import pretrain
+from training.run.pinned import check, pin
 
 def wait_for(what, is_there, timeout_s=180):
     deadline = time.monotonic() + timeout_s

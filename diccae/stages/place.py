@@ -1,0 +1,155 @@
+"""Place: where the stages of a run compute: the Ray cluster, or this process alone.
+
+Knows nothing of what a stage computes. Invariant: the place changes no bit of what is trained on
+the same peers.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from diccae.config import RunConfig
+from diccae.reach import check_reach
+from diccae.resources import Demand, check_fits, scale_note, start_ray
+from diccae.run_folder import RunFolder
+from diccae.stages.run_record import Say, tracking_run
+from training.config import ScaleConfig
+from training.data.rows import RowIndex
+from training.lab.place import Lab
+from training.on_ray.inference import Apply, run_jobs
+from training.run.checkpoints import Span
+from training.run.edge import Written
+from training.run.pinned import Pinned
+from training.tracking.copier import RunHandle
+
+Tags = Mapping[str, str] | None
+
+
+class Place(Protocol):
+    """What stages ask of it."""
+
+    @property
+    def apply(self) -> Apply:
+        """Applies models to clips."""
+        ...
+
+    def ready(self, demands: list[Demand], paths: Mapping[str, str | None], out: str) -> None:
+        """Start what is needed.
+
+        Args: paths: by option, what the nodes read. out: the run folder.
+        Raises: ResourceError if it does not fit; UsageError for a path that not all nodes reach.
+        """
+        ...
+
+    def track(self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags) -> RunHandle:
+        """The MLflow run of a folder."""
+        ...
+
+    def note(self, scale: ScaleConfig, handle: RunHandle, say: Say) -> None:
+        """Say what a reader of the times, or of the metrics, has to know."""
+        ...
+
+    def pretrain(
+        self, config: RunConfig, data: Pinned, written: Written, span: Span
+    ) -> dict[str, Any]:
+        """Returns: the last metrics and times."""
+        ...
+
+    def finetune(
+        self, config: RunConfig, train: RowIndex, encoder_uri: str, written: Written
+    ) -> dict[str, Any]:
+        """Returns: the last metrics."""
+        ...
+
+
+class OnRay:
+    """The cluster of this job, or one inside this process."""
+
+    apply = staticmethod(run_jobs)
+
+    def ready(self, demands: list[Demand], paths: Mapping[str, str | None], out: str) -> None:
+        """See `Place`."""
+        start_ray()
+        check_fits(demands)
+        check_reach(paths, out)
+
+    def track(self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags) -> RunHandle:
+        """See `Place`."""
+        return tracking_run(folder, config, data, tags)
+
+    def note(self, scale: ScaleConfig, handle: RunHandle, say: Say) -> None:
+        """See `Place`."""
+        scale_note(scale, say)
+        if not handle.uri:
+            say(
+                "tracking  metrics.jsonl alone: a bucket holds no MLflow file; --tracking.uri "
+                "names one"
+            )
+
+    def pretrain(
+        self, config: RunConfig, data: Pinned, written: Written, span: Span
+    ) -> dict[str, Any]:
+        """See `Place`."""
+        from training.on_ray.pretrain import pretrain
+
+        return pretrain(
+            config,
+            config.clustering,
+            data,
+            written.out,
+            written.handle,
+            written.provenance,
+            span=span,
+            pool=config.pool,
+            attempt=written.attempt,
+        )
+
+    def finetune(
+        self, config: RunConfig, train: RowIndex, encoder_uri: str, written: Written
+    ) -> dict[str, Any]:
+        """See `Place`."""
+        from training.on_ray.finetune import finetune
+
+        return finetune(
+            config,
+            train,
+            encoder_uri,
+            written.out,
+            written.handle,
+            written.provenance,
+            attempt=written.attempt,
+        )
+
+
+class InLab:
+    """This process; its runs are written to files and not to MLflow, which one ablation is a run
+    of: a server per run would cost more than a small run."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self.apply: Apply = lab.apply
+
+    def ready(self, demands: list[Demand], paths: Mapping[str, str | None], out: str) -> None:
+        """See `Place`; there is nothing to start."""
+
+    def track(self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags) -> RunHandle:
+        """See `Place`; one without an id."""
+        return RunHandle("", "", folder.uri)
+
+    def note(self, scale: ScaleConfig, handle: RunHandle, say: Say) -> None:
+        """See `Place`."""
+
+    def pretrain(
+        self, config: RunConfig, data: Pinned, written: Written, span: Span
+    ) -> dict[str, Any]:
+        """See `Place`."""
+        train, clustering = data.train, config.clustering
+        return self._lab.pretrain(config, clustering, train, written, pool=config.pool, span=span)
+
+    def finetune(
+        self, config: RunConfig, train: RowIndex, encoder_uri: str, written: Written
+    ) -> dict[str, Any]:
+        """See `Place`."""
+        return self._lab.finetune(config, train, encoder_uri, written)
+
+
+ON_RAY = OnRay()

@@ -1,0 +1,41 @@
+"""Works in processes: their order, and what a failure costs."""
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+from diccae.ablation.processes import Work, run_all
+
+
+def _touch(path: Path, needs: Path | None = None) -> None:
+    assert needs is None or needs.exists(), f"{needs} is not there yet"
+    path.touch()
+
+
+def _fail() -> None:
+    raise ValueError("no such luck")
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_failure_costs_what_waits_for_it_and_nothing_else(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.done", tmp_path / "second.done"
+    told: list[tuple[str, bool]] = []
+    works = [
+        Work("first", None, partial(_touch, first), tmp_path / "1"),
+        Work("second", "first", partial(_touch, second, first), tmp_path / "2"),
+        Work("bad", None, _fail, tmp_path / "3"),
+        Work("after bad", "bad", partial(_touch, tmp_path / "never"), tmp_path / "4"),
+        Work("dead", None, _die, tmp_path / "5"),
+    ]
+    failed = run_all(works, 2, [], lambda work, why: told.append((work.key, not why)))
+    assert second.exists()
+    assert not (tmp_path / "never").exists()
+    assert failed["bad"].startswith("ValueError: no such luck")
+    assert failed["after bad"] == "bad failed"
+    assert failed["dead"].startswith("ended by signal 9")
+    assert failed.keys() == {"bad", "after bad", "dead"}
+    assert dict(told) == {w.key: w.key in ("first", "second") for w in works}

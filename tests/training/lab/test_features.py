@@ -1,0 +1,60 @@
+"""Features decoded once: the batches of a reader that decodes, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from support.stores import noise_store
+
+from pipeline.config import FeatureSpec
+from training.config import DataConfig
+from training.data.order import BatchPlan, EpochReads, FrameDraw, WindowPlan
+from training.data.reader import Batch, LocalReader
+from training.data.rows import index_rows
+from training.errors import TrainingError
+from training.lab import features
+from training.lab.features import MappedReader, decode_store, open_features
+
+SPEC = FeatureSpec(n_frames=3, frame_size=16, fbank_frames=16, n_mels=8, duration_s=1.0)
+DATA = DataConfig(lanes=2, shuffle_window=8)
+
+
+def _same(a: Batch, b: Batch) -> bool:
+    return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
+
+
+def test_mapped_features_are_those_a_reader_decodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = noise_store(tmp_path / "store", SPEC, 40)
+    snapshot = store.snapshot()
+    decode_store(snapshot, tmp_path / "features")
+    index = index_rows(snapshot, "train").take(np.arange(40) % 5 > 0)  # As if some were held out.
+    plan = BatchPlan.of(len(index), 8, DATA)
+    windows = WindowPlan(index, plan, range(2), seed=3)
+    mapped = MappedReader(windows, open_features(tmp_path / "features", SPEC))
+    decoded = LocalReader(windows)
+    draw = FrameDraw(2, n_views=2)
+    for epoch in (0, 1):
+        mine = list(mapped.stream([EpochReads(epoch, 1, draw)]))
+        theirs = list(decoded.stream([EpochReads(epoch, 1, draw)]))
+        assert len(mine) == len(index) // 8 - 1
+        assert all(map(_same, mine, theirs))
+    others = decoded.stream([EpochReads(0, 1, draw)])
+    assert not any(map(_same, mine, others)), "epochs do not differ: nothing is compared"
+    middle = FrameDraw(1, random=False)
+    assert all(map(_same, mapped.sweep(middle), decoded.sweep(middle)))
+    monkeypatch.setattr(features, "_decoded", lambda index: pytest.fail("decoded again"))
+    decode_store(snapshot, tmp_path / "features")
+
+
+def test_features_larger_than_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = noise_store(tmp_path / "store", SPEC, 8).snapshot()
+    memory = psutil.virtual_memory()._replace(available=8 * 3 * 16 * 16 * 3)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(TrainingError, match="leave --processes out"):
+        decode_store(snapshot, tmp_path / "features")
+    assert not (tmp_path / "features").exists()

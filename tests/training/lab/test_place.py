@@ -1,0 +1,97 @@
+"""The lab against Ray: one small run of each, and one that goes on after it was stopped."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.runs import lines
+from support.stores import noise_store
+
+from clustering.config import KMeansConfig, PoolConfig
+from clustering.rounds.files import load_round
+from pipeline.config import FeatureSpec
+from training.attempt import UNHELD
+from training.config import TrainingConfig
+from training.lab.features import decode_store, open_features
+from training.lab.place import Lab
+from training.run.checkpoints import WHOLE, Span, newest_checkpoint
+from training.run.edge import Written
+from training.run.pinned import Pinned, pin
+from training.tracking.copier import RunHandle
+
+SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
+CONFIG = TrainingConfig.model_validate(
+    {
+        "encoder": {"preset": "tiny", "dim": 32, "projection": 16},
+        "data": {"lanes": 3, "shuffle_window": 8, "fbank_mean": 0.0, "fbank_std": 1.0},
+        "loss": {"temperature": 0.1, "intra": 1.0, "intra_epochs": 1},
+        "rounds": {"warmup_epochs": 1, "margin_nats": -9.0, "lead_steps": 2},
+        "pretrain": {"epochs": 3, "batch_size": 18, "checkpoint_every": 2, "log_every": 1},
+        "scale": {"num_workers": 1, "cpus_per_worker": 0.3, "reader_cpus": 0.1},
+    }
+)
+CLUSTERING = KMeansConfig.model_validate(
+    {"k": 4, "guard": {"max_mean_cosine": 1.0, "min_effective_frac": 0.0, "max_churn": 1.0}}
+)
+POOL = PoolConfig(n_actors=2, cpus_per_actor=0.2, cpus_per_bank=0.1)
+TIMES = ("time", "clips_per_s", "clustering/seconds")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Pinned:
+    folder = tmp_path_factory.mktemp("lab")
+    store = noise_store(folder / "store", SPEC, 54)
+    decode_store(store.snapshot(), folder / "features")
+    return pin(str(store.uri), None, CONFIG)
+
+
+def _lab(data: Pinned) -> Lab:
+    return Lab(open_features(Path(data.snapshot.uri).parent / "features", SPEC))
+
+
+def _pretrain(
+    data: Pinned, out: Path, span: Span = WHOLE, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    written = Written(out, RunHandle("", "", str(out)), {}, UNHELD)
+    config = CONFIG.model_copy(update={"seed": seed})
+    _lab(data).pretrain(config, CLUSTERING, data.train, written, pool=POOL, span=span)
+    return load_file(out / "encoder" / "encoder.safetensors")
+
+
+def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_lab_gives_the_bits_of_a_run_on_ray(
+    ray_session: None, data: Pinned, tmp_path: Path
+) -> None:
+    from training.on_ray.pretrain import pretrain
+
+    on_ray, here = tmp_path / "ray", tmp_path / "lab"
+    pretrain(CONFIG, CLUSTERING, data, on_ray, RunHandle("", "", str(on_ray)), {}, pool=POOL)
+    weights = load_file(on_ray / "encoder" / "encoder.safetensors")
+    assert _same(_pretrain(data, here), weights)
+    assert not _same(_pretrain(data, tmp_path / "other", seed=1), weights)
+    for number in (1, 2):
+        mine, theirs = (load_round(str(out / "rounds"), number).heads for out in (here, on_ray))
+        assert mine
+        for a, b in zip(mine, theirs, strict=True):
+            np.testing.assert_array_equal(a.labels_N, b.labels_N)
+            np.testing.assert_array_equal(a.confusion_KK, b.confusion_KK)
+    for a, b in zip(lines(here / "metrics.jsonl"), lines(on_ray / "metrics.jsonl"), strict=True):
+        same = {name for name in a if not name.startswith(TIMES)}
+        assert {name: a[name] for name in same} == {name: b[name] for name in same}
+
+
+def test_a_run_of_the_lab_goes_on_where_it_stopped(data: Pinned, tmp_path: Path) -> None:
+    whole = _pretrain(data, tmp_path / "whole")
+    _pretrain(data, tmp_path / "stopped", Span(until_epoch=2))
+    newest = newest_checkpoint(tmp_path / "stopped", "pretrain")
+    assert newest is not None
+    assert newest[0] == 2 * (54 // 18)
+    assert len(list((tmp_path / "stopped" / "pretrain").iterdir())) == 2, "old checkpoints stay"
+    assert _same(_pretrain(data, tmp_path / "stopped"), whole)
+    first = [line["step"] for line in lines(tmp_path / "stopped" / "metrics.jsonl")]
+    assert first == list(range(1, 3 * (54 // 18) + 1))

@@ -1,0 +1,52 @@
+"""True labels that are partly wrong: how many, which, and how they differ from share to share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.memory import memory_index
+
+from training.config import RoundsConfig
+from training.errors import TrainingError
+from training.run.controls import control_labels
+
+
+def _labels(**config: object) -> np.ndarray:
+    rounds = RoundsConfig.model_validate({"labels": "true", **config})
+    control = control_labels(rounds, memory_index(), 4, seed=0)
+    assert control is not None
+    order = np.argsort(control.keys_N)
+    return control.labels_N[order]
+
+
+def test_noise_makes_its_share_wrong_and_a_larger_one_adds_to_it() -> None:
+    true, some, more = (_labels(label_noise=share) for share in (0.0, 0.3, 0.7))
+    every = _labels(label_noise=1.0)
+    assert (every != true).all(), "a wrong label is never the clip's own"
+    n = len(true)
+    assert abs((some != true).mean() - 0.3) < 3 * np.sqrt(0.21 / n)
+    changed = some != true
+    np.testing.assert_array_equal(more[changed], some[changed])
+    assert ((more != true) >= changed).all()
+
+
+def test_confusable_noise_is_what_an_earlier_run_confused(tmp_path: Path) -> None:
+    index = memory_index()
+    n = len(index.classes)
+    counts = np.eye(n, dtype=np.int64) * 9 + np.roll(np.eye(n, dtype=np.int64), 1, axis=1)
+    file = tmp_path / "confusion.npz"
+    np.savez_compressed(file, classes=np.array(index.classes), fusion=counts)
+    true = _labels()
+    wrong = _labels(label_noise=1.0, label_noise_from=str(file))
+    np.testing.assert_array_equal(wrong, (true + 1) % n)
+    np.savez_compressed(file, classes=np.array(["x"] * n), fusion=counts)
+    with pytest.raises(TrainingError, match="that of a run on the same classes"):
+        _labels(label_noise=0.1, label_noise_from=str(file))
+    with pytest.raises(TrainingError, match="not the confusion"):
+        _labels(label_noise=0.1, label_noise_from=str(tmp_path / "none.npz"))
+
+
+def test_noise_is_of_true_labels() -> None:
+    for labels in ("random", "clusters", "none"):
+        with pytest.raises(TrainingError, match="corrupts true labels"):
+            _labels(labels=labels, label_noise=0.5)

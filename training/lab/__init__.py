@@ -1,0 +1,1 @@
+"""The loops in plain processes of one machine, over features decoded once. Without Ray."""

@@ -1,0 +1,1 @@
+"""What surrounds a loop wherever it runs: data, checkpoints, models applied. Without Ray."""

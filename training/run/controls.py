@@ -1,0 +1,112 @@
+"""control_labels: labels given instead of clusters, which pseudo-labels are measured against.
+
+Reads no clip. Invariant: the labels are all that differs; they go through the same prototypes,
+confusion, guard and losses as those of a clustering.
+
+Shapes: N clips of the train split, K clusters, C classes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.config import RoundsConfig
+from training.data.rows import RowIndex
+from training.errors import TrainingError
+from training.evaluation.results import read_confusion
+
+
+class Control(NamedTuple):
+    """A labelling of the train split."""
+
+    k: int
+    """Number of labels."""
+    keys_N: NDArray[np.uint64]
+    """uint64, of the clips that have a label."""
+    labels_N: NDArray[np.int32]
+    """int32 in 0..k-1."""
+
+
+def control_labels(config: RoundsConfig, index: RowIndex, k: int, seed: int) -> Control | None:
+    """The labels of `rounds.labels` = random or true; None where they are clustered.
+
+    `random`: one of `k`, drawn once for each clip and kept from round to round.
+    Raises: TrainingError if the train split has no classes to take, or as `_corrupted`.
+    """
+    labels = config.labels
+    if config.label_noise > 0 and labels != "true":
+        raise TrainingError(
+            f"rounds.label_noise = {config.label_noise} corrupts true labels, but rounds.labels = "
+            f"{labels}; set it to true, or rounds.label_noise to 0"
+        )
+    if labels == "random":
+        drawn_N = np.random.default_rng([seed, k]).integers(0, k, len(index)).astype(np.int32)
+        # By key, so that they do not hang on the order of rows in the store.
+        return Control(k, np.sort(index.keys_N), drawn_N)
+    if labels == "true":
+        known_N = index.labels_N >= 0
+        if not known_N.any():
+            raise TrainingError(
+                "rounds.labels = true, but no clip of the train split has a label; ingest a list "
+                "with labels, or take clusters"
+            )
+        keys_N, own_N = index.keys_N[known_N], index.labels_N[known_N].astype(np.int32)
+        if config.label_noise > 0:
+            keys_N, own_N = _corrupted(config, index.classes, keys_N, own_N, seed=seed)
+        return Control(len(index.classes), keys_N, own_N)
+    return None
+
+
+def _corrupted(
+    config: RoundsConfig,
+    classes: Sequence[str],
+    keys_N: NDArray[np.uint64],
+    labels_N: NDArray[np.int32],
+    *,
+    seed: int,
+) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+    """Keys, sorted, and labels of which a share is wrong.
+
+    A larger share is wrong for the clips of a smaller one too, and with the same classes, so that
+    points of a curve of one seed differ by the share alone.
+    Raises: TrainingError if the confusion cannot be read, or is that of other classes.
+    """
+    order = np.argsort(keys_N)
+    keys_N, labels_N = keys_N[order], labels_N[order]
+    wrong_CC = _wrong_classes(config.label_noise_from, classes)
+    draws = np.random.default_rng([seed, 0xBAD]).random((2, len(keys_N)))
+    edges_CC = np.cumsum(wrong_CC, axis=1)
+    edges_CC[:, -1] = 1.0  # Else rounding leaves a gap above the last one.
+    drawn_N = (draws[1][:, None] >= edges_CC[labels_N]).sum(axis=1)
+    changed_N = draws[0] < config.label_noise
+    return keys_N, np.where(changed_N, drawn_N, labels_N).astype(np.int32)
+
+
+def _wrong_classes(file: str | None, classes: Sequence[str]) -> NDArray[np.float64]:
+    """How often a clip of a class (row) is given each other one; rows sum to 1, diagonal 0."""
+    n = len(classes)
+    if n < 2:
+        raise TrainingError(f"rounds.label_noise needs two classes or more, the store has {n}")
+    counts_CC = np.zeros((n, n))
+    if file is not None:
+        try:
+            found = read_confusion(Path(file))
+        except (OSError, ValueError, KeyError) as error:
+            raise TrainingError(
+                f"rounds.label_noise_from = {file}: not the confusion.npz of an evaluation: {error}"
+            ) from None
+        if found.classes != list(classes):
+            raise TrainingError(
+                f"rounds.label_noise_from = {file}: confusion of {len(found.classes)} classes that "
+                f"are not the {n} of this store; take that of a run on the same classes"
+            )
+        counts_CC = found.main.astype(np.float64)
+    np.fill_diagonal(counts_CC, 0.0)
+    # A class that was never taken for another: any of them.
+    counts_CC[counts_CC.sum(axis=1) == 0] = 1.0
+    np.fill_diagonal(counts_CC, 0.0)
+    shares_CC: NDArray[np.float64] = counts_CC / counts_CC.sum(axis=1, keepdims=True)
+    return shares_CC

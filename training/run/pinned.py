@@ -1,0 +1,139 @@
+"""Pinned, the clips of a run at one version of a store, and what is refused before it starts.
+
+Knows nothing of where a run is computed. Invariant: everything that can be wrong with a run is said
+by `check`, before anything is started.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from clustering.config import KMeansConfig
+from pipeline.quality.leave_out import LeftOut, left_out
+from pipeline.store.store import FeatureStore, Snapshot
+from training.config import TrainingConfig
+from training.data.order import BatchPlan, lanes_of
+from training.data.rows import RowIndex, index_rows
+from training.data.validation import groups_of, split_validation
+from training.errors import TrainingError
+from training.model.encoder import Encoder
+from training.model.make import input_shape
+from training.run.controls import control_labels
+
+
+class Pinned(NamedTuple):
+    """The data of a run: one version of a store."""
+
+    snapshot: Snapshot
+    train: RowIndex
+    validation: RowIndex | None = None
+    """Clips that `data.validation_frac` keeps out of training."""
+    left_out: LeftOut | None = None
+    """Train clips that rules keep out of both."""
+
+
+def pin(
+    store: str, version: int | None, config: TrainingConfig, known: LeftOut | None = None
+) -> Pinned:
+    """Open a version of a store and index its train split, without what `data.leave_out` names.
+
+    Args: known: what the run left out when it began; None: as the rules have it now.
+    Raises: StoreError, TrainingError; SourceError for a rule that there is not.
+    """
+    snapshot = FeatureStore.open(store).snapshot(version)
+    index = index_rows(snapshot, "train")
+    if config.data.leave_out and known is None:
+        known = left_out(snapshot, "train", config.data.leave_out)
+    kept_N = np.ones(len(index), bool)
+    if known is not None:
+        kept_N = ~np.isin(index.clip_ids_N, known.clips["clip_id"].to_pylist())
+        index = index.take(kept_N)
+    if config.data.validation_frac > 0:
+        groups_N = groups_of(snapshot, "train")[kept_N]
+        return Pinned(
+            snapshot, *split_validation(index, groups_N, config.data.validation_frac), known
+        )
+    return Pinned(snapshot, index, left_out=known)
+
+
+def check(config: TrainingConfig, clustering: KMeansConfig, data: Pinned) -> None:
+    """Refuse what cannot work, before anything is started.
+
+    Raises: TrainingError naming the keys, the values and what is allowed.
+    """
+    spec, n_clips = data.snapshot.spec, len(data.train)
+    check_alone(config)
+    BatchPlan.of(n_clips, config.pretrain.batch_size, config.data)
+    if config.data.frames_per_clip > spec.n_frames:
+        raise TrainingError(
+            f"data.frames_per_clip = {config.data.frames_per_clip}, but the store holds "
+            f"{spec.n_frames} frames a clip; lower it, or ingest with --features.n-frames"
+        )
+    control_labels(config.rounds, data.train, clustering.k, config.seed)
+    if config.rounds.labels in ("clusters", "random") and clustering.k > n_clips // 2:
+        raise TrainingError(
+            f"clustering.k = {clustering.k}, but the train split has {n_clips} clips; K is at most "
+            "half of that (a cluster of one clip has nothing to teach), and about one to three "
+            "times the number of classes works best"
+        )
+    try:
+        with torch.device("meta"):
+            Encoder(config.encoder, input_shape(spec), decoder=config.loss.reconstruction > 0)
+    except ValueError as error:
+        raise TrainingError(f"the encoder does not fit the store's features: {error}") from None
+
+
+def check_alone(config: TrainingConfig) -> None:
+    """Refuse what cannot work on any clips. Raises: TrainingError, as `check`."""
+    plan = BatchPlan.of(config.pretrain.batch_size, config.pretrain.batch_size, config.data)
+    lanes_of(0, config.scale.num_workers, config.data.lanes)
+    _refuse_what_cannot_learn(config)
+    _refuse_labels_that_never_come(config, plan.compared(config.loss.negatives))
+
+
+def _refuse_labels_that_never_come(config: TrainingConfig, compared: int) -> None:
+    """A run that asks for labels and gets none is InfoNCE alone under another name.
+
+    Rounds start between epochs, the first after the warm-up and once InfoNCE, which is at least 0,
+    is below ln n - margin. Args: compared: n.
+    """
+    rounds, epochs = config.rounds, config.pretrain.epochs
+    if rounds.labels == "none":
+        return
+    first = max(1, rounds.warmup_epochs)
+    if first >= epochs:
+        raise TrainingError(
+            f"rounds.warmup_epochs = {rounds.warmup_epochs} of pretrain.epochs = {epochs}: the "
+            f"first round would start after {first} epochs, when nothing is left to train; lower "
+            "rounds.warmup_epochs, raise pretrain.epochs, or set rounds.labels = none"
+        )
+    if rounds.margin_nats >= math.log(compared):
+        raise TrainingError(
+            f"rounds.margin_nats = {rounds.margin_nats}: labels would wait until InfoNCE among "
+            f"{compared} clips falls below ln {compared} - margin = "
+            f"{math.log(compared) - rounds.margin_nats:.2f}, and it is never below 0; set "
+            f"rounds.margin_nats well below {math.log(compared):.2f}, such as 0.25"
+        )
+
+
+def _refuse_what_cannot_learn(config: TrainingConfig) -> None:
+    """Patches from nothing stay on InfoNCE's plateau ln B, and the first labels wait for its end.
+
+    Such a run costs all its GPU hours and says no more than a warning. With a negative margin
+    nothing waits: labels teach from the start.
+    """
+    loss, rounds = config.loss, config.rounds
+    helped = config.encoder.init is not None or loss.reconstruction > 0 or loss.intra > 0
+    if (
+        config.encoder.stem == "conv"
+        or helped
+        or (rounds.labels != "none" and rounds.margin_nats < 0)
+    ):
+        return
+    raise TrainingError(
+        "encoder.stem = patch learns nothing from InfoNCE alone when it starts from nothing: give "
+        "weights with --init URI (CAV-MAE or MAE ViT), or set loss.reconstruction = 1 (CAV-MAE's "
+        "masked reconstruction) or loss.intra = 1, or take encoder.stem = conv"
+    )

@@ -1,0 +1,167 @@
+"""pretrain_at: the `Pretrainer` between checkpoint and encoder, at whatever edge it runs.
+
+Knows nothing of Ray or of other processes: world, reader and checkpoints reach it as an `Edge`.
+Invariant: a run that died anywhere goes on from its newest checkpoint.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from clustering.config import KMeansConfig
+from clustering.kmeans.label_table import LabelTable
+from clustering.rounds.protocol import Rounds
+from pipeline.storage import Location, storage_failures_ignored
+from training.config import TrainingConfig
+from training.data.order import BatchPlan, WindowPlan, lanes_of
+from training.data.rows import RowIndex
+from training.loop.hooks import Hooks, World
+from training.loop.pretrainer import Pretrainer
+from training.model.encoder import Encoder
+from training.model.make import make_encoder
+from training.run.checkpoints import Span, failure_writer, refuse_lost_labels, state_in
+from training.run.controls import control_labels
+from training.run.edge import Edge, Written, kept
+from training.tracking.tracker import Tracker
+from training.weights.files import load_weights, save_encoder
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "pretrain"
+"""Folder of the run that holds the checkpoints of pretraining."""
+
+
+class RoundsMade(NamedTuple):
+    """How the rounds of a run are made, by a pool of actors or in the process that trains."""
+
+    clustering: KMeansConfig
+    """With the number of given labels as k, if there are any."""
+    widths: dict[str, int]
+    """Of each stream of a bank row."""
+    given: LabelTable | None
+    """Labels that are published instead of clusters: a control."""
+
+
+def rounds_made(
+    config: TrainingConfig, clustering: KMeansConfig, train: RowIndex
+) -> RoundsMade | None:
+    """None where nothing is labelled. Raises: TrainingError as `control_labels`."""
+    if config.rounds.labels == "none":
+        return None
+    widths: dict[str, int] = {s: config.encoder.projection for s in config.loss.label_streams}
+    control = control_labels(config.rounds, train, clustering.k, config.seed)
+    if control is None:
+        return RoundsMade(clustering, widths, None)
+    with_k = clustering.model_copy(update={"k": control.k})
+    return RoundsMade(with_k, widths, LabelTable(control.keys_N, control.labels_N))
+
+
+def pretrain_at(
+    edge: Edge,
+    config: TrainingConfig,
+    index: RowIndex,
+    rounds: Rounds | None,
+    written: Written,
+    span: Span,
+) -> dict[str, Any] | None:
+    """Train; save the encoder. Returns: the last metrics and times, on rank 0."""
+    out, attempt = written.out, written.attempt
+    state = _starting_state(edge, span, out, rounds)
+    encoder = _starting_encoder(config, index, state)
+    tracker = written.tracker("metrics.jsonl", edge, state)
+
+    def write(step: int, metrics: dict[str, float]) -> None:
+        if tracker is not None:
+            tracker.log(step, metrics)
+
+    keep = failure_writer(out, edge.world.rank, attempt)
+    save = _saver(edge, config, rounds, written, tracker)
+    around: dict[str, Any] = {
+        "reader": edge.reader(_windows(config, index, edge.world)),
+        "world": edge.world,
+        "hooks": Hooks(write, save, keep, edge.leaving),
+    }
+    trainer = Pretrainer(config, encoder, index, rounds=rounds, **around)
+    with kept(tracker):
+        last = trainer.run(state, span.until_epoch)
+    if tracker is None:
+        return None
+    attempt.check()
+    features, statistics = index.spec.model_dump(mode="json"), config.data.statistics
+    known = (index.classes, features, written.provenance)
+    save_encoder(encoder, out.uri_of("encoder"), *known, statistics=statistics)
+    tracker.close()
+    return {"metrics": last, "steps": trainer.step, "clustering_s": trainer.labelling.waited_s}
+
+
+def _starting_state(
+    edge: Edge, span: Span, out: Location, rounds: Rounds | None
+) -> dict[str, Any] | None:
+    """The newest checkpoint of this run, else the one it branches off from.
+
+    Args: rounds: get the rows of its bank, on rank 0.
+    """
+    state = edge.state
+    if state is None and span.start is not None:
+        state = state_in(span.start)
+    if state is None:
+        return None
+    refuse_lost_labels(state, out.uri_of("rounds"))
+    if rounds is not None and edge.world.rank == 0 and state["bank"]:
+        rounds.restore(state["bank"])
+    return state
+
+
+def _starting_encoder(
+    config: TrainingConfig, index: RowIndex, state: dict[str, Any] | None
+) -> Encoder:
+    encoder = make_encoder(config, index.spec)
+    if state is None and config.encoder.init is not None:
+        log.info("weights: %s", load_weights(encoder, config.encoder.init))
+    return encoder
+
+
+def _windows(config: TrainingConfig, index: RowIndex, world: World) -> WindowPlan:
+    plan = BatchPlan.of(len(index), config.pretrain.batch_size, config.data)
+    return WindowPlan(index, plan, lanes_of(world.rank, world.size, plan.lanes), config.seed)
+
+
+def _saver(
+    edge: Edge,
+    config: TrainingConfig,
+    rounds: Rounds | None,
+    written: Written,
+    tracker: Tracker | None,
+) -> Callable[[dict[str, Any]], None]:
+    keeps_bank = rounds is not None and config.rounds.features == "train"
+    folder = written.out.below("rounds")
+
+    def save(state: dict[str, Any]) -> None:
+        written.attempt.check()
+        state["bank"] = ""
+        if keeps_bank:
+            name = f"bank-{state['step']:08d}"
+            state["bank"] = folder.uri_of(name)
+            _save_bank(rounds, folder, name, edge.world, config.rounds.timeout_s)
+        # Before the checkpoint: a start that goes on from it does not log these lines again.
+        if tracker is not None:
+            tracker.publish()
+        edge.save(state)
+
+    return save
+
+
+def _save_bank(
+    rounds: Rounds | None, folder: Location, name: str, world: World, timeout_s: float
+) -> None:
+    """Write the live rows of the bank, and drop those no kept checkpoint points at."""
+    assert rounds is not None
+    rounds.flush(timeout_s)
+    world.barrier()
+    if world.rank == 0:
+        rounds.save(folder.uri_of(name))
+        saved = [each for each in folder.entries() if each.startswith("bank-")]
+        for old in saved[:-3]:
+            with storage_failures_ignored():
+                folder.remove_tree(old)
+    world.barrier()
