@@ -60,10 +60,9 @@ def state_in(folder: str | Path, numbers_only: bool = False) -> dict[str, Any]:
     return state
 
 
-def newest_checkpoint(out: str | Path | Location, name: str) -> tuple[int, str] | None:
+def newest_checkpoint(run: Location, name: str) -> tuple[int, str] | None:
     """Step and folder of the newest checkpoint on storage, without starting Ray; None without."""
-    place = (out if isinstance(out, Location) else Location(out)).below(name)
-    found = []
+    place, found = run.below(name), []
     for folder in place.entries():
         if folder.startswith("checkpoint_") and place.exists(f"{folder}/{_STATE}"):
             uri = place.uri_of(folder)

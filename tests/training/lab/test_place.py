@@ -12,6 +12,7 @@ from support.stores import noise_store
 from clustering.config import KMeansConfig, PoolConfig
 from clustering.rounds.files import load_round
 from pipeline.config import FeatureSpec
+from pipeline.storage import Location
 from training.attempt import UNHELD
 from training.config import TrainingConfig
 from training.lab.features import decode_store, open_features
@@ -54,7 +55,7 @@ def _lab(data: Pinned) -> Lab:
 def _pretrain(
     data: Pinned, out: Path, span: Span = WHOLE, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    written = Written(out, RunHandle("", "", str(out)), {}, UNHELD)
+    written = Written(Location(out), RunHandle("", "", str(out)), {}, UNHELD)
     config = CONFIG.model_copy(update={"seed": seed})
     _lab(data).pretrain(config, CLUSTERING, data.train, written, pool=POOL, span=span)
     return load_file(out / "encoder" / "encoder.safetensors")
@@ -70,7 +71,8 @@ def test_the_lab_gives_the_bits_of_a_run_on_ray(
     from training.on_ray.pretrain import pretrain
 
     on_ray, here = tmp_path / "ray", tmp_path / "lab"
-    pretrain(CONFIG, CLUSTERING, data, on_ray, RunHandle("", "", str(on_ray)), {}, pool=POOL)
+    handle = RunHandle("", "", str(on_ray))
+    pretrain(CONFIG, CLUSTERING, data, Location(on_ray), handle, {}, pool=POOL)
     weights = load_file(on_ray / "encoder" / "encoder.safetensors")
     assert _same(_pretrain(data, here), weights)
     assert not _same(_pretrain(data, tmp_path / "other", seed=1), weights)
@@ -88,7 +90,7 @@ def test_the_lab_gives_the_bits_of_a_run_on_ray(
 def test_a_run_of_the_lab_goes_on_where_it_stopped(data: Pinned, tmp_path: Path) -> None:
     whole = _pretrain(data, tmp_path / "whole")
     _pretrain(data, tmp_path / "stopped", Span(until_epoch=2))
-    newest = newest_checkpoint(tmp_path / "stopped", "pretrain")
+    newest = newest_checkpoint(Location(tmp_path / "stopped"), "pretrain")
     assert newest is not None
     assert newest[0] == 2 * (54 // 18)
     assert len(list((tmp_path / "stopped" / "pretrain").iterdir())) == 2, "old checkpoints stay"

@@ -129,7 +129,7 @@ def _pretrain(store: str, out: Path) -> tuple[dict[str, torch.Tensor], list[dict
     """The weights and the metrics of a run of two workers that share three lanes."""
     data = pin(store, None, CONFIG)
     check(CONFIG, CLUSTERING, data)
-    pretrain(CONFIG, CLUSTERING, data, out, RunHandle("", "", str(out)), {}, pool=POOL)
+    pretrain(CONFIG, CLUSTERING, data, Location(out), RunHandle("", "", str(out)), {}, pool=POOL)
     lines = (out / "metrics.jsonl").read_text().splitlines()
     weights = load_file(out / "encoder" / "encoder.safetensors")
     return weights, [json.loads(line) for line in lines]
@@ -229,7 +229,7 @@ def test_an_error_on_one_rank_ends_all_of_them(ray_session: None, tmp_path: Path
     # Ray has a cloudpickle of its own; its workers do not find the modules of tests.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.raises(WeightsError, match="/nowhere/encoder cannot be read"):
-        fit(_one_rank_fails, {}, tmp_path, "pretrain", CONFIG.scale)
+        fit(_one_rank_fails, {}, Location(tmp_path), "pretrain", CONFIG.scale)
     assert time.monotonic() - started < 100, "waited for the collective's own timeout"
 
 

@@ -14,8 +14,8 @@ from pipeline.storage import Location
 from pipeline.store.lease import Lease
 from training.attempt import UNHELD, Attempt
 from training.errors import RunTaken
-from training.on_ray.fit import newest_checkpoint, state_in
 from training.on_ray.storage import arrow_filesystem
+from training.run.checkpoints import newest_checkpoint, state_in, write_state
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def _kept(place: Location, attempt: Attempt, folder: Path, step: int, n: int = 1
     filesystem = pickle.loads(pickle.dumps(arrow_filesystem(place, attempt)))
     context = StorageContext(place.path, "pretrain", filesystem)
     weight = torch.arange(n, dtype=torch.float32)
-    torch.save({"step": step, "format": 2, "weight": weight}, folder / "state.pt")
+    write_state({"step": step, "weight": weight}, folder)
     context.persist_current_checkpoint(Checkpoint.from_directory(folder), f"checkpoint_{step}")
 
 
@@ -43,7 +43,7 @@ def test_the_newest_checkpoint_is_found_without_reading_its_tensors(
     for step in (9, 10):
         _kept(place, UNHELD, tmp_path, step, n=2**20)
     began = Unsteady.n_bytes
-    newest = newest_checkpoint(place.uri, "pretrain")
+    newest = newest_checkpoint(place, "pretrain")
     assert newest == (10, place.uri_of("pretrain", "checkpoint_10"))
     assert Unsteady.n_bytes - began < 2**20
     state = state_in(newest[1])
@@ -80,6 +80,6 @@ def test_an_attempt_that_was_taken_over_leaves_no_checkpoint_through_ray_either(
         _kept(place, first, tmp_path, 1)
     with Lease(place, 30.0, "the second"), pytest.raises(RunTaken):
         _kept(place, first, tmp_path, 2)
-    newest = newest_checkpoint(place.uri, "pretrain")
+    newest = newest_checkpoint(place, "pretrain")
     assert newest is not None
     assert newest[0] == 1
