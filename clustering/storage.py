@@ -4,15 +4,24 @@ Knows nothing of what the files hold. Invariant: a file that can be seen is whol
 write in one put, local files are renamed into place.
 """
 
+import contextlib
+import copy
 import io
 import json
 import os
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import IO, Any
 
 import fsspec
 import numpy as np
+
+ATTEMPTS = 11
+_ONE_REQUEST = {
+    "retries": {"total_max_attempts": 1},
+    "connect_timeout": 2,
+    "read_timeout": 30,
+}
 
 MayWrite = Callable[[], None]
 """Raises where another driver has taken the place over: called before each file of a pool, whose
@@ -28,14 +37,40 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
-def _open(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    filesystem, path = fsspec.core.url_to_fs(uri)
+def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem and the path in it, as patient as `pipeline.patience` makes it: what is said
+    there holds here."""
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if fsspec.utils.get_protocol(uri) in ("s3", "s3a"):
+        import s3fs
+
+        s3fs.S3FileSystem.retries = ATTEMPTS
+        s3fs.core.set_custom_error_handler(_may_pass)
+        options["config_kwargs"] = copy.deepcopy(_ONE_REQUEST)  # botocore adds to it.
+    filesystem, path = fsspec.core.url_to_fs(uri, **options)
     return filesystem, path
+
+
+@contextlib.contextmanager
+def opened(uri: str) -> Iterator[IO[bytes]]:
+    """A file to read parts of. Raises: FileNotFoundError."""
+    filesystem, path = open_filesystem(uri)
+    with filesystem.open(path, "rb") as handle:
+        yield handle
+
+
+def _may_pass(error: BaseException) -> bool:
+    import botocore.exceptions as botocore
+
+    if isinstance(error, botocore.ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return bool(status >= 500 or status == 429)
+    return bool(isinstance(error, botocore.ConnectionError))
 
 
 def write_bytes(uri: str, payload: bytes | memoryview) -> None:
     """Write a whole file, replacing an older one."""
-    filesystem, path = _open(uri)
+    filesystem, path = open_filesystem(uri)
     if "file" in filesystem.protocol:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         staged = f"{path}.{uuid.uuid4().hex}.tmp"
@@ -48,22 +83,20 @@ def write_bytes(uri: str, payload: bytes | memoryview) -> None:
 
 def read_bytes(uri: str) -> bytes:
     """The file's bytes. Raises FileNotFoundError."""
-    filesystem, path = _open(uri)
+    filesystem, path = open_filesystem(uri)
     payload: bytes = filesystem.cat_file(path)
     return payload
 
 
 def exists(uri: str) -> bool:
     """Whether there is a file or folder at `uri`."""
-    filesystem, path = _open(uri)
-    filesystem.invalidate_cache()
+    filesystem, path = open_filesystem(uri)
     return bool(filesystem.exists(path))
 
 
 def names(uri: str) -> list[str]:
     """Sorted names of what lies in a folder; empty if there is none. Staged files are left out."""
-    filesystem, path = _open(uri)
-    filesystem.invalidate_cache()
+    filesystem, path = open_filesystem(uri)
     if not filesystem.exists(path):
         return []
     found = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(path, detail=False))
@@ -72,8 +105,7 @@ def names(uri: str) -> list[str]:
 
 def remove(uri: str) -> None:
     """Remove a file or folder if it is there."""
-    filesystem, path = _open(uri)
-    filesystem.invalidate_cache()
+    filesystem, path = open_filesystem(uri)
     if filesystem.exists(path):
         filesystem.rm(path, recursive=True)
 

@@ -97,7 +97,8 @@ class ClusterConfig(Frozen):
     mlflow_secret: Name = "diccae-mlflow"
     """Secret with MLFLOW_BACKEND_STORE_URI and the keys of the artifact bucket."""
     shared_claim: Name | None = None
-    """PersistentVolumeClaim (ReadWriteMany) that all pods mount, for `--out`; None mounts none."""
+    """PersistentVolumeClaim (ReadWriteMany) that all pods mount; None: runs and
+    stores are in buckets."""
     shared_mount: str = Field("/shared", pattern=r"^(/[\w.-]+)+$")
     """Where the pods see it."""
     mlflow_artifacts: str = Field("s3://mlflow", pattern=r"^[a-z0-9]+://[\w./-]+$")

@@ -134,7 +134,7 @@ def _refuse_runs_in_one_pod(config: ClusterConfig) -> None:
     """
     for option in ("--out", "--store"):
         for path in _given(config.command, option):
-            if "://" in path and option == "--store":
+            if "://" in path:
                 continue
             shared = config.shared_claim is not None
             if shared and path.startswith(f"{config.shared_mount}/"):
@@ -147,7 +147,7 @@ def _refuse_runs_in_one_pod(config: ClusterConfig) -> None:
                     else "set shared_claim to a "
                     f"ReadWriteMany claim and put it below {config.shared_mount}"
                 )
-                + (", or in a bucket (s3://...)" if option == "--store" else "")
+                + ", or in a bucket (s3://...)"
             )
 
 

@@ -54,19 +54,27 @@ def load_config(path: str | Path | None) -> RunConfig:
     if path is None:
         return RunConfig()
     try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
+        return parse_config(Path(path).read_text(), path)
     except FileNotFoundError:
         known = ", ".join(sorted(p.name for p in SHIPPED.glob("*.yaml")))
         raise UsageError(f"{path}: no such config file. In {SHIPPED}: {known}") from None
+
+
+def parse_config(text: str, where: str | Path) -> RunConfig:
+    """The config of a YAML file's text. Raises: as `load_config`."""
+    try:
+        content = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not readable as YAML: {error}") from None
+        raise UsageError(f"{where}: not readable as YAML: {error}") from None
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: found {type(content).__name__}, expected sections such as data:")
+        raise UsageError(
+            f"{where}: found {type(content).__name__}, expected sections such as data:"
+        )
     _move_pool_keys(content)
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        raise UsageError(f"{path}: {explain(error, RunConfig)}") from None
+        raise UsageError(f"{where}: {explain(error, RunConfig)}") from None
 
 
 def _move_pool_keys(content: dict[str, Any]) -> None:
@@ -80,9 +88,9 @@ def _move_pool_keys(content: dict[str, Any]) -> None:
             content["pool"] = moved | (content.get("pool") or {})
 
 
-def save_config(config: BaseModel, path: Path) -> None:
-    """Write the resolved config, every default included."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+def config_text(config: BaseModel) -> str:
+    """The resolved config as YAML, every default included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def differing_keys(old: BaseModel, new: BaseModel) -> list[str]:

@@ -8,25 +8,24 @@ time, and one that was taken for dead writes nothing any more.
 import contextlib
 import json
 import logging
-import os
 import re
-import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diccae.config import RunConfig, differing_keys, load_config, save_config
+from diccae.config import RunConfig, config_text, differing_keys, parse_config
 from diccae.errors import UsageError
 from diccae.screen import ProgressLine, clock
 from pipeline.errors import StoreLocked
-from pipeline.storage import Location
+from pipeline.storage import Location, storage_failures_ignored
 from pipeline.store.lease import LEASE_FOLDER, Lease
 from training.attempt import UNHELD, Attempt
 from training.errors import ConfigMismatch
+from training.tracking.spool import PUBLISH_S
 
 _VERSIONS = ("diccae", "torch", "torchaudio", "ray", "faiss-gpu", "mlflow", "pyarrow", "deltalake")
 _NOT_PINNED = ("scale.", "pool.", "tracking.", "ingest.", "finetune.", "evaluate.", "features.")
@@ -35,27 +34,35 @@ _NOT_PINNED = ("scale.", "pool.", "tracking.", "ingest.", "finetune.", "evaluate
 
 LEASE_STALE_S = 60.0
 """Of commands that have no `scale.lease_stale_s`."""
+_LOOK_S = 0.5
+"""How often a growing metrics file is looked at."""
 
 
-def local_folder(out: str) -> Path:
-    """The absolute path of `--out`.
+def run_place(out: str | Path) -> Location:
+    """Where `--out` is: a folder of this machine, a bucket, or whatever else fsspec opens.
 
-    Raises: UsageError for a URI: as a path it would be the folder `./s3:/bucket/run`.
+    Raises: UsageError for `s3:/bucket`, which as a path would be the folder `./s3:/bucket`;
+    StoreError for a kind of place that there is not.
     """
-    if re.match(r"[A-Za-z][\w+.-]*:/", out):
-        raise UsageError(
-            f"--out {out}: a run folder is a local path, not a URI: name a disk that all nodes see "
-            "(on Kubernetes shared_claim, deploy/README.md); stores may be in buckets (--store)"
-        )
-    return Path(out).resolve()
+    if re.match(r"[A-Za-z][\w+.-]*:/(?!/)", str(out)):
+        scheme, _, rest = str(out).partition(":/")
+        raise UsageError(f"--out {out}: neither a path nor a URI; did you mean {scheme}://{rest}?")
+    place = Location(out)
+    # Workers run in other folders.
+    return Location(Path(place.path).resolve()) if place.is_local else place
 
 
 class RunFolder:
     """`<out>/` of a run."""
 
     def __init__(self, out: str | Path) -> None:
-        self.path = local_folder(str(out))  # Workers run in other folders.
+        self.place = run_place(out)
         self._lease: Lease | None = None
+
+    @property
+    def uri(self) -> str:
+        """Of the folder; a local one's absolute path."""
+        return self.place.uri
 
     @contextlib.contextmanager
     def held(self, purpose: str, stale_s: float = LEASE_STALE_S) -> Iterator[None]:
@@ -68,7 +75,7 @@ class RunFolder:
         if self._lease is not None:
             yield
             return
-        with Lease(Location(str(self.path)), stale_s, f"diccae {purpose}") as lease:
+        with Lease(self.place, stale_s, f"diccae {purpose}") as lease:
             self._lease = lease
             try:
                 yield
@@ -80,7 +87,7 @@ class RunFolder:
         """This start, for its workers; UNHELD outside of `held`."""
         if self._lease is None:
             return UNHELD
-        return Attempt(str(self.path), self._lease.generation)
+        return Attempt(self.uri, self._lease.generation)
 
     @property
     def is_ours(self) -> bool:
@@ -99,23 +106,24 @@ class RunFolder:
     @property
     def record(self) -> dict[str, Any]:
         """`run.json`, or empty."""
-        return read_json(self.path / "run.json")
+        return read_json(self.place, "run.json")
 
     @property
     def results(self) -> dict[str, Any]:
         """`results.json`, or empty."""
-        return read_json(self.path / "results.json")
+        return read_json(self.place, "results.json")
 
     def config(self) -> RunConfig:
         """The resolved config the run was started with.
 
         Raises: UsageError if this is no run folder.
         """
-        if not (self.path / "config.yaml").exists():
+        config = config_in(self.place)
+        if config is None:
             raise UsageError(
-                f"{self.path}: no config.yaml, so no run; start one with diccae pretrain --out"
+                f"{self.uri}: no config.yaml, so no run; start one with diccae pretrain --out"
             )
-        return load_config(self.path / "config.yaml")
+        return config
 
     def open(self, config: RunConfig, fresh: bool, pretraining: bool = False) -> bool:
         """Take the folder for this run. Returns: whether a run is being taken up again.
@@ -128,7 +136,6 @@ class RunFolder:
         self.check()
         if fresh and self.record:
             self._clear()
-        self.path.mkdir(parents=True, exist_ok=True)
         if self.record:
             config = _with_statistics_of(self.config(), config)
             keys = [
@@ -138,24 +145,24 @@ class RunFolder:
             ]
             if keys:
                 raise ConfigMismatch(
-                    f"{self.path} holds a run of another config: {'; '.join(keys)}. Use the old "
+                    f"{self.uri} holds a run of another config: {'; '.join(keys)}. Use the old "
                     "config, another --out, or --fresh to start again (this deletes the old run)."
                 )
             config = self._with_settings_of_classifier(config) if pretraining else config
-        save_config(config, self.path / "config.yaml")
+        self.place.write_bytes("config.yaml", config_text(config).encode())
         return bool(self.record)
 
     def _clear(self) -> None:
-        """Remove all but the lease: a start of before must go on to find that it lost it."""
-        for entry in self.path.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                if entry.name != LEASE_FOLDER:
-                    shutil.rmtree(entry)
-            else:
-                entry.unlink()
+        """Remove all but the lease: a start of before must go on to find that it lost it.
+
+        What says that there is a run goes last: checkpoints without it would be gone on with.
+        """
+        for name in sorted(self.place.entries(), key=lambda name: name == "run.json"):
+            if name != LEASE_FOLDER:
+                self.place.remove_tree(name)
 
     def _with_settings_of_classifier(self, config: RunConfig) -> RunConfig:
-        if not (self.path / "classifier" / "classifier.json").exists():
+        if not self.place.exists("classifier/classifier.json"):
             return config
         return config.model_copy(update={"finetune": self.config().finetune})
 
@@ -165,13 +172,13 @@ class RunFolder:
         if self.attempt.number:
             fields["attempt"] = self.attempt.number
         record = {
-            "name": self.path.resolve().name,
+            "name": self.place.name,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {name: version(name) for name in _VERSIONS},
             **self.record,
             **fields,
         }
-        write_json(self.path / "run.json", record)
+        write_json(self.place, "run.json", record)
 
     def write_results(self, **fields: Any) -> dict[str, Any]:
         """Merge fields into `results.json`; times of stages are kept beside each other."""
@@ -179,20 +186,31 @@ class RunFolder:
         old = self.results
         seconds = {**old.get("seconds", {}), **fields.pop("seconds", {})}
         results = {**old, **fields, "seconds": seconds}
-        write_json(self.path / "results.json", results)
+        write_json(self.place, "results.json", results)
         return results
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(place: Location, name: str) -> dict[str, Any]:
     """The content of a JSON file; empty if there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        content: dict[str, Any] = json.loads(place.read_bytes(name))
+    except FileNotFoundError:
+        return {}
+    return content
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(place: Location, name: str, content: dict[str, Any]) -> None:
     """Replace a JSON file whole."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(content, indent=1))
-    os.replace(scratch, path)
+    place.write_bytes(name, json.dumps(content, indent=1).encode())
+
+
+def config_in(place: Location) -> RunConfig | None:
+    """The config of the run in a folder, if there is one."""
+    try:
+        text = place.read_bytes("config.yaml").decode()
+    except FileNotFoundError:
+        return None
+    return parse_config(text, place.uri_of("config.yaml"))
 
 
 def _with_statistics_of(old: RunConfig, new: RunConfig) -> RunConfig:
@@ -205,11 +223,16 @@ def _with_statistics_of(old: RunConfig, new: RunConfig) -> RunConfig:
 
 
 @contextlib.contextmanager
-def watched(metrics_path: Path, total_steps: int, what: str) -> Iterator[None]:
+def watched(place: Location, name: str, total_steps: int, what: str) -> Iterator[None]:
     """Show the newest line of a metrics file while a stage runs."""
+    every_s = _LOOK_S if place.appends else PUBLISH_S
+
     line, stop = ProgressLine(every_s=2.0), threading.Event()
     thread = threading.Thread(
-        target=_watch, args=(metrics_path, total_steps, what, line, stop), daemon=True
+        target=_watch,
+        args=(lambda: _last_line(place, name), total_steps, what, line),
+        kwargs={"stop": stop, "every_s": every_s},
+        daemon=True,
     )
     thread.start()
     try:
@@ -221,12 +244,18 @@ def watched(metrics_path: Path, total_steps: int, what: str) -> Iterator[None]:
 
 
 def _watch(
-    path: Path, total_steps: int, what: str, line: ProgressLine, stop: threading.Event
+    newest_line: Callable[[], dict[str, Any] | None],
+    total_steps: int,
+    what: str,
+    line: ProgressLine,
+    *,
+    stop: threading.Event,
+    every_s: float,
 ) -> None:
     started, first_step, shown = time.monotonic(), None, -1
     while True:
-        ending = stop.wait(0.5)
-        newest = _last_line(path)
+        ending = stop.wait(every_s)
+        newest = newest_line()
         step = int(newest.get("step", -1)) if newest else -1
         if newest and step != shown:
             if first_step is None or step < shown:
@@ -255,16 +284,14 @@ def _describe(metrics: dict[str, Any], total_steps: int) -> str:
     return "  ".join(parts)
 
 
-def _last_line(path: Path) -> dict[str, Any] | None:
+def _last_line(place: Location, name: str) -> dict[str, Any] | None:
     """The last whole line of a file that is being written."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 8192))
-            lines = file.read().split(b"\n")[:-1]
-        return json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else None
-    except (OSError, ValueError):
-        return None
+    newest: dict[str, Any] | None = None
+    # A look that fails is made again: it is no reason to end a run.
+    with storage_failures_ignored(), contextlib.suppress(ValueError):
+        lines = place.tail(name, 8192).split(b"\n")[:-1]
+        newest = json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else None
+    return newest
 
 
 def log_to_screen() -> None:

@@ -7,19 +7,24 @@ appears there whole or not at all.
 import contextlib
 import json
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import StoreError
+from pipeline.patience import DELTA_RETRIES, open_filesystem
 
 _LIBRARIES = ("_internal", "aiohttp", "botocore", "deltalake", "gcsfs", "google")
 """`_internal` is where deltalake says that its errors are from."""
+_UNFINISHED = ".unfinished-"
+_BLOCK_BYTES = 2**16
+"""Read at a time by `open`: a checkpoint's few numbers lie in two places of it."""
 
 
 class Location:
@@ -29,11 +34,11 @@ class Location:
     the environment.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str | os.PathLike[str]) -> None:
         """Raises: StoreError if fsspec knows no such kind of place, or lacks the package for it."""
-        # Listings are never cached: another process may write to the same place.
+        uri = os.fspath(uri)
         try:
-            self.fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+            self.fs, path = open_filesystem(uri)
         except (ImportError, ValueError) as error:
             raise StoreError(
                 f"{uri}: {error}. A local path, s3:// and gs:// always work; other kinds of place "
@@ -43,9 +48,30 @@ class Location:
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.uri = self.path if self.is_local else uri.rstrip("/")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Location, (self.uri,)  # Opened anew wherever it travels, with that place's keys.
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def appends(self) -> bool:
+        """Whether a file can grow here; in an object store it is replaced."""
+        return self.is_local
+
     def join(self, *parts: str) -> str:
         """Path below this folder, in the form `fs` takes."""
         return "/".join((self.path, *parts))
+
+    def uri_of(self, *parts: str) -> str:
+        """URI of something below this folder."""
+        return "/".join((self.uri, *parts))
+
+    def below(self, *parts: str) -> "Location":
+        """A folder in this one."""
+        return Location(self.uri_of(*parts))
 
     def ls(self, folder: str = "") -> list[dict[str, Any]]:
         """Files (not folders) directly in `folder`: fsspec info dicts; none if it is not there."""
@@ -54,6 +80,20 @@ class Location:
         except FileNotFoundError:
             return []
         return [entry for entry in entries if entry["type"] == "file"]
+
+    def entries(self, folder: str = "") -> list[str]:
+        """Sorted names of files and folders directly in `folder`, unfinished ones left out; none
+        if it is not there."""
+        try:
+            found = self.fs.ls(self.join(folder) if folder else self.path, detail=False)
+        except FileNotFoundError:
+            return []
+        names = {path.rstrip("/").rpartition("/")[2] for path in found}
+        return sorted(name for name in names if not name.startswith(_UNFINISHED))
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file or folder."""
+        return bool(self.fs.exists(self.join(name)))
 
     def modified(self, entry: dict[str, Any]) -> float:
         """Time of modification (Unix, s) of an entry of `ls`; no request where the listing has it,
@@ -77,6 +117,41 @@ class Location:
         content: bytes = self.fs.cat_file(self.join(name))
         return content
 
+    def tail(self, name: str, n_bytes: int) -> bytes:
+        """The last bytes of a file, at most so many. Raises: FileNotFoundError."""
+        size = int(self.fs.info(self.join(name))["size"])
+        part: bytes = self.fs.cat_file(self.join(name), start=max(0, size - n_bytes), end=size)
+        return part
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file to read parts of. Raises: FileNotFoundError."""
+        if self.is_local:
+            return open(self.join(name), "rb")
+        file: IO[bytes] = self.fs.open(self.join(name), "rb", block_size=_BLOCK_BYTES)
+        return file
+
+    def fetched(self, name: str) -> contextlib.AbstractContextManager[Path]:
+        """See `fetched`."""
+        return fetched(self.uri_of(name))
+
+    @contextlib.contextmanager
+    def written(self, name: str) -> Iterator[Path]:
+        """A path of this machine to write a file to; it is at `name` once the block ended well."""
+        folder, _, base = self.join(name).rpartition("/")
+        if not self.is_local:
+            with tempfile.TemporaryDirectory(prefix="diccae-written-") as scratch:
+                yield Path(scratch) / base
+                self.publish(f"{scratch}/{base}", name)
+            return
+        os.makedirs(folder, exist_ok=True)
+        # The ending stays: what writes pictures goes by it.
+        unfinished = Path(folder) / f"{_UNFINISHED}{uuid.uuid4().hex}.{base}"
+        try:
+            yield unfinished
+            self.publish(str(unfinished), name)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
     def write_bytes(self, name: str, data: bytes) -> None:
         """Create or replace a file."""
         if self.is_local:
@@ -96,7 +171,10 @@ class Location:
             self.fs.pipe_file(self.join(name), data)
 
     def create_bytes(self, name: str, data: bytes) -> bool:
-        """Create a file unless it exists. Returns whether this call created it (atomic)."""
+        """Create a file unless it exists. Returns whether this call created it (atomic).
+
+        Args: data: what no other caller writes.
+        """
         if self.is_local:
             scratch = Path(self.join(f"{name}.{uuid.uuid4().hex}.tmp"))
             scratch.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +189,8 @@ class Location:
         try:
             self.fs.pipe_file(self.join(name), data, mode="create")
         except FileExistsError:
-            return False
+            # Ours, if only the answer was lost and the request came a second time.
+            return self.read_bytes(name) == data
         return True
 
     def remove(self, name: str) -> None:
@@ -129,6 +208,17 @@ class Location:
         elif names:
             self.fs.rm([self.join(name) for name in names])
 
+    def remove_tree(self, name: str) -> None:
+        """Delete a file or folder; nothing happens if it is not there."""
+        path = self.join(name)
+        if not self.is_local:
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm(path, recursive=True)
+        elif os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            Path(path).unlink(missing_ok=True)
+
     def publish(self, local_file: str, name: str) -> None:
         """Move a finished local file to `name`."""
         if self.is_local:
@@ -138,6 +228,32 @@ class Location:
         else:
             self.fs.put_file(local_file, self.join(name))
             os.unlink(local_file)
+
+
+@contextlib.contextmanager
+def fetched(uri: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file or folder at a URI as a path of this machine: itself, or a copy for as long as the
+    block lasts. Nothing large goes through memory. Raises: FileNotFoundError."""
+    place = Location(uri)
+    if place.is_local:
+        if not os.path.exists(place.path):
+            raise FileNotFoundError(f"{place.path}: no such file or folder")
+        yield Path(place.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="diccae-fetched-") as scratch:
+        target = Path(scratch) / place.name
+        if place.fs.isdir(place.path):
+            place.fs.get(f"{place.path}/", f"{target}/", recursive=True)
+        else:
+            place.fs.get_file(place.path, str(target))
+        yield target
+
+
+def place_of(uri: str | os.PathLike[str]) -> tuple[Location, str]:
+    """The folder that a file lies in, and the file's name."""
+    whole = Location(uri)
+    folder = whole.path.rpartition("/")[0] if whole.is_local else whole.uri.rpartition("/")[0]
+    return Location(folder or "/"), whole.name
 
 
 def is_storage_failure(error: BaseException) -> bool:
@@ -167,7 +283,7 @@ def delta_options() -> dict[str, str]:
     It needs to be told that an endpoint may be plain http, and knows no STORAGE_EMULATOR_HOST.
     """
     emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
-    options = {}
+    options = dict(DELTA_RETRIES)
     if emulator:
         nobody = {"client_email": "", "private_key": "", "private_key_id": ""}
         account = {"gcs_base_url": emulator, "disable_oauth": True, **nobody}

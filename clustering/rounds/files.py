@@ -10,7 +10,6 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -140,7 +139,7 @@ def _arrays(heads: list[HeadLabels]) -> dict[str, np.ndarray]:
 
 
 def _read_heads(folder: str, described: list[dict[str, Any]]) -> list[HeadLabels]:
-    with fsspec.open(storage.join(folder, "labels.parquet"), "rb") as handle:
+    with storage.opened(storage.join(folder, "labels.parquet")) as handle:
         table = pq.read_table(handle)
     arrays = storage.read_arrays(storage.join(folder, "prototypes.npz"))
     keys_N = table["key"].to_numpy()

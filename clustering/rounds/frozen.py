@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -94,7 +93,7 @@ def read_rows(uri: str, width: int, row_groups: list[int] | None = None) -> Iter
 
     Raises: ClusteringError by way of pyarrow if the file is damaged; ValueError for another width.
     """
-    with fsspec.open(uri, "rb") as handle, pq.ParquetFile(handle) as file:
+    with storage.opened(uri) as handle, pq.ParquetFile(handle) as file:
         found = int(file.schema_arrow.metadata[b"dim"])
         if found != width:
             raise ValueError(f"{uri}: rows of {found} values, the bank holds rows of {width}")
@@ -125,7 +124,7 @@ def saved_rows(uri: str, streams: Mapping[str, int], owner: Owner = EVERYTHING) 
 
 
 def _owned(uri: str, streams: Mapping[str, int], owner: Owner) -> Iterator[BankRows]:
-    with fsspec.open(uri, "rb") as handle:
+    with storage.opened(uri) as handle:
         metadata = pq.read_schema(handle).metadata
     saved = json.loads(metadata[b"streams"])
     if any(saved.get(name) != width for name, width in streams.items()):

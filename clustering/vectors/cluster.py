@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -102,7 +101,7 @@ def _read_ids(files: list[VectorFile], id_column: str | None) -> pa.ChunkedArray
         raise BadVectors(f"no column {name!r} in every file; they share {sorted(shared)}.")
     chunks = []
     for file in files:
-        with fsspec.open(file.uri, "rb") as handle:
+        with storage.opened(file.uri) as handle:
             chunks += pq.read_table(handle, columns=[name])[name].chunks
     ids = pa.chunked_array(chunks) if chunks else pa.chunked_array([pa.array([])])
     if ids.null_count or pc.count_distinct(ids).as_py() != len(ids):
@@ -119,7 +118,7 @@ def _token(files: list[VectorFile], column: str) -> str:
     """Name of the input's content, as far as the listing tells."""
     facts: list[Any] = [column]
     for file in files:
-        filesystem, path = fsspec.core.url_to_fs(file.uri)
+        filesystem, path = storage.open_filesystem(file.uri)
         info = filesystem.info(path)
         facts.append([file.uri, file.group_rows, info["size"], str(info.get("mtime"))])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

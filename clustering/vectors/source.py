@@ -11,11 +11,11 @@ A vector is a list or fixed-size list of numbers, or a fixed-size binary with me
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clustering import storage
 from clustering.errors import BadVectors, ClusteringError
 from clustering.kmeans.share import RowBlock
 
@@ -67,7 +67,7 @@ class VectorSource:
 
 def find_files(uri: str) -> list[VectorFile]:
     """Parquet files at a file or folder URI, by name. Raises: ClusteringError if there are none."""
-    filesystem, path = fsspec.core.url_to_fs(uri)
+    filesystem, path = storage.open_filesystem(uri)
     if not filesystem.exists(path):
         raise ClusteringError(f"{uri}: no such file or folder.")
     paths = sorted(filesystem.find(path)) if filesystem.isdir(path) else [path]
@@ -84,7 +84,7 @@ def _hidden(relative: str) -> bool:
 
 def _footer(uri: str) -> VectorFile:
     try:
-        with fsspec.open(uri, "rb") as handle, pq.ParquetFile(handle) as file:
+        with storage.opened(uri) as handle, pq.ParquetFile(handle) as file:
             metadata = file.metadata
             rows = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
             return VectorFile(uri, rows, tuple(file.schema_arrow.names))
@@ -134,7 +134,7 @@ def shares_of(files: list[VectorFile], count: int) -> list[tuple[Piece, ...]]:
 
 def _read(piece: Piece, column: str, width: int | None) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (first row in the group, float32 [n, D]) of whole blocks of a piece."""
-    with fsspec.open(piece.uri, "rb") as handle, pq.ParquetFile(handle) as file:
+    with storage.opened(piece.uri) as handle, pq.ParquetFile(handle) as file:
         field = file.schema_arrow.field(column)
         metadata = {**(file.schema_arrow.metadata or {}), **(field.metadata or {})}
         at = 0

@@ -22,7 +22,7 @@ class AblateArgs:
     store: str
     """URI of the feature store."""
     out: str
-    """Folder of the ablation; on a cluster of several nodes, a folder all of them see."""
+    """Folder of the ablation: a path or URI that all nodes reach."""
     config: str | None = None
     """YAML config: the recipe, which is the variant `full`."""
     variants: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     log_to_screen()
     plan = Plan(variants, seeds, metric, args.finetune)
     folder = RunFolder(args.out)
-    out = folder.path
+    out = folder.place
     with folder.held("ablate", args.run.scale.lease_stale_s):
         done, record = run_ablation(args.run, plan, args.store, out, say)
         folder.check()
@@ -67,5 +67,5 @@ def main(argv: Sequence[str]) -> int:
         return 0
     for header, rows in summary.tables:
         print(table(header, rows), end="\n\n")
-    print(f"{summary.note}\ntable and figure in {out}/ablation.md")
+    print(f"{summary.note}\ntable and figure in {out.uri}/ablation.md")
     return 0

@@ -11,6 +11,7 @@ from clustering.config import KMeansConfig, PoolConfig
 from diccae.args import parse
 from diccae.config import RunConfig, explain
 from diccae.errors import UsageError
+from diccae.reach import check_reach
 from diccae.resources import Demand, check_fits, start_ray
 
 Config = TypeVar("Config", KMeansConfig, PoolConfig)
@@ -52,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     def start() -> None:
         start_ray()
         check_fits([Demand(*pool.groups(kmeans).compute)], "--actors or --pool.cpus-per-actor")
+        check_reach({"--vectors": args.vectors})
 
     summary = cluster_vectors(
         args.vectors,

@@ -14,7 +14,7 @@ class DemoArgs:
     """Clips -> store -> encoder -> classifier -> results -> report, in one run."""
 
     out: str = "out/demo"
-    """Folder for everything the demo makes."""
+    """Folder or URI for everything the demo makes."""
     data: str | None = None
     """Folder NAME with videos/ and NAME.csv in VGGSound's columns; None writes synthetic clips."""
     config: str | None = None
@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> int:
 
     log_to_screen()
     data = None if args.data is None else Path(args.data)
-    demo = run_demo(args.run, Path(args.out), data, args.fresh, say)
+    demo = run_demo(args.run, args.out, data, args.fresh, say)
     print(f"{results_table(demo.results)}\n\nreport    {demo.page}")
-    print(f"curves    mlflow ui --backend-store-uri {demo.mlflow_uri}")
+    if demo.mlflow_uri:
+        print(f"curves    mlflow ui --backend-store-uri {demo.mlflow_uri}")
     return 0

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from diccae.args import parse
@@ -16,9 +15,9 @@ class EmbedArgs:
     store: str
     """URI of the feature store."""
     encoder: str
-    """Folder of an encoder, such as OUT/encoder."""
+    """Folder of an encoder, such as OUT/encoder; any URI."""
     out: str
-    """Parquet file to write: columns id, label, audio, video, fusion, embedding."""
+    """Parquet file to write, a path or URI: columns id, label, audio, video, fusion, embedding."""
     split: str = "train"
     """Split of the store."""
     space: Literal["z", "h"] = "h"
@@ -33,6 +32,7 @@ class EmbedArgs:
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("embed", EmbedArgs, argv, ("data", "evaluate", "scale"))
+    from diccae.reach import check_reach
     from diccae.resources import check_fits, start_ray
     from diccae.stages.evaluate import inference_demands
     from diccae.stages.statistics import for_embedding
@@ -45,8 +45,9 @@ def main(argv: Sequence[str]) -> int:
     index = index_rows(snapshot, args.split)
     start_ray()
     check_fits(inference_demands(run.scale))
+    check_reach({"--store": args.store, "--encoder": args.encoder})
     job = Job(index, run.evaluate.frames, (args.space,))
     [outputs] = run_jobs([job], Models(args.encoder), run.data, run.scale, run.evaluate)
-    write_vectors(index, outputs, args.space, Path(args.out))
+    write_vectors(index, outputs, args.space, args.out)
     print(f"{args.out}: {len(index):,} clips of {args.store} version {snapshot.version}")
     return 0

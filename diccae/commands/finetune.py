@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
     def own_config(args: FinetuneArgs) -> RunConfig | None:
         folder = RunFolder(args.out)
-        is_own = args.config is None and (folder.path / "config.yaml").exists()
+        is_own = args.config is None and folder.place.exists("config.yaml")
         return folder.config() if is_own else None
 
     args = parse("finetune", FinetuneArgs, argv, ("finetune", "scale", "data"), own_config)
@@ -54,9 +54,9 @@ def _finetune(folder: RunFolder, args: FinetuneArgs) -> None:
     from training.on_ray.finetune import forget_finetuning, refuse_other_settings
 
     if args.fresh:
-        forget_finetuning(folder.path)
+        forget_finetuning(folder.uri)
     # Before the folder takes the config over: config.yaml tells of the classifier that is there.
-    refuse_other_settings(args.run, args.encoder, folder.path)
+    refuse_other_settings(args.run, args.encoder, folder.uri)
     run = args.run
     if args.store is not None and not folder.record:
         run = with_store_features(folder, run, args.config, args.store)

@@ -32,7 +32,7 @@ class PretrainArgs:
     store: str
     """URI of the feature store."""
     out: str
-    """Run folder; on a cluster of several nodes, a folder all of them see."""
+    """Run folder: a path or URI (s3://bucket/run) that all nodes reach."""
     config: str | None = None
     """YAML config; see configs/."""
     init: str | None = None

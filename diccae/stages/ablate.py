@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from diccae.config import RunConfig, differing_keys, explain, load_config, save_config
+from diccae.config import RunConfig, config_text, differing_keys, explain
 from diccae.errors import UsageError
 from diccae.run_folder import RunFolder, read_json, write_json
 from diccae.screen import clock
 from diccae.stages.evaluate import run_evaluate, scalars, tested_rows
 from diccae.stages.finetune import run_finetune
 from diccae.stages.pretrain import run_pretrain
+from pipeline.storage import Location
 from pipeline.store.store import FeatureStore
 from training.errors import TrainingError
 from training.evaluation import metrics
@@ -44,6 +45,7 @@ from training.tracking.copier import RunHandle
 
 Say = Callable[[str], None]
 
+_TABLE = "ablation.json"
 _WARMUP = "warmup"
 """Folder of a seed's warm-up, beside those of its variants."""
 _NOT_PINNED = ("scale.", "tracking.", "ingest.")
@@ -119,26 +121,25 @@ def variant_config(config: RunConfig, name: str, variant: Variant, seed: int) ->
 
 
 def run_ablation(
-    config: RunConfig, plan: Plan, store: str, out: Path, say: Say
+    config: RunConfig, plan: Plan, store: str, out: Location, say: Say
 ) -> tuple[list[Finished], dict[str, Any]]:
     """Train and evaluate every variant with every seed.
 
     Returns: the runs, and what pins them. Raises: UsageError if `out` holds another ablation.
     """
     _check_metric(plan)
-    out.mkdir(parents=True, exist_ok=True)
     record = _pinned(config, plan, store, out)
     pinned = config.model_copy(
         update={
             "data": config.data.model_copy(update={"version": record["store"]["version"]}),
             "tracking": config.tracking.model_copy(
-                update={"uri": tracking.tracking_uri(config.tracking, str(out))}
+                update={"uri": tracking.tracking_uri(config.tracking, out.uri) or None}
             ),
         }
     )
     _check_all(pinned, plan, store)
-    save_config(config, out / "config.yaml")
-    write_json(out / "ablation.json", {**read_json(out / "ablation.json"), "pinned": record})
+    out.write_bytes("config.yaml", config_text(config).encode())
+    write_json(out, _TABLE, {**read_json(out, _TABLE), "pinned": record})
     parent = _parent_run(pinned, record, out)
     done = _Ablation(pinned, plan, store, out, parent, say).run()
     return done, record | {"mlflow": {"uri": parent.uri, "run_id": parent.run_id}}
@@ -159,7 +160,7 @@ class _Ablation(NamedTuple):
     config: RunConfig
     plan: Plan
     store: str
-    out: Path
+    out: Location
     parent: RunHandle
     say: Say
 
@@ -181,7 +182,7 @@ class _Ablation(NamedTuple):
         return done
 
     def _folder(self, seed: int, name: str) -> RunFolder:
-        return RunFolder(self.out / f"seed-{seed}" / name)
+        return RunFolder(self.out.uri_of(f"seed-{seed}", name))
 
     def _train(self, name: str, variant: Variant, seed: int) -> None:
         folder, config = self._folder(seed, name), variant_config(self.config, name, variant, seed)
@@ -207,10 +208,10 @@ class _Ablation(NamedTuple):
                 tags = _tags(self.parent, f"seed-{seed} {_WARMUP}")
                 run_pretrain(folder, own, self.store, self.say, Span(until_epoch=epochs), tags)
                 folder.write_results(warmup_epochs=epochs)
-        newest = newest_checkpoint(folder.path, CHECKPOINTS)
+        newest = newest_checkpoint(folder.uri, CHECKPOINTS)
         if newest is None:
             raise UsageError(
-                f"{folder.path}: its checkpoints are gone; delete {folder.path} to run it again"
+                f"{folder.uri}: its checkpoints are gone; delete {folder.uri} to run it again"
             )
         return Span(start=newest[1])
 
@@ -219,15 +220,15 @@ class _Ablation(NamedTuple):
         measured = measured_of(folder)
         if self.plan.metric not in measured:
             raise UsageError(
-                f"--metric {self.plan.metric}: {folder.path} has none; it has "
+                f"--metric {self.plan.metric}: {folder.uri} has none; it has "
                 f"{', '.join(sorted(measured))}"
             )
         return Finished(name, seed, measured, folder.record.get("mlflow", {}).get("run_id", ""))
 
 
-def _pinned(config: RunConfig, plan: Plan, store: str, out: Path) -> dict[str, Any]:
+def _pinned(config: RunConfig, plan: Plan, store: str, out: Location) -> dict[str, Any]:
     """What may not change between two calls, as the first call that could start wrote it down."""
-    known = read_json(out / "ablation.json").get("pinned")
+    known = read_json(out, _TABLE).get("pinned")
     version = known["store"]["version"] if known else config.data.version
     snapshot = FeatureStore.open(store).snapshot(version)
     pinned = {
@@ -238,11 +239,11 @@ def _pinned(config: RunConfig, plan: Plan, store: str, out: Path) -> dict[str, A
         "finetune": plan.finetune,
     }
     if known and known != pinned:
-        old = load_config(out / "config.yaml")
+        old = RunFolder(out.uri).config()
         changed = [f"{k}: {known[k]} -> {pinned[k]}" for k in pinned if known[k] != pinned[k]]
         keys = [key for key in differing_keys(old, config) if not key.startswith(_NOT_PINNED)]
         raise UsageError(
-            f"{out} holds another ablation: {'; '.join(changed + keys)}. Use the old values or "
+            f"{out.uri} holds another ablation: {'; '.join(changed + keys)}. Use the old values or "
             "another --out: what is compared is fixed before the first run."
         )
     return pinned
@@ -260,21 +261,21 @@ def _check_all(config: RunConfig, plan: Plan, store: str) -> None:
             raise UsageError(f"variant {name}: {error}") from None
 
 
-def _parent_run(config: RunConfig, record: dict[str, Any], out: Path) -> RunHandle:
+def _parent_run(config: RunConfig, record: dict[str, Any], out: Location) -> RunHandle:
     """The MLflow run under which those of the variants stand: made once."""
-    known = read_json(out / "ablation.json").get("mlflow")
+    known = read_json(out, _TABLE).get("mlflow")
     if known and known["run_id"]:
-        return RunHandle(known["uri"], known["run_id"], str(out))
+        return RunHandle(known["uri"], known["run_id"], out.uri)
     handle = tracking.create_run(
         config.tracking,
-        str(out),
+        out.uri,
         config.model_dump(mode="json"),
         {"mlflow.runName": f"{out.name} ablation", "ablation.metric": record["metric"]},
         record["store"] | {"name": Path(record["store"]["uri"]).name},
     )
-    content = read_json(out / "ablation.json")
+    content = read_json(out, _TABLE)
     mlflow = {"uri": handle.uri, "run_id": handle.run_id}
-    write_json(out / "ablation.json", {**content, "mlflow": mlflow})
+    write_json(out, _TABLE, {**content, "mlflow": mlflow})
     return handle
 
 
@@ -309,7 +310,7 @@ class Summary(NamedTuple):
 
 
 def write_results(
-    out: Path, plan: Plan, done: Sequence[Finished], record: dict[str, Any]
+    out: Location, plan: Plan, done: Sequence[Finished], record: dict[str, Any]
 ) -> Summary:
     """Write ablation.json, .md and .png into `out`, and hand them to MLflow."""
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in plan.variants}
@@ -320,7 +321,7 @@ def write_results(
     differences = contrasts(values, own)
     n_test = int(done[0].metrics["n_test"])
     content = {
-        **read_json(out / "ablation.json"),
+        **read_json(out, _TABLE),
         "n_test": n_test,
         "variants": {
             name: {**variant._asdict(), **_without_nan(spread(values[name])._asdict())}
@@ -329,16 +330,17 @@ def write_results(
         "contrasts": [_without_nan(difference._asdict()) for difference in differences],
         "runs": [run._asdict() for run in done],
     }
-    write_json(out / "ablation.json", content)
+    write_json(out, _TABLE, content)
     page = markdown(found, plan.metric, differences, plan.variants, record, n_test)
-    (out / "ablation.md").write_text(page)
-    draw(found, plan.metric, differences, out / "ablation.png")
-    handle = RunHandle(record["mlflow"]["uri"], record["mlflow"]["run_id"], str(out))
+    out.write_bytes("ablation.md", page.encode())
+    with out.written("ablation.png") as picture:
+        draw(found, plan.metric, differences, picture)
+    handle = RunHandle(record["mlflow"]["uri"], record["mlflow"]["run_id"], out.uri)
     if handle.run_id:
         means = {f"mean/{name}": spread(by_seed).mean for name, by_seed in values.items()}
         points = {f"difference/{d.variant}-{d.reference}": d.mean for d in differences}
         tracking.log_results(handle, means | points)
-        files = [out / f"ablation.{kind}" for kind in ("json", "md", "png")]
+        files = [out.uri_of(f"ablation.{kind}") for kind in ("json", "md", "png")]
         tracking.log_artifacts(handle, files)
     tracking.finish(handle, "FINISHED")
     tables = [variant_rows(found, plan.metric), contrast_rows(differences)]

@@ -4,19 +4,21 @@ Composes the stages; knows nothing of their insides. Invariant: the same folder 
 and every stage that is done is skipped or goes on.
 """
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diccae.config import RunConfig
 from diccae.errors import UsageError
-from diccae.run_folder import RunFolder
+from diccae.run_folder import RunFolder, run_place
 from diccae.screen import clock
 from diccae.stages.evaluate import run_evaluate
 from diccae.stages.finetune import run_finetune
 from diccae.stages.ingest import run_ingest
 from diccae.stages.pretrain import run_pretrain
 from diccae.stages.report import run_report
+from pipeline.storage import Location
 from pipeline.synth import write_clips
 
 Say = Callable[[str], None]
@@ -29,31 +31,33 @@ class Demo(NamedTuple):
 
     results: dict[str, Any]
     """Of results.json."""
-    page: Path
-    """The report."""
+    page: str
+    """Path or URI of the report."""
     mlflow_uri: str
+    """Empty where there is none."""
 
 
-def run_demo(config: RunConfig, out: Path, data: Path | None, fresh: bool, say: Say) -> Demo:
-    """Run every stage into `out`.
+def run_demo(config: RunConfig, out: str, data: Path | None, fresh: bool, say: Say) -> Demo:
+    """Run every stage into `out`, a path or URI.
 
     Args: data: a folder NAME with `videos/` and NAME.csv in VGGSound's columns; None writes
         synthetic clips first.
     Raises: UsageError if `data` is no such folder; the errors of the stages.
     """
-    folder = RunFolder(out / "run")
+    place = run_place(out)
+    folder = RunFolder(place.uri_of("run"))
     with folder.held("demo", config.scale.lease_stale_s):
-        return _run_stages(folder, config, out, data=data, fresh=fresh, say=say)
+        return _run_stages(folder, config, place, data=data, fresh=fresh, say=say)
 
 
 def _run_stages(
-    folder: RunFolder, config: RunConfig, out: Path, *, data: Path | None, fresh: bool, say: Say
+    folder: RunFolder, config: RunConfig, out: Location, *, data: Path | None, fresh: bool, say: Say
 ) -> Demo:
     if folder.open(config, fresh):
-        say(f"going on with the run in {folder.path}")
+        say(f"going on with the run in {folder.uri}")
     csv, videos = _clips(out, data, say)
-    store = str(out / "store")
-    summary = run_ingest(str(csv), str(videos), store, config.features, config.ingest)
+    store = out.uri_of("store")
+    summary = run_ingest(csv, videos, store, config.features, config.ingest)
     say(f"ingest    {summary.ok:,} ok, {summary.failed:,} failed in {clock(summary.seconds)}")
     spent = folder.results.get("seconds", {}).get("ingest", 0.0)
     run_pretrain(folder, config, store, say)
@@ -63,19 +67,30 @@ def _run_stages(
     return Demo(results, run_report(folder, None), folder.record["mlflow"]["uri"])
 
 
-def _clips(out: Path, data: Path | None, say: Say) -> tuple[Path, Path]:
+def _clips(out: Location, data: Path | None, say: Say) -> tuple[str, str]:
     """The CSV and the folder of videos."""
     if data is None:
-        folder = out / "clips"
-        csv = folder / "clips.csv"
-        if not csv.exists():
+        if not out.exists("clips/clips.csv"):
             say(f"synth     {_TRAIN + _TEST} labelled clips in confusable pairs")
-            write_clips(folder, _TRAIN, _TEST, seed=0)
-        return csv, folder / "videos"
+            _synthesise(out.below("clips"))
+        return out.uri_of("clips/clips.csv"), out.uri_of("clips/videos")
     csv, videos = data / f"{data.resolve().name}.csv", data / "videos"
     if not csv.exists() or not videos.is_dir():
         raise UsageError(
             f"{data}: expected {csv.name} (columns id, start, label, split) and a folder videos/ "
             "with <id>_<start, 6 digits>.mp4"
         )
-    return csv, videos
+    return str(csv), str(videos)
+
+
+def _synthesise(place: Location) -> None:
+    """Clips into a folder, their list last."""
+    if place.is_local:
+        write_clips(Path(place.path), _TRAIN, _TEST, seed=0)
+        return
+    with tempfile.TemporaryDirectory(prefix="diccae-clips-") as scratch:
+        folder = Path(scratch)
+        write_clips(folder, _TRAIN, _TEST, seed=0)
+        for file in sorted(folder.glob("*/*")):
+            place.publish(str(file), str(file.relative_to(folder)))
+        place.publish(str(folder / "clips.csv"), "clips.csv")

@@ -4,12 +4,12 @@ Knows nothing of how they are computed. Invariant: test clips are read here and 
 """
 
 import time
-from pathlib import Path
 from typing import Any
 
 from clustering.rounds.files import load_round, rounds_at
 from diccae.config import RunConfig
 from diccae.errors import UsageError
+from diccae.reach import check_reach
 from diccae.resources import Demand, check_fits, start_ray
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import Say, pin_for, tracking_handle
@@ -28,10 +28,11 @@ def run_evaluate(folder: RunFolder, config: RunConfig, say: Say) -> dict[str, An
     config, _ = settle(folder, config, data, say)
     start_ray()
     check_fits(inference_demands(config.scale))
+    check_reach({"--store": data.snapshot.uri}, folder.uri)
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
     started = time.monotonic()
-    clusters = _clusters(folder.path, test)
-    evaluation = evaluate(config, data.train, test, folder.path, clusters, may_write=folder.check)
+    clusters = _clusters(folder.place.uri_of("rounds"), test)
+    evaluation = evaluate(config, data.train, test, folder.uri, clusters, may_write=folder.check)
     found = evaluation.as_json()
     seconds = {"evaluate": round(time.monotonic() - started, 2)}
     results = folder.write_results(**found, seconds=seconds, config_hash=config.digest())
@@ -70,9 +71,9 @@ def tested_rows(data: Pinned, config: RunConfig) -> RowIndex:
     return labelled
 
 
-def _clusters(out: Path, test: RowIndex) -> dict[str, int]:
-    """Last pseudo-label of the test clips; none, unless they were trained on."""
-    uri = str(out / "rounds")
+def _clusters(uri: str, test: RowIndex) -> dict[str, int]:
+    """Last pseudo-label of the test clips in the rounds at `uri`; none, unless they were trained
+    on."""
     rounds = rounds_at(uri)
     if not rounds:
         return {}

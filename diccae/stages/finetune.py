@@ -6,6 +6,7 @@ Knows nothing of pretraining. Invariant: the same call goes on from the newest c
 import time
 
 from diccae.config import RunConfig
+from diccae.reach import check_reach
 from diccae.resources import check_fits, start_ray, training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.run_record import Say, pin_for, provenance, tracking_handle, with_status
@@ -23,29 +24,32 @@ def run_finetune(folder: RunFolder, config: RunConfig, encoder: str | None, say:
     data = pin_for(folder, config)
     # Pretraining is for all clips, fine-tuning for those of them that have a label.
     train = with_labels(data.train, "finetune")
-    own = folder.path / "encoder"
-    weights = encoder or (str(own) if (own / "encoder.json").exists() else config.encoder.init)
+    has_own = folder.place.exists("encoder/encoder.json")
+    own = folder.place.uri_of("encoder") if has_own else config.encoder.init
+    weights = encoder or own
     config, statistics = settle(folder, config, data, say, weights)
     if "statistics" not in folder.record:
         folder.write_record(statistics=statistics)
     steps = BatchPlan.of(len(train), config.finetune.batch_size, config.data).steps(len(train))
     start_ray()
     check_fits(training_demands(config, None))
+    check_reach({"--store": data.snapshot.uri, "--encoder": encoder}, folder.uri)
     origin = provenance(folder, config)
     folder.check()
-    uri = starting_encoder(config, train, encoder, folder.path, origin)
+    uri = starting_encoder(config, train, encoder, folder.uri, origin)
     say(
         f"finetune  {len(train):,} labelled of {len(data.train):,} clips, "
         f"{len(train.classes)} classes, from {uri}"
     )
     started = time.monotonic()
     handle = tracking_handle(folder)
-    with watched(folder.path / "finetune.jsonl", steps * config.finetune.epochs, "finetune"):
+    total = steps * config.finetune.epochs
+    with watched(folder.place, "finetune.jsonl", total, "finetune"):
         with_status(
             folder,
             handle,
             lambda: finetune(
-                config, train, uri, folder.path, handle, origin, attempt=folder.attempt
+                config, train, uri, folder.uri, handle, origin, attempt=folder.attempt
             ),
         )
     folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})

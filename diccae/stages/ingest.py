@@ -6,9 +6,11 @@ Imports neither torch nor Ray, so that an ingest with nothing to do ends at once
 import shutil
 import tempfile
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from diccae.reach import check_reach
 from diccae.resources import embedded_cores, start_ray
 from diccae.screen import ProgressLine, clock
 from pipeline.config import FeatureSpec, IngestConfig
@@ -51,12 +53,17 @@ def run_ingest(
             store,
             spec,
             config,
-            start_ray=start_ray,
+            start_ray=partial(_start_cluster, store, videos),
             on_progress=show,
             label_from_folder=label_from_folder,
         )
         run.conclude(summary)
     return summary
+
+
+def _start_cluster(store: str, videos: str | None) -> None:
+    start_ray()
+    check_reach({"--store": store, "--videos": videos})
 
 
 def _in_words(progress: Progress) -> str:

@@ -6,15 +6,16 @@ call goes on from the newest checkpoint.
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from clustering.rounds.files import load_round, rounds_at
 from diccae.config import RunConfig
+from diccae.reach import check_reach
 from diccae.resources import check_fits, scale_note, start_ray, training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.run_record import Say, pin_for, provenance, remember, tracking_run, with_status
 from diccae.stages.statistics import settle
+from pipeline.storage import Location
 from training.data.order import BatchPlan
 from training.model.make import make_encoder
 from training.on_ray.pretrain import WHOLE, Pinned, Span, check, pretrain
@@ -35,16 +36,16 @@ def run_pretrain(
     Args: tags: of the MLflow run, besides the usual ones.
     """
     config, data = _settled(folder, config, store, say, span)
-    start_ray()
-    makes_labels = config.rounds.labels != "none"
-    pool = config.pool.groups(config.clustering) if makes_labels else None
-    check_fits(training_demands(config, pool))
+    _start_cluster(folder, config, data, say)
     handle = tracking_run(folder, config, data, tags)
-    scale_note(config.scale, say)
+    if not handle.uri:
+        say(
+            "tracking  metrics.jsonl alone: a bucket holds no MLflow file; --tracking.uri names one"
+        )
     total = _say_what_is_trained(config, data, store, say, span)
     made_by = provenance(folder, config)
     started = time.monotonic()
-    with watched(folder.path / "metrics.jsonl", total, "pretrain"):
+    with watched(folder.place, "metrics.jsonl", total, "pretrain"):
         result = with_status(
             folder,
             handle,
@@ -52,7 +53,7 @@ def run_pretrain(
                 config,
                 config.clustering,
                 data,
-                folder.path,
+                folder.uri,
                 handle,
                 made_by,
                 span=span,
@@ -77,6 +78,16 @@ def _settled(
     config, statistics = settle(folder, config, data, say, init, made)
     remember(folder, config, store, data, statistics)
     return config, data
+
+
+def _start_cluster(folder: RunFolder, config: RunConfig, data: Pinned, say: Say) -> None:
+    """Raises: ResourceError or UsageError for a cluster on which the run cannot work."""
+    start_ray()
+    makes_labels = config.rounds.labels != "none"
+    pool = config.pool.groups(config.clustering) if makes_labels else None
+    check_fits(training_demands(config, pool))
+    check_reach({"--store": data.snapshot.uri, "--init": config.encoder.init}, folder.uri)
+    scale_note(config.scale, say)
 
 
 def _say_what_is_trained(config: RunConfig, data: Pinned, store: str, say: Say, span: Span) -> int:
@@ -106,7 +117,7 @@ def _write_results(
         n_train=n_train,
         config_hash=config.digest(),
         store=folder.record["store"],
-        pseudo_labels=_pseudo_labels(folder.path, config),
+        pseudo_labels=_pseudo_labels(folder.place, config),
         pretraining={name: metrics[name] for name in sorted(metrics) if "/" not in name},
         seconds={
             "pretrain": round(before.get("pretrain", 0.0) + seconds, 2),
@@ -129,11 +140,12 @@ def _say_what_weights_give(config: RunConfig, data: Pinned, say: Say) -> Weights
     return report
 
 
-def _pseudo_labels(out: Path, config: RunConfig) -> dict[str, Any]:
+def _pseudo_labels(out: Location, config: RunConfig) -> dict[str, Any]:
     """Quality and stability of the rounds, from what clustering and training wrote down."""
-    uri = str(out / "rounds")
+    uri = out.uri_of("rounds")
     rounds = [load_round(uri, r) for r in rounds_at(uri)] if config.rounds.labels != "none" else []
-    lines = list(read_metrics(out / "metrics.jsonl"))
+    with out.fetched("metrics.jsonl") as file:
+        lines = list(read_metrics(file))
     nmi = [line["clustering/nmi"] for line in lines if line.get("clustering/nmi") is not None]
     return {
         "k": config.clustering.k,

@@ -3,25 +3,22 @@
 Knows nothing of the page. Invariant: it reads the folder and changes no result.
 """
 
-from pathlib import Path
-
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import tracking_handle
 from training.report.page import write_report
 from training.tracking import tracker as tracking
 
 
-def run_report(folder: RunFolder, store: str | None) -> Path:
-    """Write the page and hand it, the results and the encoder to MLflow."""
-    page = write_report(folder.path, store, may_write=folder.check)
+def run_report(folder: RunFolder, store: str | None) -> str:
+    """Write the page and hand it, the results and the encoder to MLflow. Returns: its URI."""
+    place = folder.place
+    page = write_report(folder.uri, store, may_write=folder.check)
     handle = tracking_handle(folder)
     if handle.run_id:
-        present = [
-            folder.path / name
-            for name in ("report.html", "results.json", "config.yaml", "encoder", "classifier")
-        ]
-        tracking.log_artifacts(handle, [path for path in present if path.exists()])
+        names = ("report.html", "results.json", "config.yaml", "encoder", "classifier")
+        present = [place.uri_of(name) for name in names if place.exists(name)]
+        tracking.log_artifacts(handle, present)
         name = folder.config().tracking.register_as
-        if name and (folder.path / "encoder").exists():
-            tracking.register_encoder(handle, folder.path / "encoder", name)
+        if name and place.exists("encoder"):
+            tracking.register_encoder(handle, place.uri_of("encoder"), name)
     return page

@@ -32,7 +32,7 @@ def pin_for(folder: RunFolder, config: RunConfig, store: str | None = None) -> P
     known = folder.record.get("store")
     if known is None:
         if store is None:
-            raise UsageError(f"{folder.path}: no pretraining run in it; name the data with --store")
+            raise UsageError(f"{folder.uri}: no pretraining run in it; name the data with --store")
         return pin(store, config.data.version, config)
     data = pin(known["uri"], int(known["version"]), config, _left_out_before(folder))
     if data.snapshot.digest != known["digest"]:
@@ -49,7 +49,8 @@ def _left_out_before(folder: RunFolder) -> LeftOut | None:
     about = folder.record["store"].get("left_out")
     if about is None:
         return None
-    return LeftOut(pq.read_table(folder.path / _LEFT_OUT), about["rules"])
+    with folder.place.fetched(_LEFT_OUT) as file:
+        return LeftOut(pq.read_table(file), about["rules"])
 
 
 def remember(
@@ -73,10 +74,11 @@ def remember(
     }  # fmt: skip
     if data.left_out is not None:
         # Which clips, not only which rules: a later look at the store must not change the run.
-        pq.write_table(data.left_out.clips, folder.path / _LEFT_OUT)
+        with folder.place.written(_LEFT_OUT) as file:
+            pq.write_table(data.left_out.clips, file)
         pinned["left_out"] = data.left_out.about()
     # With the version: folders of one name elsewhere must not let go of each other's.
-    FeatureStore.open(store).pin(snapshot.version, f"run-{folder.path.name}-v{snapshot.version}")
+    FeatureStore.open(store).pin(snapshot.version, f"run-{folder.place.name}-v{snapshot.version}")
     folder.write_record(
         store=pinned,
         config_hash=config.digest(),
@@ -103,13 +105,14 @@ def tracking_run(
     """The MLflow run of the folder: made once, the same after every restart."""
     folder.check()
     known = folder.record.get("mlflow")
-    if known:
-        return RunHandle(known["uri"], known["run_id"], str(folder.path))
+    # Without a URI there was no MLflow, and this start may name one.
+    if known and known["uri"]:
+        return RunHandle(known["uri"], known["run_id"], folder.uri)
     handle = tracking.create_run(
         config.tracking,
-        str(folder.path),
+        folder.uri,
         config.model_dump(mode="json"),
-        {"mlflow.runName": folder.path.name, "config_hash": config.digest(), **(tags or {})},
+        {"mlflow.runName": folder.place.name, "config_hash": config.digest(), **(tags or {})},
         folder.record["store"] | {"name": Path(str(data.snapshot.uri)).name},
     )
     folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
@@ -119,7 +122,7 @@ def tracking_run(
 def tracking_handle(folder: RunFolder) -> RunHandle:
     """The folder's MLflow run; one without an id where none was made yet."""
     known = folder.record.get("mlflow") or {"uri": "", "run_id": ""}
-    return RunHandle(known["uri"], known["run_id"], str(folder.path))
+    return RunHandle(known["uri"], known["run_id"], folder.uri)
 
 
 def provenance(folder: RunFolder, config: RunConfig) -> dict[str, Any]:

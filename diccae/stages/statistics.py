@@ -5,15 +5,15 @@ Invariant: a run has one mean and one standard deviation from its start on, thos
 trained with, written in run.json and in every model it saves.
 """
 
-from pathlib import Path
 from typing import Any
 
 from diccae.config import RunConfig, load_config
 from diccae.errors import UsageError
-from diccae.run_folder import RunFolder
+from diccae.run_folder import RunFolder, config_in
 from diccae.stages.quality import run_fbank_stats
 from diccae.stages.run_record import Say
 from pipeline.config import FeatureSpec
+from pipeline.storage import place_of, storage_failures_ignored
 from pipeline.store.store import FeatureStore, Snapshot
 from training.config import FbankStatistics
 from training.on_ray.pretrain import Pinned
@@ -152,8 +152,12 @@ def _of_store(snapshot: Snapshot) -> tuple[FbankStatistics, str]:
 
 def _of_old_run(weights: str) -> FbankStatistics | None:
     """Of a model saved before cards said so, by the config of the run folder it lies in."""
-    file = Path(weights).parent / "config.yaml"
-    return load_config(file).data.given_statistics if file.exists() else None
+    place, _ = place_of(weights)
+    # Published weights lie beside no config, and where there is nothing to look for.
+    with storage_failures_ignored():
+        config = config_in(place)
+        return None if config is None else config.data.given_statistics
+    return None
 
 
 def _refuse_other_features(weights: str, theirs: MadeWith, spec: FeatureSpec) -> None:

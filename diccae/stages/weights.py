@@ -52,9 +52,9 @@ def import_weights(
     made_from = provenance(folder, config) | {"weights": uri}
     saved = (train.classes, train.spec.model_dump(mode="json"), made_from)
     normalised = config.data.statistics
-    save_encoder(encoder, str(folder.path / "encoder"), *saved, statistics=normalised)
+    save_encoder(encoder, folder.place.uri_of("encoder"), *saved, statistics=normalised)
     if classifier is not None:
-        target = str(folder.path / "classifier")
+        target = folder.place.uri_of("classifier")
         save_classifier(classifier, target, *saved, statistics=normalised)
     tracking.finish(tracking_handle(folder), "FINISHED")
     return report

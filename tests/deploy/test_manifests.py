@@ -230,10 +230,16 @@ def test_a_shared_claim_is_in_every_pod_and_a_run_in_one_pod_is_refused(
         assert claim in pod["volumes"]
         mount = {"name": "shared", "mountPath": "/runs"}
         assert mount in pod["containers"][0]["volumeMounts"]
-    for words in (command, ("pretrain", "--out=s3://b/run"), ("ingest", "--store", "store")):
+    for words in (command, ("pretrain", "--out=out/run"), ("ingest", "--store", "store")):
         assert main(["--out", str(tmp_path / "m"), "--", *words]) == 2
         assert "set shared_claim" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
+
+
+def test_a_run_in_a_bucket_needs_no_claim() -> None:
+    command = ("pretrain", "--store", "s3://b/store", "--out", "s3://b/run")
+    pod = _rayjob(ClusterConfig(command=command))["spec"]["rayClusterSpec"]["headGroupSpec"]
+    assert all("emptyDir" in volume for volume in pod["template"]["spec"]["volumes"])
 
 
 def test_two_jobs_stand_beside_each_other() -> None:

@@ -12,28 +12,31 @@ from pathlib import Path
 
 import pytest
 from support.runs import SMOKE, lines
+from support.unsteady import unsteady_bucket
 
 from diccae.cli import main
 from diccae.run_folder import RunFolder
 from pipeline.errors import StoreLocked
+from pipeline.storage import Location
 from training.attempt import Attempt
 from training.errors import RunTaken
 
 STALE_S = "2"
 HOLDER = """
 import sys, time
-from pathlib import Path
 from diccae.run_folder import RunFolder
 from pipeline.errors import StoreLocked
 from training.errors import RunTaken
+from training.tracking import spool
 from training.tracking.copier import RunHandle
 from training.tracking.tracker import Tracker
 
+spool.PUBLISH_S = 0.05
 folder = RunFolder(sys.argv[1])
-refused = []
+refused, NOWHERE = [], RunHandle("", "")
 with folder.held("pretrain", 1.5):
     attempt = folder.attempt
-    tracker = Tracker(RunHandle("", ""), folder.path / "metrics.jsonl", attempt=attempt)
+    tracker = Tracker(NOWHERE, folder.place.uri_of("metrics.jsonl"), attempt=attempt)
     folder.write_record(begun=True)
     print("holds", attempt.number, flush=True)
     for step in range(1, 100_000):
@@ -46,7 +49,7 @@ with folder.held("pretrain", 1.5):
     for name, write in {
         "record": lambda: folder.write_record(late=True),
         "results": lambda: folder.write_results(late=True),
-        "tracker": lambda: Tracker(RunHandle("", ""), folder.path / "x.jsonl", attempt=attempt),
+        "tracker": lambda: Tracker(NOWHERE, folder.place.uri_of("x.jsonl"), attempt=attempt),
     }.items():
         try:
             write()
@@ -97,7 +100,7 @@ def test_a_second_start_is_refused_while_the_first_lives_and_goes_on_once_it_is_
     began = time.monotonic()
     with folder.held("pretrain"):
         assert time.monotonic() - began < 1
-        assert folder.attempt == Attempt(str(folder.path), 2)
+        assert folder.attempt == Attempt(str(tmp_path / "run"), 2)
         folder.write_record(begun=True)
     assert folder.record["attempt"] == 2
 
@@ -105,18 +108,19 @@ def test_a_second_start_is_refused_while_the_first_lives_and_goes_on_once_it_is_
 def test_a_start_that_was_taken_for_dead_writes_nothing_any_more(
     holder: "subprocess.Popen[str]", tmp_path: Path
 ) -> None:
-    folder = RunFolder(tmp_path / "run")
-    _until("a metric", lambda: bool(lines(folder.path / "metrics.jsonl")))
+    out = tmp_path / "run"
+    folder = RunFolder(out)
+    _until("a metric", lambda: bool(lines(out / "metrics.jsonl")))
     holder.send_signal(signal.SIGSTOP)
 
     def taken() -> bool:
         try:
             with folder.held("pretrain", 1.5):
-                before = _digests(folder.path)
+                before = _digests(out)
                 holder.send_signal(signal.SIGCONT)
                 assert holder.stdout is not None
                 assert holder.stdout.readline() == "refused metric record results tracker\n"
-                assert _digests(folder.path) == before
+                assert _digests(out) == before
                 return True
         except StoreLocked:
             return False
@@ -137,6 +141,41 @@ def test_a_fresh_start_does_not_give_the_folder_back_to_the_one_before(tmp_path:
     assert not folder.record
 
 
+def test_in_a_bucket_a_start_that_was_taken_for_dead_writes_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with unsteady_bucket("fenced") as bucket:
+        folder = RunFolder(f"{bucket}/run")
+        command = [sys.executable, "-c", HOLDER, folder.uri]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "holds 1\n"
+            _until("metrics", lambda: folder.place.exists("metrics.jsonl"))
+            holder.send_signal(signal.SIGSTOP)
+            _until("taken over", lambda: _taken_from(folder, holder), 60)
+    assert not list(tmp_path.iterdir())
+
+
+def _taken_from(folder: RunFolder, holder: "subprocess.Popen[str]") -> bool:
+    try:
+        with folder.held("pretrain", 1.5):
+            before = _objects(folder.place)
+            holder.send_signal(signal.SIGCONT)
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "refused metric record results tracker\n"
+            assert _objects(folder.place) == before
+            return True
+    except StoreLocked:
+        return False
+
+
+def _objects(place: Location) -> dict[str, str]:
+    """Digests of all but the lease's."""
+    found = place.fs.find(place.path, detail=True)
+    return {name: about["ETag"] for name, about in found.items() if "/lease/" not in name}
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -149,13 +188,13 @@ def test_a_fresh_start_does_not_give_the_folder_back_to_the_one_before(tmp_path:
     ],
     ids=" ".join,
 )
-def test_a_uri_is_no_run_folder_yet(
+def test_half_a_uri_is_no_run_folder(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """It was the folder `./s3:/bucket/run` of the driver's node."""
     monkeypatch.chdir(tmp_path)
-    assert main([*command, "--out", "s3://bucket/run"]) == 2
-    assert "--out s3://bucket/run: a run folder is a local path" in capsys.readouterr().err
+    assert main([*command, "--out", "s3:/bucket/run"]) == 2
+    assert "did you mean s3://bucket/run?" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

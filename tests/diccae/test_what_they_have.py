@@ -144,7 +144,7 @@ def pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = RunFolder(tmp_path / "run")
     folder.open(config, fresh=False)
     remember(folder, config, store, pin_for(folder, config, store))
-    return folder.path
+    return tmp_path / "run"
 
 
 @pytest.mark.parametrize("command", ["finetune", "evaluate"])

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.storage import Location
 from training.config import STREAMS
 from training.evaluation.metrics import Evidence, Values
 from training.evaluation.retrieval import Vectors, unit_rows
@@ -126,9 +127,10 @@ def count_confusion(given: Evidence, classes: Sequence[str]) -> ConfusionCounts:
     return ConfusionCounts(list(classes), counts)
 
 
-def write_evaluation(folder: Path, given: Evidence, confusion: ConfusionCounts, split: str) -> None:
+def write_evaluation(
+    folder: Location, given: Evidence, confusion: ConfusionCounts, split: str
+) -> None:
     """Write predictions, counts and embeddings."""
-    folder.mkdir(parents=True, exist_ok=True)
     main = given.scores.get("fusion", next(iter(given.scores.values())))
     columns: dict[str, Any] = {
         "clip_id": list(given.clip_ids_M),
@@ -138,11 +140,14 @@ def write_evaluation(folder: Path, given: Evidence, confusion: ConfusionCounts, 
         "p_fusion": main.max(1).astype(np.float32),
         "cluster": given.clusters_M,
     }
-    pq.write_table(pa.table(columns), folder / "predictions.parquet")
+    with folder.written("predictions.parquet") as path:
+        pq.write_table(pa.table(columns), path)
     counts: dict[str, Any] = {"classes": np.array(confusion.classes), **confusion.counts}
-    np.savez_compressed(folder / "confusion.npz", **counts)
+    with folder.written("confusion.npz") as path:
+        np.savez_compressed(path, **counts)
     vectors: dict[str, Any] = {"clip_ids": np.array(given.clip_ids_M), **given.embeddings}
-    np.savez_compressed(folder / "embeddings.npz", **vectors)
+    with folder.written("embeddings.npz") as path:
+        np.savez_compressed(path, **vectors)
 
 
 def read_confusion(file: Path) -> ConfusionCounts:

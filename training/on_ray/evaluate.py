@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clustering.kmeans.label_table import NO_LABEL
+from pipeline.storage import Location
 from training.config import STREAMS, EvaluateConfig, TrainingConfig
 from training.data.rows import RowIndex
 from training.errors import TrainingError
@@ -47,7 +48,7 @@ def evaluate(
     config: TrainingConfig,
     train: RowIndex,
     test: RowIndex,
-    out: Path,
+    out: str | Path,
     clusters: dict[str, int],
     *,
     may_write: Callable[[], None] = lambda: None,
@@ -57,7 +58,7 @@ def evaluate(
     Args: clusters: last pseudo-label by clip id. may_write: asked before files are written.
     Raises: TrainingError if the run folder has no encoder, or no training clip a label.
     """
-    of_test, of_train, middle = _outputs(config, _models(out), train, test)
+    of_test, of_train, middle = _outputs(config, _models(Location(out)), train, test)
     probed = _probe(config, train, test, of_train, of_test)
     space = embedding_space(config)
     given = Evidence(
@@ -73,7 +74,7 @@ def evaluate(
     )
     confusion, split = count_confusion(given, test.classes), config.evaluate.split
     may_write()
-    write_evaluation(out / "evaluation", given, confusion, split)
+    write_evaluation(Location(out).below("evaluation"), given, confusion, split)
     return Evaluation(
         n_train=len(train),
         n_test=len(test),
@@ -90,11 +91,11 @@ def embedding_space(config: TrainingConfig) -> Space:
     return "z" if config.loss.instance_on == "z" else "h"
 
 
-def _models(out: Path) -> Models:
-    if not (out / "encoder" / "encoder.json").exists():
-        raise TrainingError(f"{out}: no encoder/ in this run folder; run diccae pretrain first")
-    has_classifier = (out / "classifier" / "classifier.json").exists()
-    return Models(str(out / "encoder"), str(out / "classifier") if has_classifier else None)
+def _models(out: Location) -> Models:
+    if not out.exists("encoder/encoder.json"):
+        raise TrainingError(f"{out.uri}: no encoder/ in this run folder; run diccae pretrain first")
+    has_classifier = out.exists("classifier/classifier.json")
+    return Models(out.uri_of("encoder"), out.uri_of("classifier") if has_classifier else None)
 
 
 def _outputs(

@@ -6,10 +6,10 @@ other settings, or of another encoder, is refused.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
+from pipeline.storage import Location
 from training.attempt import UNHELD, Attempt
 from training.config import TrainingConfig
 from training.data.order import BatchPlan, WindowPlan, balanced_draws, lanes_of
@@ -49,7 +49,7 @@ def finetune(
     config: TrainingConfig,
     index: RowIndex,
     encoder_uri: str,
-    out: Path,
+    out: str | Path,
     handle: RunHandle,
     provenance: dict[str, Any],
     *,
@@ -69,7 +69,7 @@ def finetune(
         "index": [ray.put(index)],
         "encoder": absolute_uri(encoder_uri),
         "decides": _deciding(config, encoder_uri),
-        "out": str(out),
+        "out": Location(out),
         "handle": tuple(handle),
         "provenance": provenance,
         "attempt": tuple(attempt),
@@ -82,7 +82,7 @@ def starting_encoder(
     config: TrainingConfig,
     index: RowIndex,
     uri: str | None,
-    out: Path,
+    out: str | Path,
     provenance: dict[str, Any],
 ) -> str:
     """The folder of the encoder to start from; `<out>/encoder`, which evaluation reads, is there
@@ -91,8 +91,9 @@ def starting_encoder(
     Args: uri: another encoder than that of the run; None takes the run's own, or makes one of
         `encoder.init`, or of nothing.
     """
-    own = str(out / "encoder")
-    if (out / "encoder" / "encoder.json").exists():
+    place = Location(out)
+    own = place.uri_of("encoder")
+    if place.exists("encoder/encoder.json"):
         return own if uri is None else uri
     if uri is not None:
         encoder, card = load_encoder(uri)
@@ -119,7 +120,7 @@ def starting_encoder(
     return own
 
 
-def refuse_other_settings(config: TrainingConfig, encoder_uri: str | None, out: Path) -> None:
+def refuse_other_settings(config: TrainingConfig, encoder_uri: str | None, out: str | Path) -> None:
     """Compare with the newest checkpoint of fine-tuning, if there is one.
 
     Args: encoder_uri: None for the run's own.
@@ -128,8 +129,9 @@ def refuse_other_settings(config: TrainingConfig, encoder_uri: str | None, out: 
     newest = ray_fit.newest_checkpoint(out, CHECKPOINTS)
     if newest is None:
         return
-    old = json.loads(ray_fit.state_in(newest[1], mmap=True)["decides"])
-    new = json.loads(_deciding(config, encoder_uri or str(out / "encoder")))
+    place = Location(out)
+    old = json.loads(ray_fit.state_in(newest[1], numbers_only=True)["decides"])
+    new = json.loads(_deciding(config, encoder_uri or place.uri_of("encoder")))
     # Left out of a config, the statistics are those the run began with, which cannot differ.
     left_to_run = {key for key in _STATISTICS if new.get(key) is None}
     keys = [
@@ -139,17 +141,16 @@ def refuse_other_settings(config: TrainingConfig, encoder_uri: str | None, out: 
     ]
     if keys:
         raise ConfigMismatch(
-            f"{out / CHECKPOINTS} holds fine-tuning with other settings: {'; '.join(keys)}. Use "
-            "the old ones, another --out, or --fresh to fine-tune again (this deletes the old "
-            "classifier)."
+            f"{place.uri_of(CHECKPOINTS)} holds fine-tuning with other settings: "
+            f"{'; '.join(keys)}. Use the old ones, another --out, or --fresh to fine-tune again "
+            "(this deletes the old classifier)."
         )
 
 
-def forget_finetuning(out: Path) -> None:
+def forget_finetuning(out: str | Path) -> None:
     """Delete classifier and checkpoints of fine-tuning, to start it again."""
-    for name in (CHECKPOINTS, "classifier"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    (out / "finetune.jsonl").unlink(missing_ok=True)
+    for name in (CHECKPOINTS, "classifier", "finetune.jsonl"):
+        Location(out).remove_tree(name)
 
 
 def _deciding(config: TrainingConfig, encoder_uri: str) -> str:
@@ -174,31 +175,32 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     config = TrainingConfig.model_validate(settings["config"])
     world = ray_fit.this_world(config.scale)
     index: RowIndex = ray.get(settings["index"][0])
-    out, attempt = Path(settings["out"]), Attempt(*settings["attempt"])
-    state = ray_fit.last_state()
-    encoder, _ = load_encoder(settings["encoder"])
+    out, attempt = settings["out"], Attempt(*settings["attempt"])
+    state, encoder = ray_fit.last_state(), load_encoder(settings["encoder"])[0]
     classifier = make_classifier(config, encoder, len(index.classes))
-    handle = RunHandle(*settings["handle"])
-    tracker = ray_fit.tracker_for(world, handle, out / "finetune.jsonl", state, attempt=attempt)
+    handle, lines = RunHandle(*settings["handle"]), out.uri_of("finetune.jsonl")
+    tracker = ray_fit.tracker_for(world, handle, lines, state, attempt=attempt)
 
     def write(step: int, metrics: dict[str, float]) -> None:
         if tracker is not None:
             tracker.log(step, {f"finetune/{name}": value for name, value in metrics.items()})
 
     def save(state: dict[str, Any]) -> None:
-        ray_fit.report_state({**state, "decides": settings["decides"]}, world.rank, attempt)
+        state["decides"] = settings["decides"]
+        ray_fit.report_state(state, world.rank, attempt, tracker)
 
-    keep = ray_fit.failure_writer(out, world.rank, attempt)
+    keep = ray_fit.failure_writer(out.uri, world.rank, attempt)
     hooks = Hooks(write, save, keep, ray_fit.leaving_notice())
     reader = _reader(config, index, world)
     tuner = Finetuner(config, classifier, index, reader=reader, world=world, hooks=hooks)
-    last = tuner.run(state)
+    with ray_fit.kept(tracker):
+        last = tuner.run(state)
     if tracker is None:
         return None
     attempt.check()
     save_classifier(
         classifier,
-        str(out / "classifier"),
+        out.uri_of("classifier"),
         index.classes,
         index.spec.model_dump(mode="json"),
         settings["provenance"],

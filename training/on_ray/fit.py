@@ -5,23 +5,26 @@ at checkpoints only, by all workers at the same step; what a checkpoint holds lo
 weights_only=True.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from pipeline.storage import Location, place_of
 from training import errors
 from training.attempt import UNHELD, Attempt
 from training.config import ScaleConfig, TrainingConfig
 from training.errors import ConfigMismatch, RunTaken, TrainingError
 from training.loop.hooks import World
+from training.on_ray.storage import arrow_filesystem
 from training.tracking.copier import RunHandle
 from training.tracking.tracker import Tracker
 from training.weights.files import absolute_uri
@@ -36,7 +39,7 @@ _RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
 def fit(
     loop: Callable[[dict[str, Any]], Any],
     settings: dict[str, Any],
-    out: Path,
+    out: str | Path,
     name: str,
     scale: ScaleConfig,
     *,
@@ -55,32 +58,33 @@ def fit(
     _quick_controller()
     attempt.check()
     # By attempt: what the workers of an earlier one say too late must not end this one.
-    said = out.resolve() / "failed" / f"error-{attempt.number}.json"
-    said.unlink(missing_ok=True)  # Of an earlier stage.
+    place, said = Location(out), f"failed/error-{attempt.number}.json"
+    place.remove(said)  # Of an earlier stage.
     trainer = TorchTrainer(
         _told,
-        train_loop_config=_Given(loop, settings, said, attempt)._asdict(),
+        train_loop_config=_Given(loop, settings, place.uri_of(said), attempt)._asdict(),
         scaling_config=_scaling(scale),
-        run_config=_storage(out, name, scale),
+        run_config=_storage(place, name, scale, attempt),
     )
     try:
         result = interruptible(trainer.fit).return_value
     except ray.train.TrainingFailedError as error:
         attempt.check()
-        if said.exists():  # The last failure that scale.max_failures allowed.
-            raise _read_error(said) from error
-        raise _explained(error, out) from error
+        if place.exists(said):  # The last failure that scale.max_failures allowed.
+            raise _read_error(place.uri_of(said)) from error
+        raise _explained(error, place) from error
     if isinstance(result, _Failure):
         raise result.error
     return result
 
 
-def _storage(out: Path, name: str, scale: ScaleConfig) -> Any:
+def _storage(place: Location, name: str, scale: ScaleConfig, attempt: Attempt) -> Any:
     import ray.train
 
     return ray.train.RunConfig(
         name=name,
-        storage_path=str(out.resolve()),
+        storage_path=place.path,
+        storage_filesystem=arrow_filesystem(place, attempt),
         failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
         checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
     )
@@ -138,8 +142,8 @@ class _Given(NamedTuple):
 
     loop: Callable[[dict[str, Any]], Any]
     settings: dict[str, Any]
-    said: Path
-    """Where a TrainingError is written, for the workers that are started after it."""
+    said: str
+    """URI at which a TrainingError is written, for the workers that are started after it."""
     attempt: Attempt
 
 
@@ -156,7 +160,8 @@ def _told(config: dict[str, Any]) -> Any:
         given.attempt.check()
     except RunTaken as error:
         return _Failure(error)
-    if given.said.exists():
+    place, name = place_of(given.said)
+    if place.exists(name):
         return _Failure(_read_error(given.said))
     try:
         return given.loop(given.settings)
@@ -171,28 +176,28 @@ class _Failure(NamedTuple):
     error: TrainingError
 
 
-def _write_error(path: Path, error: TrainingError) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps({"type": type(error).__name__, "message": str(error)}))
-    os.replace(scratch, path)
+def _write_error(uri: str, error: TrainingError) -> None:
+    place, name = place_of(uri)
+    said = {"type": type(error).__name__, "message": str(error)}
+    place.write_bytes(name, json.dumps(said).encode())
 
 
-def _read_error(path: Path) -> TrainingError:
-    said = json.loads(path.read_text())
+def _read_error(uri: str) -> TrainingError:
+    place, name = place_of(uri)
+    said = json.loads(place.read_bytes(name))
     error: TrainingError = getattr(errors, said["type"])(said["message"])
     return error
 
 
-def _explained(error: BaseException, out: Path) -> TrainingError:
+def _explained(error: BaseException, place: Location) -> TrainingError:
     """The line that says what went wrong in a worker, and where all of it is written."""
-    path = out / "failed" / "traceback.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = str(error)
-    path.write_text(text)
+    name, text = "failed/traceback.txt", str(error)
+    place.write_bytes(name, text.encode())
     lines = [line for line in text.splitlines() if _RAISED.match(line)]
     said = lines[-1] if lines else type(error).__name__
-    return TrainingError(f"training workers failed: {said} (the whole traceback is in {path})")
+    return TrainingError(
+        f"training workers failed: {said} (the whole traceback is in {place.uri_of(name)})"
+    )
 
 
 def this_world(scale: ScaleConfig) -> World:
@@ -210,7 +215,7 @@ def this_world(scale: ScaleConfig) -> World:
 def tracker_for(
     world: World,
     handle: RunHandle,
-    lines: Path,
+    lines: str,
     state: dict[str, Any] | None,
     *,
     attempt: Attempt = UNHELD,
@@ -220,6 +225,17 @@ def tracker_for(
         return None
     step = 0 if state is None else int(state["step"])
     return Tracker(handle, lines, step, attempt=attempt)
+
+
+@contextlib.contextmanager
+def kept(tracker: Tracker | None) -> Iterator[None]:
+    """A block whose metrics are in the run folder also where it fails: they say why."""
+    try:
+        yield
+    except Exception:
+        if tracker is not None:
+            tracker.publish()
+        raise
 
 
 def last_state() -> dict[str, Any] | None:
@@ -233,14 +249,20 @@ def last_state() -> dict[str, Any] | None:
         return state_in(Path(folder))
 
 
-def state_in(folder: Path, mmap: bool = False) -> dict[str, Any]:
-    """The state a checkpoint holds. Args: mmap: leave tensors on storage until they are used.
+def state_in(folder: str | Path, numbers_only: bool = False) -> dict[str, Any]:
+    """The state a checkpoint holds. Args: numbers_only: tensors have a shape and no values, and
+    are not read.
 
     Raises: ConfigMismatch if another version of diccae wrote it.
     """
-    state: dict[str, Any] = torch.load(
-        folder / _STATE, map_location="cpu", weights_only=True, mmap=mmap
-    )
+    place = Location(folder)
+    state: dict[str, Any]
+    if numbers_only:
+        with place.open(_STATE) as file:
+            state = torch.load(file, map_location="meta", weights_only=True)
+    else:
+        with place.fetched(_STATE) as path:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     found = state.get("format", 1)
     if found != _FORMAT:
         raise ConfigMismatch(
@@ -250,8 +272,14 @@ def state_in(folder: Path, mmap: bool = False) -> dict[str, Any]:
     return state
 
 
-def report_state(state: dict[str, Any], rank: int, attempt: Attempt = UNHELD) -> None:
-    """Checkpoint: written by rank 0, reported by all. Raises: RunTaken."""
+def report_state(
+    state: dict[str, Any],
+    rank: int,
+    attempt: Attempt = UNHELD,
+    tracker: Tracker | None = None,
+) -> None:
+    """Checkpoint: written by rank 0, reported by all, after the metrics up to it: a start that goes
+    on from it does not log them again. Raises: RunTaken."""
     import ray.train
 
     attempt.check()
@@ -260,6 +288,8 @@ def report_state(state: dict[str, Any], rank: int, attempt: Attempt = UNHELD) ->
     if rank != 0:
         ray.train.report(metrics)
         return
+    if tracker is not None:
+        tracker.publish()
     folder = tempfile.mkdtemp(prefix="diccae-checkpoint-")
     try:
         torch.save({**state, "format": _FORMAT}, Path(folder) / _STATE)
@@ -288,24 +318,26 @@ def leaving_notice() -> Callable[[], bool]:
 
 
 def failure_writer(
-    out: Path, rank: int, attempt: Attempt = UNHELD
+    out: str | Path, rank: int, attempt: Attempt = UNHELD
 ) -> Callable[[dict[str, Any]], str]:
     """Keeps what is needed to replay a step whose loss was not finite."""
+    place = Location(out)
 
     def write(content: dict[str, Any]) -> str:
         attempt.check()
-        path = out / "failed" / f"step-{content['step']}-rank-{rank}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, path)
-        return str(path)
+        name = f"failed/step-{content['step']}-rank-{rank}.pt"
+        with place.written(name) as path:
+            torch.save(content, path)
+        return place.uri_of(name)
 
     return write
 
 
-def newest_checkpoint(out: Path, name: str) -> tuple[int, Path] | None:
+def newest_checkpoint(out: str | Path, name: str) -> tuple[int, str] | None:
     """Step and folder of the newest checkpoint on storage, without starting Ray; None without."""
-    found = []
-    for folder in (out / name).glob("checkpoint_*"):
-        if (folder / _STATE).exists():
-            found.append((int(state_in(folder, mmap=True)["step"]), folder))
+    place, found = Location(out).below(name), []
+    for folder in place.entries():
+        if folder.startswith("checkpoint_") and place.exists(f"{folder}/{_STATE}"):
+            uri = place.uri_of(folder)
+            found.append((int(state_in(uri, numbers_only=True)["step"]), uri))
     return max(found, default=None)

@@ -13,7 +13,6 @@ import os
 import pickle
 import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.storage import place_of
 from training.config import DataConfig, EvaluateConfig, ScaleConfig
 from training.data.augment import normalise_fbank, normalise_frames
 from training.data.order import FrameDraw, window_of
@@ -271,8 +271,8 @@ class _Gathered:
         return Outputs(**self.kinds)
 
 
-def write_vectors(index: RowIndex, outputs: Outputs, space: Space, path: Path) -> None:
-    """Parquet with the clips' `id` and `label`, and one embedding per stream.
+def write_vectors(index: RowIndex, outputs: Outputs, space: Space, uri: str) -> None:
+    """Parquet with the clips' `id` and `label`, and one embedding per stream, at a path or URI.
 
     Columns `audio`, `video`, `fusion` (fixed-size lists of float32), and `embedding`: the
     normalised mean of audio and video, what clustering uses.
@@ -289,5 +289,6 @@ def write_vectors(index: RowIndex, outputs: Outputs, space: Space, path: Path) -
     for name, x_NP in vectors.items():
         flat = pa.array(np.ascontiguousarray(x_NP, np.float32).ravel())
         columns[name] = pa.FixedSizeListArray.from_arrays(flat, x_NP.shape[1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path)
+    place, name = place_of(uri)
+    with place.written(name) as path:
+        pq.write_table(pa.table(columns), path)

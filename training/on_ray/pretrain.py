@@ -7,7 +7,6 @@ that died anywhere goes on from its newest checkpoint when the same command is g
 
 import logging
 import math
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from clustering.pool.pool import ClusterPool
 from clustering.rounds.files import is_complete, round_uri
 from clustering.rounds.protocol import Rounds
 from pipeline.quality.leave_out import LeftOut, left_out
+from pipeline.storage import Location, storage_failures_ignored
 from pipeline.store.store import FeatureStore, Snapshot
 from training.attempt import UNHELD, Attempt
 from training.config import TrainingConfig
@@ -58,7 +58,7 @@ class Pinned(NamedTuple):
 class Span(NamedTuple):
     """The part of a run's steps to take: runs that differ later can share their first epochs."""
 
-    start: Path | None = None
+    start: str | None = None
     """Checkpoint of another run to go on from, while this one has none of its own."""
     until_epoch: int | None = None
     """Stop after this many epochs, before the round that follows them."""
@@ -176,7 +176,7 @@ def pretrain(
     config: TrainingConfig,
     clustering: KMeansConfig,
     data: Pinned,
-    out: Path,
+    out: str | Path,
     handle: RunHandle,
     provenance: dict[str, Any],
     *,
@@ -184,23 +184,23 @@ def pretrain(
     span: Span = WHOLE,
     attempt: Attempt = UNHELD,
 ) -> dict[str, Any]:
-    """Train on the cluster Ray is connected to. Returns: the last metrics and times.
+    """Train into `out`, which all nodes reach. Returns: the last metrics and times.
 
     Raises: TrainingError; ClusteringError.
     """
     import ray
 
+    place = Location(out)
     actors: ClusterPool | None = None
     rounds: Rounds | None = None
     if config.rounds.labels != "none":
-        where = str(out / "rounds")
-        actors = _actors(config, clustering, pool, data.train, where, attempt=attempt)
+        actors = _actors(config, clustering, pool, data.train, place, attempt=attempt)
         rounds = actors.client()
     settings = {
         "config": ray_fit.for_workers(config),
         "index": [ray.put(data.train)],
         "rounds": rounds,
-        "out": str(out),
+        "out": place,
         "handle": tuple(handle),
         "provenance": provenance,
         "span": tuple(span),
@@ -219,10 +219,11 @@ def _actors(
     clustering: KMeansConfig,
     pool: PoolConfig,
     train: RowIndex,
-    uri: str,
+    out: Location,
     *,
     attempt: Attempt,
 ) -> ClusterPool:
+    uri = out.uri_of("rounds")
     widths: dict[str, int] = {s: config.encoder.projection for s in config.loss.label_streams}
     control = control_labels(config.rounds.labels, train, clustering.k, config.seed)
     if control is None:
@@ -240,13 +241,14 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     world = ray_fit.this_world(config.scale)
     index: RowIndex = ray.get(settings["index"][0])
     rounds: Rounds | None = settings["rounds"]
-    out = Path(settings["out"])
+    out: Location = settings["out"]
     span = Span(*settings["span"])
     attempt = Attempt(*settings["attempt"])
     state = _starting_state(span, out, rounds if world.rank == 0 else None)
     encoder = _starting_encoder(config, index, state)
     handle = RunHandle(*settings["handle"])
-    tracker = ray_fit.tracker_for(world, handle, out / "metrics.jsonl", state, attempt=attempt)
+    lines = out.uri_of("metrics.jsonl")
+    tracker = ray_fit.tracker_for(world, handle, lines, state, attempt=attempt)
     trainer = Pretrainer(
         config,
         encoder,
@@ -256,13 +258,14 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         world=world,
         hooks=_hooks(config, rounds, world, out, tracker=tracker, attempt=attempt),
     )
-    last = trainer.run(state, span.until_epoch)
+    with ray_fit.kept(tracker):
+        last = trainer.run(state, span.until_epoch)
     if tracker is None:
         return None
     attempt.check()
     save_encoder(
         encoder,
-        str(out / "encoder"),
+        out.uri_of("encoder"),
         index.classes,
         index.spec.model_dump(mode="json"),
         settings["provenance"],
@@ -272,7 +275,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     return {"metrics": last, "steps": trainer.step, "clustering_s": trainer.labelling.waited_s}
 
 
-def _starting_state(span: Span, out: Path, restored: Rounds | None) -> dict[str, Any] | None:
+def _starting_state(span: Span, out: Location, restored: Rounds | None) -> dict[str, Any] | None:
     """The newest checkpoint of this run, else the one it branches off from.
 
     Args: restored: gets the rows of its bank.
@@ -282,7 +285,7 @@ def _starting_state(span: Span, out: Path, restored: Rounds | None) -> dict[str,
         state = ray_fit.state_in(span.start)
     if state is None:
         return None
-    refuse_lost_labels(state, str(out / "rounds"))
+    refuse_lost_labels(state, out.uri_of("rounds"))
     if restored is not None and state["bank"]:
         restored.restore(state["bank"])
     return state
@@ -325,7 +328,7 @@ def _hooks(
     config: TrainingConfig,
     rounds: Rounds | None,
     world: World,
-    out: Path,
+    out: Location,
     *,
     tracker: Tracker | None,
     attempt: Attempt,
@@ -336,25 +339,30 @@ def _hooks(
         attempt.check()
         state["bank"] = ""
         if keeps_bank:
-            state["bank"] = str(out / "rounds" / f"bank-{state['step']:08d}")
-            _save_bank(rounds, Path(state["bank"]), world, config.rounds.timeout_s)
-        ray_fit.report_state(state, world.rank, attempt)
+            name = f"bank-{state['step']:08d}"
+            state["bank"] = out.uri_of("rounds", name)
+            _save_bank(rounds, out.below("rounds"), name, world, config.rounds.timeout_s)
+        ray_fit.report_state(state, world.rank, attempt, tracker)
 
     def write(step: int, metrics: dict[str, float]) -> None:
         if tracker is not None:
             tracker.log(step, metrics)
 
-    keep = ray_fit.failure_writer(out, world.rank, attempt)
+    keep = ray_fit.failure_writer(out.uri, world.rank, attempt)
     return Hooks(write, save, keep, ray_fit.leaving_notice())
 
 
-def _save_bank(rounds: Rounds | None, folder: Path, world: World, timeout_s: float) -> None:
+def _save_bank(
+    rounds: Rounds | None, folder: Location, name: str, world: World, timeout_s: float
+) -> None:
     """Write the live rows of the bank, and drop those no kept checkpoint points at."""
     assert rounds is not None
     rounds.flush(timeout_s)
     world.barrier()
     if world.rank == 0:
-        rounds.save(str(folder))
-        for old in sorted(folder.parent.glob("bank-*"))[:-3]:
-            shutil.rmtree(old, ignore_errors=True)
+        rounds.save(folder.uri_of(name))
+        saved = [each for each in folder.entries() if each.startswith("bank-")]
+        for old in saved[:-3]:
+            with storage_failures_ignored():
+                folder.remove_tree(old)
     world.barrier()

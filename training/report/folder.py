@@ -5,9 +5,10 @@ error; a part that is there but cannot be read is.
 Invariant: reads only.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from zipfile import BadZipFile
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 
 from clustering.rounds.files import is_complete, load_round, round_uri, rounds_at
 from clustering.rounds.protocol import PublishedRound
+from pipeline.storage import Location
 from training.errors import TrainingError
 from training.evaluation.results import (
     ConfusionCounts,
@@ -40,7 +42,7 @@ class Artifact(NamedTuple):
 class ReportData(NamedTuple):
     """All a report needs of a run."""
 
-    path: Path
+    place: Location
     run: dict[str, Any]
     results: dict[str, Any]
     config_yaml: str
@@ -60,76 +62,84 @@ def read_run(folder: str | Path) -> ReportData:
 
     Raises: TrainingError if it is no run folder, or a part of it is broken.
     """
-    path = Path(folder)
-    if not (path / "run.json").exists() and not (path / "results.json").exists():
+    place = Location(folder)
+    if not place.exists("run.json") and not place.exists("results.json"):
         raise TrainingError(
-            f"{path}: no run folder (neither run.json nor results.json is in it); "
+            f"{place.uri}: no run folder (neither run.json nor results.json is in it); "
             "give the --out of a pretrain, finetune or demo run"
         )
-    run = _json(path / "run.json")
-    results = _json(path / "results.json")
-    config = path / "config.yaml"
+    run = _json(place, "run.json")
+    results = _json(place, "results.json")
     finetuning = [
         {name.removeprefix("finetune/"): value for name, value in line.items()}
-        for line in _lines(path / "finetune.jsonl")
+        for line in _lines(place, "finetune.jsonl")
     ]
-    evaluation = path / "evaluation"
     return ReportData(
-        path=path,
+        place=place,
         run=run,
         results=results,
-        config_yaml=config.read_text() if config.exists() else "",
-        metrics=_lines(path / "metrics.jsonl"),
+        config_yaml=_read(place, "config.yaml", Path.read_text) or "",
+        metrics=_lines(place, "metrics.jsonl"),
         finetuning=finetuning,
-        rounds=_rounds(path / "rounds"),
-        confusion=_read(evaluation / "confusion.npz", read_confusion),
-        predictions=_read(evaluation / "predictions.parquet", pq.read_table),
-        embeddings=_read(evaluation / "embeddings.npz", read_embeddings),
-        artifacts=_artifacts(path),
+        rounds=_rounds(place.below("rounds")),
+        confusion=_read(place, "evaluation/confusion.npz", read_confusion),
+        predictions=_read(place, "evaluation/predictions.parquet", pq.read_table),
+        embeddings=_read(place, "evaluation/embeddings.npz", read_embeddings),
+        artifacts=_artifacts(place),
     )
 
 
-def _read(file: Path, read: Callable[[Path], T]) -> T | None:
-    if not file.exists():
-        return None
+def _read(place: Location, name: str, read: Callable[[Path], T]) -> T | None:
     try:
-        return read(file)
+        with place.fetched(name) as file, _broken(place.uri_of(name)):
+            return read(file)
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def _broken(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError, BadZipFile, pa.ArrowException) as error:
         raise TrainingError(
-            f"{file}: cannot be read ({error}); run the evaluation again, or remove the file to "
+            f"{name}: cannot be read ({error}); run the evaluation again, or remove the file to "
             "leave its part out of the report"
         ) from error
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    return _read(file, lambda f: list(read_metrics(f))) or []
+def _lines(place: Location, name: str) -> list[dict[str, Any]]:
+    return _read(place, name, lambda file: list(read_metrics(file))) or []
 
 
-def _json(file: Path) -> dict[str, Any]:
-    return _read(file, lambda f: json.loads(f.read_text())) or {}
+def _json(place: Location, name: str) -> dict[str, Any]:
+    return _read(place, name, lambda file: json.loads(file.read_text())) or {}
 
 
-def _rounds(folder: Path) -> list[PublishedRound]:
+def _rounds(place: Location) -> list[PublishedRound]:
     """Completed rounds, published or withheld, in order."""
-    if not folder.exists():
-        return []
-    uri = str(folder)
-    done = [Path(round_uri(uri, n)) for n in rounds_at(uri) if is_complete(uri, n)]
-    return [found for each in done if (found := _read(each, _round)) is not None]
+    found = []
+    for number in rounds_at(place.uri):
+        if is_complete(place.uri, number):
+            with _broken(round_uri(place.uri, number)):
+                found.append(load_round(place.uri, number))
+    return found
 
 
-def _round(folder: Path) -> PublishedRound:
-    return load_round(str(folder.parent), int(folder.name.removeprefix("round-")))
-
-
-def _artifacts(path: Path) -> list[Artifact]:
-    files = [
-        file
+def _artifacts(place: Location) -> list[Artifact]:
+    return [
+        Artifact(f"{folder}/{file.name}", file.stat().st_size, _sha256(file))
         for folder in ("encoder", "classifier", "evaluation")
-        for file in sorted((path / folder).glob("*"))
-        if file.is_file()
+        if place.exists(folder)
+        for file in _files(place, folder)
     ]
-    return [Artifact(str(f.relative_to(path)), f.stat().st_size, _sha256(f)) for f in files]
+
+
+def _files(place: Location, folder: str) -> Iterator[Path]:
+    for name in place.entries(folder):
+        with place.fetched(f"{folder}/{name}") as file:
+            if file.is_file():
+                yield file
 
 
 def _sha256(file: Path) -> str:

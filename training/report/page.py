@@ -7,7 +7,6 @@ is named.
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -50,8 +49,8 @@ def write_report(
     store_uri: str | None = None,
     *,
     may_write: Callable[[], None] = lambda: None,
-) -> Path:
-    """Write `report.html` into a run folder and return its path.
+) -> str:
+    """Write `report.html` into a run folder and return its path or URI.
 
     Args: store_uri: where the frames are; None: the store the run was trained on, and if that
         cannot be read now, a page without frames that says so. may_write: asked before the file;
@@ -62,12 +61,9 @@ def write_report(
     run = read_run(run_folder)
     pictures, note = _open_pictures(run, store_uri)
     page = build_page(run, pictures, note)
-    target = run.path / "report.html"
-    scratch = run.path / ".report.html.tmp"
     may_write()
-    scratch.write_text(page, encoding="utf-8")
-    os.replace(scratch, target)
-    return target
+    run.place.write_bytes("report.html", page.encode())
+    return run.place.uri_of("report.html")
 
 
 def _open_pictures(run: ReportData, store_uri: str | None) -> tuple[Pictures | None, str]:
@@ -115,7 +111,7 @@ def build_page(run: ReportData, pictures: Pictures | None, note: str = "") -> st
         "confusion": galleries.confusion_data(run),
     }
     here = Path(__file__).parent
-    name = run.run.get("name") or run.path.resolve().name
+    name = run.run.get("name") or run.place.name
     return _PAGE.format(
         title=f"{text(name)} · diccae",
         name=text(name),

@@ -274,7 +274,7 @@ def pins(run: ReportData, store: dict[str, str]) -> str:
     items = [
         ("config hash", run.run.get("config_hash") or run.results.get("config_hash")),
         ("started", run.run.get("started")),
-        ("run folder", run.path),
+        ("run folder", run.place.uri),
         *((f"store {key}", value) for key, value in store.items()),
         ("MLflow", mlflow.get("uri")),
         ("MLflow run", mlflow.get("run_id")),

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from pipeline.storage import Location, fetched
 from training.attempt import UNHELD, Attempt
 from training.config import TrackingConfig
 from training.tracking.copier import (
@@ -26,10 +27,13 @@ from training.tracking.copier import (
     one_line,
     read_metrics,
 )
+from training.tracking.spool import Spool
 
 log = logging.getLogger(__name__)
 
 _MAX_PARAMS = 100
+_PENDING = "mlflow-pending.json"
+"""Of a run folder: what MLflow was to be told when it was away."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -53,8 +57,12 @@ def _never_fatal(what: str) -> Callable[[Callable[P, T]], Callable[P, T | None]]
 
 
 def tracking_uri(config: TrackingConfig, out: str) -> str:
-    """The MLflow URI of a run: the configured one, or an SQLite file in the run folder."""
-    return config.uri or f"sqlite:///{Path(out).resolve() / 'mlflow.db'}"
+    """The MLflow URI of a run: the configured one, or an SQLite file in the run folder; empty
+    where that is a bucket, which holds no SQLite file."""
+    if config.uri:
+        return config.uri
+    place = Location(out)
+    return f"sqlite:///{Path(place.path).resolve() / 'mlflow.db'}" if place.is_local else ""
 
 
 def create_run(
@@ -68,10 +76,13 @@ def create_run(
 
     Args: params: nested dicts are flattened to dotted names. tags: `mlflow.runName` names the run.
         dataset: uri, version and digest of the pinned feature store.
-    Returns: a handle; with an empty run_id if MLflow does not answer now.
+    Returns: a handle; with an empty run_id if MLflow does not answer now, or there is none.
     """
     uri = tracking_uri(config, out)
-    Path(out).mkdir(parents=True, exist_ok=True)
+    if not uri:
+        return RunHandle("", "", str(out))
+    if Location(out).is_local:
+        Path(out).mkdir(parents=True, exist_ok=True)  # SQLite makes none.
     request = {
         "experiment": config.experiment,
         "params": {key: str(value) for key, value in flatten(params)},
@@ -81,7 +92,7 @@ def create_run(
     }
     run_id = _request_run(uri, request)
     if not run_id:
-        _pending(out).write_text(json.dumps(request))
+        Location(out).write_bytes(_PENDING, json.dumps(request).encode())
     return RunHandle(uri, run_id or "", str(out))
 
 
@@ -169,13 +180,17 @@ def log_results(handle: RunHandle, metrics: dict[str, float]) -> bool:
 
 @_never_fatal("store artifacts")
 def log_artifacts(handle: RunHandle, paths: Iterable[str | Path]) -> bool:
-    """Copy files, and folders under their own name, to the run; True if all arrived."""
+    """Copy files, and folders under their own name, to the run; True if all arrived.
+
+    Args: paths: also URIs.
+    """
     client = mlflow_client(handle.uri)
-    for path in map(Path, paths):
-        if path.is_dir():
-            client.log_artifacts(handle.run_id, str(path), artifact_path=path.name)
-        else:
-            client.log_artifact(handle.run_id, str(path))
+    for each in paths:
+        with fetched(each) as path:
+            if path.is_dir():
+                client.log_artifacts(handle.run_id, str(path), artifact_path=path.name)
+            else:
+                client.log_artifact(handle.run_id, str(path))
     return True
 
 
@@ -191,7 +206,8 @@ def register_encoder(
     from mlflow.exceptions import MlflowException
 
     client = mlflow_client(handle.uri)
-    client.log_artifacts(handle.run_id, str(folder), artifact_path="encoder")
+    with fetched(folder) as path:
+        client.log_artifacts(handle.run_id, str(path), artifact_path="encoder")
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -208,15 +224,18 @@ def finish(handle: RunHandle, status: str = "FINISHED", timeout_s: float = 60.0)
 
     Returns: the handle, with its run id if the run could only be created now.
     """
-    if not handle.run_id and handle.out and _pending(handle.out).exists():
-        run_id = _request_run(handle.uri, json.loads(_pending(handle.out).read_text()))
+    place = Location(handle.out) if handle.out else None
+    if not handle.run_id and handle.uri and place is not None and place.exists(_PENDING):
+        run_id = _request_run(handle.uri, json.loads(place.read_bytes(_PENDING)))
         if run_id:
             handle = handle._replace(run_id=run_id)
-            _pending(handle.out).unlink()
+            place.remove(_PENDING)
     if handle.run_id:
         # One file per stage: metrics.jsonl, finetune.jsonl.
-        for metrics_path in sorted(Path(handle.out).glob("*.jsonl")) if handle.out else []:
-            MetricsCopier(handle, metrics_path).drain(timeout_s)
+        for name in place.entries() if place is not None else []:
+            if place is not None and name.endswith(".jsonl"):
+                with place.fetched(name) as path:
+                    MetricsCopier(handle, path).drain(timeout_s)
         _end(handle, status)
     return handle
 
@@ -224,10 +243,6 @@ def finish(handle: RunHandle, status: str = "FINISHED", timeout_s: float = 60.0)
 @_never_fatal("end the run")
 def _end(handle: RunHandle, status: str) -> None:
     mlflow_client(handle.uri).set_terminated(handle.run_id, status)
-
-
-def _pending(out: str) -> Path:
-    return Path(out) / "mlflow-pending.json"
 
 
 class Tracker:
@@ -247,11 +262,11 @@ class Tracker:
         *,
         attempt: Attempt = UNHELD,
     ) -> None:
-        attempt.check()
         self._attempt = attempt
-        self._path = Path(metrics_path)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._spool = Spool(metrics_path, attempt)
+        self._path = self._spool.path
         self._last_step_of = _cut(self._path, resume_step)
+        self._spool.start()
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         self._torn = False
         self._copier: MetricsCopier | None = None
@@ -270,7 +285,7 @@ class Tracker:
         }
         if not values:
             return
-        self._attempt.check()
+        self._spool.check()
         self._last_step_of.update(dict.fromkeys(values, step))
         line: dict[str, float | None] = {"step": int(step), "time": round(time.time(), 3)}
         line |= {key: value if math.isfinite(value) else None for key, value in values.items()}
@@ -289,10 +304,16 @@ class Tracker:
             log.warning("%s: %s; training goes on, metrics are lost", self._path, problem)
         self._torn = not whole
 
+    def publish(self) -> None:
+        """Lines so far are in the run folder from now on, before a checkpoint counts on them."""
+        self._spool.publish()
+
     def close(self, timeout_s: float = 30.0) -> bool:
         """Send what is left; True if MLflow has every line. The file keeps what it lacks."""
         self._file.close()
-        return True if self._copier is None else self._copier.stop(timeout_s)
+        complete = True if self._copier is None else self._copier.stop(timeout_s)
+        self._spool.close()
+        return complete
 
 
 def _cut(path: Path, resume_step: int) -> dict[str, int]:

@@ -7,10 +7,10 @@ output the same.
 import csv
 import io
 
-import fsspec
 import torch
 from torch import Tensor
 
+from pipeline.storage import place_of
 from training.errors import WeightsError
 from training.model.blocks import PatchStem
 from training.model.classifier import Classifier
@@ -53,21 +53,14 @@ def export_file(model_uri: str, uri: str) -> tuple[int, str | None]:
     saved = load_classifier(model_uri) if name == "classifier" else load_encoder(model_uri)
     model, card = saved
     state = export_cavmae(model)
-    data = io.BytesIO()
-    torch.save(state, data)
-    _write(uri, data.getvalue())
+    place, file = place_of(uri)
+    with place.written(file) as path:
+        torch.save(state, path)
     if name == "encoder":
         return len(state), None
     rows = io.StringIO(newline="")
     writer = csv.writer(rows, lineterminator="\n")
     writer.writerow(["index", "mid", "display_name"])
     writer.writerows([i, f"class_{i}", name] for i, name in enumerate(card.classes))
-    labels = f"{uri}.csv"
-    _write(labels, rows.getvalue().encode())
-    return len(state), labels
-
-
-def _write(uri: str, data: bytes) -> None:
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
-    filesystem.pipe_file(path, data)
+    place.write_bytes(f"{file}.csv", rows.getvalue().encode())
+    return len(state), f"{uri}.csv"

@@ -1,6 +1,6 @@
 """load_weights and saved models: weights from any URI, written with all that explains them.
 
-The edge of storage (fsspec) for weights: knows nothing of training. Invariants: nothing but tensors
+The edge of storage for weights: knows nothing of training. Invariants: nothing but tensors
 is ever unpickled; a trunk is loaded whole or not at all; an imported class head is never used in an
 order that was not checked by name.
 
@@ -9,21 +9,23 @@ feature spec, provenance, digest of the tensors), name = encoder or classifier.
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-import fsspec
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import StoreError
+from pipeline.storage import Location, fetched
 from training.config import FbankStatistics
 from training.errors import WeightsError
 from training.model.blocks import PATCH, PatchStem
@@ -114,14 +116,14 @@ def read_weights(uri: str) -> tuple[dict[str, Tensor], ModelCard | None]:
     if suffix in _PICKLED:
         return _read_pickled(uri), None
     if suffix == ".safetensors":
-        return _parse_safetensors(_read(uri), uri), None
+        with _fetched(uri) as path:
+            return _parse_safetensors(path, uri), None
     return _read_saved(uri, saved_name(uri))
 
 
 def saved_name(uri: str) -> Literal["encoder", "classifier"]:
     """What a saved model's folder holds."""
-    filesystem, path = fsspec.core.url_to_fs(f"{uri.rstrip('/')}/classifier.json")
-    return "classifier" if filesystem.exists(path) else "encoder"
+    return "classifier" if Location(uri).exists("classifier.json") else "encoder"
 
 
 def read_class_names(uri: str) -> list[str]:
@@ -284,21 +286,20 @@ def _save(
     details: Mapping[str, Any],
 ) -> None:
     """Tensors first, then the card with their digest: a card never stands beside other tensors."""
-    payload = safetensors.torch.save(
-        {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    )
+    place = Location(uri)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    with place.written(f"{kind}.safetensors") as path:
+        safetensors.torch.save_file(tensors, path)
+        digest = _sha256(path)
     card = {
         "kind": kind,
         "config": encoder.config.model_dump(mode="json"),
         "shape": encoder.shape._asdict(),
         **details,
-        "sha256": hashlib.sha256(payload).hexdigest(),
+        "sha256": digest,
     }
-    filesystem, folder = fsspec.core.url_to_fs(uri.rstrip("/"))
-    filesystem.makedirs(folder, exist_ok=True)
-    filesystem.pipe_file(f"{folder}/{kind}.safetensors", payload)
     text = json.dumps(card, indent=2, ensure_ascii=False)
-    filesystem.pipe_file(f"{folder}/{kind}.json", text.encode())
+    place.write_bytes(f"{kind}.json", text.encode())
 
 
 def read_card(uri: str, kind: str) -> tuple[ModelCard, str]:
@@ -317,23 +318,25 @@ def read_card(uri: str, kind: str) -> tuple[ModelCard, str]:
 def _read_saved(uri: str, kind: str) -> tuple[dict[str, Tensor], ModelCard]:
     """Tensors and card of a saved folder; the digest must agree."""
     uri = uri.rstrip("/")
-    payload = _read(f"{uri}/{kind}.safetensors")
-    card, digest = read_card(uri, kind)
-    if hashlib.sha256(payload).hexdigest() != digest:
-        raise WeightsError(
-            f"{uri}/{kind}.safetensors is not what {kind}.json was written with (sha256 differs): "
-            "the copy is damaged or mixed; copy or save both files again"
-        )
-    return _parse_safetensors(payload, uri), card
+    with _fetched(f"{uri}/{kind}.safetensors") as path:
+        card, digest = read_card(uri, kind)
+        if _sha256(path) != digest:
+            raise WeightsError(
+                f"{uri}/{kind}.safetensors is not what {kind}.json was written with (sha256 "
+                "differs): the copy is damaged or mixed; copy or save both files again"
+            )
+        return _parse_safetensors(path, uri), card
 
 
 def _read_pickled(uri: str) -> dict[str, Tensor]:
     """A torch.save file: a state dict, or one under `model` or `state_dict`; tensors only."""
-    data = io.BytesIO(_read(uri))
     try:
         # MAE's own checkpoints keep their command line beside the weights: plain attributes
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(data, map_location="cpu", weights_only=True)
+        allowed = torch.serialization.safe_globals([argparse.Namespace])
+        with _fetched(uri) as path, allowed:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
     except Exception as error:  # a damaged pickle fails in any way: KeyError, Unicode, Type, ...
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise WeightsError(
@@ -349,20 +352,34 @@ def _read_pickled(uri: str) -> dict[str, Tensor]:
     return layouts.strip_wrappers(tensors)
 
 
-def _parse_safetensors(payload: bytes, uri: str) -> dict[str, Tensor]:
+def _parse_safetensors(path: Path, uri: str) -> dict[str, Tensor]:
     try:
-        return layouts.strip_wrappers(safetensors.torch.load(payload))
+        # Copied out of the mapped file, which may be gone or overwritten while they are in use.
+        tensors = {key: t.clone() for key, t in safetensors.torch.load_file(path).items()}
+        return layouts.strip_wrappers(tensors)
     except safetensors.SafetensorError as error:
         raise WeightsError(f"{uri} is no safetensors file: {error}") from error
 
 
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _fetched(uri: str) -> Iterator[Path]:
+    """`pipeline.storage.fetched`, of weights. Raises: WeightsError if they cannot be read."""
+    with contextlib.ExitStack() as stack:
+        try:
+            path = stack.enter_context(fetched(uri))
+        except (OSError, ValueError, ImportError, StoreError) as error:
+            raise WeightsError(f"{uri} cannot be read: {type(error).__name__}: {error}") from error
+        yield path
+
+
 def _read(uri: str) -> bytes:
-    try:
-        with fsspec.open(uri, "rb") as file:
-            payload: bytes = file.read()
-            return payload
-    except (OSError, ValueError, ImportError) as error:
-        raise WeightsError(f"{uri} cannot be read: {type(error).__name__}: {error}") from error
+    with _fetched(uri) as path:
+        return path.read_bytes()
 
 
 def absolute_uri(uri: str) -> str:

@@ -1,17 +1,16 @@
 """Sources and stores on a real S3 API on 127.0.0.1, also one that fails now and then."""
 
-import http.client
 import http.server
 import os
 import re
 import threading
-import time
 from pathlib import Path
 
 import boto3
 import pyarrow.compute as pc
 import pytest
 from support.s3 import s3_server
+from support.unsteady import Unsteady
 
 from diccae.cli import main
 from pipeline.config import FeatureSpec, IngestConfig
@@ -31,52 +30,6 @@ from pipeline.synth import write_clips
 
 SPEC = FeatureSpec(n_frames=2, frame_size=32, duration_s=1.0, fbank_frames=100)
 CONFIG = IngestConfig(shard_clips=5, prefetch=3)
-
-
-class Unsteady(http.server.BaseHTTPRequestHandler):
-    """Hands requests on to the server behind, after `delay_s`; every `fail_every`-th fails, and
-    all whose path holds `refused`."""
-
-    protocol_version = "HTTP/1.1"
-    behind = ("127.0.0.1", 0)
-    fail_every = 0
-    status = 503
-    delay_s = 0.0
-    refused = ""
-    n_requests = n_failed = 0
-
-    def answer(self) -> None:
-        kind = type(self)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        kind.n_requests += 1
-        if self.refused and self.refused in self.path:
-            self.reply(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
-            return
-        if kind.fail_every and kind.n_requests % kind.fail_every == 0:
-            kind.n_failed += 1
-            self.reply(self.status, {}, b"<Error><Code>Unsteady</Code></Error>")
-            return
-        time.sleep(self.delay_s)
-        connection = http.client.HTTPConnection(*self.behind, timeout=30)
-        connection.request(self.command, self.path, body, dict(self.headers))
-        answer = connection.getresponse()
-        self.reply(answer.status, dict(answer.getheaders()), answer.read())
-        connection.close()
-
-    def reply(self, code: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response(code)
-        for name, value in headers.items():
-            if name.lower() not in ("transfer-encoding", "connection", "content-length", "date"):
-                self.send_header(name, value)
-        length = headers.get("Content-Length") if self.command == "HEAD" else None
-        self.send_header("Content-Length", length or str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
-
-    def log_message(self, *args: object) -> None:
-        return
 
 
 @pytest.fixture(scope="module")

@@ -327,7 +327,7 @@ def test_a_new_loss_term_is_one_entry(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [p.step for p in points] == [step for step, _ in recorder.logged]
 
     (tmp_path / "run.json").write_text("{}")
-    page = write_report(tmp_path).read_text()
+    page = Path(write_report(tmp_path)).read_text()
     drawn = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
     [panel] = [panel for panel in drawn["panels"] if panel["title"] == "Loss"]
     assert "loss_toy" in [series["name"] for series in panel["series"]]

@@ -17,7 +17,7 @@ def _no_actor(settings: dict[str, Any]) -> None:
 
 
 def _given(out: Path, attempt: Attempt) -> dict[str, Any]:
-    return _Given(_no_actor, {}, out / "failed" / f"error-{attempt.number}.json", attempt)._asdict()
+    return _Given(_no_actor, {}, f"{out}/failed/error-{attempt.number}.json", attempt)._asdict()
 
 
 def test_a_worker_says_that_the_folder_was_taken_and_not_what_came_of_it(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def _text(page: str) -> str:
 
 
 def test_page_is_whole_and_fetches_nothing(whole_run: Path) -> None:
-    page = write_report(whole_run).read_text()
+    page = Path(write_report(whole_run)).read_text()
     assert "default-src 'none'" in page
     assert not re.search(r"""(src|href)=["']?(?!data:|#)[^"'>]""", page)
     assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest", page)
@@ -233,7 +233,7 @@ def test_page_is_whole_and_fetches_nothing(whole_run: Path) -> None:
 
 
 def test_names_from_data_cannot_become_markup(whole_run: Path) -> None:
-    page = write_report(whole_run).read_text()
+    page = Path(write_report(whole_run)).read_text()
     assert page.count("<script") == 2  # the data and the page's own
     data = page.split('type="application/json">')[1].split("</script>")[0]
     assert CLASSES[7] in json.loads(data)["confusion"]["classes"]
@@ -241,7 +241,7 @@ def test_names_from_data_cannot_become_markup(whole_run: Path) -> None:
 
 
 def test_frames_are_the_stores_own_jpegs(whole_run: Path) -> None:
-    page = write_report(whole_run).read_text()
+    page = Path(write_report(whole_run)).read_text()
     shown = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)" alt="([^"]+)"', page)
     frames = [(data, about) for data, about in shown if not about.startswith("spectrogram")]
     assert len(frames) > 60
@@ -254,13 +254,13 @@ def test_frames_are_the_stores_own_jpegs(whole_run: Path) -> None:
 
 
 def test_cosines_do_not_depend_on_the_length_of_embeddings(run: Path) -> None:
-    said = re.findall(r"cosine (-?[0-9.]+)", write_report(run).read_text())
+    said = re.findall(r"cosine (-?[0-9.]+)", Path(write_report(run)).read_text())
     file = run / "evaluation" / "embeddings.npz"
     with np.load(file) as arrays:
         kept = {name: arrays[name] for name in arrays.files}
     long = np.linspace(0.5, 3, len(kept["video"]), dtype=np.float32)[:, None]
     np.savez(file, **kept | {"video": kept["video"] * long, "audio": kept["audio"] * 2})
-    assert re.findall(r"cosine (-?[0-9.]+)", write_report(run).read_text()) == said
+    assert re.findall(r"cosine (-?[0-9.]+)", Path(write_report(run)).read_text()) == said
     assert len(said) >= 40
 
 
@@ -276,14 +276,14 @@ def test_cosines_do_not_depend_on_the_length_of_embeddings(run: Path) -> None:
 def test_a_missing_part_is_left_out_with_a_line(run: Path, remove: str, said: str) -> None:
     for gone in run.glob(remove):
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-    page = write_report(run).read_text()
+    page = Path(write_report(run)).read_text()
     assert said in _text(page)
     assert page.count('class="absent"') == 1
 
 
 def test_a_bare_run_folder_is_a_page_of_absences(tmp_path: Path) -> None:
     _write_json(tmp_path / "run.json", {"name": "bare"})
-    page = write_report(tmp_path).read_text()
+    page = Path(write_report(tmp_path)).read_text()
     assert "the run folder names no feature store" in _text(page)
     assert page.count('class="absent"') == 7
 
@@ -292,7 +292,7 @@ def test_a_store_that_is_gone_costs_the_frames_only(run: Path) -> None:
     described = json.loads((run / "run.json").read_text())
     described["store"]["uri"] = str(run / "gone")
     (run / "run.json").write_text(json.dumps(described))
-    page = write_report(run).read_text()
+    page = Path(write_report(run)).read_text()
     assert "Frames are left out" in _text(page)
     assert "<img" not in page
     assert "Most confused pairs" in page
@@ -310,7 +310,7 @@ def test_a_folder_without_a_run_or_with_a_broken_part_is_an_error(run: Path) -> 
 
 def test_no_training_step_leaves_the_folder_but_the_report(run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    report = write_report(run)
+    report = Path(write_report(run))
     after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert {path for path in after if after[path] != before.get(path)} == {report}
 
@@ -394,7 +394,7 @@ def seen(whole_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int,
     """What a browser made of the page, by the width of its window."""
     _browser()
     folder = tmp_path_factory.mktemp("browser")
-    page = write_report(whole_run).read_text()
+    page = Path(write_report(whole_run)).read_text()
     page = page.replace("<head>", "<head>" + PROBE_HEAD).replace("</body>", PROBE_TAIL + "</body>")
     (folder / "probed.html").write_text(page)
     (folder / "frame.html").write_text(FRAME)
@@ -440,7 +440,7 @@ def test_browser_answers_the_pointer_and_switches_streams(seen: dict[int, dict[s
 @pytest.mark.browser
 def test_a_script_error_would_be_seen(whole_run: Path, tmp_path: Path) -> None:
     """The negative control of the browser tests."""
-    page = write_report(whole_run).read_text()
+    page = Path(write_report(whole_run)).read_text()
     broken = page.replace('"use strict";', '"use strict"; document.body.dataset.x = nowhere.x;')
     broken = broken.replace("<head>", "<head>" + PROBE_HEAD)
     shown = "<script>document.title = JSON.stringify(problems);</script></body>"

@@ -1,0 +1,136 @@
+"""check_reach: a path that only the driver's node has is refused before anything starts.
+
+Knows nothing of what lies at a path. Invariant: what passes is seen by every node that was up when
+it was asked for; buckets always pass, and so does a cluster of one machine, at no cost.
+"""
+
+import contextlib
+import hashlib
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diccae.errors import UsageError
+from pipeline.storage import Location
+
+_END_BYTES = 2**16
+_ANSWER_S = 120.0
+
+
+class OtherNode(NamedTuple):
+    """A node on another machine than the driver's."""
+
+    id: str
+    name: str
+
+
+LooksFrom = Callable[[Sequence[OtherNode], Sequence[str]], list[list[str] | None]]
+
+
+def check_reach(reads: Mapping[str, str | None], out: str | None = None) -> None:
+    """Ask the nodes of the cluster Ray is connected to.
+
+    Args: reads: path or URI by option, of what is only read; out: of `--out`.
+    Raises: UsageError naming the option, the path and the node that does not see it.
+    """
+    given = {**reads, "--out": out}
+    local = {
+        option: place.path
+        for option, uri in given.items()
+        if uri is not None and (place := Location(uri)).is_local and os.path.exists(place.path)
+    }
+    if local and (nodes := other_machines()):
+        compare(local, nodes, _looks_from)
+
+
+def compare(local: Mapping[str, str], nodes: Sequence[OtherNode], looks_from: LooksFrom) -> None:
+    """Compare what every node sees of a file at each path with what is here.
+
+    Args: looks_from: what `look` says on each node, None for one that is gone by now.
+    Raises: UsageError.
+    """
+    with contextlib.ExitStack() as stack:
+        shown = [stack.enter_context(_shown(o, Path(path))) for o, path in local.items()]
+        here = look(shown)
+        for node, there in zip(nodes, looks_from(nodes, shown), strict=True):
+            seen = here if there is None else there
+            for (option, path), mine, theirs in zip(local.items(), here, seen, strict=True):
+                if mine != theirs:
+                    raise UsageError(
+                        f"{option} {path}: node {node.name} of the cluster does not see what this "
+                        "node has there. Name a bucket (s3://...), or a disk that all nodes mount "
+                        "(on Kubernetes shared_claim, deploy/README.md)"
+                    )
+
+
+@contextlib.contextmanager
+def _shown(option: str, path: Path) -> Iterator[str]:
+    """A file that is there; in a run folder one that no other folder can have by chance, for as
+    long as the block lasts."""
+    if option != "--out":
+        files = (f.path for f in os.scandir(path) if f.is_file()) if path.is_dir() else iter(())
+        yield next(files, str(path))
+        return
+    probe = path / f".seen-{uuid.uuid4().hex}"
+    probe.write_text(uuid.uuid4().hex)
+    try:
+        yield str(probe)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def look(paths: Sequence[str]) -> list[str]:
+    """What this node sees of files: length, and digest of both ends; empty if nothing."""
+    return [_look(Path(path)) for path in paths]
+
+
+def _look(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            ends = file.read(_END_BYTES)
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _END_BYTES))
+            ends += file.read(_END_BYTES)
+    except OSError:
+        return ""
+    return f"{size} {hashlib.sha256(ends).hexdigest()}"
+
+
+def other_machines() -> list[OtherNode]:
+    """The nodes up, one of each machine that is not the driver's: nodes of one share its disk."""
+    import ray
+
+    mine = ray.get_runtime_context().get_node_id()
+    up = [node for node in ray.nodes() if node["Alive"]]
+    machines = {
+        (node["NodeManagerHostname"], node["NodeManagerAddress"]): OtherNode(
+            node["NodeID"], f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+        )
+        for node in sorted(up, key=lambda node: bool(node["NodeID"] == mine))
+    }
+    return [node for node in machines.values() if node.id != mine]
+
+
+def _looks_from(nodes: Sequence[OtherNode], paths: Sequence[str]) -> list[list[str] | None]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = ray.remote(num_cpus=0, max_retries=0)(look)
+    replies = [
+        there.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False))
+        .remote(list(paths))
+        for node in nodes
+    ]  # fmt: skip
+    return [_answer(reply) for reply in replies]
+
+
+def _answer(reply: Any) -> list[str] | None:
+    import ray
+
+    try:
+        seen: list[str] = ray.get(reply, timeout=_ANSWER_S)
+    except ray.exceptions.RayError:
+        return None  # Taken away since, or not quite there: whoever works on it will say so.
+    return seen

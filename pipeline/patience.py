@@ -1,0 +1,58 @@
+"""open_filesystem: fsspec's filesystem of a URI, set to outlive what passes by itself.
+
+Knows nothing of what is stored. Invariant: a request that was refused for now (throttled, a
+server's error, nobody there) is repeated; one answered by no (missing, forbidden) fails at once.
+
+All that is set for retries, and what is left as the libraries have it:
+  s3://   `ATTEMPTS` over 29 s, each with the time-outs below; the library alone gives up after 2 s,
+          and at once where nobody answers
+  gs://   six attempts over 31 s, gcsfs's own
+  Delta   `DELTA_RETRIES`
+With 2 s for each connection that is 51 s, less than after which another start may have taken the
+run over (`scale.lease_stale_s`, and a third of it): a write that is repeated comes before that.
+"""
+
+import copy
+from typing import Any
+
+import fsspec
+
+ATTEMPTS = 11
+"""Waits between them grow from 0.1 s by 1.7: 29 s in all."""
+_ONE_REQUEST = {
+    # The rounds below repeat it; those of botocore in each of them would wait for minutes.
+    "retries": {"total_max_attempts": 1},
+    "connect_timeout": 2,
+    "read_timeout": 30,
+}
+DELTA_RETRIES = {"max_retries": "10", "retry_timeout": "45s"}
+
+
+def open_filesystem(uri: Any) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem and the path in it; listings are not cached, others write there, too.
+
+    Raises: ImportError or ValueError for a kind of place that fsspec does not know or cannot load.
+    """
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if fsspec.utils.get_protocol(str(uri)) in ("s3", "s3a"):
+        _repeat_for_longer()
+        options["config_kwargs"] = copy.deepcopy(_ONE_REQUEST)  # botocore adds to it.
+    filesystem, path = fsspec.core.url_to_fs(uri, **options)
+    return filesystem, path
+
+
+def _repeat_for_longer() -> None:
+    # No arguments of a filesystem: they hold for all of a process.
+    import s3fs
+
+    s3fs.S3FileSystem.retries = ATTEMPTS
+    s3fs.core.set_custom_error_handler(_may_pass)
+
+
+def _may_pass(error: BaseException) -> bool:
+    import botocore.exceptions as botocore
+
+    if isinstance(error, botocore.ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return bool(status >= 500 or status == 429)
+    return bool(isinstance(error, botocore.ConnectionError))

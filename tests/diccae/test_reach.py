@@ -1,0 +1,66 @@
+"""A path that only the driver's node has is refused by name, seen from another mount namespace."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from diccae.errors import UsageError
+from diccae.reach import OtherNode, check_reach, compare
+
+NODES = [OtherNode("1", "train-0 (10.0.0.7)")]
+LOOK = """
+import json, subprocess, sys
+folder, *paths = sys.argv[1:]
+if folder:
+    subprocess.run(["mount", "-t", "tmpfs", "none", folder], check=True)
+from diccae.reach import look
+print(json.dumps(look(paths)))
+"""
+
+
+def _looks_from(emptied: str) -> object:
+    """A node that has a disk of its own at `emptied`, as a pod has; with "" it has ours."""
+
+    def looks(nodes: Sequence[OtherNode], paths: Sequence[str]) -> list[list[str] | None]:
+        command = ["unshare", "-m", sys.executable, "-c", LOOK, emptied, *paths]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+        return [json.loads(done.stdout)]
+
+    return looks
+
+
+def _may_mount() -> bool:
+    tried = subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False)
+    return os.geteuid() == 0 and tried.returncode == 0
+
+
+@pytest.mark.skipif(not _may_mount(), reason="a mount namespace needs root")
+@pytest.mark.parametrize("option", ["--out", "--store", "--init"])
+def test_a_path_that_another_node_lacks_is_refused_and_one_it_has_passes(
+    option: str, tmp_path: Path
+) -> None:
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    for folder in (shared, own):
+        folder.mkdir()
+        (folder / "store.json").write_text("{}")
+    name = "store.json" if option == "--init" else ""
+    compare({option: str(shared / name)}, NODES, _looks_from(str(own)))
+    said = rf"{option} {own}.*: node train-0 \(10.0.0.7\) .* does not see .*s3://"
+    with pytest.raises(UsageError, match=said):
+        compare({option: str(own / name)}, NODES, _looks_from(str(own)))
+    assert sorted(path.name for path in own.iterdir()) == ["store.json"], "the probe is gone"
+
+
+def test_a_node_that_is_gone_by_now_refuses_nothing(tmp_path: Path) -> None:
+    compare({"--out": str(tmp_path)}, NODES, lambda nodes, paths: [None])
+
+
+def test_one_machine_is_asked_nothing(ray_session: None, tmp_path: Path) -> None:
+    check_reach({"--store": str(tmp_path), "--init": "s3://b/x.pth"}, str(tmp_path))
+    assert not list(tmp_path.iterdir())

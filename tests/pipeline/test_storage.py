@@ -1,0 +1,87 @@
+"""A folder of this machine and a bucket are one kind of place, also a bucket that errs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.unsteady import Unsteady, unsteady_bucket
+
+import clustering.storage
+from pipeline import patience
+from pipeline.storage import Location, place_of
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with unsteady_bucket("places") as uri:
+        yield uri
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    if request.param == "local":
+        return Location(tmp_path / "run")
+    return Location(f"{request.getfixturevalue('bucket')}/{tmp_path.name}/run")
+
+
+def test_what_is_written_is_there_under_its_name_and_nothing_else(place: Location) -> None:
+    with place.written("a/model.bin") as path:
+        path.write_bytes(b"0123456789")
+        assert not place.exists("a/model.bin")
+    with pytest.raises(FileNotFoundError), place.written("a/broken.bin") as path:
+        (path / "half").write_bytes(b"1")
+    place.write_bytes("run.json", b"{}")
+    assert place.entries() == ["a", "run.json"]
+    assert place.entries("a") == ["model.bin"]
+    assert place.tail("a/model.bin", 4) == b"6789"
+    assert place.tail("a/model.bin", 99) == b"0123456789"
+    with place.fetched("a/model.bin") as path, place.open("a/model.bin") as file:
+        assert path.read_bytes() == file.read() == b"0123456789"
+    with place.fetched("a") as folder:
+        assert [path.name for path in folder.iterdir()] == ["model.bin"]
+    assert place_of(place.uri_of("a", "model.bin"))[0].uri == place.below("a").uri
+
+
+def test_what_is_not_there_is_none_or_an_error(place: Location) -> None:
+    assert place.entries() == place.entries("gone") == []
+    assert not place.exists("gone")
+    place.remove_tree("gone")
+    for look in (place.fetched, place.open):
+        with pytest.raises(FileNotFoundError), look("gone"):
+            pass
+    with pytest.raises(FileNotFoundError):
+        place.tail("gone", 4)
+
+
+def test_a_folder_is_removed_whole(place: Location) -> None:
+    for name in ("keep/x", "drop/x", "drop/deep/y"):
+        place.write_bytes(name, b"1")
+    place.remove_tree("drop")
+    assert place.entries() == ["keep"]
+
+
+@pytest.mark.parametrize("kind", ["nobody answers", "503"])
+def test_requests_that_fail_seven_times_are_made_an_eighth_time(bucket: str, kind: str) -> None:
+    """botocore alone gives a server's error up after five."""
+    place = Location(f"{bucket}/errs")
+    place.write_bytes("file", b"before")
+    if kind == "503":
+        Unsteady.lose = 7
+    else:
+        Unsteady.drop = 7
+    place.write_bytes("file", b"after")
+    assert Unsteady.lose == Unsteady.drop == 0
+    assert place.read_bytes("file") == b"after"
+
+
+def test_a_file_that_was_created_counts_although_the_answer_was_lost(bucket: str) -> None:
+    place = Location(f"{bucket}/lost")
+    Unsteady.lose = 1
+    assert place.create_bytes("lease/1.json", b"mine")
+    assert not place.create_bytes("lease/1.json", b"another's")
+
+
+def test_clustering_is_as_patient_as_the_rest() -> None:
+    """It has a storage of its own, since it imports none of the others."""
+    assert clustering.storage.ATTEMPTS == patience.ATTEMPTS
+    assert clustering.storage._ONE_REQUEST == patience._ONE_REQUEST
