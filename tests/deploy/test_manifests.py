@@ -366,6 +366,14 @@ def test_compose_publishes_only_on_loopback_and_takes_its_secrets_from_outside()
     assert f"AS {services['mlflow']['build']['target']}\n" in dockerfile
 
 
+def test_the_database_uri_names_the_driver_that_the_image_has() -> None:
+    """What `postgresql://` alone means changed with SQLAlchemy 2.1, and MLflow did not start."""
+    (driver,) = re.findall(r" (psycopg\w*)-binary==", (ROOT / "deploy/Dockerfile").read_text())
+    for file in ("compose.yaml", "kubernetes.yaml"):
+        text = (ROOT / "deploy/mlflow" / file).read_text()
+        assert re.findall(r"\w+\+?\w*(?=://(?:mlflow|USER):)", text) == [f"postgresql+{driver}"]
+
+
 def test_image_is_built_of_what_is_here_pinned_and_not_run_as_root() -> None:
     lines = (ROOT / "deploy/Dockerfile").read_text().replace("\\\n", " ").splitlines()
     stages: dict[str, list[str]] = {}

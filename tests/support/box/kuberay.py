@@ -72,7 +72,7 @@ def submitter_pod(job: Manifest, cluster: str, name: str, submission: str) -> Ma
         f" --submission-id {submission} -- {spec['entrypoint'].strip()}; fi;"
         f" ray job logs {at} --follow {submission}"
     )
-    pod = _pod(spec["submitterPodTemplate"], name, namespace)
+    pod = pod_of(spec["submitterPodTemplate"], name, namespace)
     container = pod["spec"]["containers"][0]
     container |= {"command": ["/bin/bash", "-e", "-c", "--"], "args": [script]}
     container.setdefault("env", [])
@@ -84,7 +84,7 @@ def submitter_pod(job: Manifest, cluster: str, name: str, submission: str) -> Ma
     return pod
 
 
-def _pod(template: Manifest, name: str, namespace: str) -> Manifest:
+def pod_of(template: Manifest, name: str, namespace: str) -> Manifest:
     pod = copy.deepcopy(template)
     pod.setdefault("metadata", {})
     pod["metadata"] |= {"name": name, "namespace": namespace}
@@ -102,7 +102,7 @@ def _ray_pod(
     namespace: str,
     head: str = "",
 ) -> Manifest:
-    pod = _pod(group["template"], name, namespace)
+    pod = pod_of(group["template"], name, namespace)
     pod["metadata"]["labels"] |= {"ray.io/is-ray-node": "yes", "ray.io/cluster": cluster}
     container = pod["spec"]["containers"][0]
     limits = container["resources"]["limits"]

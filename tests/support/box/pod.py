@@ -94,7 +94,9 @@ class Pod:
         self.labels: dict[str, str] = manifest["metadata"].get("labels", {})
         self.containers: dict[str, Container] = {}
         self._nameserver = nameserver
-        self._volumes = {volume["name"]: self._volume(volume) for volume in self.spec["volumes"]}
+        self._volumes = {
+            volume["name"]: self._volume(volume) for volume in self.spec.get("volumes", [])
+        }
 
     def _volume(self, volume: Manifest) -> Path:
         group = self.spec.get("securityContext", {}).get("fsGroup", 0)
