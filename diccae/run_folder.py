@@ -21,6 +21,7 @@ from typing import Any
 
 from diccae.config import RunConfig, differing_keys, load_config, save_config
 from diccae.errors import UsageError
+from diccae.resources import job_id
 from diccae.screen import ProgressLine, clock
 from pipeline.errors import StoreLocked
 from pipeline.storage import Location
@@ -164,6 +165,7 @@ class RunFolder:
         self.check()
         if self.attempt.number:
             fields["attempt"] = self.attempt.number
+            fields["job"] = job_id()
         record = {
             "name": self.path.resolve().name,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
