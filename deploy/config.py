@@ -5,9 +5,14 @@ Invariant: no secret can be written in it, only the names of the secrets the clu
 """
 
 import re
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deploy.errors import ManifestError
 
 Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
 """A DNS label short enough for the suffixes KubeRay adds."""
@@ -151,3 +156,17 @@ class ClusterConfig(Frozen):
                 f"put it in the secret {self.storage_secret}"
             )
         return self
+
+
+def read_config(path: str | None, command: Sequence[str] = ()) -> ClusterConfig:
+    """The cluster that a YAML file describes, for this command if one is given.
+
+    Raises: ManifestError for a file that cannot be read, or a key or value that is not allowed.
+    """
+    given: dict[str, Any] = {}
+    try:
+        if path is not None:
+            given = yaml.safe_load(Path(path).read_text()) or {}
+        return ClusterConfig.model_validate(given | ({"command": command} if command else {}))
+    except (ValidationError, OSError, yaml.YAMLError) as error:
+        raise ManifestError(f"{path or 'the command'}: {error}") from None
