@@ -43,8 +43,9 @@ class FeatureSpec(Frozen):
     audio_channel: Literal["mean", "first"] = "mean"
     """Mean of the channels, or the first one as CAV-MAE takes it."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
-    """`auto`: decord on a clean timeline of many key frames, else PyAV. A forced `decord` fails
-    clips whose timeline is not clean."""
+    """`auto`: decord on a clean timeline of many key frames, else PyAV; a store made on a machine
+    without decord (aarch64) says `pyav`. A forced `decord` fails clips whose timeline is not
+    clean."""
     min_audio_s: float = Field(0.5, ge=0.025)
     """Clips with less sound than this fail with `audio_short`."""
     min_video_s: float = Field(0.0, ge=0)
