@@ -19,7 +19,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
 Image = Annotated[str, Field(pattern=r"^[\w][\w./:@-]*$")]
 """An image reference, best by digest (name@sha256:...)."""
 
-_SECRET_NAMES = re.compile(r"TOKEN|PASSWORD|SECRET|CREDENTIAL|ACCESS_KEY", re.IGNORECASE)
+SECRET_NAMES = re.compile(r"TOKEN|PASSWORD|SECRET|CREDENTIAL|ACCESS_KEY", re.IGNORECASE)
 
 
 class Frozen(BaseModel):
@@ -110,6 +110,7 @@ class ClusterConfig(Frozen):
     env: dict[str, str] = {
         "RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+        "RAY_JOB_STOP_WAIT_TIME_S": "120",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     """Variables of every pod; nothing secret."""
@@ -149,7 +150,7 @@ class ClusterConfig(Frozen):
 
     @model_validator(mode="after")
     def _no_literal_secret(self) -> "ClusterConfig":
-        found = sorted(key for key in self.env if _SECRET_NAMES.search(key))
+        found = sorted(key for key in self.env if SECRET_NAMES.search(key))
         if found:
             raise ValueError(
                 f"env holds {', '.join(found)}: manifests are no place for secrets; "

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from diccae.config import RunConfig
 from diccae.errors import UsageError
+from diccae.nodes.every_node import watched_nodes
 from diccae.run_folder import RunFolder
 from pipeline.quality.leave_out import LeftOut
 from pipeline.store.store import FeatureStore
@@ -135,13 +136,16 @@ def provenance(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
 def with_status(
     folder: RunFolder, handle: RunHandle, stage: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Run a stage and tell MLflow how it ended; an MLflow that was away gets the run now.
+    """Run a stage, its nodes watched, and tell MLflow how it ended; an MLflow that was away gets
+    the run now.
 
     A start that lost the folder tells nothing: the run is that of the one which holds it.
     """
     status = "FAILED"
+    measure = folder.config().tracking.of_nodes
     try:
-        result = stage()
+        with watched_nodes(folder.attempt, handle, measure):
+            result = stage()
         status = "FINISHED"
         return result
     except KeyboardInterrupt:
