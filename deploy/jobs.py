@@ -215,7 +215,10 @@ def _jobs(cluster: Cluster) -> list[Job]:
 def _job(info: Any) -> Job:
     metadata = dict(info.metadata or {})
     if "diccae.command" not in metadata:
-        words = shlex.split(info.entrypoint)
+        try:
+            words = shlex.split(info.entrypoint)
+        except ValueError:  # A shell's text, which need not be a list of words.
+            words = []
         starts = [i + 1 for i, word in enumerate(words) if word == "diccae"]
         metadata |= facts(words[starts[0] :]) if starts else {"diccae.command": info.entrypoint}
     return Job(
