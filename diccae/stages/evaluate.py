@@ -10,6 +10,7 @@ from typing import Any
 from clustering.rounds.files import load_round, rounds_at
 from diccae.config import RunConfig
 from diccae.errors import UsageError
+from diccae.nodes.every_node import watched_nodes
 from diccae.resources import Demand, check_fits, start_ray
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import Say, pin_for, tracking_handle
@@ -31,11 +32,14 @@ def run_evaluate(folder: RunFolder, config: RunConfig, say: Say) -> dict[str, An
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
     started = time.monotonic()
     clusters = _clusters(folder.path, test)
-    evaluation = evaluate(config, data.train, test, folder.path, clusters, may_write=folder.check)
+    handle = tracking_handle(folder)
+    with watched_nodes(folder.attempt, handle, measure=False):
+        evaluation = evaluate(
+            config, data.train, test, folder.path, clusters, may_write=folder.check
+        )
     found = evaluation.as_json()
     seconds = {"evaluate": round(time.monotonic() - started, 2)}
     results = folder.write_results(**found, seconds=seconds, config_hash=config.digest())
-    handle = tracking_handle(folder)
     if handle.run_id:
         folder.check()
         tracking.log_results(handle, dict(scalars(found)))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -67,11 +68,16 @@ def test_logs_and_measures_of_all_nodes_outlive_a_driver_that_dies(
     handle = create_run(TrackingConfig(), str(out), {}, {}, {})
     (tmp_path / "driver.py").write_text(DRIVER)
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    env |= {"A_TOKEN": "open-sesame", "RAY_TMPDIR": "/tmp", "RAY_AUTH_TOKEN": "5e" * 32}
+    env |= {"A_TOKEN": "open-sesame", "RAY_AUTH_TOKEN": "5e" * 32}
     job = {"metadata": {"job_submission_id": "raysubmit_1"}, "runtime_env": {}}
     env["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps(job)
     command = [sys.executable, str(tmp_path / "driver.py"), str(out), handle.uri, handle.run_id]
-    with open(tmp_path / "said", "wb") as said:
+    # Short: Ray's socket paths are limited; its own: this cluster must not be joined by others.
+    with (
+        tempfile.TemporaryDirectory(prefix="dn", dir="/tmp", ignore_cleanup_errors=True) as ray,
+        open(tmp_path / "said", "wb") as said,
+    ):
+        env |= {"RAY_TMPDIR": ray}
         done = subprocess.run(command, env=env, stdout=said, stderr=said, timeout=500)
     assert done.returncode == 1, (tmp_path / "said").read_text()
 

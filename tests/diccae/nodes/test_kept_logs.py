@@ -17,6 +17,9 @@ from diccae.nodes.log_files import (
 )
 from diccae.nodes.watch import Keeper, masks
 from diccae.run_folder import RunFolder
+from pipeline.storage import Location
+from pipeline.store.lease import Lease
+from training.attempt import Attempt
 from training.errors import RunTaken
 
 WORKER = "02034c7c64fe60aacee81d074f9cd328dc0607dc75a5752a8535db6a"
@@ -107,6 +110,17 @@ def test_an_attempt_that_lost_its_run_keeps_nothing_more(tmp_path: Path) -> None
         keeper = Keeper(logs, lambda: [LogFile("driver.log", source)], None, every_s=600)
         keeper.close()
     assert not (tmp_path / "run" / "logs").exists()
+
+
+def test_logs_are_kept_in_an_object_store_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = LogFile("driver.log", _write(tmp_path / "log", "one\n"))
+    with Lease(Location("memory://runs/one"), 60.0, "a run") as lease:
+        attempt = Attempt("memory://runs/one", lease.generation)
+        KeptLogs(attempt, "10.0.0.7", Masks([])).publish([source])
+    assert main(["logs", "--out", "memory://runs/one"]) == 0
+    assert capsys.readouterr().out == "# 10.0.0.7: log\none\n"
 
 
 def test_kept_logs_are_read_by_attempt_and_process(
