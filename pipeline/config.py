@@ -76,7 +76,8 @@ class IngestConfig(Frozen):
     shard_clips: int = Field(256, ge=1, le=4096)
     """Most clips in one shard, the unit of retry."""
     workers: int | None = Field(None, ge=1)
-    """Decode actors; None: one per CPU of the cluster, per core of a machine alone."""
+    """Most decode actors; None: one per CPU that the cluster has or gets, per core of a machine
+    alone."""
     local_clips: int = Field(64, ge=0)
     """Up to this many clips are decoded by processes of this machine, and Ray is never started; 0
     leaves every clip to Ray."""
