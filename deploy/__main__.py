@@ -1,15 +1,14 @@
 """`python -m deploy --out DIR [--config FILE]`: writes the manifests of a cluster.
 
-Knows nothing of what is in them. Invariant: nothing is written unless the config is valid.
+The part of `diccae render` that imports none of the other packages: knows nothing of what the
+command needs, so it does not compare that with the groups. Invariant: nothing is written unless the
+config is valid.
 """
 
 import argparse
 import sys
 
-import yaml
-from pydantic import ValidationError
-
-from deploy.config import ClusterConfig
+from deploy.config import read_config
 from deploy.errors import DeployError
 from deploy.render import write_manifests
 
@@ -22,15 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", nargs="*", help="words after `diccae` that the job runs")
     args = parser.parse_args(argv)
     try:
-        given: dict[str, object] = {}
-        if args.config:
-            with open(args.config) as file:
-                given = yaml.safe_load(file) or {}
-        if args.command:
-            given["command"] = args.command
-        for path in write_manifests(ClusterConfig.model_validate(given), args.out):
+        for path in write_manifests(read_config(args.config, args.command), args.out):
             print(path)
-    except (DeployError, ValidationError, OSError, yaml.YAMLError) as error:
+    except (DeployError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -5,16 +5,21 @@ Invariant: no secret can be written in it, only the names of the secrets the clu
 """
 
 import re
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deploy.errors import ManifestError
 
 Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
 """A DNS label short enough for the suffixes KubeRay adds."""
 Image = Annotated[str, Field(pattern=r"^[\w][\w./:@-]*$")]
 """An image reference, best by digest (name@sha256:...)."""
 
-_SECRET_NAMES = re.compile(r"TOKEN|PASSWORD|SECRET|CREDENTIAL|ACCESS_KEY", re.IGNORECASE)
+SECRET_NAMES = re.compile(r"TOKEN|PASSWORD|SECRET|CREDENTIAL|ACCESS_KEY", re.IGNORECASE)
 
 
 class Frozen(BaseModel):
@@ -106,6 +111,7 @@ class ClusterConfig(Frozen):
     env: dict[str, str] = {
         "RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+        "RAY_JOB_STOP_WAIT_TIME_S": "120",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     """Variables of every pod; nothing secret."""
@@ -145,10 +151,24 @@ class ClusterConfig(Frozen):
 
     @model_validator(mode="after")
     def _no_literal_secret(self) -> "ClusterConfig":
-        found = sorted(key for key in self.env if _SECRET_NAMES.search(key))
+        found = sorted(key for key in self.env if SECRET_NAMES.search(key))
         if found:
             raise ValueError(
                 f"env holds {', '.join(found)}: manifests are no place for secrets; "
                 f"put it in the secret {self.storage_secret}"
             )
         return self
+
+
+def read_config(path: str | None, command: Sequence[str] = ()) -> ClusterConfig:
+    """The cluster that a YAML file describes, for this command if one is given.
+
+    Raises: ManifestError for a file that cannot be read, or a key or value that is not allowed.
+    """
+    given: dict[str, Any] = {}
+    try:
+        if path is not None:
+            given = yaml.safe_load(Path(path).read_text()) or {}
+        return ClusterConfig.model_validate(given | ({"command": command} if command else {}))
+    except (ValidationError, OSError, yaml.YAMLError) as error:
+        raise ManifestError(f"{path or 'the command'}: {error}") from None

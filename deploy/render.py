@@ -82,11 +82,11 @@ def _values(config: ClusterConfig) -> list[tuple[str, Any]]:
         "entrypoint": shlex.join(["python", "-m", "diccae", *config.command]),
         "env": [
             {"name": key, "value": value}
-            for key, value in (config.env | {MAXIMA: json.dumps(_maxima(config))}).items()
+            for key, value in (config.env | {MAXIMA: json.dumps(maxima(config))}).items()
         ],
         "idle_minutes": max(1, config.idle_s // 60),
         "mounts": _mounts(config),
-        "maxima": shlex.quote(json.dumps(_maxima(config))),
+        "maxima": shlex.quote(json.dumps(maxima(config))),
         "profile": {"Name": config.worker_profile or _RAYS_PROFILE},
         "max_workers": config.decode.max_nodes + config.train.max_nodes,
     }
@@ -97,8 +97,8 @@ def _values(config: ClusterConfig) -> list[tuple[str, Any]]:
     return list(values.items())
 
 
-def _maxima(config: ClusterConfig) -> list[dict[str, int]]:
-    """The most that the autoscaler can start: what `diccae` compares a run with."""
+def maxima(config: ClusterConfig) -> list[dict[str, int]]:
+    """The most that the autoscaler can start, decode and train: what a run is compared with."""
     return [
         {"nodes": group.max_nodes, "cpus": group.cpus, "gpus": group.gpus}
         for group in (config.decode, config.train)

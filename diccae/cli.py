@@ -27,6 +27,10 @@ COMMANDS = {
     "cluster": "exact distributed k-means over any Parquet of vectors",
     "report": "run folder -> one HTML page",
     "submit": "run any of these as a job on a Ray cluster",
+    "render": "manifests of a cluster that runs any of these (Kubernetes, cloud machines)",
+    "jobs": "what runs on a cluster, and what ran there",
+    "logs": "what a job says, while it runs and after",
+    "stop": "end a job; what it has done is kept",
     "doctor": "check this machine, the cluster, the store and MLflow",
 }
 

@@ -47,6 +47,12 @@ def embedded_cores() -> int | None:
     return None if os.environ.get("RAY_ADDRESS") else os.cpu_count() or 1
 
 
+def job_id() -> str:
+    """This process's job, as the job server that started it names it; empty if none did."""
+    given = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return str((given.get("metadata") or {}).get("job_submission_id", ""))
+
+
 def start_ray() -> None:
     """Join the cluster of this job (RAY_ADDRESS), or start one inside this process."""
     # Read at import: a thread that outlives an interrupted run would start another Ray.

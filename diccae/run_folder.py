@@ -19,6 +19,7 @@ from typing import Any
 
 from diccae.config import RunConfig, config_text, differing_keys, parse_config
 from diccae.errors import UsageError
+from diccae.resources import job_id
 from diccae.screen import ProgressLine, clock
 from pipeline.errors import StoreLocked
 from pipeline.storage import Location, storage_failures_ignored
@@ -171,6 +172,7 @@ class RunFolder:
         self.check()
         if self.attempt.number:
             fields["attempt"] = self.attempt.number
+            fields["job"] = job_id()
         record = {
             "name": self.place.name,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),

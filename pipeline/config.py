@@ -43,8 +43,9 @@ class FeatureSpec(Frozen):
     audio_channel: Literal["mean", "first"] = "mean"
     """Mean of the channels, or the first one as CAV-MAE takes it."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
-    """`auto`: decord on a clean timeline of many key frames, else PyAV. A forced `decord` fails
-    clips whose timeline is not clean."""
+    """`auto`: decord on a clean timeline of many key frames, else PyAV; a store made on a machine
+    without decord (aarch64) says `pyav`. A forced `decord` fails clips whose timeline is not
+    clean."""
     min_audio_s: float = Field(0.5, ge=0.025)
     """Clips with less sound than this fail with `audio_short`."""
     min_video_s: float = Field(0.0, ge=0)
@@ -75,7 +76,8 @@ class IngestConfig(Frozen):
     shard_clips: int = Field(256, ge=1, le=4096)
     """Most clips in one shard, the unit of retry."""
     workers: int | None = Field(None, ge=1)
-    """Decode actors; None: one per CPU of the cluster, per core of a machine alone."""
+    """Most decode actors; None: one per CPU that the cluster has or gets, per core of a machine
+    alone."""
     local_clips: int = Field(64, ge=0)
     """Up to this many clips are decoded by processes of this machine, and Ray is never started; 0
     leaves every clip to Ray."""

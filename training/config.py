@@ -391,6 +391,14 @@ class TrackingConfig(Frozen):
     """MLflow experiment."""
     register_as: str | None = None
     """Registered model name of the finished encoder; None registers nothing."""
+    system_metrics: bool | None = None
+    """CPU, memory, GPU and network of every node while it trains; None: where `uri` is a server."""
+
+    @property
+    def of_nodes(self) -> bool:
+        """Whether the nodes are measured."""
+        is_server = (self.uri or "").startswith(("http://", "https://"))
+        return is_server if self.system_metrics is None else self.system_metrics
 
 
 class TrainingConfig(Frozen):

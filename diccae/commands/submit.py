@@ -1,10 +1,10 @@
 """`diccae submit`: run any diccae command as a job on a Ray cluster."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diccae.args import parse
+from diccae.commands.logs import write
 from diccae.errors import UsageError
 from diccae.screen import say
 
@@ -16,8 +16,8 @@ class SubmitArgs:
     Everything after `--` is the command: diccae submit --address URL -- pretrain --config FILE ...
     """
 
-    address: str
-    """The cluster's job server, such as http://127.0.0.1:8265."""
+    address: str | None = None
+    """The cluster's job server; default: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265."""
     working_dir: str = "."
     """Folder whose code the job gets."""
     env: tuple[str, ...] = ()
@@ -26,10 +26,6 @@ class SubmitArgs:
     """Patterns left out of the package, beside .gitignore."""
     no_wait: bool = False
     """Submit and return at once."""
-    follow: str | None = None
-    """Stream the log of a job that was submitted before."""
-    stop: str | None = None
-    """Stop a job."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,23 +35,20 @@ def main(argv: Sequence[str]) -> int:
         cut = options.index("--")
         options, command = options[:cut], options[cut + 1 :]
     args = parse("submit", SubmitArgs, options)
-    from deploy import submit
-
-    if args.stop is not None:
-        return submit.stop(args.address, args.stop, say=say)
-    if args.follow is not None:
-        return submit.follow(args.address, args.follow, say=say, write=_write)
     if not command:
         raise UsageError("nothing to run; end the line with: -- pretrain --config FILE ...")
-    return submit.submit(
-        args.address,
+    from deploy.connect import address_or_default
+    from deploy.submit import submit
+
+    return submit(
+        address_or_default(args.address),
         command,
         working_dir=args.working_dir,
         env=dict(_pair(item) for item in args.env),
         excludes=args.exclude,
         wait=not args.no_wait,
         say=say,
-        write=_write,
+        write=write,
     )
 
 
@@ -64,8 +57,3 @@ def _pair(item: str) -> tuple[str, str]:
     if not equals:
         raise UsageError(f"--env {item}: expected NAME=VALUE")
     return name, value
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

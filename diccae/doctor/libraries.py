@@ -19,6 +19,7 @@ from packaging.version import Version
 
 from diccae.doctor import child
 from diccae.doctor.check import Check, never_raises
+from pipeline.decode import choice
 
 
 def check_python() -> Check:
@@ -176,6 +177,9 @@ _CODEC_OF = {"libx264": "h264", "libx265": "hevc", "libvpx-vp9": "vp9", "libsvta
 @never_raises("decord", "reinstall decord, or ingest with --features.decoder pyav (slower)")
 def check_decord() -> Check:
     """What decord's own ffmpeg decodes, tried on clips made here; PyAV takes the rest."""
+    if not choice.has_decord() and platform.machine() != "x86_64":
+        here = f"no wheel for {platform.machine()}: PyAV decodes all, features.decoder = pyav"
+        return Check("decord", True, here)
     version, *worked = child.run(_DECORD, 120, env={"SVT_LOG": "0"}).split()
     names = [_CODEC_OF[name] for name in worked]
     if "h264" not in names:

@@ -90,7 +90,7 @@ def check_place(file: str, address: str | None) -> Check:
     labels = config.rounds.labels != "none"
     demands = demands_of(config, config.pool.groups(config.clustering) if labels else None)
     if address:
-        from deploy.submit import connect, nodes_of
+        from deploy.connect import connect, nodes_of
 
         nodes = [Node(*node) for node in nodes_of(connect(address))]
         where = f"{len(nodes)} node(s) of {address}"

@@ -14,7 +14,7 @@ from diccae.doctor.check import Check, never_raises
 @never_raises("ray token", "see the message; unset RAY_AUTH_TOKEN_PATH or name a readable file")
 def check_token() -> Check:
     """Whether the token a cluster may ask for is here; a machine without one is no failure."""
-    from deploy.submit import find_token
+    from deploy.connect import find_token
 
     mode = os.environ.get("RAY_AUTH_MODE", "unset")
     token, source = find_token()
@@ -60,7 +60,7 @@ def check_mlflow(uri: str) -> Check:
 @never_raises("cluster", "see the message")
 def check_cluster(address: str) -> Check:
     """The job server of a cluster lets us in, and runs this Ray."""
-    from deploy.submit import connect
+    from deploy.connect import connect
 
     cluster = connect(address)
     ours = importlib.metadata.version("ray")

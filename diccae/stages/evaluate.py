@@ -32,19 +32,20 @@ def run_evaluate(
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
     started = time.monotonic()
     clusters = _clusters(folder.place.uri_of("rounds"), test)
-    evaluation = evaluate(
-        config,
-        data.train,
-        test,
-        folder.place,
-        clusters,
-        apply=place.apply,
-        may_write=folder.check,
-    )
+    handle = tracking_handle(folder)
+    with place.watched_nodes(folder.attempt, handle, measure=False):
+        evaluation = evaluate(
+            config,
+            data.train,
+            test,
+            folder.place,
+            clusters,
+            apply=place.apply,
+            may_write=folder.check,
+        )
     found = evaluation.as_json()
     seconds = {"evaluate": round(time.monotonic() - started, 2)}
     results = folder.write_results(**found, seconds=seconds, config_hash=config.digest())
-    handle = tracking_handle(folder)
     if handle.run_id:
         folder.check()
         tracking.log_results(handle, dict(scalars(found)))

@@ -51,7 +51,8 @@ def run_finetune(
     started = time.monotonic()
     handle = tracking_handle(folder)
     written = Written(folder.place, handle, origin, folder.attempt)
-    with watched(folder.place, "finetune.jsonl", steps * config.finetune.epochs, "finetune"):
+    nodes = place.watched_nodes(folder.attempt, handle, config.tracking.of_nodes)
+    with nodes, watched(folder.place, "finetune.jsonl", steps * config.finetune.epochs, "finetune"):
         with_status(
             folder,
             handle,

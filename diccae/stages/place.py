@@ -5,13 +5,16 @@ the same peers.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from diccae.config import RunConfig
+from diccae.nodes.every_node import watched_nodes
 from diccae.reach import check_reach
 from diccae.resources import Demand, check_fits, scale_note, start_ray
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import Say, tracking_run
+from training.attempt import Attempt
 from training.config import ScaleConfig
 from training.data.rows import RowIndex
 from training.lab.place import Lab
@@ -44,6 +47,12 @@ class Place(Protocol):
         """The MLflow run of a folder."""
         ...
 
+    def watched_nodes(
+        self, attempt: Attempt, handle: RunHandle, measure: bool
+    ) -> AbstractContextManager[None]:
+        """While a stage runs: logs of the nodes, and what they use if `measure`."""
+        ...
+
     def note(self, scale: ScaleConfig, handle: RunHandle, say: Say) -> None:
         """Say what a reader of the times, or of the metrics, has to know."""
         ...
@@ -65,6 +74,7 @@ class OnRay:
     """The cluster of this job, or one inside this process."""
 
     apply = staticmethod(run_jobs)
+    watched_nodes = staticmethod(watched_nodes)
 
     def ready(self, demands: list[Demand], paths: Mapping[str, str | None], out: str) -> None:
         """See `Place`."""
@@ -127,6 +137,12 @@ class InLab:
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
         self.apply: Apply = lab.apply
+
+    def watched_nodes(
+        self, attempt: Attempt, handle: RunHandle, measure: bool
+    ) -> AbstractContextManager[None]:
+        """See `Place`; there are none."""
+        return nullcontext()
 
     def ready(self, demands: list[Demand], paths: Mapping[str, str | None], out: str) -> None:
         """See `Place`; there is nothing to start."""

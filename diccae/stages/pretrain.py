@@ -49,7 +49,8 @@ def run_pretrain(
     total = _say_what_is_trained(config, data, store, say, span)
     written = Written(folder.place, handle, provenance(folder, config), folder.attempt)
     started = time.monotonic()
-    with watched(folder.place, "metrics.jsonl", total, "pretrain"):
+    nodes = place.watched_nodes(folder.attempt, handle, config.tracking.of_nodes)
+    with nodes, watched(folder.place, "metrics.jsonl", total, "pretrain"):
         result = with_status(
             folder,
             handle,

@@ -37,7 +37,8 @@ def run_shards(
     Raises: PipelineError, as run_waves does.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    n_workers = config.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    n_there = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    n_workers = config.workers or n_there
     arguments = {
         "store_uri": store_uri,
         "spec": spec,
@@ -47,8 +48,10 @@ def run_shards(
     }
 
     def decode(shards: list[pa.Table], wave_id: str) -> Generator[Outcome, None, None]:
-        n_actors = min(n_workers, len(shards))
-        return _outcomes(shards, n_actors, {**arguments, "run_id": wave_id}, config)
+        # Nodes may come while it works: an autoscaler starts them for the actors that wait.
+        most = min(config.workers or len(shards), len(shards))
+        pool = ActorPoolStrategy(min_size=min(n_there, most), max_size=most)
+        return _outcomes(shards, pool, {**arguments, "run_id": wave_id}, config)
 
     return run_waves(todo, config, run_id, n_workers, decode)
 
@@ -95,7 +98,10 @@ def _result(outcome: Outcome) -> pa.Table:
 
 
 def _outcomes(
-    shards: list[pa.Table], n_actors: int, arguments: dict[str, Any], config: IngestConfig
+    shards: list[pa.Table],
+    pool: ActorPoolStrategy,
+    arguments: dict[str, Any],
+    config: IngestConfig,
 ) -> Generator[Outcome, None, None]:
     rows = [{"index": i, "clips": table_to_bytes(shard)} for i, shard in enumerate(shards)]
     with DataContext.current(_own_context()):
@@ -104,7 +110,7 @@ def _outcomes(
             fn_constructor_kwargs=arguments,
             batch_size=1,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=n_actors),
+            compute=pool,
             num_cpus=config.cpus_per_worker,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
         )

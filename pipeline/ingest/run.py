@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import FeatureSpec, IngestConfig
+from pipeline.decode.choice import spec_for_this_machine
 from pipeline.errors import TooManyFailures
 from pipeline.ingest.plan import STATE_COLUMNS, Plan, content_known, make_plan
 from pipeline.quality.leave_out import without_left_out
@@ -83,11 +84,10 @@ def plan_ingest(
 
     Raises: SourceError, StoreError, MassRemoval.
     """
-    asked = _Asked(clips, videos, store, spec, config, label_from_folder)
     existing = FeatureStore.open(store) if FeatureStore.exists(store) else None
-    if existing is None:
-        return asked.plan(None, cache=None)
-    return asked.plan(existing.snapshot(), existing.location)
+    known = existing.snapshot() if existing else None
+    asked = _Asked(clips, videos, store, spec, config, label_from_folder).here(known)
+    return asked.plan(known, existing.location if existing else None)
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,10 @@ class _Asked:
     spec: FeatureSpec | None
     config: IngestConfig
     label_from_folder: bool
+
+    def here(self, known: Snapshot | None) -> "_Asked":
+        """The same with a spec that this machine can decode. Raises: StoreError."""
+        return replace(self, spec=spec_for_this_machine(self.spec, known.spec if known else None))
 
     def plan(self, snapshot: Snapshot | None, cache: Location | None) -> Plan:
         """What brings a version of a store up to date. Args: cache: as list_sources takes it."""
@@ -179,14 +183,14 @@ def ingest(
         when all that is good, or done, is committed.
     """
     started = time.monotonic()
-    asked = _Asked(clips, videos, store, spec, config, label_from_folder)
     known = FeatureStore.open(store).snapshot() if FeatureStore.exists(store) else None
+    asked = _Asked(clips, videos, store, spec, config, label_from_folder).here(known)
     # Before the store is made: a mistake in the source should not leave an empty one behind. The
     # index of tar parts is kept there from this first look on.
     plan = asked.plan(known, Location(store))
-    target = FeatureStore.create(store, spec or FeatureSpec())
+    target = FeatureStore.create(store, asked.spec or FeatureSpec())
     newest = known or target.snapshot()
-    plan = replace(plan, puts_in_force=not _has_in_force(newest, spec or newest.spec))
+    plan = replace(plan, puts_in_force=not _has_in_force(newest, asked.spec or newest.spec))
     if plan.is_empty:
         return _summary(plan, newest.version, started)
     with target.lease(config.lease_stale_s, f"an ingest of {clips or videos}") as lease:
@@ -194,7 +198,7 @@ def ingest(
             # Another run finished before this one had the lease.
             newest = target.snapshot()
             plan = asked.plan(newest, Location(store))
-        used = spec or newest.spec
+        used = asked.spec or newest.spec
         run = _Run(target, used, config, lease, len(plan.todo), on_progress, start_ray)
         run.carry_out(plan, newest)
         summary = _summary(plan, target.version(), started, ok=run.n_ok, failed=run.n_failed)

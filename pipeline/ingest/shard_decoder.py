@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import FeatureSpec, IngestConfig
+from pipeline.decode.choice import refuse_without_decoder
 from pipeline.decode.clip import Clip
 from pipeline.decode.payload import Fbanks, fbank_payload
 from pipeline.decode.sandbox import Sandbox
@@ -94,11 +95,13 @@ class ShardDecoder:
         """Decode clips into shards of at most shard_clips. Yields their rows of the clips table,
         and an empty table after each clip.
 
-        Raises: StoreError if the driver's store is not seen from here; PipelineError if no decode
+        Raises: StoreError if the driver's store is not seen from here, or this node would make
+        other features of a clip; PipelineError if no decode
         child or fbank service starts; OSError if the source cannot be read or the store not be
         written.
         """
         self._check_store()
+        refuse_without_decoder(self._spec, socket.gethostname())
         fetched = fetch_all(clips.to_pylist(), self._config)
         for first in fetched:
             rest = itertools.islice(fetched, self._config.shard_clips - 1)

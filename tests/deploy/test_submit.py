@@ -1,5 +1,6 @@
 """A job handed to a real head node, with token authentication as Ray has it on by default."""
 
+import asyncio
 import json
 import os
 import signal
@@ -9,24 +10,46 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import aiohttp
+import aiohttp.web
 import psutil
 import pytest
 
+from deploy.connect import connect, nodes_of
 from deploy.errors import AccessRefused, ClusterUnreachable, DeployError
-from deploy.submit import INTERRUPTED, connect, follow, nodes_of, stop, submit
+from deploy.jobs import INTERRUPTED, follow, jobs, stop
+from deploy.submit import submit
 from diccae.cli import main
 
 TOKEN = "4f9c" * 16
 MAIN = """
-import os, sys, time
+import os, signal, sys, time
 print("args", sys.argv[1:], os.environ.get("COLOUR"), os.path.exists("left-out.bin"), flush=True)
 if sys.argv[1] == "fail":
     sys.exit(3)
+if sys.argv[1] == "count":
+    for i in range(12):
+        print("line", i, flush=True)
+        while i == 5 and not os.path.exists(sys.argv[2]):
+            time.sleep(0.1)
+    sys.exit(5)
 if sys.argv[1] == "sleep":
+    try:
+        time.sleep(300)
+    except KeyboardInterrupt:
+        print("kept", flush=True)
+if sys.argv[1] == "save":
+    # Ends by itself, and later than Ray's own three seconds after the signal.
+    def save(*_):
+        time.sleep(4)
+        print("saved", flush=True)
+        os._exit(0)
+    signal.signal(signal.SIGTERM, save)
+    print("ready", flush=True)
     time.sleep(300)
 """
 
@@ -164,7 +187,7 @@ def test_job_runs_the_packed_code_and_its_own_exit_code_comes_back(
     assert "3 files" in screen.said
     assert sorted(path for path in project.rglob("*")) == before
 
-    job_id = failing.said.split("--follow ")[1].split()[0]
+    job_id = failing.said.split("diccae logs ")[1].split()[0]
     assert follow(head, job_id, say=failing.say, write=failing.write) == 3
     assert "exit code 3" in failing.said
     assert "args ['fail']" in failing.log
@@ -181,14 +204,140 @@ def test_ctrl_c_detaches_and_the_job_can_be_followed_and_stopped(head: str, proj
 
     code = submit(head, ["sleep"], working_dir=project, say=screen.say, write=interrupt)
     assert code == INTERRUPTED
-    job_id = screen.said.split("--follow ")[1].split()[0]
-    assert f"--stop {job_id}" in screen.said
+    job_id = screen.said.split("diccae logs ")[1].split()[0]
+    assert f"diccae logs {job_id} --follow --address {head}" in screen.said
+    assert f"diccae stop {job_id} --address {head}" in screen.said
     assert stop(head, job_id, say=screen.say) == 0
     again = Screen()
     assert follow(head, job_id, say=again.say, write=again.write) == INTERRUPTED
     assert "args ['sleep']" in again.log
-    with pytest.raises(DeployError, match="knows no job nowhere"):
-        follow(head, "nowhere", say=again.say, write=again.write)
+
+
+@pytest.mark.usefixtures("token")
+def test_jobs_are_listed_read_and_stopped_by_commands(
+    head: str, project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    screen = Screen()
+    args = {"working_dir": project, "say": screen.say, "write": screen.write}
+    submit(head, ["save", "--out", str(run)], wait=False, **args)
+    job_id = screen.said.split("diccae logs ")[1].split()[0]
+    _until(lambda: "ready" in _read(job_id, head, capsys))
+    run.mkdir()
+    record = {"job": job_id, "attempt": 3, "mlflow": {"uri": "http://mlflow:5000", "run_id": "7f"}}
+    (run / "run.json").write_text(json.dumps(record))
+
+    assert main(["jobs", "--address", head, "--runs", "--last", "1"]) == 0
+    row = capsys.readouterr().out.splitlines()[2]
+    for shown in (job_id, "RUNNING", " 3 ", "http://mlflow:5000/#/runs/7f", f"save --out {run}"):
+        assert shown in row
+
+    assert main(["stop", job_id, "--address", head]) == 0
+    said = capsys.readouterr().err
+    assert f"{job_id} is STOPPED after " in said
+    assert f"{run} keeps its last checkpoint" in said
+    assert _read(job_id, head, capsys).endswith("ready\nsaved\n")
+    assert main(["stop", job_id, "--address", head]) == 0
+    assert "over already" in capsys.readouterr().err
+
+    assert main(["jobs", "--address", head, "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert (listed["id"], listed["state"], listed["out"]) == (job_id, "STOPPED", str(run))
+
+
+def _read(job_id: str, head: str, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(["logs", job_id, "--address", head]) == 0
+    return capsys.readouterr().out
+
+
+def _until(happens: Callable[[], bool], within_s: float = 60.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not happens():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
+
+
+@pytest.mark.usefixtures("token")
+@pytest.mark.parametrize("command", ["logs", "stop"])
+def test_an_unknown_job_is_told_with_the_nearest_and_the_last(
+    command: str, head: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not (known := jobs(head)):
+        submit(head, ["x"], working_dir=project, wait=False, say=print, write=print)
+        known = jobs(head)
+    right = known[-1].id
+    assert main([command, right[:-1] + "#", "--address", head]) == 1
+    said = capsys.readouterr().err
+    assert f"did you mean {right}" in said
+    assert f"its last: {known[0].id} ({known[0].command.split()[0]}, " in said
+    assert said.count("\n") == 1
+    assert main([command, "nowhere", "--address", head]) == 1
+    assert "did you mean" not in capsys.readouterr().err
+
+
+class _HangsUp:
+    """A proxy before the head that closes a log's stream in due form after its first message, as
+    one does whose stream was silent for long."""
+
+    def __init__(self, head: str, times: int, done: Path) -> None:
+        self.head, self.left, self.done = head, times, done
+
+    async def answer(self, request: aiohttp.web.Request) -> aiohttp.web.StreamResponse:
+        kept = ("Authorization", "Content-Type")
+        headers = {name: request.headers[name] for name in kept if name in request.headers}
+        url = f"{self.head}{request.path_qs}"
+        async with aiohttp.ClientSession(headers=headers) as session:
+            if request.headers.get("Upgrade", "").lower() != "websocket":
+                async with session.request(request.method, url, data=await request.read()) as got:
+                    return aiohttp.web.Response(body=await got.read(), status=got.status)
+            there = aiohttp.web.WebSocketResponse()
+            await there.prepare(request)
+            # The head answers a close only when it has more to say.
+            soon = aiohttp.ClientWSTimeout(ws_close=0.1)
+            async with session.ws_connect(url, timeout=soon) as here:
+                async for message in here:
+                    await there.send_str(message.data)
+                    if self.left:
+                        self.left -= 1
+                        break
+                    self.done.touch()
+            await there.close()
+            return there
+
+
+@pytest.fixture
+def hangs_up(head: str, tmp_path: Path) -> Iterator[tuple[str, _HangsUp]]:
+    proxy = _HangsUp(head, times=3, done=tmp_path / "done")
+    loop = asyncio.new_event_loop()
+    app = aiohttp.web.Application(client_max_size=2**25)
+    app.router.add_route("*", "/{path:.*}", proxy.answer)
+    runner = aiohttp.web.AppRunner(app)
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    asyncio.run_coroutine_threadsafe(runner.setup(), loop).result(20)
+    site = aiohttp.web.TCPSite(runner, "127.0.0.1", 0)
+    asyncio.run_coroutine_threadsafe(site.start(), loop).result(20)
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}", proxy
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(20)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(20)
+    loop.close()
+
+
+@pytest.mark.usefixtures("token")
+def test_a_log_whose_stream_closes_quietly_loses_and_repeats_no_line(
+    hangs_up: tuple[str, _HangsUp], project: Path
+) -> None:
+    address, proxy = hangs_up
+    screen = Screen()
+    command = ["count", str(proxy.done)]
+    code = submit(address, command, working_dir=project, say=screen.say, write=screen.write)
+    assert proxy.left == 0
+    lines = [line for line in screen.log.splitlines() if line.startswith("line")]
+    assert lines == [f"line {i}" for i in range(12)]
+    assert screen.log.count("args ['count'") == 1
+    assert code == 5
 
 
 def test_no_token_and_a_wrong_token_are_refused_with_the_way_out(

@@ -139,3 +139,39 @@ def test_the_largest_are_placed_first_and_where_least_is_left() -> None:
     demands = [Demand("small", 6, 1, 0), Demand("large", 1, 8, 0), Demand("gpu", 1, 0.5, 1)]
     assert left_over(demands, nodes) == [Demand("small", 1, 1, 0)]
     assert left_over(demands[1:], nodes) == []
+
+
+RENDERED = ("--store", "s3://b/store", "--out", "/shared/run")
+
+
+def _render(folder: Path, *command: str, groups: str = "") -> int:
+    config = folder / "cluster.yaml"
+    config.write_text(f"shared_claim: disk\n{groups}")
+    out = str(folder / "manifests")
+    return main(["render", "--config", str(config), "--out", out, "--", *command, *RENDERED])
+
+
+def test_what_the_groups_can_never_hold_is_refused_at_rendering(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = ("pretrain", "--config", "/app/configs/vggsound.yaml")
+    too_small = "train: {cpus: 32, gpus: 4, max_nodes: 1}"
+    assert _render(tmp_path, *recipe, groups=too_small) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "no room for 4 of the training workers (4 CPU, 1 GPU each)" in said
+    assert "train 1 x (32 CPU, 4 GPU)" in said
+    assert not (tmp_path / "manifests").exists()
+
+    fewer = ("--scale.num-workers", "4")
+    assert _render(tmp_path, *recipe, *fewer, groups=too_small) == 0
+    assert _render(tmp_path, *recipe) == 0
+    assert (tmp_path / "manifests" / "rayjob.yaml").exists()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_command_whose_config_is_not_here_is_rendered_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _render(tmp_path, "pretrain", "--config", "/app/mine.yaml") == 0
+    assert "not compared with the groups: pretrain" in capsys.readouterr().err

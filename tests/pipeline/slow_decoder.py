@@ -18,6 +18,8 @@ if _DEATHS and (left := list(Path(_DEATHS).iterdir())):
 
 
 def extract(path: str, start_s: float | None, end_s: float | None, spec: FeatureSpec) -> Clip:
-    """Like pipeline.decode.clip, but it takes longer."""
+    """Like pipeline.decode.clip, but it takes longer; notes for which actor."""
+    if folder := os.environ.get("TEST_DECODERS"):
+        (Path(folder) / str(os.getppid())).touch()
     time.sleep(float(os.environ.get("TEST_SLOW_S", "0")))
     return decode(path, start_s, end_s, spec)

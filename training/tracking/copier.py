@@ -194,7 +194,8 @@ class MetricsCopier:
         if self._resume_step and run.info.status != "FINISHED":  # a later stage ends nothing
             client.set_tag(run_id, "resumed_from_step", str(self._resume_step))
             client.update_run(run_id, status="RUNNING")
-        names = run.data.metrics
+        # Those of the nodes are no lines of the file, and many.
+        names = [name for name in run.data.metrics if not name.startswith("system/")]
         return {key: {m.step for m in client.get_metric_history(run_id, key)} for key in names}
 
     def _batches(self) -> Iterator[tuple[list[Any], int]]:

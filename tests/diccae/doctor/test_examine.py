@@ -80,6 +80,17 @@ def test_a_library_that_crashes_is_a_failed_check(monkeypatch: pytest.MonkeyPatc
     assert "pyav" in check.hint
 
 
+def test_decord_is_missed_only_where_it_has_a_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.decode.choice.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr(libraries.platform, "machine", lambda: "aarch64")
+    check = libraries.check_decord()
+    assert check.ok
+    assert "no wheel for aarch64" in check.detail
+    monkeypatch.setattr(libraries.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(libraries, "_DECORD", "import none_such")
+    assert not libraries.check_decord().ok
+
+
 def test_ray_folder_too_long_for_a_socket_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

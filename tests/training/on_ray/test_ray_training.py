@@ -26,6 +26,7 @@ from clustering.config import KMeansConfig, PoolConfig
 from clustering.rounds.local import LocalRounds
 from clustering.rounds.protocol import PublishedRound
 from pipeline.config import FeatureSpec
+from pipeline.storage import Location
 from training.config import STREAMS, TrainingConfig
 from training.data.order import BatchPlan, WindowPlan, lanes_of
 from training.data.reader import LocalReader
@@ -65,7 +66,8 @@ import subprocess, sys, threading, time
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
-from test_ray_training import CLUSTERING, CONFIG
+from test_ray_training import CLUSTERING, CONFIG, POOL
+from pipeline.storage import Location
 from training.tracking.copier import RunHandle
 from training.on_ray.pretrain import pretrain
 from training.run.pinned import check, pin
@@ -111,8 +113,8 @@ if __name__ == "__main__":
     config = type(CONFIG).model_validate(plain)
     data = pin(store, None, config)
     check(config, CLUSTERING, data)
-    settings = (config, CLUSTERING, data, out, RunHandle("", "", str(out)), {}, pool=POOL)
-    training = threading.Thread(target=pretrain, args=settings)
+    settings = (config, CLUSTERING, data, Location(out), RunHandle("", "", str(out)), {})
+    training = threading.Thread(target=pretrain, args=settings, kwargs={"pool": POOL})
     training.start()
     come_and_go(cluster, node, out)  # Ray starts nodes in the main thread only.
     training.join()

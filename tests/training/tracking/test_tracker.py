@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from training.config import TrackingConfig
+from training.tracking.system_metrics import SystemMetrics
 from training.tracking.tracker import (
     RunHandle,
     Tracker,
@@ -331,6 +332,45 @@ def _encoder_folder(tmp_path: Path) -> Path:
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "encoder.json").write_text("{}")
     return tmp_path / "encoder"
+
+
+def test_nodes_are_measured_in_one_run_also_after_mlflow_was_away(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    handle = _new_run(tmp_path, server.uri)
+    nodes = [SystemMetrics(handle, name, every_s=0.1) for name in ("10.0.0.1", "10.0.0.2")]
+
+    def points(node: str) -> int:
+        return len(_history(handle, f"system/{node}/cpu_utilization_percentage"))
+
+    def all_measured(more_than: int) -> bool:
+        for node in nodes:
+            node.keep_on()
+        return all(points(name) > more_than for name in ("10.0.0.1", "10.0.0.2"))
+
+    _wait_until(lambda: all_measured(0), 200)
+    server.kill()
+    told = "gets no metrics of node 10.0.0.1 for now"
+    _wait_until(lambda: [node.keep_on() for node in nodes] and told in caplog.text, 200)
+    nodes[0].keep_on()
+    server.start()
+    before = max(points("10.0.0.1"), points("10.0.0.2"))
+    _wait_until(lambda: all_measured(before), 200)
+    for node in nodes:
+        node.close()
+    steps = [step for step, _ in _history(handle, "system/10.0.0.1/cpu_utilization_percentage")]
+    assert len(steps) == len(set(steps)), "a point is one"
+    assert caplog.text.count(told) == 1
+    finish(handle)
+    late = SystemMetrics(handle, "10.0.0.3", every_s=0.1)
+    late.keep_on()
+    late.close()
+    assert not [
+        name
+        for name in _client(handle.uri).get_run(handle.run_id).data.metrics
+        if "10.0.0.3" in name
+    ], "a run that ended gets no more curves"
 
 
 def test_a_run_begun_without_mlflow_is_written_when_it_ends(server: Server, tmp_path: Path) -> None:
