@@ -21,6 +21,7 @@ from training.model.make import make_classifier, make_encoder
 from training.on_ray import fit as ray_fit
 from training.on_ray.reader import RayReader
 from training.tracking.copier import RunHandle
+from training.weights.card import Applied
 from training.weights.files import (
     absolute_uri,
     encoder_digest,
@@ -94,28 +95,18 @@ def starting_encoder(
     own = str(out / "encoder")
     if (out / "encoder" / "encoder.json").exists():
         return own if uri is None else uri
+    known: dict[str, Any] = {
+        "statistics": config.data.statistics, "applied": Applied.of(config),
+    }  # fmt: skip
     if uri is not None:
         encoder, card = load_encoder(uri)
-        save_encoder(
-            encoder,
-            own,
-            card.classes,
-            card.feature_spec,
-            card.provenance,
-            statistics=config.data.statistics,
-        )
+        save_encoder(encoder, own, card.classes, card.feature_spec, card.provenance, **known)
         return uri
     encoder = make_encoder(config, index.spec)
     if config.encoder.init is not None:
         load_weights(encoder, config.encoder.init)
-    save_encoder(
-        encoder,
-        own,
-        index.classes,
-        index.spec.model_dump(mode="json"),
-        provenance,
-        statistics=config.data.statistics,
-    )
+    spec = index.spec.model_dump(mode="json")
+    save_encoder(encoder, own, index.classes, spec, provenance, **known)
     return own
 
 
@@ -203,6 +194,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         index.spec.model_dump(mode="json"),
         settings["provenance"],
         statistics=config.data.statistics,
+        applied=Applied.of(config),
     )
     tracker.close()
     return {"metrics": last}

@@ -36,6 +36,7 @@ from training.on_ray import fit as ray_fit
 from training.on_ray.reader import RayReader
 from training.tracking.copier import RunHandle
 from training.tracking.tracker import Tracker
+from training.weights.card import Applied
 from training.weights.files import load_weights, save_encoder
 
 log = logging.getLogger(__name__)
@@ -267,6 +268,7 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
         index.spec.model_dump(mode="json"),
         settings["provenance"],
         statistics=config.data.statistics,
+        applied=Applied.of(config),
     )
     tracker.close()
     return {"metrics": last, "steps": trainer.step, "clustering_s": trainer.labelling.waited_s}

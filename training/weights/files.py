@@ -5,7 +5,7 @@ is ever unpickled; a trunk is loaded whole or not at all; an imported class head
 order that was not checked by name.
 
 A saved model is a folder: `<name>.safetensors` and `<name>.json` (config, input shape, classes,
-feature spec, provenance, digest of the tensors), name = encoder or classifier.
+feature spec, provenance, digest of the tensors), name = encoder or classifier, and a README.md.
 """
 
 import argparse
@@ -30,7 +30,9 @@ from training.model.blocks import PATCH, PatchStem
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.weights import layouts
-from training.weights.card import MadeWith, ModelCard
+from training.weights.card import Applied, MadeWith, ModelCard
+from training.weights.measured import read_measured
+from training.weights.readme import model_readme
 
 _OPTIONAL = ("class_heads.", "decoder.", "mlp_head.", "auxiliary_heads.")
 """Parts a file may lack, or have beyond what the model has; anything else is the trunk."""
@@ -140,10 +142,11 @@ def save_encoder(
     provenance: Mapping[str, Any] | None = None,
     *,
     statistics: FbankStatistics | None = None,
+    applied: Applied | None = None,
 ) -> None:
     """Write `encoder.safetensors` and `encoder.json` into a folder; a decoder is not kept."""
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("decoder.")}
-    details = _details(classes, feature_spec, provenance, statistics)
+    details = _details(classes, feature_spec, provenance, statistics, applied)
     _save(state, encoder, uri, "encoder", details)
 
 
@@ -169,6 +172,7 @@ def save_classifier(
     provenance: Mapping[str, Any] | None = None,
     *,
     statistics: FbankStatistics | None = None,
+    applied: Applied | None = None,
 ) -> None:
     """Write `classifier.safetensors` and `classifier.json` into a folder.
 
@@ -177,7 +181,7 @@ def save_classifier(
     if len(classes) != classifier.n_classes:
         raise ValueError(f"{len(classes)} class names for {classifier.n_classes} logits")
     state = {k: v for k, v in classifier.state_dict().items() if ".decoder." not in k}
-    details = _details(classes, feature_spec, provenance, statistics)
+    details = _details(classes, feature_spec, provenance, statistics, applied)
     details |= {"mode": classifier.mode, "auxiliary": bool(classifier.auxiliary_heads)}
     _save(state, classifier.encoder, uri, "classifier", details)
 
@@ -196,12 +200,14 @@ def _details(
     feature_spec: Mapping[str, Any] | None,
     provenance: Mapping[str, Any] | None,
     statistics: FbankStatistics | None,
+    applied: Applied | None,
 ) -> dict[str, Any]:
     return {
         "classes": list(classes),
         "feature_spec": dict(feature_spec or {}),
         "provenance": dict(provenance or {}),
         "fbank_statistics": statistics and statistics._asdict(),
+        "applied": applied and applied._asdict(),
     }
 
 
@@ -299,6 +305,16 @@ def _save(
     filesystem.pipe_file(f"{folder}/{kind}.safetensors", payload)
     text = json.dumps(card, indent=2, ensure_ascii=False)
     filesystem.pipe_file(f"{folder}/{kind}.json", text.encode())
+    write_readme(uri, kind)
+
+
+def write_readme(uri: str, kind: Literal["encoder", "classifier"]) -> None:
+    """README.md of a saved model, from its card and what was measured of it."""
+    uri = uri.rstrip("/")
+    stored = json.loads(_read(f"{uri}/{kind}.json"))
+    text = model_readme(stored, read_measured(uri, stored["sha256"]))
+    filesystem, path = fsspec.core.url_to_fs(f"{uri}/README.md")
+    filesystem.pipe_file(path, text.encode())
 
 
 def read_card(uri: str, kind: str) -> tuple[ModelCard, str]:
