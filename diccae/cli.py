@@ -26,6 +26,7 @@ COMMANDS = {
     "weights": "published weights -> run, encoder or classifier -> CAV-MAE's layout",
     "embed": "feature store + encoder -> Parquet of vectors",
     "cluster": "exact distributed k-means over any Parquet of vectors",
+    "register": "run -> MLflow's registry, as a model that others load and serve",
     "report": "run folder -> one HTML page",
     "submit": "run any of these as a job on a Ray cluster",
     "doctor": "check this machine, the cluster, the store and MLflow",

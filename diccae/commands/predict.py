@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
             note += f" {unknown}."
         kept = _Kept(args, saved.spec.sample_rate_hz)
         for clip, (decoded, answer) in zip(
-            clips, predictor.answers(decoder.named(clips)), strict=True
+            clips, predictor.answers(decoder.decode(clips)), strict=True
         ):
             kept.take(clip.name, decoded, answer)
     kept.write(note)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import tracking_handle
+from training.predict.find import find_models
+from training.predict.registry import registered
 from training.report.page import write_report
 from training.tracking import tracker as tracking
 
 
 def run_report(folder: RunFolder, store: str | None) -> Path:
-    """Write the page and hand it, the results and the encoder to MLflow."""
+    """Write the page and hand it, the results and the models to MLflow."""
     page = write_report(folder.path, store, may_write=folder.check)
     handle = tracking_handle(folder)
     if handle.run_id:
@@ -22,6 +24,6 @@ def run_report(folder: RunFolder, store: str | None) -> Path:
         ]
         tracking.log_artifacts(handle, [path for path in present if path.exists()])
         name = folder.config().tracking.register_as
-        if name and (folder.path / "encoder").exists():
-            tracking.register_encoder(handle, folder.path / "encoder", name)
+        if name:
+            registered(handle, find_models(str(folder.path)).main, name)
     return page

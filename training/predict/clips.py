@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,6 @@ class Features(NamedTuple):
 
 
 Decoded = Features | Rejected
-T = TypeVar("T")
 _AHEAD = 32
 
 
@@ -85,31 +84,26 @@ class ClipDecoder:
             worker.fbanks.close()
         self._first.close()
 
-    def named(self, clips: Iterable[NamedClip]) -> Iterator[Decoded]:
-        """Clips by their files or URIs, in their order.
+    def decode(self, clips: Iterable[NamedClip | bytes]) -> Iterator[Decoded]:
+        """Clips by their files or URIs, or by the bytes of their files, in their order.
 
         Raises: PipelineError if no decode child or fbank service starts.
         """
-        return self._ahead(self._named, clips)
-
-    def contents(self, files: Iterable[bytes]) -> Iterator[Decoded]:
-        """Clips by the bytes of their files, in their order. Raises: as `named`."""
-        return self._ahead(lambda data: self._decode(lambda: _written(data)), files)
-
-    def _ahead(self, decode: Callable[[T], Decoded], given: Iterable[T]) -> Iterator[Decoded]:
-        """Results in order, a few decoded ahead: features of all at once could be gigabytes."""
         under_way: deque[Future[Decoded]] = deque()
-        for one in given:
-            under_way.append(self._threads.submit(decode, one))
+        for clip in clips:
+            under_way.append(self._threads.submit(self._one, clip))
+            # A few ahead: features of all at once could be gigabytes.
             if len(under_way) == _AHEAD:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
 
-    def _named(self, named: NamedClip) -> Decoded:
-        if named.rejected is not None:
-            return named.rejected
-        return self._decode(lambda: next(iter(fetch_all([named.clip], self._config))))
+    def _one(self, clip: NamedClip | bytes) -> Decoded:
+        if isinstance(clip, bytes):
+            return self._decode(lambda: _written(clip))
+        if clip.rejected is not None:
+            return clip.rejected
+        return self._decode(lambda: next(iter(fetch_all([clip.clip], self._config))))
 
     def _decode(self, fetch: Callable[[], Fetched]) -> Decoded:
         worker = self._worker()

@@ -90,18 +90,37 @@ def _card(file: str) -> dict[str, Any] | None:
 
 def _downloaded(uri: str, tracking_uri: str | None) -> str:
     """The folder of the model inside a model that `diccae register` wrote."""
+    import mlflow
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
+    tracking_uri = tracking_uri or mlflow.get_tracking_uri()
     try:
-        folder = Path(download_artifacts(artifact_uri=uri, tracking_uri=tracking_uri))
+        source = _source(uri, tracking_uri) if uri.startswith("models:/") else uri
+        folder = Path(download_artifacts(artifact_uri=source, tracking_uri=tracking_uri))
     except MlflowException as error:
         raise TrainingError(
-            f"{uri}: MLflow at {tracking_uri or 'MLFLOW_TRACKING_URI'} does not give it: "
-            f"{' '.join(str(error).split())}"
+            f"{uri}: MLflow at {tracking_uri} does not give it: {' '.join(str(error).split())}"
         ) from error
     about = folder / "MLmodel"
     if not about.exists():
         return str(folder)
     flavour = yaml.safe_load(about.read_text())["flavors"]["python_function"]
     return str(folder / flavour["data"])
+
+
+def _source(uri: str, tracking_uri: str) -> str:
+    """Where a registered version's files are: MLflow's own lookup asks the process-wide registry.
+
+    Args: uri: models:/NAME@ALIAS or models:/NAME/VERSION.
+    """
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+    name, _, alias = uri.removeprefix("models:/").partition("@")
+    if alias:
+        version = client.get_model_version_by_alias(name, alias).version
+    else:
+        name, _, version = name.rpartition("/")
+    source: str = client.get_model_version_download_uri(name, version)
+    return source

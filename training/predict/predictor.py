@@ -84,6 +84,14 @@ class Predictor:
         models = Models(saved.encoder if embeddings else None, saved.classifier)
         self._model = Model(models, data, device, "bf16" if device == "cuda" else "fp32")
 
+    @property
+    def streams(self) -> list[str]:
+        """Those that the classifier answers for; none without one."""
+        classifier = self._model.classifier
+        if classifier is None:
+            return []
+        return list(STREAMS) if classifier.mode == "multimodal" else [classifier.mode]
+
     def answers(self, clips: Iterable[Decoded]) -> Iterator[tuple[Decoded, Answer]]:
         """Each clip with its answer, in order; the first alone, so that it comes at once."""
         rest, n = iter(clips), 1

@@ -1,11 +1,15 @@
-"""export_file: a saved model as a file of CAV-MAE, with its label list beside a classifier.
+"""export_file and export_hub: a saved model as a file of CAV-MAE, or as a folder for a hub.
 
 Knows nothing of training. Invariant: what is written here, `load_weights` reads back with every
 output the same.
 """
 
 import csv
+import hashlib
 import io
+import json
+from collections.abc import Mapping
+from typing import Any
 
 import fsspec
 import torch
@@ -17,7 +21,16 @@ from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.weights import layouts
 from training.weights.card import ModelCard
-from training.weights.files import load_classifier, load_encoder, saved_name
+from training.weights.files import (
+    HUB_TENSORS,
+    load_classifier,
+    load_encoder,
+    read_card,
+    read_tensors,
+    saved_name,
+    write_readme,
+)
+from training.weights.measured import read_measured, write_measured
 
 
 def cavmae_state(model: Encoder | Classifier) -> dict[str, Tensor]:
@@ -65,6 +78,47 @@ def export_file(model_uri: str, uri: str) -> tuple[int, str | None]:
     labels = f"{uri}.csv"
     _write(labels, rows.getvalue().encode())
     return len(state), labels
+
+
+def export_hub(model_uri: str, uri: str) -> list[str]:
+    """Write a saved model as a folder that Hugging Face's tools take, and that is still a saved
+    model to diccae: the same tensors under their name, config.json, the card and README.md.
+
+    Returns: names of the files. Raises: WeightsError if there is no such model.
+    """
+    model_uri, uri = model_uri.rstrip("/"), uri.rstrip("/")
+    kind = saved_name(model_uri)
+    _, digest = read_card(model_uri, kind)
+    payload = read_tensors(model_uri, kind)
+    if hashlib.sha256(payload).hexdigest() != digest:
+        raise WeightsError(f"{model_uri}: its tensors are not those of its card; save it again")
+    with fsspec.open(f"{model_uri}/{kind}.json", "rb") as file:
+        card = file.read()
+    files = {HUB_TENSORS: payload, "config.json": _hub_config(json.loads(card))}
+    files[f"{kind}.json"] = card
+    for name, data in files.items():
+        _write(f"{uri}/{name}", data)
+    measured = read_measured(model_uri, digest)
+    if measured is not None:
+        write_measured(uri, measured)
+    write_readme(uri, kind)
+    return [*files, *(["measured.json"] if measured else []), "README.md"]
+
+
+def _hub_config(card: Mapping[str, Any]) -> bytes:
+    """What the hub's pages and `transformers`' config readers look for, and our own settings."""
+    names = dict(enumerate(card["classes"]))
+    config = {
+        "model_type": "diccae",
+        "architectures": ["Classifier" if card["kind"] == "classifier" else "Encoder"],
+        "id2label": names,
+        "label2id": {name: i for i, name in names.items()},
+        "encoder": card["config"],
+        "input_shape": card["shape"],
+        "feature_spec": card["feature_spec"],
+        "fbank_statistics": card.get("fbank_statistics"),
+    }
+    return json.dumps(config, indent=2, ensure_ascii=False).encode()
 
 
 def _write(uri: str, data: bytes) -> None:

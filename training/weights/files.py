@@ -41,6 +41,9 @@ _OPTIONAL = ("class_heads.", "decoder.", "mlp_head.", "auxiliary_heads.")
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 """Endings of files that torch.save wrote; anything but these and .safetensors is a folder."""
 
+HUB_TENSORS = "model.safetensors"
+"""The name that Hugging Face's tools look for."""
+
 
 class WeightsReport(NamedTuple):
     """What a file gave to a model."""
@@ -291,7 +294,8 @@ def _save(
 ) -> None:
     """Tensors first, then the card with their digest: a card never stands beside other tensors."""
     payload = safetensors.torch.save(
-        {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+        {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()},
+        metadata={"format": "pt"},  # Hugging Face's loaders refuse a file that does not say so.
     )
     card = {
         "kind": kind,
@@ -333,7 +337,7 @@ def read_card(uri: str, kind: str) -> tuple[ModelCard, str]:
 def _read_saved(uri: str, kind: str) -> tuple[dict[str, Tensor], ModelCard]:
     """Tensors and card of a saved folder; the digest must agree."""
     uri = uri.rstrip("/")
-    payload = _read(f"{uri}/{kind}.safetensors")
+    payload = read_tensors(uri, kind)
     card, digest = read_card(uri, kind)
     if hashlib.sha256(payload).hexdigest() != digest:
         raise WeightsError(
@@ -341,6 +345,13 @@ def _read_saved(uri: str, kind: str) -> tuple[dict[str, Tensor], ModelCard]:
             "the copy is damaged or mixed; copy or save both files again"
         )
     return _parse_safetensors(payload, uri), card
+
+
+def read_tensors(uri: str, kind: str) -> bytes:
+    """The safetensors of a saved folder, or of one for Hugging Face's hub (`export_hub`)."""
+    filesystem, path = fsspec.core.url_to_fs(f"{uri}/{HUB_TENSORS}")
+    name = HUB_TENSORS if filesystem.exists(path) else f"{kind}.safetensors"
+    return _read(f"{uri}/{name}")
 
 
 def _read_pickled(uri: str) -> dict[str, Tensor]:
