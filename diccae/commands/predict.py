@@ -71,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
         # Imports torch, while the decoders' own processes start.
         from training.predict.predictor import Predictor
 
+        _refuse_device(args.device)
         embeds = args.embeddings is not None
         predictor = Predictor(saved, top=args.top, embeddings=embeds, device=args.device)
         note = "How sure: the margin, first class minus second. Probabilities are not calibrated."
@@ -152,6 +153,13 @@ def _write_vectors(embedded: "list[tuple[str, Answer]]", path: Path) -> None:
     names = [name for name, _ in embedded]
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(vectors_table(names, [None] * len(names), vectors), path)
+
+
+def _refuse_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here; leave it out to compute on CPUs")
 
 
 def _refuse(args: PredictArgs) -> None:

@@ -24,13 +24,12 @@ def main(argv: Sequence[str]) -> int:
     args = parse("register", RegisterArgs, argv)
     from diccae.run_folder import RunFolder
     from diccae.stages.run_record import tracking_handle
-    from training.predict.find import find_models
     from training.predict.registry import register
 
     folder = RunFolder(args.model)
     if not folder.record:
         raise UsageError(f"{args.model}: no run.json, so no run: give the --out of a run")
     handle = tracking_handle(folder)
-    version = register(handle, find_models(str(folder.path)).main, args.name, args.alias)
+    version = register(handle, folder.path, args.name, args.alias)
     print(f"models:/{args.name}@{args.alias}: version {version}, in {handle.uri}")
     return 0

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import tracking_handle
-from training.predict.find import find_models
 from training.predict.registry import registered
 from training.report.page import write_report
 from training.tracking import tracker as tracking
@@ -25,5 +24,5 @@ def run_report(folder: RunFolder, store: str | None) -> Path:
         tracking.log_artifacts(handle, [path for path in present if path.exists()])
         name = folder.config().tracking.register_as
         if name:
-            registered(handle, find_models(str(folder.path)).main, name)
+            registered(handle, folder.path, name)
     return page

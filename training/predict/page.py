@@ -33,7 +33,8 @@ _PAGE = """<!doctype html>
  media-src data:; style-src 'unsafe-inline'">
 <title>Predictions · diccae</title><style>{css}
 .clip-looks {{ display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }}
-.clip-looks img {{ height: 112px; }} .clip-looks audio {{ min-width: 240px; }}</style></head><body>
+.clip-looks img {{ height: 112px; }} .clip-looks audio {{ min-width: 240px; }}
+main th:nth-child(2) {{ text-align: left; }}</style></head><body>
 <header class="top"><div><div class="eyebrow">diccae predictions</div><h1>{model}</h1>
 <p class="lead">{facts}</p></div></header><main>{body}
 <footer>Written by diccae predict; needs no network.</footer></main></body></html>

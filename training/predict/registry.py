@@ -17,6 +17,7 @@ import training
 from pipeline.synth import write_clips
 from training.config import STREAMS
 from training.errors import TrainingError
+from training.predict.find import find_models
 from training.tracking.copier import RunHandle, mlflow_client, one_line
 from training.tracking.tracker import never_fatal
 from training.weights.files import read_card, saved_name
@@ -31,21 +32,24 @@ _DESCRIPTION_CHARS = 4000
 """MLflow's database refuses 5,000."""
 
 
-def register(handle: RunHandle, folder: str | Path, name: str, alias: str = "candidate") -> str:
-    """Register a saved model's folder as the next version of `name`, and point the alias at it.
+def register(handle: RunHandle, uri: str | Path, name: str, alias: str = "candidate") -> str:
+    """Register a model as the next version of `name`, and point the alias at it.
 
+    Args: uri: as `find_models`; of a run folder the classifier, or its encoder if it has none.
     Returns: the version.
-    Raises: TrainingError if its run is not in MLflow, or MLflow fails.
+    Raises: WeightsError if there is no model; TrainingError if its run is not in MLflow, or MLflow
+        fails.
     """
     from mlflow.exceptions import MlflowException
 
     if not handle.run_id:
         raise TrainingError(
-            f"{folder}: its run is not in MLflow yet (mlflow in run.json): the end of the next "
+            f"{uri}: its run is not in MLflow yet (mlflow in run.json): the end of the next "
             "stage, such as diccae finetune, sends it"
         )
+    folder = find_models(str(uri)).main
     try:
-        return _register(handle, str(folder), name, alias)
+        return _register(handle, folder, name, alias)
     except MlflowException as error:
         raise TrainingError(
             f"MLflow at {handle.uri} did not register {folder} as {name}: {one_line(error)}"

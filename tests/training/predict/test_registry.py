@@ -3,6 +3,8 @@
 import base64
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +22,11 @@ from diccae.cli import main
 from pipeline.synth import write_clips
 from training.config import TrackingConfig
 from training.predict.find import find_models
+from training.predict.pyfunc import ClipModel
 from training.tracking.tracker import create_run
 from training.weights.files import read_card
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +190,42 @@ def test_ten_requests_at_once_of_any_size_are_answered_each_with_its_own(
         assert all(row["p"] == pytest.approx(good["p"], abs=1e-6) for row in rows[:n])
     assert found[8][0]["p"] == pytest.approx(good["p"], abs=1e-6)
     assert found[9][0]["reason"] == "open_failed"
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_page_run_as_they_are_written(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place / "run", "out/run")
+    Path("my/clips").mkdir(parents=True)
+    for name in ("clip.mp4", "my/clips/b.mp4"):
+        shutil.copy(place / "a.mp4", name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", _tracked(Path("out/run"), None))
+    page = (ROOT / "docs" / "predict.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("diccae ")]
+    for line in lines:
+        assert main(shlex.split(line, comments=True)[1:]) == 0, line
+    assert len(lines) >= 6
+    assert "most often confused with" in capsys.readouterr().out
+    assert Path("page.html").exists()
+    assert Path("out/hub/model.safetensors").exists()
+    # And `tracking.register_as`, which the page names.
+    Path("out/run/config.yaml").write_text("tracking: {register_as: by-report}")
+    assert main(["report", "--out", "out/run"]) == 0
+    assert find_models("models:/by-report@candidate").classifier
+
+
+@pytest.mark.slow
+def test_a_registered_encoder_answers_with_embeddings(place: Path) -> None:
+    model = ClipModel(str(place / "run" / "encoder"))
+    try:
+        table = model.predict([str(place / "a.mp4"), str(place / "broken.mp4")])
+    finally:
+        model.close()
+    assert list(table.columns) == ["clip", "reason", "detail", "audio", "video", "fusion"]
+    assert len(table["fusion"][0]) == 8
+    assert (table["fusion"][1], table["reason"][1]) == (None, "open_failed")
