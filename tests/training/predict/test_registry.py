@@ -53,7 +53,10 @@ def _tracked(run: Path, uri: str | None) -> str:
 def _elsewhere(**more: str) -> dict[str, str]:
     """An environment without a way to our packages but through the model."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    return {**kept, "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", **more}
+    # MLflow starts uvicorn by its name.
+    kept["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), kept["PATH"]))
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+    return {**kept, **quiet, "OMP_NUM_THREADS": "1", **more}
 
 
 _ASKED = """
@@ -150,7 +153,9 @@ def served(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
                 stderr=log,
                 start_new_session=True,
             )
-        wait_until(lambda: answers(f"http://127.0.0.1:{port}/ping"), 300)
+        ping = f"http://127.0.0.1:{port}/ping"
+        wait_until(lambda: serving.poll() is not None or answers(ping), 300)
+        assert serving.poll() is None, (folder / "serving.log").read_text()[-3000:]
         yield f"http://127.0.0.1:{port}/invocations"
     finally:
         if serving is not None:
