@@ -30,6 +30,6 @@ def main(argv: Sequence[str]) -> int:
     if not folder.record:
         raise UsageError(f"{args.model}: no run.json, so no run: give the --out of a run")
     handle = tracking_handle(folder)
-    version = register(handle, folder.path, args.name, args.alias)
+    version = register(handle, args.model, args.name, args.alias)
     print(f"models:/{args.name}@{args.alias}: version {version}, in {handle.uri}")
     return 0

@@ -178,6 +178,9 @@ def test_a_model_of_before_says_what_to_do(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(place / "run" / "classifier", tmp_path / "old")
+    (tmp_path / "old" / "measured.json").write_text("{}")
+    assert main(["predict", "--model", str(tmp_path / "old"), str(place / "clips" / "a.mp4")]) == 1
+    assert "measured.json is not what an evaluation writes" in capsys.readouterr().err
     (tmp_path / "old" / "measured.json").unlink()
     card = json.loads((tmp_path / "old" / "classifier.json").read_text())
     clip = str(place / "clips" / "a.mp4")

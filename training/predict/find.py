@@ -5,6 +5,8 @@ Invariant: what is found has the features and normalisation it was trained with 
 """
 
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from pydantic import ValidationError
 
 from pipeline.config import FeatureSpec
 from training.errors import TrainingError, WeightsError
+from training.tracking.copier import mlflow_client
 
 _REGISTRY = ("models:/", "runs:/")
 
@@ -24,6 +27,8 @@ class Saved(NamedTuple):
     classifier: str | None
     encoder: str | None
     spec: FeatureSpec
+    scratch: "tempfile.TemporaryDirectory[str] | None" = None
+    """Where they were copied to; gone with this."""
 
     @property
     def main(self) -> str:
@@ -41,7 +46,9 @@ def find_models(uri: str, tracking_uri: str | None = None) -> Saved:
         if MLflow has no such model.
     """
     if uri.startswith(_REGISTRY):
-        return _found(_downloaded(uri, tracking_uri), uri)
+        scratch = tempfile.TemporaryDirectory(prefix="diccae-model-")
+        folder = _downloaded(uri, tracking_uri, scratch.name)
+        return _found(folder, uri)._replace(scratch=scratch)
     return _found(uri.rstrip("/"), uri)
 
 
@@ -88,16 +95,21 @@ def _card(file: str) -> dict[str, Any] | None:
     return content
 
 
-def _downloaded(uri: str, tracking_uri: str | None) -> str:
+def _downloaded(uri: str, tracking_uri: str | None, target: str) -> str:
     """The folder of the model inside a model that `diccae register` wrote."""
+    # A bar for each of 200 small files would hide the answers.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
     tracking_uri = tracking_uri or mlflow.get_tracking_uri()
     try:
-        source = _source(uri, tracking_uri) if uri.startswith("models:/") else uri
-        folder = Path(download_artifacts(artifact_uri=source, tracking_uri=tracking_uri))
+        client = mlflow_client(tracking_uri)
+        source = _source(uri, client) if uri.startswith("models:/") else uri
+        folder = Path(
+            download_artifacts(artifact_uri=source, dst_path=target, tracking_uri=tracking_uri)
+        )
     except MlflowException as error:
         raise TrainingError(
             f"{uri}: MLflow at {tracking_uri} does not give it: {' '.join(str(error).split())}"
@@ -109,14 +121,11 @@ def _downloaded(uri: str, tracking_uri: str | None) -> str:
     return str(folder / flavour["data"])
 
 
-def _source(uri: str, tracking_uri: str) -> str:
+def _source(uri: str, client: Any) -> str:
     """Where a registered version's files are: MLflow's own lookup asks the process-wide registry.
 
     Args: uri: models:/NAME@ALIAS or models:/NAME/VERSION.
     """
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
     name, _, alias = uri.removeprefix("models:/").partition("@")
     if alias:
         version = client.get_model_version_by_alias(name, alias).version

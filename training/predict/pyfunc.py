@@ -34,8 +34,8 @@ class ClipModel:
 
     def __init__(self, folder: str) -> None:
         saved = find_models(folder)
-        self._decoder = ClipDecoder(saved.spec)
         self._predictor = Predictor(saved, embeddings=saved.classifier is None)
+        self._decoder = ClipDecoder(saved.spec)
 
     def predict(self, model_input: Any, params: Any = None) -> pd.DataFrame:
         """A row for each row: `clip`, `reason` and `detail` (of a broken clip), and the answers.

@@ -64,7 +64,8 @@ def as_rows(name: str, answer: Answer) -> Iterator[list[Any]]:
 def as_lines(name: str, answer: Answer) -> Iterator[str]:
     """A few lines to read."""
     if answer.rejected is not None:
-        yield f"{name}  {answer.rejected.reason}: {answer.rejected.detail}"
+        # A decoder's last words may be several lines.
+        yield f"{name}  {answer.rejected.reason}: {' '.join(answer.rejected.detail.split())}"
         return
     yield name
     for stream, each in answer.streams.items():

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import fsspec
 
+from training.errors import WeightsError
+
 _FILE = "measured.json"
 
 
@@ -77,14 +79,24 @@ def write_measured(uri: str, measured: Measured) -> None:
 def read_measured(uri: str, sha256: str) -> Measured | None:
     """What is known of the model whose tensors have this digest; None if nothing is.
 
-    Raises: ValueError, KeyError or TypeError if the file holds something else.
+    Raises: WeightsError if the file holds something else.
     """
-    filesystem, path = fsspec.core.url_to_fs(f"{uri.rstrip('/')}/{_FILE}")
+    file = f"{uri.rstrip('/')}/{_FILE}"
+    filesystem, path = fsspec.core.url_to_fs(file)
     if not filesystem.exists(path):
         return None
-    stored = json.loads(filesystem.cat_file(path))
-    if stored["sha256"] != sha256:  # Of a classifier that was fine-tuned again since.
-        return None
+    try:
+        stored = json.loads(filesystem.cat_file(path))
+        # Else of a classifier that was fine-tuned again since.
+        return _parsed(stored) if stored["sha256"] == sha256 else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{file} is not what an evaluation writes ({type(error).__name__}: {error}): run "
+            "diccae evaluate again, or remove it"
+        ) from error
+
+
+def _parsed(stored: dict[str, Any]) -> Measured:
     confusions = [
         ClassConfusion(
             **each | {"told_apart": {s: ToldApart(*told) for s, told in each["told_apart"].items()}}
