@@ -390,7 +390,8 @@ class TrackingConfig(Frozen):
     experiment: str = "diccae"
     """MLflow experiment."""
     register_as: str | None = None
-    """Registered model name of the finished encoder; None registers nothing."""
+    """Name under which `diccae report` registers the run's model, with the alias `candidate`; None
+    registers nothing."""
     system_metrics: bool | None = None
     """CPU, memory, GPU and network of every node while it trains; None: where `uri` is a server."""
 

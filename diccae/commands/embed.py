@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> int:
     from diccae.stages.statistics import for_embedding
     from pipeline.store.store import FeatureStore
     from training.data.rows import index_rows
-    from training.on_ray.inference import Job, Models, run_jobs, write_vectors
+    from training.on_ray.inference import Job, run_jobs, write_vectors
+    from training.predict.apply import Models
 
     snapshot = FeatureStore.open(args.store).snapshot(args.version)
     run = for_embedding(args.run, args.encoder, snapshot.spec)

@@ -1,4 +1,4 @@
-"""`diccae weights`: published weights into a run, and a run's model into CAV-MAE's layout."""
+"""`diccae weights`: published weights into a run, and a run's model out of it."""
 
 import json
 from collections.abc import Sequence
@@ -15,14 +15,16 @@ from diccae.screen import say
 
 @dataclass(frozen=True)
 class WeightsArgs:
-    """Import published weights as a run that can be evaluated; export a model for CAV-MAE."""
+    """Import published weights as a run that can be evaluated; export a model for others."""
 
     action: tyro.conf.Positional[Literal["import", "export"]]
     """What to do."""
     model: str
     """import: CAV-MAE, MAE or diccae weights; export: OUT/encoder or OUT/classifier. Any URI."""
     out: str
-    """import: a new run folder; export: the file to write, such as cavmae.pth."""
+    """import: a new run folder; export: the file to write, such as cavmae.pth, or the folder."""
+    to: Literal["cavmae", "hub-folder"] = "cavmae"
+    """export: a file in CAV-MAE's layout, or a folder that Hugging Face's tools take."""
     store: str | None = None
     """import: feature store whose spec and classes the run takes."""
     classes: str | None = None
@@ -49,8 +51,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _export(args: WeightsArgs) -> dict[str, Any]:
-    from training.weights.export import export_file
+    from training.weights.export import export_file, export_hub
 
+    if args.to == "hub-folder":
+        return {"folder": args.out, "files": ", ".join(export_hub(args.model, args.out))}
     n_tensors, labels = export_file(args.model, args.out)
     return {"tensors": n_tensors, "file": args.out, **({"classes": labels} if labels else {})}
 

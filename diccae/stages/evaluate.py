@@ -4,6 +4,7 @@ Knows nothing of how they are computed. Invariant: test clips are read here and 
 """
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from clustering.rounds.files import load_round, rounds_at
@@ -16,9 +17,15 @@ from diccae.stages.run_record import Say, pin_for, tracking_handle
 from diccae.stages.statistics import settle
 from training.config import ScaleConfig
 from training.data.rows import RowIndex, clip_keys, index_rows, with_labels
+from training.evaluation.class_confusions import class_confusions
+from training.evaluation.metrics import present
+from training.evaluation.results import read_confusion
 from training.on_ray.evaluate import evaluate
 from training.run.pinned import Pinned
 from training.tracking import tracker as tracking
+from training.weights.card import Applied
+from training.weights.files import read_card, write_readme
+from training.weights.measured import Measured, write_measured
 
 
 def run_evaluate(
@@ -44,12 +51,37 @@ def run_evaluate(
             may_write=folder.check,
         )
     found = evaluation.as_json()
+    tell_the_classifier(folder, config, found)
     seconds = {"evaluate": round(time.monotonic() - started, 2)}
     results = folder.write_results(**found, seconds=seconds, config_hash=config.digest())
     if handle.run_id:
         folder.check()
         tracking.log_results(handle, dict(scalars(found)))
     return results
+
+
+def tell_the_classifier(folder: RunFolder, config: RunConfig, found: Mapping[str, Any]) -> None:
+    """Beside the classifier: what it is worth and what it confuses, for predictions and its card.
+
+    Args: found: `Evaluation.as_json`.
+    """
+    uri = folder.place.uri_of("classifier")
+    if not folder.place.exists("classifier/classifier.json"):
+        return
+    with folder.place.fetched("evaluation/confusion.npz") as file:
+        confusion = read_confusion(file)
+    folder.check()
+    measured = Measured(
+        sha256=read_card(uri, "classifier")[1],
+        split=found["split"],
+        n_clips=found["n_test"],
+        store=folder.record["store"],
+        results={m.name: found[m.name] for m in present(found) if m.needs == "classifier"},
+        applied=Applied.of(config)._asdict(),
+        confusions=class_confusions(confusion),
+    )
+    write_measured(uri, measured)
+    write_readme(uri, "classifier")
 
 
 def inference_demands(scale: ScaleConfig) -> list[Demand]:

@@ -5,12 +5,13 @@ Knows nothing of the page. Invariant: it reads the folder and changes no result.
 
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import tracking_handle
+from training.predict.registry import registered
 from training.report.page import write_report
 from training.tracking import tracker as tracking
 
 
 def run_report(folder: RunFolder, store: str | None) -> str:
-    """Write the page and hand it, the results and the encoder to MLflow. Returns: its URI."""
+    """Write the page and hand it, the results and the models to MLflow. Returns: its URI."""
     place = folder.place
     page = write_report(folder.uri, store, may_write=folder.check)
     handle = tracking_handle(folder)
@@ -19,6 +20,6 @@ def run_report(folder: RunFolder, store: str | None) -> str:
         present = [place.uri_of(name) for name in names if place.exists(name)]
         tracking.log_artifacts(handle, present)
         name = folder.config().tracking.register_as
-        if name and place.exists("encoder"):
-            tracking.register_encoder(handle, place.uri_of("encoder"), name)
+        if name:
+            registered(handle, folder.uri, name)
     return page

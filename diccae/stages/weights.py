@@ -3,6 +3,8 @@
 Knows nothing of their layouts. Invariant: what is imported evaluates and fine-tunes like a run.
 """
 
+from typing import Any
+
 from diccae.config import RunConfig
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import Say, open_run, pin_for, provenance, tracking_handle
@@ -12,6 +14,7 @@ from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.model.make import input_shape
 from training.tracking import tracker as tracking
+from training.weights.card import Applied
 from training.weights.files import (
     WeightsReport,
     load_weights,
@@ -51,10 +54,12 @@ def import_weights(
     folder.check()
     made_from = provenance(folder, config) | {"weights": uri}
     saved = (train.classes, train.spec.model_dump(mode="json"), made_from)
-    normalised = config.data.statistics
-    save_encoder(encoder, folder.place.uri_of("encoder"), *saved, statistics=normalised)
+    known: dict[str, Any] = {
+        "statistics": config.data.statistics, "applied": Applied.of(config),
+    }  # fmt: skip
+    save_encoder(encoder, folder.place.uri_of("encoder"), *saved, **known)
     if classifier is not None:
         target = folder.place.uri_of("classifier")
-        save_classifier(classifier, target, *saved, statistics=normalised)
+        save_classifier(classifier, target, *saved, **known)
     tracking.finish(tracking_handle(folder), "FINISHED")
     return report

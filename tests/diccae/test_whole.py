@@ -171,6 +171,49 @@ def test_another_encoder_is_fine_tuned_in_a_new_folder_and_evaluated(
     assert "other settings: encoder: " in capsys.readouterr().err
 
 
+def test_predictions_are_those_that_evaluation_kept(
+    place: Path, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the source clips, without the store; negative control: another number of frames."""
+    out, videos = place / "other", Path(store).parent / "clips" / "videos"
+    kept = pq.read_table(out / "evaluation" / "predictions.parquet").to_pylist()[:6]
+    clips = [str(videos / f"{row['clip_id']}.mp4") for row in kept]
+    vectors = ["--embeddings", str(tmp_path / "vectors.parquet")]
+    capsys.readouterr()
+    assert main(["predict", "--model", str(out), "--json", *vectors, *clips]) == 0
+    found = json.loads(capsys.readouterr().out)["clips"]
+    classes = yaml.safe_load((out / "classifier" / "classifier.json").read_text())["classes"]
+    for clip, row in zip(found, kept, strict=True):
+        for stream, answer in clip["streams"].items():
+            assert answer["classes"][0]["name"] == classes[row[f"pred_{stream}"]]
+        assert clip["p"] == pytest.approx(row["p_fusion"], abs=1e-6)
+    embedded = np.load(out / "evaluation" / "embeddings.npz")["audio"][:6]
+    unit = embedded / np.linalg.norm(embedded, axis=1, keepdims=True)
+    table = pq.read_table(tmp_path / "vectors.parquet")
+    np.testing.assert_allclose(np.stack(table["audio"].to_numpy()), unit, atol=1e-6)
+    _check_confusions(found, json.loads((out / "results.json").read_text())["confusion"])
+
+    shutil.copytree(out / "classifier", tmp_path / "model")
+    measured = json.loads((tmp_path / "model" / "measured.json").read_text())
+    measured["applied"]["frames"] = 1
+    (tmp_path / "model" / "measured.json").write_text(json.dumps(measured))
+    assert main(["predict", "--model", str(tmp_path / "model"), "--json", clips[0]]) == 0
+    [other] = json.loads(capsys.readouterr().out)["clips"]
+    assert other["p"] != pytest.approx(kept[0]["p_fusion"], abs=1e-5)
+
+
+def _check_confusions(found: list[dict[str, Any]], confusion: dict[str, Any]) -> None:
+    """A class of the worst pair is said to be confused with the other one, to the same degree."""
+    worst_of: dict[str, tuple[str, float]] = {}
+    for first, second, degree in confusion["worst_pairs"]:
+        worst_of.setdefault(first, (second, degree))
+        worst_of.setdefault(second, (first, degree))
+    told = [(c["class"], c["confused_with"]) for c in found if c["class"] in worst_of]
+    assert told
+    for name, confused in told:
+        assert confused["degree"] == pytest.approx(worst_of[name][1])
+
+
 def _check_vectors(diccae: Diccae, store: str, out: Path) -> None:
     """`embed` writes the embeddings that `evaluate` kept, each of length 1."""
     arguments = ["--store", store, "--encoder", str(out / "encoder"), "--config", SMOKE]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from clustering.kmeans.hashing import GOLDEN, hash64
 from pipeline.decode.payload import decode_jpegs, fbank_array
 from pipeline.store.store import read_rows
+from training.data.frames import segments
 from training.data.order import EpochReads, FrameDraw, Window, WindowPlan
 
 
@@ -70,8 +71,7 @@ def choose_frames(
 ) -> NDArray[np.int64]:
     """Stored frames to decode, [n, v * F]: one from each of F equal segments of the clip."""
     F = frames.frames_per_clip
-    edges = np.linspace(0, n_stored, F + 1)
-    low, width = np.floor(edges[:-1]), np.maximum(np.diff(np.floor(edges)), 1)
+    low, width = segments(n_stored, F)
     draws = np.full((len(keys_n), frames.n_views, F), 0.5)
     if frames.random:
         draws = _uniform(keys_n, seed, epoch, frames.n_views * F).reshape(draws.shape)

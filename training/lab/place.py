@@ -21,7 +21,8 @@ from training.data.rows import RowIndex
 from training.lab.features import DecodedFeatures, MappedReader
 from training.loop.finetuner import refuse_labels
 from training.loop.hooks import World
-from training.on_ray.inference import Gathered, Job, Model, Models, Outputs, test_passes
+from training.on_ray.inference import Gathered, Job
+from training.predict.apply import Model, Models, Outputs, test_passes
 from training.run.checkpoints import Span, newest_checkpoint, state_in, write_state
 from training.run.edge import Edge, Written
 from training.run.finetune import CHECKPOINTS as FINETUNE
@@ -104,7 +105,7 @@ class Lab:
         for start in range(0, len(job.rows), _ROWS):
             positions = np.arange(start, min(start + _ROWS, len(job.rows)))
             (batch,) = self.features.read(window_of(job.rows, positions[None], frames))
-            outputs = model(batch, n_passes, "p" in job.kinds)
+            outputs = model(batch.fbank, batch.frames, n_passes, "p" in job.kinds)
             gathered.put(positions, {kind: getattr(outputs, kind) for kind in job.kinds})
         return gathered.outputs()
 

@@ -24,17 +24,9 @@ from training.evaluation.probes import PROBES, knn_probe
 from training.evaluation.results import Evaluation, count_confusion, write_evaluation
 from training.evaluation.retrieval import subset_per_class, unit_rows
 from training.evaluation.scores import ConfusedPair, most_confused_pairs
-from training.on_ray.inference import (
-    Apply,
-    ByStream,
-    Job,
-    Models,
-    Outputs,
-    Space,
-    paged_array,
-    run_jobs,
-    test_passes,
-)
+from training.on_ray.inference import Apply, Job, paged_array, run_jobs
+from training.predict.apply import ByStream, Models, Outputs, Space, test_passes
+from training.weights.card import Applied
 
 _PAIR_CLIPS = 50
 """Training clips of a class that are asked for their neighbours to find these pairs."""
@@ -86,7 +78,7 @@ def evaluate(
 
 def embedding_space(config: TrainingConfig) -> Space:
     """Embeddings that were trained to match across modalities: `h`, or `z` without heads."""
-    return "z" if config.loss.instance_on == "z" else "h"
+    return Applied.of(config).space
 
 
 def _models(out: Location) -> Models:

@@ -7,7 +7,6 @@ that the system may page out, so the driver's memory does not grow with the numb
 Shapes: N clips of a job, F frames a pass sees, D token width, P projection, C classes.
 """
 
-import contextlib
 import logging
 import os
 import pickle
@@ -18,125 +17,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.storage import place_of
 from training.config import DataConfig, EvaluateConfig, ScaleConfig
-from training.data.augment import normalise_fbank, normalise_frames
 from training.data.order import FrameDraw, window_of
-from training.data.reader import Batch, read_window
+from training.data.reader import read_window
 from training.data.rows import RowIndex
-from training.evaluation.retrieval import unit_rows
-from training.model.classifier import Classifier
-from training.model.encoder import Encoder
-from training.weights.files import absolute_uri, load_classifier, load_encoder
-
-Space = Literal["z", "h"]
-ByStream = dict[str, NDArray[np.float32]]
-
-
-class Outputs(NamedTuple):
-    """What a model says of N clips, means over its passes; a kind that was not asked for is {}."""
-
-    z: ByStream
-    """Token means [N, D] of the encoder's trunk."""
-    h: ByStream
-    """Embeddings [N, P] of its class heads."""
-    p: ByStream
-    """Probabilities [N, C] of the classifier."""
-
-    def of(self, space: Space) -> ByStream:
-        """The embeddings of a space."""
-        return self.z if space == "z" else self.h
-
-
-class Models(NamedTuple):
-    """Folders or URIs of saved models."""
-
-    encoder: str | None
-    classifier: str | None = None
-
-
-class Model:
-    """An encoder, and a classifier if there is one, applied to decoded batches.
-
-    Args: precision: autocast type of the trunks; probabilities are computed in fp32.
-    """
-
-    def __init__(
-        self, models: Models, data: DataConfig, device: str, precision: Literal["fp32", "bf16"]
-    ) -> None:
-        self.data, self.device, self.precision = data, torch.device(device), precision
-        encoder, classifier = models
-        self.encoder = load_encoder(encoder)[0].to(self.device) if encoder else None
-        self.classifier = load_classifier(classifier)[0].to(self.device) if classifier else None
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch, n_passes: int, classify: bool = True) -> Outputs:
-        """Means over `n_passes` passes, each with its own F of the batch's frames.
-
-        Args: classify: whether the classifier, if there is one, is applied too.
-        """
-        classifier = self.classifier if classify else None
-        fbank = torch.from_numpy(np.array(batch.fbank)).to(self.device)
-        fbank = normalise_fbank(fbank, self.data)
-        trunks = self._trunks(classifier)
-        with self._numerics():
-            heard = {name: model.audio_tokens(fbank) for name, model in trunks.items()}
-        sums: dict[tuple[str, str], Tensor] = {}
-        for i in range(n_passes):
-            frames = torch.from_numpy(np.array(batch.frames[:, i::n_passes])).to(self.device)
-            seen = normalise_frames(frames)
-            with self._numerics():
-                tokens = {
-                    name: {"audio": heard[name], "video": model.video_tokens(seen)}
-                    for name, model in trunks.items()
-                }
-                found = self._one_pass(fbank, seen, tokens, classifier)
-            for key, value in found.items():
-                sums[key] = sums.get(key, 0) + value.float() / n_passes
-        kinds: dict[str, ByStream] = {kind: {} for kind in Outputs._fields}
-        for (kind, stream), total in sums.items():
-            kinds[kind][stream] = total.cpu().numpy()
-        return Outputs(**kinds)
-
-    def _numerics(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
-
-    def _trunks(self, classifier: Classifier | None) -> dict[str, Encoder]:
-        """Encoders whose audio tokens every pass shares."""
-        trunks = {} if self.encoder is None else {"encoder": self.encoder}
-        if classifier is not None and classifier.mode == "multimodal":
-            trunks["classifier"] = classifier.encoder
-        return trunks
-
-    def _one_pass(
-        self,
-        fbank: Tensor,
-        frames: Tensor,
-        tokens: dict[str, dict[str, Tensor]],
-        classifier: Classifier | None,
-    ) -> dict[tuple[str, str], Tensor]:
-        """z, h and probabilities, by kind of output and stream."""
-        out: dict[tuple[str, str], Tensor] = {}
-        if self.encoder is not None:
-            z, h, _ = self.encoder.encode(tokens["encoder"])
-            out |= {("z", s): x for s, x in z.items()} | {("h", s): x for s, x in h.items()}
-        if classifier is not None:
-            if "classifier" in tokens:
-                logits = classifier.logits_of(tokens["classifier"])
-            else:
-                logits = classifier(fbank, frames)
-            out |= {("p", stream): classifier.probabilities(x) for stream, x in logits.items()}
-        return out
-
-
-def test_passes(n_stored: int, frames_per_clip: int, wanted: int | None) -> int:
-    """Passes over a clip at test time: its stored frames, F at a time."""
-    most = max(1, n_stored // frames_per_clip)
-    return most if wanted is None else max(1, min(most, wanted // frames_per_clip))
+from training.predict.apply import ByStream, Model, Models, Outputs, Space, test_passes
+from training.predict.vectors import vectors_table
+from training.weights.files import absolute_uri
 
 
 class Job(NamedTuple):
@@ -179,7 +68,7 @@ class _Worker:
             n_passes = test_passes(job.rows.spec.n_frames, self.frames_per_clip, job.frames)
             frames = FrameDraw(self.frames_per_clip * n_passes, random=False)
             (decoded,) = read_window(window_of(self.jobs[at].rows, positions[None], frames))
-            outputs = self.model(decoded, n_passes, "p" in job.kinds)
+            outputs = self.model(decoded.fbank, decoded.frames, n_passes, "p" in job.kinds)
             kept = {kind: getattr(outputs, kind) for kind in job.kinds}
             rows["job"].append(at)
             rows["outputs"].append(pickle.dumps((positions, kept)))
@@ -280,18 +169,9 @@ def write_vectors(index: RowIndex, outputs: Outputs, space: Space, uri: str) -> 
     Columns `audio`, `video`, `fusion` (fixed-size lists of float32), and `embedding`: the
     normalised mean of audio and video, what clustering uses.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {
-        "id": pa.array(index.clip_ids_N.tolist()),
-        "label": pa.array([index.classes[i] if i >= 0 else None for i in index.labels_N]),
-    }
-    units = {s: unit_rows(x_NP) for s, x_NP in outputs.of(space).items()}
-    vectors = units | {"embedding": unit_rows(units["audio"] + units["video"])}
-    for name, x_NP in vectors.items():
-        flat = pa.array(np.ascontiguousarray(x_NP, np.float32).ravel())
-        columns[name] = pa.FixedSizeListArray.from_arrays(flat, x_NP.shape[1])
+    labels = [index.classes[i] if i >= 0 else None for i in index.labels_N]
     place, name = place_of(uri)
     with place.written(name) as path:
-        pq.write_table(pa.table(columns), path)
+        pq.write_table(vectors_table(index.clip_ids_N.tolist(), labels, outputs.of(space)), path)

@@ -17,6 +17,7 @@ from training.loop.hooks import Hooks, World
 from training.model.make import make_classifier, make_encoder
 from training.run.checkpoints import failure_writer, newest_checkpoint, state_in
 from training.run.edge import Edge, Written, kept
+from training.weights.card import Applied
 from training.weights.files import (
     encoder_digest,
     load_encoder,
@@ -56,28 +57,18 @@ def starting_encoder(
     own = place.uri_of("encoder")
     if place.exists("encoder/encoder.json"):
         return own if uri is None else uri
+    known: dict[str, Any] = {
+        "statistics": config.data.statistics, "applied": Applied.of(config),
+    }  # fmt: skip
     if uri is not None:
         encoder, card = load_encoder(uri)
-        save_encoder(
-            encoder,
-            own,
-            card.classes,
-            card.feature_spec,
-            card.provenance,
-            statistics=config.data.statistics,
-        )
+        save_encoder(encoder, own, card.classes, card.feature_spec, card.provenance, **known)
         return uri
     encoder = make_encoder(config, index.spec)
     if config.encoder.init is not None:
         load_weights(encoder, config.encoder.init)
-    save_encoder(
-        encoder,
-        own,
-        index.classes,
-        index.spec.model_dump(mode="json"),
-        provenance,
-        statistics=config.data.statistics,
-    )
+    spec = index.spec.model_dump(mode="json")
+    save_encoder(encoder, own, index.classes, spec, provenance, **known)
     return own
 
 
@@ -166,6 +157,7 @@ def finetune_at(
         index.spec.model_dump(mode="json"),
         written.provenance,
         statistics=config.data.statistics,
+        applied=Applied.of(config),
     )
     tracker.close()
     return {"metrics": last}

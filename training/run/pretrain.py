@@ -23,6 +23,7 @@ from training.run.checkpoints import Span, failure_writer, refuse_lost_labels, s
 from training.run.controls import control_labels
 from training.run.edge import Edge, Written, kept
 from training.tracking.tracker import Tracker
+from training.weights.card import Applied
 from training.weights.files import load_weights, save_encoder
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,8 @@ def pretrain_at(
     attempt.check()
     features, statistics = index.spec.model_dump(mode="json"), config.data.statistics
     known = (index.classes, features, written.provenance)
-    save_encoder(encoder, out.uri_of("encoder"), *known, statistics=statistics)
+    applied, target = Applied.of(config), out.uri_of("encoder")
+    save_encoder(encoder, target, *known, statistics=statistics, applied=applied)
     tracker.close()
     return {"metrics": last, "steps": trainer.step, "clustering_s": trainer.labelling.waited_s}
 

@@ -39,7 +39,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _never_fatal(what: str) -> Callable[[Callable[P, T]], Callable[P, T | None]]:
+def never_fatal(what: str) -> Callable[[Callable[P, T]], Callable[P, T | None]]:
     """Turn any failure of MLflow into one warning and None."""
 
     def decorate(call: Callable[P, T]) -> Callable[P, T | None]:
@@ -96,7 +96,7 @@ def create_run(
     return RunHandle(uri, run_id or "", str(out))
 
 
-@_never_fatal("create the run: metrics.jsonl is written, and sent when the run ends")
+@never_fatal("create the run: metrics.jsonl is written, and sent when the run ends")
 def _request_run(uri: str, request: dict[str, Any]) -> str:
     from mlflow.entities import Param
 
@@ -165,7 +165,7 @@ def flatten(params: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-@_never_fatal("store results")
+@never_fatal("store results")
 def log_results(handle: RunHandle, metrics: dict[str, float]) -> bool:
     """Final numbers of an evaluation, as metrics of the run without a curve; True if sent."""
     from mlflow.entities import Metric
@@ -178,7 +178,7 @@ def log_results(handle: RunHandle, metrics: dict[str, float]) -> bool:
     return True
 
 
-@_never_fatal("store artifacts")
+@never_fatal("store artifacts")
 def log_artifacts(handle: RunHandle, paths: Iterable[str | Path]) -> bool:
     """Copy files, and folders under their own name, to the run; True if all arrived.
 
@@ -192,31 +192,6 @@ def log_artifacts(handle: RunHandle, paths: Iterable[str | Path]) -> bool:
             else:
                 client.log_artifact(handle.run_id, str(path))
     return True
-
-
-@_never_fatal("register the encoder")
-def register_encoder(
-    handle: RunHandle, folder: str | Path, name: str, alias: str = "candidate"
-) -> str:
-    """Register an encoder folder (safetensors + json) as the next version of model `name`.
-
-    Returns: the version. The files are plain artifacts of the run: MLflow's own model flavour
-    traces the network and fixes its batch size.
-    """
-    from mlflow.exceptions import MlflowException
-
-    client = mlflow_client(handle.uri)
-    with fetched(folder) as path:
-        client.log_artifacts(handle.run_id, str(path), artifact_path="encoder")
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    source = f"{client.get_run(handle.run_id).info.artifact_uri}/encoder"
-    version = str(client.create_model_version(name, source, run_id=handle.run_id).version)
-    client.set_registered_model_alias(name, alias, version)
-    return version
 
 
 def finish(handle: RunHandle, status: str = "FINISHED", timeout_s: float = 60.0) -> RunHandle:
@@ -240,7 +215,7 @@ def finish(handle: RunHandle, status: str = "FINISHED", timeout_s: float = 60.0)
     return handle
 
 
-@_never_fatal("end the run")
+@never_fatal("end the run")
 def _end(handle: RunHandle, status: str) -> None:
     mlflow_client(handle.uri).set_terminated(handle.run_id, status)
 

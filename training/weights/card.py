@@ -8,12 +8,29 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from training.config import EncoderConfig, FbankStatistics
+from training.config import EncoderConfig, FbankStatistics, TrainingConfig
 from training.model.encoder import InputShape
 from training.weights.layouts import Layout
 
 CAVMAE_STATISTICS = FbankStatistics(-5.081, 4.4849)
 """What CAV-MAE's published weights were trained with (YuanGongND/cav-mae, egs/vggsound)."""
+
+
+class Applied(NamedTuple):
+    """How a model is applied to a clip, by evaluation and by predictions alike."""
+
+    frames_per_clip: int
+    """Frames a pass sees."""
+    frames: int | None
+    """Frames averaged over, see EvaluateConfig.frames."""
+    space: Literal["z", "h"]
+    """The embeddings that were trained to match across modalities: `h`, or `z` without heads."""
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> "Applied":
+        """As this config evaluates."""
+        space: Literal["z", "h"] = "z" if config.loss.instance_on == "z" else "h"
+        return cls(config.data.frames_per_clip, config.evaluate.frames, space)
 
 
 class ModelCard(NamedTuple):
@@ -35,6 +52,8 @@ class ModelCard(NamedTuple):
     """Whether a classifier gives each class a probability of its own."""
     statistics: FbankStatistics | None
     """What its fbanks were normalised with; None: it was saved before this was written down."""
+    applied: Applied | None
+    """How it is applied to a clip; None as above."""
 
     @classmethod
     def parse(cls, stored: Mapping[str, Any]) -> "ModelCard":
@@ -42,7 +61,7 @@ class ModelCard(NamedTuple):
 
         Raises: KeyError, TypeError or ValueError if it is no card.
         """
-        known = stored.get("fbank_statistics")
+        known, applied = stored.get("fbank_statistics"), stored.get("applied")
         return cls(
             config=EncoderConfig(**stored["config"]),
             shape=InputShape(**stored["shape"]),
@@ -53,6 +72,7 @@ class ModelCard(NamedTuple):
             auxiliary=stored.get("auxiliary", False),
             multi_label=stored.get("multi_label", False),
             statistics=FbankStatistics(**known) if known else None,
+            applied=Applied(**applied) if applied else None,
         )
 
 

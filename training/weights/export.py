@@ -1,4 +1,4 @@
-"""export_file: a saved model as a file of CAV-MAE, with its label list beside a classifier.
+"""export_file and export_hub: a saved model as a file of CAV-MAE, or as a folder for a hub.
 
 Knows nothing of training. Invariant: what is written here, `load_weights` reads back with every
 output the same.
@@ -6,18 +6,32 @@ output the same.
 
 import csv
 import io
+import json
+import shutil
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.storage import place_of
+from pipeline.storage import Location, place_of
 from training.errors import WeightsError
 from training.model.blocks import PatchStem
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.weights import layouts
 from training.weights.card import ModelCard
-from training.weights.files import load_classifier, load_encoder, saved_name
+from training.weights.files import (
+    HUB_TENSORS,
+    fetched_tensors,
+    load_classifier,
+    load_encoder,
+    read_card,
+    saved_name,
+    sha256,
+    write_readme,
+)
+from training.weights.measured import read_measured, write_measured
 
 
 def cavmae_state(model: Encoder | Classifier) -> dict[str, Tensor]:
@@ -64,3 +78,43 @@ def export_file(model_uri: str, uri: str) -> tuple[int, str | None]:
     writer.writerows([i, f"class_{i}", name] for i, name in enumerate(card.classes))
     place.write_bytes(f"{file}.csv", rows.getvalue().encode())
     return len(state), f"{uri}.csv"
+
+
+def export_hub(model_uri: str, uri: str) -> list[str]:
+    """Write a saved model as a folder that Hugging Face's tools take, and that is still a saved
+    model to diccae: the same tensors under their name, config.json, the card and README.md.
+
+    Returns: names of the files. Raises: WeightsError if there is no such model.
+    """
+    source, target = Location(model_uri), Location(uri)
+    kind = saved_name(source.uri)
+    _, digest = read_card(source.uri, kind)
+    with fetched_tensors(source.uri, kind) as tensors, target.written(HUB_TENSORS) as copy:
+        if sha256(tensors) != digest:
+            raise WeightsError(f"{model_uri}: its tensors are not those of its card; save it again")
+        shutil.copyfile(tensors, copy)
+    card = source.read_bytes(f"{kind}.json")
+    target.write_bytes("config.json", _hub_config(json.loads(card)))
+    target.write_bytes(f"{kind}.json", card)
+    measured = read_measured(source.uri, digest)
+    if measured is not None:
+        write_measured(target.uri, measured)
+    write_readme(target.uri, kind)
+    files = [HUB_TENSORS, "config.json", f"{kind}.json"]
+    return [*files, *(["measured.json"] if measured else []), "README.md"]
+
+
+def _hub_config(card: Mapping[str, Any]) -> bytes:
+    """What the hub's pages and `transformers`' config readers look for, and our own settings."""
+    names = dict(enumerate(card["classes"]))
+    config = {
+        "model_type": "diccae",
+        "architectures": ["Classifier" if card["kind"] == "classifier" else "Encoder"],
+        "id2label": names,
+        "label2id": {name: i for i, name in names.items()},
+        "encoder": card["config"],
+        "input_shape": card["shape"],
+        "feature_spec": card["feature_spec"],
+        "fbank_statistics": card.get("fbank_statistics"),
+    }
+    return json.dumps(config, indent=2, ensure_ascii=False).encode()

@@ -5,7 +5,7 @@ is ever unpickled; a trunk is loaded whole or not at all; an imported class head
 order that was not checked by name.
 
 A saved model is a folder: `<name>.safetensors` and `<name>.json` (config, input shape, classes,
-feature spec, provenance, digest of the tensors), name = encoder or classifier.
+feature spec, provenance, digest of the tensors), name = encoder or classifier, and a README.md.
 """
 
 import argparse
@@ -32,7 +32,9 @@ from training.model.blocks import PATCH, PatchStem
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.weights import layouts
-from training.weights.card import MadeWith, ModelCard
+from training.weights.card import Applied, MadeWith, ModelCard
+from training.weights.measured import read_measured
+from training.weights.readme import model_readme
 
 _OPTIONAL = ("class_heads.", "decoder.", "mlp_head.", "auxiliary_heads.")
 """Parts a file may lack, or have beyond what the model has; anything else is the trunk."""
@@ -40,6 +42,9 @@ _OPTIONAL = ("class_heads.", "decoder.", "mlp_head.", "auxiliary_heads.")
 
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 """Endings of files that torch.save wrote; anything but these and .safetensors is a folder."""
+
+HUB_TENSORS = "model.safetensors"
+"""The name that Hugging Face's tools look for."""
 
 
 class WeightsReport(NamedTuple):
@@ -142,10 +147,11 @@ def save_encoder(
     provenance: Mapping[str, Any] | None = None,
     *,
     statistics: FbankStatistics | None = None,
+    applied: Applied | None = None,
 ) -> None:
     """Write `encoder.safetensors` and `encoder.json` into a folder; a decoder is not kept."""
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("decoder.")}
-    details = _details(classes, feature_spec, provenance, statistics)
+    details = _details(classes, feature_spec, provenance, statistics, applied)
     _save(state, encoder, uri, "encoder", details)
 
 
@@ -171,6 +177,7 @@ def save_classifier(
     provenance: Mapping[str, Any] | None = None,
     *,
     statistics: FbankStatistics | None = None,
+    applied: Applied | None = None,
 ) -> None:
     """Write `classifier.safetensors` and `classifier.json` into a folder.
 
@@ -179,7 +186,7 @@ def save_classifier(
     if len(classes) != classifier.n_classes:
         raise ValueError(f"{len(classes)} class names for {classifier.n_classes} logits")
     state = {k: v for k, v in classifier.state_dict().items() if ".decoder." not in k}
-    details = _details(classes, feature_spec, provenance, statistics)
+    details = _details(classes, feature_spec, provenance, statistics, applied)
     details |= {"mode": classifier.mode, "auxiliary": bool(classifier.auxiliary_heads)}
     details |= {"multi_label": classifier.multi_label}
     _save(state, classifier.encoder, uri, "classifier", details)
@@ -201,12 +208,14 @@ def _details(
     feature_spec: Mapping[str, Any] | None,
     provenance: Mapping[str, Any] | None,
     statistics: FbankStatistics | None,
+    applied: Applied | None,
 ) -> dict[str, Any]:
     return {
         "classes": list(classes),
         "feature_spec": dict(feature_spec or {}),
         "provenance": dict(provenance or {}),
         "fbank_statistics": statistics and statistics._asdict(),
+        "applied": applied and applied._asdict(),
     }
 
 
@@ -292,8 +301,9 @@ def _save(
     place = Location(uri)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     with place.written(f"{kind}.safetensors") as path:
-        safetensors.torch.save_file(tensors, path)
-        digest = _sha256(path)
+        # Hugging Face's loaders refuse a file that does not say so.
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        digest = sha256(path)
     card = {
         "kind": kind,
         "config": encoder.config.model_dump(mode="json"),
@@ -303,6 +313,15 @@ def _save(
     }
     text = json.dumps(card, indent=2, ensure_ascii=False)
     place.write_bytes(f"{kind}.json", text.encode())
+    write_readme(uri, kind)
+
+
+def write_readme(uri: str, kind: Literal["encoder", "classifier"]) -> None:
+    """README.md of a saved model, from its card and what was measured of it."""
+    place = Location(uri)
+    stored = json.loads(place.read_bytes(f"{kind}.json"))
+    text = model_readme(stored, read_measured(place.uri, stored["sha256"]))
+    place.write_bytes("README.md", text.encode())
 
 
 def read_card(uri: str, kind: str) -> tuple[ModelCard, str]:
@@ -321,14 +340,23 @@ def read_card(uri: str, kind: str) -> tuple[ModelCard, str]:
 def _read_saved(uri: str, kind: str) -> tuple[dict[str, Tensor], ModelCard]:
     """Tensors and card of a saved folder; the digest must agree."""
     uri = uri.rstrip("/")
-    with _fetched(f"{uri}/{kind}.safetensors") as path:
+    with fetched_tensors(uri, kind) as path:
         card, digest = read_card(uri, kind)
-        if _sha256(path) != digest:
+        if sha256(path) != digest:
             raise WeightsError(
                 f"{uri}/{kind}.safetensors is not what {kind}.json was written with (sha256 "
                 "differs): the copy is damaged or mixed; copy or save both files again"
             )
         return _parse_safetensors(path, uri), card
+
+
+@contextlib.contextmanager
+def fetched_tensors(uri: str, kind: str) -> Iterator[Path]:
+    """The safetensors of a saved folder, or of one for Hugging Face's hub (`export_hub`), as a file
+    of this machine. Raises: WeightsError."""
+    name = HUB_TENSORS if Location(uri).exists(HUB_TENSORS) else f"{kind}.safetensors"
+    with _fetched(f"{uri.rstrip('/')}/{name}") as path:
+        yield path
 
 
 def _read_pickled(uri: str) -> dict[str, Tensor]:
@@ -364,7 +392,8 @@ def _parse_safetensors(path: Path, uri: str) -> dict[str, Tensor]:
         raise WeightsError(f"{uri} is no safetensors file: {error}") from error
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Digest of a file, as cards hold it."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -26,7 +26,8 @@ from training.data.reader import Batch
 from training.evaluation.probes import Probe
 from training.model.encoder import Encoder
 from training.on_ray import evaluate, inference
-from training.on_ray.inference import Job, Model, Models, Outputs, run_jobs
+from training.on_ray.inference import Job, run_jobs
+from training.predict.apply import Model, Models, Outputs
 from training.weights.files import save_encoder
 
 _DATA = DataConfig(lanes=4, shuffle_window=8, fbank_mean=0.0, fbank_std=3.0)
@@ -55,7 +56,8 @@ def test_bf16_reaches_the_trunk_and_outputs_stay_close(
     found = {}
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         attentions.clear()
-        found[precision] = Model(Models(encoder), _DATA, "cpu", precision)(batch, n_passes=2)
+        model = Model(Models(encoder), _DATA, "cpu", precision)
+        found[precision] = model(batch.fbank, batch.frames, n_passes=2)
         assert {seen for _, seen in attentions} == {dtype}
     for space in ("z", "h"):
         for stream, x_NP in found["fp32"].of(space).items():

@@ -2,21 +2,19 @@
 
 import json
 import logging
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.mlflow_server import Server, wait_until
+from support.models import saved_models
 
 from training.config import TrackingConfig
+from training.predict.registry import register, registered
 from training.tracking.system_metrics import SystemMetrics
 from training.tracking.tracker import (
     RunHandle,
@@ -25,7 +23,6 @@ from training.tracking.tracker import (
     finish,
     log_artifacts,
     read_metrics,
-    register_encoder,
 )
 
 STORE = {"uri": "s3://bucket/store", "version": 7, "digest": "ab" * 32}
@@ -189,7 +186,7 @@ def test_a_worker_killed_while_it_logs_leaves_one_whole_curve(out: Path) -> None
         return subprocess.Popen(args, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3])
 
     worker = start(0)
-    _wait_until(lambda: len(_history(handle, "loss")) > 50, 60)
+    wait_until(lambda: len(_history(handle, "loss")) > 50, 60)
     worker.kill()
     worker.wait()
     resume = max(line["step"] for line in read_metrics(path)) - 20  # a checkpoint lies behind
@@ -220,19 +217,14 @@ def test_a_fresh_start_in_an_old_folder_begins_the_file_anew(out: Path) -> None:
     assert [line["loss"] for line in read_metrics(out / "metrics.jsonl")] == [1.0]
 
 
-def test_artifacts_and_the_candidate_alias(out: Path) -> None:
+def test_artifacts_lie_under_their_own_names(out: Path) -> None:
     handle = _new_run(out)
     folder = out / "encoder"
     folder.mkdir()
     (folder / "encoder.safetensors").write_bytes(b"weights")
     (out / "report.html").write_text("<html>")
     assert log_artifacts(handle, [out / "report.html", folder])
-    assert register_encoder(handle, folder, "diccae-encoder") == "1"
-    assert register_encoder(handle, folder, "diccae-encoder") == "2"
-    client = _client(handle.uri)
-    version = client.get_model_version_by_alias("diccae-encoder", "candidate")
-    assert str(version.version) == "2"
-    assert {file.path for file in client.list_artifacts(handle.run_id)} == {
+    assert {file.path for file in _client(handle.uri).list_artifacts(handle.run_id)} == {
         "encoder",
         "report.html",
     }
@@ -248,48 +240,6 @@ def test_a_deleted_run_is_one_warning(out: Path, caplog: pytest.LogCaptureFixtur
         assert not tracker.close(timeout_s=10)
     assert caplog.text.count("must be in the 'active' state") == 1
     assert len(list(read_metrics(out / "metrics.jsonl"))) == 20
-
-
-class Server:
-    """An MLflow server on 127.0.0.1 that a test can kill and start again."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        database = f"sqlite:///{self.folder}/mlflow.db"
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers=1"]
-        command += ["--port", str(self.port), "--backend-store-uri", database]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with open(self.folder / "log", "ab") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
-            )
-        _wait_until(self._answers, 400)
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
-def _wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not so within {timeout_s} s"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -313,11 +263,11 @@ def test_server_that_dies_and_comes_back_has_every_point_once(
     handle = _new_run(tmp_path, server.uri)
     tracker = Tracker(handle, tmp_path / "metrics.jsonl")
     tracker.log(1, {"loss": 1.0})
-    _wait_until(lambda: len(_history(handle, "loss")) == 1, 200)
+    wait_until(lambda: len(_history(handle, "loss")) == 1, 200)
     server.kill()
     for step in range(2, 200):
         tracker.log(step, {"loss": float(step)})
-    _wait_until(lambda: "training goes on" in caplog.text, 200)
+    wait_until(lambda: "training goes on" in caplog.text, 200)
     server.start()
     tracker.log(200, {"loss": 200.0})
     assert tracker.close(timeout_s=60)
@@ -325,13 +275,13 @@ def test_server_that_dies_and_comes_back_has_every_point_once(
     assert caplog.text.count("training goes on") == 1
     assert caplog.text.count("answers again") == 1
     assert log_artifacts(handle, [tmp_path / "metrics.jsonl"])
-    assert register_encoder(handle, _encoder_folder(tmp_path), "over-http") == "1"
-
-
-def _encoder_folder(tmp_path: Path) -> Path:
-    (tmp_path / "encoder").mkdir()
-    (tmp_path / "encoder" / "encoder.json").write_text("{}")
-    return tmp_path / "encoder"
+    saved_models(str(tmp_path))
+    assert register(handle, tmp_path / "encoder", "over-http") == "1"
+    found = _client(server.uri).get_model_version_by_alias("over-http", "candidate")
+    assert found.tags["store.uri"] == "s3://b/vgg"
+    server.kill()
+    assert registered(handle, tmp_path / "encoder", "over-http") is None
+    assert "MLflow could not register the model" in caplog.text
 
 
 def test_nodes_are_measured_in_one_run_also_after_mlflow_was_away(
@@ -349,14 +299,14 @@ def test_nodes_are_measured_in_one_run_also_after_mlflow_was_away(
             node.keep_on()
         return all(points(name) > more_than for name in ("10.0.0.1", "10.0.0.2"))
 
-    _wait_until(lambda: all_measured(0), 200)
+    wait_until(lambda: all_measured(0), 200)
     server.kill()
     told = "gets no metrics of node 10.0.0.1 for now"
-    _wait_until(lambda: [node.keep_on() for node in nodes] and told in caplog.text, 200)
+    wait_until(lambda: [node.keep_on() for node in nodes] and told in caplog.text, 200)
     nodes[0].keep_on()
     server.start()
     before = max(points("10.0.0.1"), points("10.0.0.2"))
-    _wait_until(lambda: all_measured(before), 200)
+    wait_until(lambda: all_measured(before), 200)
     for node in nodes:
         node.close()
     steps = [step for step, _ in _history(handle, "system/10.0.0.1/cpu_utilization_percentage")]

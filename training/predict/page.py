@@ -1,0 +1,110 @@
+"""predictions_page: clips, what they look and sound like, and what a model takes them for, as HTML.
+
+Knows nothing of models. Invariant: the page fetches nothing (its own policy forbids it): frames,
+spectrograms and sounds are in it.
+
+Shapes: S samples, T fbank frames, M mel bins.
+"""
+
+import base64
+import io
+import wave
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+from training import report
+from training.predict.clips import Features
+from training.predict.predictor import Answer, StreamAnswer
+from training.predict.told import confusion_sentence
+from training.report.markup import percent, section, table, text
+from training.report.pictures import colours
+
+_SHOWN_FRAMES = 3
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+ media-src data:; style-src 'unsafe-inline'">
+<title>Predictions · diccae</title><style>{css}
+.clip-looks {{ display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }}
+.clip-looks img {{ height: 112px; }} .clip-looks audio {{ min-width: 240px; }}
+main th:nth-child(2) {{ text-align: left; }}</style></head><body>
+<header class="top"><div><div class="eyebrow">diccae predictions</div><h1>{model}</h1>
+<p class="lead">{facts}</p></div></header><main>{body}
+<footer>Written by diccae predict; needs no network.</footer></main></body></html>
+"""
+
+
+class Shown(NamedTuple):
+    """A clip on the page."""
+
+    name: str
+    answer: Answer
+    looks: str
+    """Its frames, spectrogram and sound as HTML; "" of a broken clip."""
+
+
+def looks(features: Features, sample_rate_hz: int) -> str:
+    """A clip's pictures and sound as HTML that holds them."""
+    places = np.linspace(0, len(features.jpegs) - 1, min(_SHOWN_FRAMES, len(features.jpegs)))
+    images = [_image(features.jpegs[round(i)], "frame") for i in places.tolist()]
+    fbank_TM = features.fbank_TM[: max(features.n_valid, 1)].astype(np.float32)
+    drawn = simplejpeg.encode_jpeg(colours(fbank_TM), quality=85)
+    images.append(_image(drawn, "spectrogram, low tones at the bottom"))
+    sound = base64.b64encode(_wav(features.waveform_S, sample_rate_hz)).decode()
+    images.append(
+        f'<audio controls preload="metadata" src="data:audio/wav;base64,{sound}"></audio>'
+    )
+    return f'<div class="clip-looks">{"".join(images)}</div>'
+
+
+def _image(jpeg: bytes, about: str) -> str:
+    data = base64.b64encode(jpeg).decode()
+    return f'<img alt="{text(about)}" title="{text(about)}" src="data:image/jpeg;base64,{data}">'
+
+
+def _wav(waveform_S: NDArray[np.float32], sample_rate_hz: int) -> bytes:
+    """16-bit mono, what every browser plays."""
+    out = io.BytesIO()
+    with wave.open(out, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(sample_rate_hz)
+        file.writeframes((np.clip(waveform_S, -1, 1) * 32767).astype("<i2").tobytes())
+    return out.getvalue()
+
+
+def predictions_page(model: str, clips: Sequence[Shown], note: str) -> str:
+    """The page. Args: note: a sentence on what the answers rest on."""
+    n_broken = sum(clip.answer.rejected is not None for clip in clips)
+    broken = f"; {n_broken} could not be decoded" if n_broken else ""
+    return _PAGE.format(
+        css=(Path(report.__path__[0]) / "page.css").read_text(),
+        model=text(model),
+        facts=text(f"{len(clips)} clips{broken}. {note}"),
+        body="\n".join(_clip(number, clip) for number, clip in enumerate(clips, 1)),
+    )
+
+
+def _clip(number: int, clip: Shown) -> str:
+    anchor, answer = f"clip-{number}", clip.answer
+    if answer.rejected is not None:
+        why = f"{answer.rejected.reason}: {answer.rejected.detail}"
+        return section(anchor, clip.name, "Not decoded.", f'<p class="absent">{text(why)}</p>')
+    main = answer.main
+    lead = f"{main.guesses[0].name}, {percent(main.guesses[0].p)}" if main else "Embedded."
+    sentence = f"<p>{text(confusion_sentence(answer.confused))}</p>" if answer.confused else ""
+    rows = [_row(stream, each) for stream, each in answer.streams.items()]
+    answers = table(["stream", "takes it for", "margin"], rows) if rows else ""
+    return section(anchor, clip.name, lead, clip.looks, answers, sentence)
+
+
+def _row(stream: str, answer: StreamAnswer) -> list[str]:
+    guesses = "<br>".join(f"{text(guess.name)} {percent(guess.p)}" for guess in answer.guesses)
+    return [text(stream), f'<td style="text-align:left">{guesses}</td>', percent(answer.margin)]
