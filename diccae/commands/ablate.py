@@ -112,6 +112,8 @@ def _check(args: AblateArgs) -> None:
             "--processes compares on clips kept from the train split: give --data.validation-frac "
             "0.2 --evaluate.split validation; --test-clips measures the test clips at the end"
         )
+    if args.processes and args.run.scale.use_gpu:
+        raise UsageError("--processes computes on CPUs: leave it out, or scale.use_gpu")
     if args.test_clips and not args.processes:
         raise UsageError("--test-clips goes with --processes; on Ray give --evaluate.split test")
 

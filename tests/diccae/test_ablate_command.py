@@ -102,7 +102,7 @@ def test_what_cannot_be_trained_is_said_before_anything_is(
     assert main([*arguments, "--variants-file", str(tmp_path / "none.yaml")]) == 2
     assert "No such file" in capsys.readouterr().err
     assert main([*arguments, "--metric", "top1/fusion"]) == 2
-    assert "starts with one of pair_accuracy/, probe/, knn/, retrieval/" in capsys.readouterr().err
+    assert "starts with one of pair_accuracy/, probe/, probe_few/, knn/" in capsys.readouterr().err
     assert main([*arguments, "--variants", "fulll"]) == 2
     assert "no variant fulll; there are instance" in capsys.readouterr().err
     assert main([*arguments, "--evaluate.split", "validation", "--variants", "full"]) == 2
@@ -119,6 +119,8 @@ def test_runs_side_by_side_need_no_ray_and_keep_what_failed(
     arguments = ["ablate", "--config", SMOKE, "--store", store, "--out", str(out), "--seeds", "1"]
     assert main([*arguments, "--processes", "2"]) == 2
     assert "--test-clips measures the test clips" in capsys.readouterr().err
+    assert main([*arguments, "--test-clips"]) == 2
+    assert "--test-clips goes with --processes" in capsys.readouterr().err
     arguments += ["--data.validation-frac", "0.3", "--evaluate.split", "validation"]
     arguments += ["--processes", "2", "--variants-file", str(own)]
     swept = ["--sweep", "confusion.gamma=0", "--sweep-of", "true_labels"]

@@ -179,8 +179,9 @@ def _curves(
             continue
         swept, key, value = dose
         with contextlib.suppress(ValueError):  # A word is a variant and not a point of a curve.
-            curves.setdefault(key, {}).setdefault(swept, {})[float(value)] = by_seed
-    return {key: by_variant for key, by_variant in curves.items() if by_variant}
+            number = float(value)
+            curves.setdefault(key, {}).setdefault(swept, {})[number] = by_seed
+    return curves
 
 
 def _mean_sd(by_seed: Mapping[int, float]) -> str:
