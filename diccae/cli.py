@@ -21,6 +21,7 @@ COMMANDS = {
     "pretrain": "feature store -> encoder, with clustering rounds beside it",
     "finetune": "encoder -> classifier",
     "evaluate": "top-1, probes, retrieval, confusions -> results.json",
+    "compare": "two runs, or a run and another project's predictions, clip by clip",
     "ablate": "what each part of DICCAE is worth: variants, seeds, paired differences",
     "weights": "published weights -> run, encoder or classifier -> CAV-MAE's layout",
     "embed": "feature store + encoder -> Parquet of vectors",

@@ -16,6 +16,7 @@ from diccae.stages.run_record import Say, pin_for, tracking_handle
 from diccae.stages.statistics import settle
 from training.config import ScaleConfig
 from training.data.rows import RowIndex, clip_keys, index_rows, with_labels
+from training.data.validation import groups_of
 from training.on_ray.evaluate import evaluate
 from training.on_ray.pretrain import Pinned
 from training.tracking import tracker as tracking
@@ -25,13 +26,22 @@ def run_evaluate(folder: RunFolder, config: RunConfig, say: Say) -> dict[str, An
     """Evaluate the folder's models on the test split into `results.json`."""
     data = pin_for(folder, config)
     test = tested_rows(data, config)
+    config_hash = config.digest()
     config, _ = settle(folder, config, data, say)
     start_ray()
     check_fits(inference_demands(config.scale))
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
     started = time.monotonic()
-    clusters = _clusters(folder.path, test)
-    evaluation = evaluate(config, data.train, test, folder.path, clusters, may_write=folder.check)
+    evaluation = evaluate(
+        config,
+        data.train,
+        test,
+        folder.path,
+        _clusters(folder.path, test),
+        groups=_groups(data, config),
+        config_hash=config_hash,
+        may_write=folder.check,
+    )
     found = evaluation.as_json()
     seconds = {"evaluate": round(time.monotonic() - started, 2)}
     results = folder.write_results(**found, seconds=seconds, config_hash=config.digest())
@@ -68,6 +78,13 @@ def tested_rows(data: Pinned, config: RunConfig) -> RowIndex:
             "--data.validation-frac 0.1, say"
         )
     return labelled
+
+
+def _groups(data: Pinned, config: RunConfig) -> dict[str, str]:
+    """The recording each clip was cut from: clips of one are not independent."""
+    split = "test" if config.evaluate.split == "test" else "train"
+    clip_ids = data.snapshot.rows(split)["clip_id"].to_pylist()
+    return dict(zip(clip_ids, groups_of(data.snapshot, split).tolist(), strict=True))
 
 
 def _clusters(out: Path, test: RowIndex) -> dict[str, int]:

@@ -66,6 +66,11 @@ class Evidence(NamedTuple):
         by_stream = self.probes[PROBES[0].name]
         return {stream: by_stream[stream] for stream in STREAMS if stream in by_stream}
 
+    @property
+    def scorer(self) -> str:
+        """Whose `scores` are."""
+        return "classifier" if self.classifier else PROBES[0].name
+
 
 class Grid(NamedTuple):
     """How values that are not by stream make a table: the name of a value is ROW_COLUMN."""

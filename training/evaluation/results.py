@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from training.config import STREAMS
 from training.evaluation.metrics import Evidence, Values
+from training.evaluation.predictions import FILE as PREDICTIONS
+from training.evaluation.predictions import About, Predictions, write_predictions
 from training.evaluation.retrieval import Vectors, unit_rows
 from training.evaluation.scores import (
     ConfusedPair,
@@ -126,19 +126,25 @@ def count_confusion(given: Evidence, classes: Sequence[str]) -> ConfusionCounts:
     return ConfusionCounts(list(classes), counts)
 
 
-def write_evaluation(folder: Path, given: Evidence, confusion: ConfusionCounts, split: str) -> None:
-    """Write predictions, counts and embeddings."""
+def write_evaluation(
+    folder: Path,
+    given: Evidence,
+    confusion: ConfusionCounts,
+    groups: Mapping[str, str],
+    about: About,
+) -> None:
+    """Write predictions, counts and embeddings. Args: groups: by clip id, its own where unknown."""
     folder.mkdir(parents=True, exist_ok=True)
-    main = given.scores.get("fusion", next(iter(given.scores.values())))
-    columns: dict[str, Any] = {
-        "clip_id": list(given.clip_ids_M),
-        "label": given.labels_M,
-        "split": [split] * len(given.labels_M),
-        **{f"pred_{s}": x_MC.argmax(1) for s, x_MC in given.scores.items()},
-        "p_fusion": main.max(1).astype(np.float32),
-        "cluster": given.clusters_M,
-    }
-    pq.write_table(pa.table(columns), folder / "predictions.parquet")
+    clip_ids = list(given.clip_ids_M)
+    predictions = Predictions(
+        clip_ids=clip_ids,
+        groups=[groups.get(clip_id, clip_id) for clip_id in clip_ids],
+        labels_M=given.labels_M.astype(np.int64),
+        about=about,
+        scores={s: x_MC.astype(np.float32, copy=False) for s, x_MC in given.scores.items()},
+        clusters_M=given.clusters_M,
+    )
+    write_predictions(folder / PREDICTIONS, predictions)
     counts: dict[str, Any] = {"classes": np.array(confusion.classes), **confusion.counts}
     np.savez_compressed(folder / "confusion.npz", **counts)
     vectors: dict[str, Any] = {"clip_ids": np.array(given.clip_ids_M), **given.embeddings}

@@ -23,10 +23,16 @@ def topk_accuracy(scores_NC: Scores, labels_N: Labels, k: int = 1) -> float:
     Raises: ValueError for no clips, labels out of range or scores that are not finite.
     """
     _check(scores_NC, labels_N)
+    return float((label_ranks(scores_NC, labels_N) < k).mean())
+
+
+def label_ranks(scores_NC: Scores, labels_N: Labels) -> NDArray[np.int64]:
+    """How many classes come before the label of each row; of equal scores the lower class: [N]."""
     own_N1 = scores_NC[np.arange(len(labels_N)), labels_N][:, None]
     before = np.arange(scores_NC.shape[1])[None] < labels_N[:, None]
-    rank_N = (scores_NC > own_N1).sum(1) + ((scores_NC == own_N1) & before).sum(1)
-    return float((rank_N < k).mean())
+    ranks_N: NDArray[np.int64] = (scores_NC > own_N1).sum(1)
+    ranks_N += ((scores_NC == own_N1) & before).sum(1)
+    return ranks_N
 
 
 def average_precisions(scores_NC: Scores, labels_N: Labels) -> NDArray[np.float64]:
