@@ -24,12 +24,13 @@ _PAGE = """<!doctype html>
 <footer>Written by diccae from predictions of clips; needs no network.</footer></main></body></html>
 """
 _OWN = """
-.range { display: block; width: 170px; height: 16px; }
+.range { display: block; width: 120px; height: 16px; }
+tbody th { white-space: normal; }
 .range line { stroke: var(--soft); stroke-width: 2; }
 .range .zero { stroke: var(--line); stroke-width: 1; }
 .range circle { fill: var(--ink); }
 """
-_WIDTH, _HEIGHT = 170, 16
+_WIDTH, _HEIGHT = 120, 16
 _HEAD = ("", "clips", "a", "b", "b − a", "95 % interval", "", "only a", "only b", "p", "p (Holm)")
 
 
