@@ -22,6 +22,7 @@ COMMANDS = {
     "finetune": "encoder -> classifier",
     "evaluate": "top-1, probes, retrieval, confusions -> results.json",
     "predict": "clips -> classes, how sure, what they are confused with; no store needed",
+    "compare": "two runs, or a run and another project's predictions, clip by clip",
     "ablate": "what each part of DICCAE is worth: variants, seeds, paired differences",
     "weights": "published weights -> run, encoder or classifier -> CAV-MAE's layout",
     "embed": "feature store + encoder -> Parquet of vectors",

@@ -3,12 +3,15 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diccae.args import parse
 from diccae.config import RunConfig
 from diccae.screen import say, table
 from training.config import STREAMS
+
+if TYPE_CHECKING:
+    from diccae.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,14 @@ class EvaluateArgs:
 
     out: str
     """Run folder."""
+    vggsounder: bool = False
+    """Measure on VGGSounder's labels, too (pip install 'diccae[vggsounder]')."""
+    vggsounder_labels: str | None = None
+    """A CSV of VGGSounder's columns instead of the one in its package, such as an older version."""
+    export_predictions: str | None = None
+    """Write the predictions to this file, as VGGSounder's own benchmark reads them."""
+    reuse: bool = False
+    """Take the predictions of the last evaluation; models and clips are not touched."""
     json: bool = False
     """Print results.json as one line on stdout."""
     run: RunConfig = field(default_factory=RunConfig)
@@ -32,12 +43,36 @@ def main(argv: Sequence[str]) -> int:
     args = parse("evaluate", EvaluateArgs, argv, ("evaluate", "scale"), own_config)
     folder = RunFolder(args.out)
     log_to_screen()
-    from diccae.stages.evaluate import run_evaluate
+    from diccae.judging.vggsounder import export_predictions, vggsounder_table
 
     with folder.held("evaluate", args.run.scale.lease_stale_s):
-        results = run_evaluate(folder, args.run, say)
-    print(json.dumps(results) if args.json else results_table(results))
+        results = _evaluate(args, folder)
+        if args.export_predictions:
+            done = export_predictions(folder, args.export_predictions)
+            say(f"{done['file']}: {done['n_clips']:,} clips in VGGSounder's format")
+    if args.json:
+        print(json.dumps(results))
+        return 0
+    print(results_table(results))
+    if args.vggsounder or args.vggsounder_labels:
+        print(vggsounder_table(results["vggsounder"]))
     return 0
+
+
+def _evaluate(args: EvaluateArgs, folder: "RunFolder") -> dict[str, Any]:
+    from diccae.judging.predicted import predictions_of
+    from diccae.judging.vggsounder import run_vggsounder
+
+    if args.reuse:
+        predictions_of(folder, args.run.digest())
+        results = folder.results
+    else:
+        from diccae.stages.evaluate import run_evaluate
+
+        results = run_evaluate(folder, args.run, say)
+    if args.vggsounder or args.vggsounder_labels:
+        results = run_vggsounder(folder, args.vggsounder_labels, say)
+    return results
 
 
 def results_table(results: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from diccae.stages.run_record import Say, pin_for, tracking_handle
 from diccae.stages.statistics import settle
 from training.config import ScaleConfig
 from training.data.rows import RowIndex, clip_keys, index_rows, with_labels
+from training.data.validation import groups_of
 from training.evaluation.class_confusions import class_confusions
 from training.evaluation.metrics import present
 from training.evaluation.results import read_confusion
@@ -34,6 +35,7 @@ def run_evaluate(
     """Evaluate the folder's models on the test split into `results.json`."""
     data = pin_for(folder, config)
     test = tested_rows(data, config)
+    config_hash = config.digest()
     config, _ = settle(folder, config, data, say)
     place.ready(inference_demands(config.scale), {"--store": data.snapshot.uri}, folder.uri)
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
@@ -47,6 +49,8 @@ def run_evaluate(
             test,
             folder.place,
             clusters,
+            groups=_groups(data, config),
+            config_hash=config_hash,
             apply=place.apply,
             may_write=folder.check,
         )
@@ -110,6 +114,13 @@ def tested_rows(data: Pinned, config: RunConfig) -> RowIndex:
             "--data.validation-frac 0.1, say"
         )
     return labelled
+
+
+def _groups(data: Pinned, config: RunConfig) -> dict[str, str]:
+    """The recording each clip was cut from: clips of one are not independent."""
+    split = "test" if config.evaluate.split == "test" else "train"
+    clip_ids = data.snapshot.rows(split)["clip_id"].to_pylist()
+    return dict(zip(clip_ids, groups_of(data.snapshot, split).tolist(), strict=True))
 
 
 def _clusters(uri: str, test: RowIndex) -> dict[str, int]:

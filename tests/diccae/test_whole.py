@@ -20,6 +20,7 @@ from support.runs import CONFIGS, N_TEST, N_TRAIN, SMOKE, lines
 
 from diccae.ablation.runs import measured_of
 from diccae.cli import main
+from diccae.judging.predicted import predictions_of
 from diccae.run_folder import RunFolder
 from training.evaluation import metrics
 from training.report.ablate import variant_rows
@@ -102,6 +103,7 @@ def test_killed_pretraining_goes_on_and_the_run_is_finished(
     assert page.stat().st_size > 50_000
     strict = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
     _check_results(strict)
+    _check_predictions(out, strict)
     _check_mlflow(out)
 
 
@@ -241,6 +243,17 @@ def _check_results(results: dict[str, Any]) -> None:
     assert sum(each["n_clips"] for each in by_class) == N_TEST
     right = sum(each["n_clips"] * each["fusion"] for each in by_class)
     assert right / N_TEST == pytest.approx(results["top1"]["fusion"])
+
+
+def _check_predictions(out: Path, results: dict[str, Any]) -> None:
+    """Probabilities of clips are those that were measured, and their recordings are known."""
+    found = predictions_of(RunFolder(out), RunFolder(out).config().digest())
+    assert found.about.scorer == "classifier"
+    assert found.n_clips == len(set(found.groups)) == N_TEST
+    for stream, scores_MC in found.scores.items():
+        right = float((scores_MC.argmax(1) == found.labels_M).mean())
+        assert right == pytest.approx(results["top1"][stream])
+        np.testing.assert_allclose(scores_MC.sum(1), 1, atol=1e-5)
 
 
 def _check_mlflow(out: Path) -> None:

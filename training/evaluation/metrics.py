@@ -77,6 +77,11 @@ class Evidence(NamedTuple):
         """`scores`, and without a classifier those of both sides too."""
         return self.classifier or self.probes[PROBES[0].name]
 
+    @property
+    def scorer(self) -> str:
+        """Whose `scores` are."""
+        return "classifier" if self.classifier else PROBES[0].name
+
 
 class Grid(NamedTuple):
     """How values that are not by stream make a table: the name of a value is ROW_COLUMN."""

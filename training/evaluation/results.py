@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.storage import Location
 from training.config import STREAMS
 from training.evaluation.metrics import Evidence, Values
+from training.evaluation.predictions import FILE as PREDICTIONS
+from training.evaluation.predictions import About, Predictions, write_predictions
 from training.evaluation.retrieval import Vectors, unit_rows
 from training.evaluation.scores import (
     ConfusedPair,
@@ -129,20 +129,24 @@ def count_confusion(given: Evidence, classes: Sequence[str]) -> ConfusionCounts:
 
 
 def write_evaluation(
-    folder: Location, given: Evidence, confusion: ConfusionCounts, split: str
+    folder: Location,
+    given: Evidence,
+    confusion: ConfusionCounts,
+    groups: Mapping[str, str],
+    about: About,
 ) -> None:
-    """Write predictions, counts and embeddings."""
-    main = given.scores.get("fusion", next(iter(given.scores.values())))
-    columns: dict[str, Any] = {
-        "clip_id": list(given.clip_ids_M),
-        "label": given.labels_M,
-        "split": [split] * len(given.labels_M),
-        **{f"pred_{s}": x_MC.argmax(1) for s, x_MC in given.scores.items()},
-        "p_fusion": main.max(1).astype(np.float32),
-        "cluster": given.clusters_M,
-    }
-    with folder.written("predictions.parquet") as path:
-        pq.write_table(pa.table(columns), path)
+    """Write predictions, counts and embeddings. Args: groups: by clip id, its own where unknown."""
+    clip_ids = list(given.clip_ids_M)
+    predictions = Predictions(
+        clip_ids=clip_ids,
+        groups=[groups.get(clip_id, clip_id) for clip_id in clip_ids],
+        labels_M=given.labels_M.astype(np.int64),
+        about=about,
+        scores={s: x_MC.astype(np.float32, copy=False) for s, x_MC in given.scores.items()},
+        clusters_M=given.clusters_M,
+    )
+    with folder.written(PREDICTIONS) as path:
+        write_predictions(path, predictions)
     counts: dict[str, Any] = {"classes": np.array(confusion.classes), **confusion.counts}
     with folder.written("confusion.npz") as path:
         np.savez_compressed(path, **counts)

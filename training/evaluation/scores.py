@@ -24,14 +24,20 @@ def topk_accuracy(scores_NC: Scores, labels_N: Labels, k: int = 1) -> float:
     Args: labels_N: or [N, L].
     Raises: ValueError for no clips, labels out of range or scores that are not finite.
     """
-    labels_NL = _check(scores_NC, labels_N)
-    best_N = np.full(len(labels_NL), scores_NC.shape[1])
-    for own_N in labels_NL.T:
+    _check(scores_NC, labels_N)
+    return float((label_ranks(scores_NC, labels_N) < k).mean())
+
+
+def label_ranks(scores_NC: Scores, labels_N: Labels) -> NDArray[np.int64]:
+    """How many classes come before the best label of each row; of equal scores the lower class:
+    [N]. Args: labels_N: or [N, L]."""
+    best_N: NDArray[np.int64] = np.full(len(labels_N), scores_NC.shape[1])
+    for own_N in labels_N.reshape(len(labels_N), -1).T:
         own_N1 = scores_NC[np.arange(len(own_N)), own_N][:, None]
         before = np.arange(scores_NC.shape[1])[None] < own_N[:, None]
         rank_N = (scores_NC > own_N1).sum(1) + ((scores_NC == own_N1) & before).sum(1)
         best_N = np.where(own_N >= 0, np.minimum(best_N, rank_N), best_N)
-    return float((best_N < k).mean())
+    return best_N
 
 
 def average_precisions(scores_NC: Scores, labels_N: Labels) -> NDArray[np.float64]:

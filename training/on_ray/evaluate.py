@@ -7,7 +7,7 @@ threshold), and their number stands beside every result.
 Shapes: N train and M test clips, D token width, C classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from training.config import STREAMS, EvaluateConfig, TrainingConfig
 from training.data.rows import RowIndex
 from training.errors import TrainingError
 from training.evaluation.metrics import BOTH_SIDES, Evidence, measure
+from training.evaluation.predictions import About
 from training.evaluation.probes import PROBES, knn_probe
 from training.evaluation.results import Evaluation, count_confusion, write_evaluation
 from training.evaluation.retrieval import subset_per_class, unit_rows
@@ -41,17 +42,46 @@ def evaluate(
     out: Location,
     clusters: dict[str, int],
     *,
+    groups: Mapping[str, str],
+    config_hash: str,
     apply: Apply = run_jobs,
     may_write: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluate a run folder's encoder, and classifier if there is one, on the clips of `split`.
 
-    Args: clusters: last pseudo-label by clip id. may_write: asked before files are written.
+    Args: clusters: last pseudo-label by clip id. groups: the recording of each clip, by clip id.
+        config_hash: stands in the file of predictions. may_write: asked before files are written.
     Raises: TrainingError if the run folder has no encoder, or no training clip a label.
     """
-    of_test, of_train, middle = _outputs(config, _models(out), train, test, apply)
-    probed, space = _probe(config, train, test, of_train, of_test), embedding_space(config)
-    given = Evidence(
+    given = _evidence(config, train, test, _models(out), clusters, apply=apply)
+    confusion, split = count_confusion(given, test.classes), config.evaluate.split
+    may_write()
+    about = About(test.classes, given.scorer, config_hash, split)
+    write_evaluation(out.below("evaluation"), given, confusion, groups, about)
+    return Evaluation(
+        n_train=len(train),
+        n_test=len(test),
+        split=split,
+        classes=test.classes,
+        measured=measure(given),
+        confusion=confusion.summary(given.confused_pairs),
+        class_accuracy=confusion.accuracies(),
+    )
+
+
+def _evidence(
+    config: TrainingConfig,
+    train: RowIndex,
+    test: RowIndex,
+    models: Models,
+    clusters: dict[str, int],
+    *,
+    apply: Apply,
+) -> Evidence:
+    of_test, of_train, middle = _outputs(config, models, train, test, apply)
+    probed = _probe(config, train, test, of_train, of_test)
+    space = embedding_space(config)
+    return Evidence(
         clip_ids_M=test.clip_ids_N.tolist(),
         labels_ML=test.labels_NL,
         classifier={s: of_test.p[s] for s in STREAMS if s in of_test.p},
@@ -61,18 +91,6 @@ def evaluate(
         confused_pairs=probed.confused_pairs,
         clusters_M=np.array([clusters.get(c, NO_LABEL) for c in test.clip_ids_N], np.int32),
         retrieval_per_class=config.evaluate.retrieval_per_class,
-    )
-    confusion, split = count_confusion(given, test.classes), config.evaluate.split
-    may_write()
-    write_evaluation(out.below("evaluation"), given, confusion, split)
-    return Evaluation(
-        len(train),
-        len(test),
-        split,
-        test.classes,
-        measured=measure(given),
-        confusion=confusion.summary(given.confused_pairs),
-        class_accuracy=confusion.accuracies(),
     )
 
 

@@ -16,6 +16,7 @@ from pipeline.errors import PipelineError
 from training.report import galleries, sections
 from training.report.agreement import with_agreement
 from training.report.folder import ReportData, read_run
+from training.report.label_noise import label_noise
 from training.report.markup import number, text
 from training.report.pictures import Pictures
 
@@ -98,6 +99,7 @@ def build_page(run: ReportData, pictures: Pictures | None, note: str = "") -> st
     body = [
         f'<p class="absent">{text(note)}</p>' if note else "",
         sections.results(run),
+        label_noise(run.results),
         sections.training(drawn),
         galleries.clusters(run, choice, drawn, uris),
         galleries.confusion(run, choice, uris),

@@ -1,0 +1,1 @@
+"""Judging: stages that read the predictions of runs, and touch neither models nor clips."""

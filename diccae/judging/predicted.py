@@ -1,0 +1,25 @@
+"""predictions_of: what the last evaluation of a run said of each clip, if it is still the run's.
+
+Knows nothing of what is made of it, and imports neither Ray nor torch: whoever judges predictions
+needs no model. Invariant: predictions of other settings are refused, not mixed in.
+"""
+
+from diccae.errors import UsageError
+from diccae.run_folder import RunFolder
+from training.evaluation.predictions import FILE, Predictions, read_predictions
+
+
+def predictions_of(folder: RunFolder, config_hash: str | None = None) -> Predictions:
+    """What the last evaluation of a run said of each clip.
+
+    Args: config_hash: what the run is evaluated with now; None takes any.
+    Raises: TrainingError without predictions; UsageError if they are of other settings.
+    """
+    file = folder.place.uri_of("evaluation", FILE)
+    predictions = read_predictions(file)
+    if config_hash not in (None, predictions.about.config_hash):
+        raise UsageError(
+            f"{file}: of config {predictions.about.config_hash}, and the run's is {config_hash} "
+            "now (it was fine-tuned or evaluated otherwise since): leave out --reuse"
+        )
+    return predictions

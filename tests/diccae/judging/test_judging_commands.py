@@ -1,0 +1,188 @@
+"""`evaluate --vggsounder` and `compare`, on run folders of synthetic predictions."""
+
+import json
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.predicted import STREAMS, predicted_run, predictions, softmax
+
+from diccae.cli import main
+from training.evaluation.predictions import FILE, Predictions, read_predictions
+from training.vggsounder.labels import read_labels
+
+LABELS = read_labels()
+CLIPS = LABELS.clip_ids[:600]
+
+
+def _predictions(seed: int, classes: list[str] | None = None, lift: float = 3.0) -> Predictions:
+    """Of VGGSound clips: right for about half of them."""
+    rng = np.random.default_rng(seed)
+    names = classes or LABELS.classes
+    first = {clip: k for clip, k in zip(LABELS.clip_R[::-1], LABELS.class_R[::-1], strict=True)}
+    own = np.array([names.index(LABELS.classes[first[i]]) for i in range(len(CLIPS))])
+    scores = {}
+    for stream in STREAMS:
+        x = rng.normal(size=(len(CLIPS), len(names)))
+        x[np.arange(len(CLIPS)), own] += lift
+        scores[stream] = softmax(x)
+    return predictions(CLIPS, names, own, scores, [clip_id[:11] for clip_id in CLIPS])
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs `a` and `b`, which order their classes differently; `b` is better."""
+    monkeypatch.chdir(tmp_path)
+    predicted_run(tmp_path / "a", _predictions(1))
+    classes = np.random.default_rng(0).permutation(LABELS.classes).tolist()
+    predicted_run(tmp_path / "b", _predictions(2, classes, lift=4.0))
+    return tmp_path
+
+
+def test_predictions_come_back_bit_by_bit(tmp_path: Path) -> None:
+    given = _predictions(1)
+    folder = predicted_run(tmp_path / "run", given)
+    found = read_predictions(folder / "evaluation" / FILE)
+    assert (found.clip_ids, found.groups, found.about) == (
+        given.clip_ids,
+        given.groups,
+        given.about,
+    )
+    for stream in STREAMS:
+        np.testing.assert_array_equal(found.scores[stream], given.scores[stream])
+
+
+def test_vggsounder_goes_into_results_with_whose_labels_they_are(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--out", "b", "--reuse", "--vggsounder"]) == 0
+    printed = capsys.readouterr().out
+    assert "VGGSounder, no background music" in printed
+    found = json.loads(Path("b/results.json").read_text(), parse_constant=pytest.fail)["vggsounder"]
+    assert found["labels"]["package"] == "vggsounder 1.0"
+    assert len(found["labels"]["sha256"]) == 64
+    assert (found["n_clips"], found["n_missing"]) == (600, 15_069 - 600)
+    assert Path("b/evaluation/vggsounder_missing.txt").read_text().splitlines()[0] not in CLIPS
+    for split in found["label_noise"].values():
+        assert sum(kind["share"] for kind in split["kinds"].values()) == pytest.approx(1)
+    assert found["scores"]["all"]["a"]["hit_rate@1"] > 0.3
+
+
+def test_exported_predictions_are_the_run_itself_and_another_order_is_not(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--out", "b", "--reuse", "--export-predictions", "b.pkl"]) == 0
+    capsys.readouterr()
+    assert main(["compare", "b", "--predictions", "b.pkl", "--json"]) == 0
+    same = json.loads(capsys.readouterr().out)
+    for stream in STREAMS:
+        found = same["streams"][stream]["all"]
+        assert (found["only_a"], found["only_b"], found["p"]) == (0, 0, 1.0)
+    names = Path("names.csv")
+    own = read_predictions(Path("b/evaluation") / FILE).about.classes
+    names.write_text("display_name\n" + "\n".join(f'"{name}"' for name in own))
+    arguments = ["compare", "b", "--predictions", "b.pkl", "--classes", "names.csv", "--json"]
+    assert main(arguments) == 0
+    wrong = json.loads(capsys.readouterr().out)["streams"]["fusion"]["all"]
+    assert wrong["b"] < 0.1 < wrong["a"]
+
+
+def test_runs_are_compared_by_name_as_table_json_and_page(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", "a", "b", "--html", "c.html", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    given = {name: read_predictions(Path(name) / "evaluation" / FILE) for name in "ab"}
+    for stream in STREAMS:
+        whole = found["streams"][stream]["all"]
+        for name in "ab":
+            right = given[name].scores[stream].argmax(1) == given[name].labels_M
+            assert whole[name] == pytest.approx(right.mean())
+        assert whole["low"] < whole["difference"] < whole["high"]
+        assert whole["p"] < 1e-3
+        n_classes = sum(one["n_clips"] for one in found["streams"][stream]["classes"])
+        assert n_classes == found["n_clips"] == len(CLIPS)
+    assert found["pairs_chosen_on"] == "the clips compared"
+    page = Path("c.html").read_text()
+    assert not re.search(r"(src|href)=|@import|url\((?!data)", page)
+    assert all(f"{100 * found['streams'][s]['all']['b']:.1f} %" in page for s in STREAMS)
+    assert main(["compare", "a", "b"]) == 0
+    assert "600 clips of" in capsys.readouterr().out
+
+
+def test_pairs_are_those_that_training_clips_confuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = [["dog barking", "cat meowing", 0.4]]
+    confusion = {"training_pairs": chosen}
+    for seed, name in ((1, "a"), (2, "b")):
+        predicted_run(tmp_path / name, _predictions(seed), confusion=confusion)
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pairs_chosen_on"] == "training clips"
+    assert {one["name"] for one in found["streams"]["audio"]["pairs"]} <= {
+        "cat meowing / dog barking"
+    }
+
+
+def test_clips_of_one_model_alone_are_listed(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f'{clip_id},"{LABELS.classes[0]}"' for clip_id in [*CLIPS[5:], "elsewhere__000000"]]
+    Path("other.csv").write_text("\n".join(["id,audio", *rows]))
+    assert main(["compare", "a", "--predictions", "other.csv", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["only_a"] == CLIPS[:5]
+    assert found["only_b"] == ["elsewhere__000000"]
+    assert list(found["streams"]) == ["audio"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["compare", "a"], 2, "name a second run, or a file with --predictions"),
+        (["compare", "a", "b", "--predictions", "x.pkl"], 2, "name a second run, or a file"),
+        (["compare", "a", "nowhere"], 1, "run diccae evaluate on the run first"),
+        (["compare", "a", "--predictions", "evil.pkl"], 1, "nothing of it was run"),
+        (["compare", "a", "b", "c"], 2, "found 3 runs"),
+        (["evaluate", "--out", "a", "--reuse", "--evaluate.knn-k", "3"], 2, "leave out --reuse"),
+        (["evaluate", "--out", "other", "--reuse", "--vggsounder"], 2, "none of the run's 2 clips"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(
+    runs: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    said: str,
+) -> None:
+    Path("evil.pkl").write_bytes(pickle.dumps({"x": print}))
+    scores = dict.fromkeys(STREAMS, softmax(np.eye(2)))
+    predicted_run(Path("other"), predictions(["x", "y"], ["p", "q"], [0, 1], scores))
+    capsys.readouterr()
+    assert main(arguments) == code
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert "Traceback" not in printed.err
+
+
+def test_runs_whose_clips_have_other_labels_are_not_compared(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = _predictions(3)
+    predicted_run(Path("c"), given._replace(labels_M=np.roll(given.labels_M, 1)))
+    assert main(["compare", "a", "c"]) == 2
+    assert "clips have other labels, such as" in capsys.readouterr().err
+
+
+def test_judging_needs_neither_ray_nor_torch() -> None:
+    code = (
+        "import sys, diccae.commands.compare, diccae.judging.compare, diccae.judging.vggsounder; "
+        "print({'ray', 'torch', 'mlflow'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,1 @@
+"""VGGSounder: the VGGSound test clips with all labels that are true of them, by modality."""
