@@ -53,11 +53,18 @@ def _measured_here(handle: RunHandle | None) -> Iterator[None]:
     if handle is None:
         yield
         return
-    measures = SystemMetrics(handle, _HERE)
-    threading.Thread(target=measures.keep_on, name="node-metrics", daemon=True).start()
+    measures, stop = SystemMetrics(handle, _HERE), threading.Event()
+
+    def keep_on() -> None:
+        measures.keep_on()
+        while not stop.wait(EVERY_S):
+            measures.keep_on()
+
+    threading.Thread(target=keep_on, name="node-metrics", daemon=True).start()
     try:
         yield
     finally:
+        stop.set()
         measures.close()
 
 

@@ -16,6 +16,7 @@ from training.tracking.tracker import create_run
 
 DRIVER = """
 import os, signal, sys, time
+from pathlib import Path
 import ray
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
@@ -48,7 +49,7 @@ if __name__ == "__main__":
         # A CPU each: one on each node.
         talkers = [ray.remote(Talker).options(num_cpus=1).remote() for _ in range(2)]
         pids = ray.get([t.say.remote(f"talker {i}") for i, t in enumerate(talkers)])
-        logs = folder.path / "logs" / "attempt-1"
+        logs = Path(out) / "logs" / "attempt-1"
         until("kept", lambda: len(list(logs.glob("process-*"))) == 2)
         os.kill(pids[0], signal.SIGKILL)
         client = MlflowClient(uri)
