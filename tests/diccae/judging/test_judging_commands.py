@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from support.predicted import STREAMS, predicted_run, predictions, softmax
 
 from diccae.cli import main
 from training.evaluation.predictions import FILE, Predictions, read_predictions
+from training.vggsounder.exchange import write_pickle
 from training.vggsounder.labels import read_labels
 
 LABELS = read_labels()
@@ -168,6 +170,25 @@ def test_what_cannot_be_compared_is_one_line(
     printed = capsys.readouterr()
     assert said in printed.err
     assert "Traceback" not in printed.err
+
+
+def test_the_documents_examples_do_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but the one that applies models."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in ((1, "run"), (2, "other")):
+        predicted_run(Path("out") / name, _predictions(seed))
+    write_pickle(Path("cav-mae.pkl"), _predictions(3))
+    Path("theirs.csv").write_text(f'clip_id,av\n{CLIPS[0]},"{LABELS.classes[0]}"\n')
+    page = (Path(__file__).parents[3] / "docs" / "comparing.md").read_text()
+    lines = [shlex.split(line) for line in page.splitlines() if line.startswith("diccae ")]
+    run = [words for words in lines if words[1] == "compare" or "--reuse" in words]
+    assert (len(lines), len(run)) == (5, 4)
+    for words in run:
+        assert main(words[1:]) == 0, words
+    assert Path("compare.html").exists()
+    assert Path("run.pkl").exists()
 
 
 def test_runs_whose_clips_have_other_labels_are_not_compared(

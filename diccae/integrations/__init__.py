@@ -1,0 +1,1 @@
+"""Adapters: a run as other projects' benchmarks expect a model to look."""
