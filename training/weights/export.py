@@ -20,6 +20,7 @@ from training.model.blocks import PatchStem
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.weights import layouts
+from training.weights.beside import readme_of, write_readme
 from training.weights.card import ModelCard
 from training.weights.files import (
     HUB_TENSORS,
@@ -28,7 +29,6 @@ from training.weights.files import (
     read_card,
     read_tensors,
     saved_name,
-    write_readme,
 )
 from training.weights.measured import read_measured, write_measured
 
@@ -56,7 +56,8 @@ def export_cavmae(model: Encoder | Classifier, prefix: str = "module.") -> dict[
 
 
 def export_file(model_uri: str, uri: str) -> tuple[int, str | None]:
-    """Write a saved model as a file of CAV-MAE, and a classifier's label list beside it.
+    """Write a saved model as a file of CAV-MAE, beside it its card (`.md`), and a classifier's
+    label list (`.csv`).
 
     Returns: the number of tensors, and where the label list is (`read_class_names` reads it).
     Raises: WeightsError if there is no such model, or CAV-MAE has no place for its stems.
@@ -69,15 +70,18 @@ def export_file(model_uri: str, uri: str) -> tuple[int, str | None]:
     data = io.BytesIO()
     torch.save(state, data)
     _write(uri, data.getvalue())
+    file = uri.rsplit("/", 1)[-1]
+    labels = f" --classes {file}.csv" if name == "classifier" else ""
+    command = f"diccae weights import --model {file}{labels} --store STORE --out RUN"
+    _write(f"{uri}.md", readme_of(model_uri, name, command).encode())
     if name == "encoder":
         return len(state), None
     rows = io.StringIO(newline="")
     writer = csv.writer(rows, lineterminator="\n")
     writer.writerow(["index", "mid", "display_name"])
     writer.writerows([i, f"class_{i}", name] for i, name in enumerate(card.classes))
-    labels = f"{uri}.csv"
-    _write(labels, rows.getvalue().encode())
-    return len(state), labels
+    _write(f"{uri}.csv", rows.getvalue().encode())
+    return len(state), f"{uri}.csv"
 
 
 def export_hub(model_uri: str, uri: str) -> list[str]:

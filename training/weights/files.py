@@ -30,9 +30,8 @@ from training.model.blocks import PATCH, PatchStem
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.weights import layouts
+from training.weights.beside import write_readme
 from training.weights.card import Applied, MadeWith, ModelCard
-from training.weights.measured import read_measured
-from training.weights.readme import model_readme
 
 _OPTIONAL = ("class_heads.", "decoder.", "mlp_head.", "auxiliary_heads.")
 """Parts a file may lack, or have beyond what the model has; anything else is the trunk."""
@@ -310,15 +309,6 @@ def _save(
     text = json.dumps(card, indent=2, ensure_ascii=False)
     filesystem.pipe_file(f"{folder}/{kind}.json", text.encode())
     write_readme(uri, kind)
-
-
-def write_readme(uri: str, kind: Literal["encoder", "classifier"]) -> None:
-    """README.md of a saved model, from its card and what was measured of it."""
-    uri = uri.rstrip("/")
-    stored = json.loads(_read(f"{uri}/{kind}.json"))
-    text = model_readme(stored, read_measured(uri, stored["sha256"]))
-    filesystem, path = fsspec.core.url_to_fs(f"{uri}/README.md")
-    filesystem.pipe_file(path, text.encode())
 
 
 def read_card(uri: str, kind: str) -> tuple[ModelCard, str]:
