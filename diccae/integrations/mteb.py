@@ -34,7 +34,7 @@ from training.config import DataConfig
 from training.data.augment import normalise_fbank, normalise_frames
 from training.errors import TrainingError
 from training.on_ray.evaluate import embedding_space
-from training.on_ray.inference import test_passes
+from training.predict.apply import test_passes
 from training.weights.files import load_encoder
 
 Rows = Mapping[str, Any]
@@ -59,13 +59,13 @@ class DiccaeEncoder:
     ) -> None:
         folder = RunFolder(model_name)
         config = folder.config()
-        encoder, card = load_encoder(str(folder.path / "encoder"))
+        encoder, card = load_encoder(folder.place.uri_of("encoder"))
         if card.statistics is None or not card.feature_spec:
             raise TrainingError(
-                f"{folder.path}/encoder: does not say what features it was trained on; mteb needs "
+                f"{folder.uri}/encoder: does not say what features it was trained on; mteb needs "
                 "an encoder that diccae pretrain or weights import wrote"
             )
-        self.name, self.revision = folder.path.name, revision or config.digest()
+        self.name, self.revision = folder.place.name, revision or config.digest()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.encoder = encoder.to(self.device)
         self.spec = FeatureSpec.model_validate(card.feature_spec)

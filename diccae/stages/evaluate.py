@@ -24,8 +24,9 @@ from training.evaluation.results import read_confusion
 from training.on_ray.evaluate import evaluate
 from training.run.pinned import Pinned
 from training.tracking import tracker as tracking
+from training.weights.beside import write_readme
 from training.weights.card import Applied
-from training.weights.files import read_card, write_readme
+from training.weights.files import read_card
 from training.weights.measured import Measured, write_measured
 
 

@@ -55,6 +55,9 @@ def test_exported_classifier_comes_back_in_the_order_of_the_store(
     written = torch.load("to/cavmae.pth", weights_only=True)
     assert told["tensors"] == len(written)
     assert "module.mlp_head.1.weight" in written
+    assert (
+        "import --model cavmae.pth --classes cavmae.pth.csv" in Path("to/cavmae.pth.md").read_text()
+    )
     assert _import("--model", told["file"], "--classes", told["classes"], "--out", "run") == 0
     assert "layout      cavmae" in capsys.readouterr().out
     (before, _), (after, card) = load_classifier("model"), load_classifier("run/classifier")

@@ -8,8 +8,9 @@ from pipeline.config import FeatureSpec
 from training.config import EncoderConfig, FbankStatistics
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder, InputShape
+from training.weights.beside import write_readme
 from training.weights.card import Applied
-from training.weights.files import read_card, save_classifier, save_encoder, write_readme
+from training.weights.files import read_card, save_classifier, save_encoder
 from training.weights.measured import ClassConfusion, Measured, ToldApart, write_measured
 
 SPEC = FeatureSpec(n_frames=4, frame_size=32, n_mels=32, fbank_frames=96, duration_s=1.0)

@@ -20,6 +20,7 @@ from training.model.blocks import PatchStem
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.weights import layouts
+from training.weights.beside import readme_of, write_readme
 from training.weights.card import ModelCard
 from training.weights.files import (
     HUB_TENSORS,
@@ -29,7 +30,6 @@ from training.weights.files import (
     read_card,
     saved_name,
     sha256,
-    write_readme,
 )
 from training.weights.measured import read_measured, write_measured
 
@@ -57,7 +57,8 @@ def export_cavmae(model: Encoder | Classifier, prefix: str = "module.") -> dict[
 
 
 def export_file(model_uri: str, uri: str) -> tuple[int, str | None]:
-    """Write a saved model as a file of CAV-MAE, and a classifier's label list beside it.
+    """Write a saved model as a file of CAV-MAE, beside it its card (`.md`), and a classifier's
+    label list (`.csv`).
 
     Returns: the number of tensors, and where the label list is (`read_class_names` reads it).
     Raises: WeightsError if there is no such model, or CAV-MAE has no place for its stems.
@@ -70,6 +71,9 @@ def export_file(model_uri: str, uri: str) -> tuple[int, str | None]:
     place, file = place_of(uri)
     with place.written(file) as path:
         torch.save(state, path)
+    labels = f" --classes {file}.csv" if name == "classifier" else ""
+    command = f"diccae weights import --model {file}{labels} --store STORE --out RUN"
+    place.write_bytes(f"{file}.md", readme_of(model_uri, name, command).encode())
     if name == "encoder":
         return len(state), None
     rows = io.StringIO(newline="")

@@ -32,9 +32,8 @@ from training.model.blocks import PATCH, PatchStem
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.weights import layouts
+from training.weights.beside import write_readme
 from training.weights.card import Applied, MadeWith, ModelCard
-from training.weights.measured import read_measured
-from training.weights.readme import model_readme
 
 _OPTIONAL = ("class_heads.", "decoder.", "mlp_head.", "auxiliary_heads.")
 """Parts a file may lack, or have beyond what the model has; anything else is the trunk."""
@@ -314,14 +313,6 @@ def _save(
     text = json.dumps(card, indent=2, ensure_ascii=False)
     place.write_bytes(f"{kind}.json", text.encode())
     write_readme(uri, kind)
-
-
-def write_readme(uri: str, kind: Literal["encoder", "classifier"]) -> None:
-    """README.md of a saved model, from its card and what was measured of it."""
-    place = Location(uri)
-    stored = json.loads(place.read_bytes(f"{kind}.json"))
-    text = model_readme(stored, read_measured(place.uri, stored["sha256"]))
-    place.write_bytes("README.md", text.encode())
 
 
 def read_card(uri: str, kind: str) -> tuple[ModelCard, str]:

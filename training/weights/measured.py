@@ -3,7 +3,7 @@
 Knows nothing of how it was measured. Invariant: it is of these weights; of others it is not read.
 
 A saved model's folder then holds `measured.json` beside `<name>.safetensors` and `<name>.json`; its
-README.md is written anew by `write_readme` of `training/weights/files.py`.
+README.md is written anew by `training/weights/beside.py`.
 """
 
 import json

@@ -22,10 +22,13 @@ _LIMITS = """## Limits
 """
 
 
-def model_readme(card: Mapping[str, Any], measured: Measured | None) -> str:
+def model_readme(
+    card: Mapping[str, Any], measured: Measured | None, command: str | None = None
+) -> str:
     """Front matter and text.
 
-    Args: card: content of `classifier.json` or `encoder.json`.
+    Args: card: content of `classifier.json` or `encoder.json`; command: how to use it, where that
+        is not as a saved model's folder.
     """
     name = card["provenance"].get("run") or f"diccae {card['kind']}"
     parts = [
@@ -34,7 +37,7 @@ def model_readme(card: Mapping[str, Any], measured: Measured | None) -> str:
         _table("Data and recipe", ("", ""), _origin(card)),
         _results(measured),
         _confusions(measured),
-        _use(card),
+        f"## Use\n\n```sh\n{command or _of_folder(card)}\n```\n",
         _LIMITS,
     ]
     return "\n".join(part for part in parts if part)
@@ -138,10 +141,9 @@ def _confusions(measured: Measured | None) -> str:
     return _table("What it confuses", ("class", "with", "% of clips", "decided by"), rows)
 
 
-def _use(card: Mapping[str, Any]) -> str:
+def _of_folder(card: Mapping[str, Any]) -> str:
     wanted = "" if card["kind"] == "classifier" else " --embeddings vectors.parquet"
-    command = f"diccae predict --model THIS_FOLDER{wanted} clip.mp4"
-    return f"## Use\n\n```sh\n{command}\n```\n"
+    return f"diccae predict --model THIS_FOLDER{wanted} clip.mp4"
 
 
 def _table(title: str, head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
