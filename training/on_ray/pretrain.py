@@ -7,7 +7,6 @@ that died anywhere goes on from its newest checkpoint when the same command is g
 
 import logging
 import math
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +41,8 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "pretrain"
 """Folder of the run that holds the checkpoints of pretraining."""
+_SAVED_BANKS = 3
+"""Of the two checkpoints that are kept, and of the one that is being written."""
 
 
 class Pinned(NamedTuple):
@@ -337,7 +338,7 @@ def _hooks(
         state["bank"] = ""
         if keeps_bank:
             state["bank"] = str(out / "rounds" / f"bank-{state['step']:08d}")
-            _save_bank(rounds, Path(state["bank"]), world, config.rounds.timeout_s)
+            _save_bank(rounds, state["bank"], world, config.rounds.timeout_s)
         ray_fit.report_state(state, world.rank, attempt)
 
     def write(step: int, metrics: dict[str, float]) -> None:
@@ -348,13 +349,12 @@ def _hooks(
     return Hooks(write, save, keep, ray_fit.leaving_notice())
 
 
-def _save_bank(rounds: Rounds | None, folder: Path, world: World, timeout_s: float) -> None:
-    """Write the live rows of the bank, and drop those no kept checkpoint points at."""
+def _save_bank(rounds: Rounds | None, uri: str, world: World, timeout_s: float) -> None:
+    """Save the live rows of the bank, and drop what no kept checkpoint points at."""
     assert rounds is not None
     rounds.flush(timeout_s)
     world.barrier()
     if world.rank == 0:
-        rounds.save(str(folder))
-        for old in sorted(folder.parent.glob("bank-*"))[:-3]:
-            shutil.rmtree(old, ignore_errors=True)
+        rounds.save(uri)
+        rounds.forget_saved(_SAVED_BANKS)
     world.barrier()
