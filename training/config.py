@@ -367,6 +367,8 @@ class ScaleConfig(Frozen):
     """Elastic training goes on with this many."""
     use_gpu: bool = False
     """One GPU per worker."""
+    gpu_memory_gib: float | None = Field(None, gt=0)
+    """Memory of the smallest card the run will have, for `doctor`; None: this machine's cards."""
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs a worker reserves."""
     threads_per_worker: int | None = Field(None, ge=1)

@@ -4,10 +4,8 @@ Runs as a Ray actor but imports no Ray. Invariant: after `sync` returned, every 
 read again by a restarted actor, so a round's rows are the same whenever an actor dies.
 
 Why a log and not only a checkpoint: the encoder that made a row has moved on since (`features:
-train`), so a row that is lost cannot be made again, and the round would depend on the death.
-
-On storage, under `folder`: `base.json` names the file of the last freeze (or restore),
-`segment-*.parquet` hold what was pushed since, `hold.json` the step of a freeze that is to come.
+train`), so a row that is lost cannot be made again, and the round would depend on the death. The
+log is the checkpoint, too: a saved state names its files.
 """
 
 import uuid
@@ -17,7 +15,9 @@ import numpy as np
 
 from clustering import storage
 from clustering.rounds.bank import Bank, BankAges, BankRows
-from clustering.rounds.frozen import Owner, RowFile, read_rows, saved_rows, write_rows
+from clustering.rounds.frozen import Owner, RowFile
+from clustering.rounds.log import BankLog
+from clustering.rounds.saved import SavedBank, home_of, read_saved, saved_rows
 
 
 class BankActor:
@@ -25,24 +25,27 @@ class BankActor:
 
     def __init__(
         self,
-        index: int,
-        count: int,
+        owner: Owner,
         folder: str,
+        home: str,
         streams: Mapping[str, int],
-        vshards: int,
         *,
         may_write: storage.MayWrite = storage.always,
     ) -> None:
-        """Read back what an earlier incarnation had acknowledged."""
-        self._may_write = may_write
-        self._owner = Owner(index, count, vshards)
-        self._folder = folder
+        """Read back what an earlier incarnation had acknowledged.
+
+        Args: folder: of this bank alone. home: of the rounds.
+        """
+        self._owner, self._folder, self._home = owner, folder, home
         self._streams = dict(streams)
         self._incarnation = uuid.uuid4().hex
         self._bank = Bank(sum(streams.values()))
         self._unsaved: list[BankRows] = []
-        self._segments: dict[str, int] = {}
-        self._recover()
+        self._log = BankLog(folder, home, owner, streams, may_write)
+        # Before the first row: what a freeze to come wants must not be folded.
+        self._bank.clear(self._log.held)
+        for rows in self._log.read():
+            self._bank.push(*rows)
 
     def push(self, keys_B: np.ndarray, steps_B: np.ndarray, rows_BW: np.ndarray) -> str:
         """Take rows. Returns: the incarnation that holds them; they are lost if it dies."""
@@ -55,72 +58,58 @@ class BankActor:
     def sync(self) -> str:
         """Write down what was pushed. Returns: the incarnation whose pushes are now safe."""
         if self._unsaved:
-            rows = BankRows.concat(self._unsaved)
-            name = f"segment-{uuid.uuid4().hex}.parquet"
-            self._write(self._at(name), rows)
-            self._segments[name] = int(rows.steps.max())
+            self._log.append(BankRows.concat(self._unsaved))
             self._unsaved = []
+            self._merge()
         return self._incarnation
 
     def hold(self, step: int) -> None:
         """See `Bank.hold`; also after a restart of this actor."""
-        self._may_write()
-        storage.write_json(self._at("hold.json"), {"step": step})
+        self._log.hold(step)
         self._bank.hold(step)
 
     def freeze(self, uri: str, step: int) -> RowFile:
         """Write the rows of `step` and before as file `uri`; a retry writes the same rows."""
-        written = self._write(uri, self._bank.freeze(step))
-        self._rebase(uri)
-        # A segment may also hold later rows: it stays until a freeze has all of it.
-        for name in [name for name, newest in self._segments.items() if newest <= step]:
-            storage.remove(self._at(name))
-            del self._segments[name]
+        rows = self._bank.freeze(step)
+        written = self._log.write(uri, rows)
+        self._log.rebase(uri, rows, step)
+        self._log.hold(None)
         return written
 
-    def save(self, uri: str) -> None:
-        """Write all live rows into the folder `uri`."""
-        name = f"bank-{self._owner.index:04d}.parquet"
-        self._write(storage.join(uri, name), self._bank.everything())
+    def saved(self) -> SavedBank:
+        """Write down what was pushed, and name the files that hold the rows now."""
+        self.sync()
+        return self._log.saved()
+
+    def forget(self, kept: set[str]) -> None:
+        """Remove files that this bank needs no more, but for those that saved states name."""
+        self._log.forget(kept)
 
     def restore(self, uri: str) -> None:
         """Hold the saved rows of this actor's virtual shards, whoever saved them."""
-        rows = saved_rows(uri, self._streams, self._owner)
-        base = self._at(f"base-{uuid.uuid4().hex}.parquet")
-        self._write(base, rows)
-        self._rebase(base)
-        for name in self._segments:
-            storage.remove(self._at(name))
-        self._segments, self._unsaved = {}, []
-        self._bank.replace(rows)
+        saved = read_saved(uri)
+        self._log.clear()
+        self._log.hold(saved.held)
+        self._bank.clear(saved.held)
+        self._unsaved = []
+        if home_of(uri) == self._home:
+            for name in saved.files:
+                for rows in self._log.read_base(name):
+                    self._bank.push(*rows)
+        else:
+            # A copy: the other run may remove its files.
+            rows = saved_rows(uri, self._streams, self._owner)
+            self._bank.push(*rows)
+            self._log.append(rows)
+        self._log.commit()
+
+    def _merge(self) -> None:
+        """Keep what a restart or a restore has to read in proportion to the bank."""
+        step = self._bank.settled_step
+        if self._log.wants_base(step):
+            self._log.write_base(self._bank.settle(step), step)
+        self._log.merge_levels(step)
 
     def ages(self) -> BankAges:
         """How many clips this bank holds, and how old they are."""
         return self._bank.ages()
-
-    def _at(self, name: str) -> str:
-        return storage.join(self._folder, name)
-
-    def _write(self, uri: str, rows: BankRows) -> RowFile:
-        self._may_write()
-        return write_rows(uri, rows, self._streams, self._owner.vshards)
-
-    def _rebase(self, uri: str) -> None:
-        self._may_write()
-        storage.write_json(self._at("base.json"), {"uri": uri})
-        storage.remove(self._at("hold.json"))
-
-    def _recover(self) -> None:
-        found = storage.names(self._folder)
-        width = sum(self._streams.values())
-        if "hold.json" in found:
-            self._bank.hold(storage.read_json(self._at("hold.json"))["step"])
-        if "base.json" in found:
-            for rows in read_rows(storage.read_json(self._at("base.json"))["uri"], width):
-                self._bank.push(*rows)
-        for name in found:
-            if name.startswith("segment-"):
-                groups = list(read_rows(self._at(name), width))
-                for rows in groups:
-                    self._bank.push(*rows)
-                self._segments[name] = max((int(rows.steps.max()) for rows in groups), default=0)

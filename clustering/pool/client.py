@@ -72,7 +72,11 @@ class PoolClient:
 
     def save(self, uri: str) -> None:
         """See `Rounds.save`."""
-        ray.get([bank.save.remote(uri) for bank in self._banks])
+        unwrapped(lambda: ray.get(self._coordinator.save.remote(uri)))
+
+    def forget_saved(self, keep: int) -> None:
+        """See `Rounds.forget_saved`."""
+        unwrapped(lambda: ray.get(self._coordinator.forget_saved.remote(keep)))
 
     def restore(self, uri: str) -> None:
         """See `Rounds.restore`."""

@@ -6,6 +6,8 @@ raises, also by the successor of a coordinator that died: what it needs is on st
 
 import asyncio
 import functools
+import threading
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -20,6 +22,14 @@ from clustering.rounds.files import forget_vectors, is_complete, load_round, vec
 from clustering.rounds.frozen import FrozenRows
 from clustering.rounds.maker import RoundMaker
 from clustering.rounds.protocol import RoundRequest
+from clustering.rounds.saved import (
+    forget_saved,
+    kept_files,
+    pools_at,
+    remove_unnamed,
+    together,
+    write_saved,
+)
 
 
 class ActorNames(NamedTuple):
@@ -42,9 +52,12 @@ class Coordinator:
         self._actors = [ray.get_actor(name) for name in names.compute]
         # One thread: compute actors hold one share at a time.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="clustering")
+        # Files are named by a saved state before they can be removed for a lack of one.
+        self._naming = threading.Lock()
         self._rounds: dict[int, asyncio.Future[Any]] = {}
         # The marker tells a restarted coordinator from that of a new pool, which must not go on
         # with rounds of an earlier driver before they are asked for.
+        self._pool_id = folder.rsplit("/", 1)[-1]
         marker = storage.join(folder, "coordinator.json")
         restarted = storage.exists(marker)
         maker.may_write()
@@ -68,6 +81,32 @@ class Coordinator:
         future = self._rounds.setdefault(round, asyncio.get_running_loop().create_future())
         done, _ = await asyncio.wait([future], timeout=timeout_s)
         return [future.result()] if done else []
+
+    async def save(self, uri: str) -> None:
+        """See `Rounds.save`."""
+        await asyncio.to_thread(self._save, uri)
+
+    async def forget_saved(self, keep: int) -> None:
+        """See `Rounds.forget_saved`."""
+        await asyncio.to_thread(self._forget, keep)
+
+    def _save(self, uri: str) -> None:
+        with self._naming:
+            parts = results([bank.saved.remote() for bank in self._banks])
+            self._maker.may_write()
+            write_saved(uri, together(parts))
+
+    def _forget(self, keep: int | None = None) -> None:
+        """Remove saved states beyond `keep`, and what no state and no bank names."""
+        with self._naming:
+            self._maker.may_write()
+            if keep is not None:
+                forget_saved(self._uri, keep)
+            kept = kept_files(self._uri)
+            results([bank.forget.remote(kept) for bank in self._banks])
+            living = together(results([bank.saved.remote() for bank in self._banks]))
+            earlier = [pool for pool in pools_at(self._uri) if pool != self._pool_id]
+            remove_unnamed(self._uri, kept.union(living.files), earlier)
 
     def _adopt(self) -> None:
         """After a restart of this actor: go on with what it had begun."""
@@ -104,14 +143,19 @@ class Coordinator:
         sources: list[Source] = [frozen.source(index, count) for index in range(count)]
         passes = RayPasses(self._actors, sources, self._config.reducer, self._config.fan_in)
         published = self._maker.make(passes, frozen, request)
-        forget_vectors(self._uri, request.round, self._config.keep_vectors)
+        self._forget()
+        with self._naming:
+            forget_vectors(self._uri, request.round, self._config.keep_vectors)
         return ray.put(published)
 
     def _freeze(self, request: RoundRequest) -> FrozenRows:
-        folder = vectors_uri(self._uri, request.round)
+        folder, attempt = vectors_uri(self._uri, request.round), uuid.uuid4().hex
         parts = results(
             [
-                bank.freeze.remote(storage.join(folder, f"part-{i:04d}.parquet"), request.step)
+                # A name of its own: a saved state may name the part of an attempt that died.
+                bank.freeze.remote(
+                    storage.join(folder, f"part-{i:04d}-{attempt}.parquet"), request.step
+                )
                 for i, bank in enumerate(self._banks)
             ]
         )

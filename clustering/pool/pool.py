@@ -21,7 +21,9 @@ from clustering.pool.bank_actor import BankActor
 from clustering.pool.client import PoolClient
 from clustering.pool.compute import FOREVER, compute_actors, stop
 from clustering.pool.coordinator import ActorNames, Coordinator
+from clustering.rounds.frozen import Owner
 from clustering.rounds.maker import RoundMaker
+from clustering.rounds.saved import POOLS, kept_files, pools_at, remove_unnamed
 
 
 class ClusterPool:
@@ -43,11 +45,12 @@ class ClusterPool:
         may_write()
         self._may_write = may_write
         self._kmeans, self._config, self._streams = kmeans, config, dict(streams)
-        # What an earlier driver's banks kept can only be restored through a checkpoint.
-        storage.remove(storage.join(uri, "bank"))
+        # Rows of an earlier driver's banks can only be restored through a saved state.
+        remove_unnamed(uri, kept_files(uri), pools_at(uri))
         # Names that no other pool of this cluster has: actors find each other by them.
         pool_id = uuid.uuid4().hex
-        folder = self._folder = storage.join(uri, "bank", pool_id)
+        self._uri, self._pool_id = uri, pool_id
+        folder = self._folder = storage.join(uri, POOLS, pool_id)
         groups = config.groups(kmeans)
         names = ActorNames(
             banks=[f"{pool_id}-bank-{i}" for i in range(groups.banks.n)],
@@ -68,11 +71,10 @@ class ClusterPool:
             ray.remote(BankActor)
             .options(num_cpus=cpus, name=names[index], **FOREVER)
             .remote(
-                index,
-                len(names),
+                Owner(index, len(names), self._kmeans.vshards),
                 folder,
+                self._uri,
                 self._streams,
-                self._kmeans.vshards,
                 may_write=self._may_write,
             )
         )
@@ -84,6 +86,6 @@ class ClusterPool:
         )
 
     def close(self) -> None:
-        """Stop the actors and remove what the banks kept for their own restart."""
+        """Stop the actors and remove what the banks wrote, but for what saved states name."""
         stop([self.coordinator, *self.actors, *self.banks])
-        storage.remove(self._folder)
+        remove_unnamed(self._uri, kept_files(self._uri), [self._pool_id])

@@ -114,6 +114,7 @@ class Bank:
         self._n_pending = 0
         self._fold_above = _FOLD_ROWS
         self._held: int | None = None
+        self._newest = 0
 
     def push(self, keys_B: np.ndarray, steps_B: np.ndarray, rows_BW: np.ndarray) -> None:
         """Take rows over; they are sorted in later."""
@@ -121,6 +122,7 @@ class Bank:
             return
         self._pending.append(BankRows(keys_B, steps_B, rows_BW))
         self._n_pending += len(keys_B)
+        self._newest = max(self._newest, int(steps_B.max()))
         if self._n_pending > self._fold_above:
             self._shrink()
 
@@ -137,11 +139,24 @@ class Bank:
         """Newest row of every clip, sorted by key; changes nothing that a freeze will see."""
         return self._merged(None)[0]
 
-    def replace(self, rows: BankRows) -> None:
-        """Forget everything and hold these rows."""
+    def clear(self, held: int | None = None) -> None:
+        """Forget everything. Args: held: as in `hold`."""
         self._live, self._pending, self._n_pending = BankRows.empty(self._width), [], 0
-        self._held = None
-        self.push(*rows)
+        self._held, self._newest = held, 0
+
+    @property
+    def settled_step(self) -> int:
+        """The step up to which no freeze will ask for more than the newest row of a clip.
+
+        The last steps are not settled: the next freeze may be asked for by a rank that is behind.
+        Nothing after a held step is: its freeze would find rows of later steps.
+        """
+        step = self._newest - _LOCKSTEP
+        return step if self._held is None else min(step, self._held)
+
+    def settle(self, step: int) -> BankRows:
+        """Rows of `step` and before, sorted by key. Args: step: not above `settled_step`."""
+        return self._fold(step)
 
     @property
     def n_bytes(self) -> int:
@@ -158,13 +173,8 @@ class Bank:
         return BankAges(len(steps), int(steps.sum()), oldest, newest, self.n_bytes)
 
     def _shrink(self) -> None:
-        """Drop older versions, so that epochs between freezes do not pile up in memory.
-
-        The last steps stay pending: the next freeze may be asked for by a rank that is behind.
-        Nothing after a held step is folded: its freeze would find rows of later steps.
-        """
-        step = max(int(part.steps.max()) for part in self._pending) - _LOCKSTEP
-        self._fold(step if self._held is None else min(step, self._held))
+        """Drop older versions, so that epochs between freezes do not pile up in memory."""
+        self._fold(self.settled_step)
         self._fold_above = max(_FOLD_ROWS, 2 * (len(self._live.keys) + self._n_pending))
 
     def _fold(self, step: int) -> BankRows:
@@ -180,11 +190,11 @@ class Bank:
         pushed = BankRows.concat(self._pending)
         due = np.ones(len(pushed.keys), bool) if step is None else pushed.steps <= step
         if due.all():
-            return _update(self._live, _newest(pushed)), BankRows.empty(self._width)
-        return _update(self._live, _newest(pushed.take(due))), pushed.take(~due)
+            return _update(self._live, newest_rows(pushed)), BankRows.empty(self._width)
+        return _update(self._live, newest_rows(pushed.take(due))), pushed.take(~due)
 
 
-def _newest(rows: BankRows) -> BankRows:
+def newest_rows(rows: BankRows) -> BankRows:
     """One row per key, sorted: the greatest step; of equal steps the greatest content."""
     order = np.lexsort((rows.steps, rows.keys))
     keys, steps = rows.keys[order], rows.steps[order]
@@ -214,7 +224,7 @@ def _update(live: BankRows, newest: BankRows) -> BankRows:
     position = np.minimum(np.searchsorted(live.keys, newest.keys), len(live.keys) - 1)
     known = live.keys[position] == newest.keys
     contested = BankRows.concat([live.take(position[known]), newest.take(known)])
-    winners = _newest(contested)
+    winners = newest_rows(contested)
     at = np.searchsorted(live.keys, winners.keys)
     steps, rows = live.steps.copy(), live.rows.copy()
     steps[at], rows[at] = winners.steps, winners.rows

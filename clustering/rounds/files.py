@@ -18,6 +18,7 @@ from clustering import storage
 from clustering.errors import ClusteringError
 from clustering.rounds.frozen import column
 from clustering.rounds.protocol import HeadLabels, PublishedRound, RoundRequest
+from clustering.rounds.saved import kept_files, name_in
 
 
 def round_uri(uri: str, round: int) -> str:
@@ -115,10 +116,19 @@ def unfinished(uri: str, identity: dict[str, Any]) -> list[RoundRequest]:
 
 
 def forget_vectors(uri: str, round: int, keep: int) -> None:
-    """Remove the frozen vectors of rounds up to `round` - `keep`; their labels stay."""
+    """Remove the frozen vectors of rounds up to `round` - `keep`; their labels stay.
+
+    So do files that a saved state of the bank names: they go after it.
+    """
+    kept = kept_files(uri)
     for number in rounds_at(uri):
-        if number <= round - keep:
-            storage.remove(vectors_uri(uri, number))
+        if number > round - keep:
+            continue
+        folder = vectors_uri(uri, number)
+        if not any(
+            name_in(uri, storage.join(folder, name)) in kept for name in storage.names(folder)
+        ):
+            storage.remove(folder)
 
 
 def _write_labels(uri: str, heads: list[HeadLabels]) -> None:

@@ -20,7 +20,6 @@ from clustering.errors import ClusteringError
 from clustering.kmeans.hashing import vshard_of
 from clustering.kmeans.share import RowBlock
 from clustering.rounds.bank import BankRows
-from clustering.rounds.targets import stream_slices
 
 
 @dataclass(frozen=True)
@@ -107,36 +106,6 @@ def read_rows(uri: str, width: int, row_groups: list[int] | None = None) -> Iter
 
 
 EVERYTHING = Owner(0, 1, 1)
-
-
-def saved_rows(uri: str, streams: Mapping[str, int], owner: Owner = EVERYTHING) -> BankRows:
-    """The rows of `owner` that `Rounds.save` wrote under `uri`: the slices named in `streams`.
-
-    Raises: ClusteringError if nothing was saved, or rows without such a slice.
-    """
-    files = [name for name in storage.names(uri) if name.startswith("bank-")]
-    if not files:
-        raise ClusteringError(
-            f"{uri}: no saved bank (bank-*.parquet). Restore from a checkpoint that was saved."
-        )
-    groups = [rows for name in files for rows in _owned(storage.join(uri, name), streams, owner)]
-    return BankRows.concat([BankRows.empty(sum(streams.values())), *groups])
-
-
-def _owned(uri: str, streams: Mapping[str, int], owner: Owner) -> Iterator[BankRows]:
-    with storage.opened(uri) as handle:
-        metadata = pq.read_schema(handle).metadata
-    saved = json.loads(metadata[b"streams"])
-    if any(saved.get(name) != width for name, width in streams.items()):
-        raise ClusteringError(
-            f"{uri}: saved rows hold {saved}, the bank {dict(streams)}. Restore from a checkpoint "
-            "of a run with these streams."
-        )
-    slices = stream_slices(saved)
-    columns = np.concatenate([np.arange(*slices[name]) for name in streams])
-    for rows in read_rows(uri, sum(saved.values()), owner.groups_of(metadata)):
-        mine = rows.take(np.flatnonzero(owner.owns(vshard_of(rows.keys, owner.vshards))))
-        yield mine if list(saved) == list(streams) else mine._replace(rows=mine.rows[:, columns])
 
 
 def column(values: np.ndarray) -> pa.Array:

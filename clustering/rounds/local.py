@@ -18,9 +18,18 @@ from clustering.kmeans.passes import LocalPasses
 from clustering.kmeans.share import Share
 from clustering.rounds.bank import Bank, BankRows, check_push, stats_of
 from clustering.rounds.files import forget_vectors, is_complete, load_round, vectors_uri
-from clustering.rounds.frozen import FrozenRows, saved_rows, write_rows
+from clustering.rounds.frozen import FrozenRows, write_rows
 from clustering.rounds.maker import RoundMaker
 from clustering.rounds.protocol import BankStats, PublishedRound, RoundRequest
+from clustering.rounds.saved import (
+    SavedBank,
+    forget_saved,
+    home_of,
+    name_in,
+    read_saved,
+    saved_rows,
+    write_saved,
+)
 
 
 class LocalRounds:
@@ -82,18 +91,23 @@ class LocalRounds:
             ) from None
 
     def save(self, uri: str) -> None:
-        """See `Rounds.save`."""
+        """See `Rounds.save`; whole, in one file."""
         with self._lock:
             rows = self._bank.everything()
-        write_rows(
-            storage.join(uri, "bank-0000.parquet"), rows, self._streams, self._config.vshards
-        )
+        file = storage.join(uri, "rows.parquet")
+        write_rows(file, rows, self._streams, self._config.vshards)
+        write_saved(uri, SavedBank((name_in(home_of(uri), file),)))
+
+    def forget_saved(self, keep: int) -> None:
+        """See `Rounds.forget_saved`."""
+        forget_saved(self._uri, keep)
 
     def restore(self, uri: str) -> None:
         """See `Rounds.restore`."""
         rows = saved_rows(uri, self._streams)
         with self._lock:
-            self._bank.replace(rows)
+            self._bank.clear(read_saved(uri).held)
+            self._bank.push(*rows)
 
     def stats(self) -> BankStats:
         """See `Rounds.stats`."""

@@ -132,7 +132,14 @@ class Rounds(Protocol):
         ...
 
     def save(self, uri: str) -> None:
-        """Write the live rows of the bank under `uri`."""
+        """Make the rows of the bank a saved state: a folder `bank-*` in the rounds' own folder.
+
+        A pool writes what was pushed since the last time, and names the rest.
+        """
+        ...
+
+    def forget_saved(self, keep: int) -> None:
+        """Remove all but the newest `keep` saved states, and rows that only they named."""
         ...
 
     def restore(self, uri: str) -> None:

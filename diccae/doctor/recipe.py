@@ -6,6 +6,7 @@ for ever, in the run.
 """
 
 import json
+from typing import NamedTuple
 
 import psutil
 
@@ -63,11 +64,11 @@ def check_memory(file: str, store: str | None) -> Check:
     told = f"pretraining {_gib(needed.pretrain)}, fine-tuning {_gib(needed.finetune)} a worker"
     most = max(needed)
     if config.scale.use_gpu:
-        _, cards = json.loads(child.run(DEVICES, 120))
-        if not cards:
-            return Check("memory", True, f"{told}; no GPU here to compare with")
-        name, there = min(cards, key=lambda card: card[1])
-        room, where = _SLACK * there, f"{_SLACK:.0%} of {name}'s {_gib(there)}"
+        card = _card(config.scale.gpu_memory_gib)
+        if card is None:
+            told = f"{told}; no GPU here to compare with: set scale.gpu_memory_gib in the config"
+            return Check("memory", True, told)
+        room, where = _SLACK * card.n_bytes, f"{_SLACK:.0%} of {card.what}"
     else:
         # Without GPUs all workers are on this machine, unless a cluster has others.
         there = psutil.virtual_memory().total
@@ -77,6 +78,23 @@ def check_memory(file: str, store: str | None) -> Check:
         return Check("memory", True, f"{told}; {where}")
     hint = "set pretrain.micro_batch (cached gradients, the same result), lower batch_size"
     return Check("memory", False, f"{told}; {where}", f"{hint}, or use more workers")
+
+
+class _Card(NamedTuple):
+    n_bytes: float
+    what: str
+    """Its size and how that is known."""
+
+
+def _card(given_gib: float | None) -> _Card | None:
+    """The card a run has to fit: the one its config names, else the smallest here."""
+    if given_gib is not None:
+        return _Card(given_gib * 2**30, f"{given_gib:g} GiB (scale.gpu_memory_gib)")
+    _, cards = json.loads(child.run(DEVICES, 120))
+    if not cards:
+        return None
+    name, n_bytes = min(cards, key=lambda card: card[1])
+    return _Card(n_bytes, f"the {_gib(n_bytes)} of this machine's {name}")
 
 
 @never_raises("place", "see the message")

@@ -41,8 +41,8 @@ def test_rounds_on_s3_have_the_bits_of_rounds_on_disk(
         for number in (1, 2):
             rounds.start(RoundRequest(number, 100, 120))
             rounds.wait(number, 120)
-        rounds.save(f"{uri}/bank")
-        rounds.restore(f"{uri}/bank")
+        rounds.save(f"{uri}/bank-1")
+        rounds.restore(f"{uri}/bank-1")
         assert rounds.stats().rows == 1500
         assert "vectors" not in storage.names(f"{uri}/round-0001")
         digests.append(round_digest(load_round(uri, 2)))

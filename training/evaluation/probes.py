@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 Features = NDArray[np.floating]
 
+_ROWS = 4096
+"""Training clips in work at a time: copies, logits and gradients of 200,000 clips are gigabytes."""
+
 
 def linear_probe(
     train_ND: Features,
@@ -35,29 +38,43 @@ def linear_probe(
     Raises: ValueError for features that are not finite or labels out of range.
     """
     _check(train_ND, labels_N, test_MD, n_classes)
-    x = torch.tensor(train_ND, dtype=torch.float32, device=device)
+    x = torch.as_tensor(train_ND, dtype=torch.float32, device=device)
     y = torch.as_tensor(labels_N, dtype=torch.int64, device=device)
-    std_D, mean_D = torch.std_mean(x, dim=0, correction=0)
-    scale_D = torch.where(std_D > 1e-6, 1 / std_D.clamp_min(1e-6), 0.0)
+    mean_D, scale_D = _standard(x)
     weight = torch.zeros(n_classes, x.shape[1], device=device, requires_grad=True)
     bias = torch.zeros(n_classes, device=device, requires_grad=True)
-    # In place: a second copy of the features of 200,000 clips is a gigabyte.
-    x.sub_(mean_D).mul_(scale_D)
     optimiser = torch.optim.LBFGS(
         [weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe"
     )
 
     def objective() -> Tensor:
         optimiser.zero_grad()
-        loss = F.cross_entropy(F.linear(x, weight, bias), y) + weight.square().sum() / (2 * len(x))
+        loss = weight.square().sum() / (2 * len(x))
         loss.backward()
-        return loss
+        total = loss.detach()
+        for x_rD, y_r in zip(x.split(_ROWS), y.split(_ROWS), strict=True):
+            scores_rC = F.linear((x_rD - mean_D) * scale_D, weight, bias)
+            loss = F.cross_entropy(scores_rC, y_r, reduction="sum") / len(x)
+            loss.backward()
+            total += loss.detach()
+        return total
 
     optimiser.step(objective)
     test = torch.as_tensor(test_MD, dtype=torch.float32, device=device)
-    with torch.no_grad():
-        scores = F.linear((test - mean_D) * scale_D, weight, bias).softmax(1)
-    return scores.cpu().numpy()
+    return F.linear((test - mean_D) * scale_D, weight, bias).softmax(1).detach().cpu().numpy()
+
+
+def _standard(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation of each feature, 0 for a constant one; float64 sums."""
+    sums = torch.zeros(x_ND.shape[1], dtype=torch.float64, device=x_ND.device)
+    squares = torch.zeros_like(sums)
+    for part in x_ND.split(_ROWS):
+        sums += part.double().sum(0)
+    mean = sums / len(x_ND)
+    for part in x_ND.split(_ROWS):
+        squares += part.double().sub_(mean).square_().sum(0)
+    std = (squares / len(x_ND)).sqrt().float()
+    return mean.float(), torch.where(std > 1e-6, 1 / std.clamp_min(1e-6), 0.0)
 
 
 def knn_probe(
@@ -80,14 +97,15 @@ def knn_probe(
     Source: Wu et al. 2018 (arXiv 1805.01978).
     """
     _check(train_ND, labels_N, test_MD, n_classes)
-    train = F.normalize(torch.as_tensor(train_ND, dtype=torch.float32, device=device), dim=1)
+    train = torch.as_tensor(train_ND, dtype=torch.float32, device=device)
+    lengths_N = torch.cat([part.norm(dim=1) for part in train.split(_ROWS)]).clamp_min(1e-12)
     test = F.normalize(torch.as_tensor(test_MD, dtype=torch.float32, device=device), dim=1)
     labels = torch.as_tensor(labels_N, dtype=torch.int64, device=device)
     own = None if own_M is None else torch.as_tensor(own_M, dtype=torch.int64, device=device)
     k = min(k, len(train) - (own is not None))
     scores = []
     for start, part in zip(range(0, len(test), rows), test.split(rows), strict=True):
-        similar = part @ train.T
+        similar = (part @ train.T).div_(lengths_N)
         if own is not None:
             similar.scatter_(1, own[start : start + rows, None], -torch.inf)
         cosines, nearest = similar.topk(k, dim=1)
@@ -105,7 +123,8 @@ def _check(
     if test_MD.ndim != 2 or test_MD.shape[1] != train_ND.shape[1] or not len(test_MD):
         raise ValueError(f"test features {test_MD.shape} for training features {train_ND.shape}")
     for name, features in (("training", train_ND), ("test", test_MD)):
-        if not np.isfinite(features).all():
+        starts = range(0, len(features), _ROWS)
+        if not all(np.isfinite(features[at : at + _ROWS]).all() for at in starts):
             raise ValueError(f"{name} features are not finite")
     if not 0 <= labels_N.min() <= labels_N.max() < n_classes:
         raise ValueError(f"labels {labels_N.min()}..{labels_N.max()} for {n_classes} classes")

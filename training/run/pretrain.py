@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from clustering.config import KMeansConfig
 from clustering.kmeans.label_table import LabelTable
 from clustering.rounds.protocol import Rounds
-from pipeline.storage import Location, storage_failures_ignored
+from pipeline.storage import Location
 from training.config import TrainingConfig
 from training.data.order import BatchPlan, WindowPlan, lanes_of
 from training.data.rows import RowIndex
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "pretrain"
 """Folder of the run that holds the checkpoints of pretraining."""
+_SAVED_BANKS = 3
+"""Of the two checkpoints that are kept, and of the one that is being written."""
 
 
 class RoundsMade(NamedTuple):
@@ -136,15 +138,13 @@ def _saver(
     tracker: Tracker | None,
 ) -> Callable[[dict[str, Any]], None]:
     keeps_bank = rounds is not None and config.rounds.features == "train"
-    folder = written.out.below("rounds")
 
     def save(state: dict[str, Any]) -> None:
         written.attempt.check()
         state["bank"] = ""
         if keeps_bank:
-            name = f"bank-{state['step']:08d}"
-            state["bank"] = folder.uri_of(name)
-            _save_bank(rounds, folder, name, edge.world, config.rounds.timeout_s)
+            state["bank"] = written.out.uri_of("rounds", f"bank-{state['step']:08d}")
+            _save_bank(rounds, state["bank"], edge.world, config.rounds.timeout_s)
         # Before the checkpoint: a start that goes on from it does not log these lines again.
         if tracker is not None:
             tracker.publish()
@@ -153,17 +153,12 @@ def _saver(
     return save
 
 
-def _save_bank(
-    rounds: Rounds | None, folder: Location, name: str, world: World, timeout_s: float
-) -> None:
-    """Write the live rows of the bank, and drop those no kept checkpoint points at."""
+def _save_bank(rounds: Rounds | None, uri: str, world: World, timeout_s: float) -> None:
+    """Save the live rows of the bank, and drop what no kept checkpoint points at."""
     assert rounds is not None
     rounds.flush(timeout_s)
     world.barrier()
     if world.rank == 0:
-        rounds.save(folder.uri_of(name))
-        saved = [each for each in folder.entries() if each.startswith("bank-")]
-        for old in saved[:-3]:
-            with storage_failures_ignored():
-                folder.remove_tree(old)
+        rounds.save(uri)
+        rounds.forget_saved(_SAVED_BANKS)
     world.barrier()

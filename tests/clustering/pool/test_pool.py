@@ -217,6 +217,82 @@ def test_rows_pushed_before_a_late_freeze_do_not_reach_its_round(
     assert round_digest(client.wait(1, 60)) == expected[0]
 
 
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.parquet"))
+
+
+def _driver_dies(pool: ClusterPool) -> None:
+    """Nobody tidies up."""
+    stop([pool.coordinator, *pool.actors, *pool.banks])
+
+
+def test_a_checkpoint_costs_what_was_pushed_since_the_one_before(
+    make_pool, features, push_all, streams, round_digest, tmp_path: Path
+) -> None:
+    data = features(noise=2.0, drift=1)
+    undisturbed = LocalRounds(CONFIG, streams, str(tmp_path / "undisturbed"), seed=1)
+    push_all(undisturbed, data, 100)
+    pool = make_pool(n_banks=2)
+    client = pool.client()
+    push_all(client, data, 100, seed=1)
+    client.flush(60)
+    client.save(str(tmp_path / "pool" / "bank-0100"))
+    whole = _bytes(tmp_path / "pool")
+    for step in range(101, 106):
+        before = _bytes(tmp_path / "pool")
+        for rounds in (undisturbed, client):
+            rounds.push(data.keys[:15], data.rows[:15][::-1], step)
+        client.flush(60)
+        client.save(str(tmp_path / "pool" / f"bank-0{step}"))
+        client.forget_saved(3)
+        # A hundredth of the rows; the rest is Parquet's footers.
+        assert 0 < _bytes(tmp_path / "pool") - before < whole / 4
+    _driver_dies(pool)
+    # Other banks find every row; what the first has read stays although the states go.
+    later = make_pool(n_banks=3)
+    client = later.client()
+    client.restore(str(tmp_path / "pool" / "bank-0105"))
+    assert client.stats()[:1] == (1500,)
+    assert client.stats().age_max == 5
+    for step in range(106, 110):
+        client.save(str(tmp_path / "pool" / f"bank-0{step}"))
+        client.forget_saved(2)
+    for rounds in (undisturbed, client):
+        rounds.start(RoundRequest(1, 110, 120, expected_rows=1500))
+    assert round_digest(client.wait(1, 60)) == round_digest(undisturbed.wait(1, 60))
+    assert _bytes(tmp_path / "pool") > 2 * whole  # the frozen rows, and what states name
+    client.save(str(tmp_path / "pool" / "bank-0110"))
+    client.forget_saved(1)
+    client.start(RoundRequest(2, 110, 120, expected_rows=1500))
+    client.wait(2, 60)
+    # Only frozen rows are left: of the first round, which the state names, and of the second.
+    assert list((tmp_path / "pool" / "bank").rglob("*.parquet")) == []
+    later.close()
+    restored = LocalRounds(CONFIG, streams, str(tmp_path / "local"), seed=1)
+    restored.restore(str(tmp_path / "pool" / "bank-0110"))
+    assert restored.stats().rows == 1500
+
+
+def test_a_run_resumed_before_the_freeze_of_its_round_has_the_rows_for_it(
+    make_pool, features, push_all, round_digest, expected, tmp_path: Path
+) -> None:
+    pool = make_pool()
+    ray.get(pool.coordinator.__ray_call__.remote(_freeze_late(str(tmp_path / "never"))))
+    client = pool.client()
+    push_all(client, features(noise=2.0, drift=1), 100, seed=1)
+    client.flush(60)
+    request = RoundRequest(1, 100, 120, expected_rows=1500)
+    client.start(request)
+    push_all(client, features(noise=2.0, drift=2), 110)
+    client.flush(60)
+    client.save(str(tmp_path / "pool" / "bank-0110"))
+    _driver_dies(pool)
+    resumed = make_pool(n_banks=2).client()
+    resumed.restore(str(tmp_path / "pool" / "bank-0110"))
+    resumed.start(request)
+    assert round_digest(resumed.wait(1, 60)) == expected[0]
+
+
 _DRIVER = """
 import pickle, sys
 import ray
@@ -323,9 +399,9 @@ def test_labels_reach_workers_in_other_processes(
     data = features(noise=0.5)
     saved = LocalRounds(CONFIG, streams, str(tmp_path))
     push_all(saved, data, 5)
-    saved.save(str(tmp_path / "checkpoint"))
+    saved.save(str(tmp_path / "bank-1"))
     client = shared_pool.client()
-    client.restore(str(tmp_path / "checkpoint"))
+    client.restore(str(tmp_path / "bank-1"))
     assert client.stats().rows == 1500
 
     @ray.remote(num_cpus=0.1)
@@ -350,8 +426,8 @@ def test_errors_of_a_round_arrive_as_they_are(
         client.wait(21, 0.1)
     few = LocalRounds(CONFIG, streams, str(tmp_path))
     push_all(few, features(n=7), 5)
-    few.save(str(tmp_path / "checkpoint"))
-    client.restore(str(tmp_path / "checkpoint"))
+    few.save(str(tmp_path / "bank-1"))
+    client.restore(str(tmp_path / "bank-1"))
     client.start(RoundRequest(21, 5, 6))
     with pytest.raises(BadVectors, match="7 rows for k = 8 clusters"):
         client.wait(21, 60)

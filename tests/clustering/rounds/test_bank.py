@@ -10,7 +10,8 @@ from clustering.errors import BadVectors, ClusteringError
 from clustering.kmeans.hashing import vshard_of
 from clustering.pool.bank_actor import BankActor
 from clustering.rounds.bank import Bank, BankRows, check_push
-from clustering.rounds.frozen import read_rows
+from clustering.rounds.frozen import Owner, read_rows
+from clustering.rounds.saved import forget_saved, kept_files, together, write_saved
 
 STREAMS = {"audio": 2, "video": 3}
 
@@ -102,7 +103,7 @@ def test_a_push_is_copied() -> None:
 
 
 def _actor(folder: Path, index: int = 0, count: int = 1) -> BankActor:
-    return BankActor(index, count, str(folder / str(index)), STREAMS, vshards=8)
+    return BankActor(Owner(index, count, 8), str(folder / str(index)), str(folder), STREAMS)
 
 
 def _frozen(actor: BankActor, folder: Path, step: int) -> BankRows:
@@ -151,10 +152,10 @@ def test_a_freeze_that_died_halfway_is_repeated_with_the_same_rows(
     actor.push(*_rows([1, 2, 3], [1, 1, 1]))
     actor.sync()
     expected = _frozen(_actor(tmp_path), tmp_path / "expected", 1)
-    for moment in ("_write", "_rebase"):
+    for moment in ("write", "rebase"):
         actor = _actor(tmp_path)
         with monkeypatch.context() as patch:
-            patch.setattr(actor, moment, lambda *_: 1 / 0)
+            patch.setattr(actor._log, moment, lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 _frozen(actor, tmp_path, 1)
         actor = _actor(tmp_path)
@@ -167,12 +168,13 @@ def test_saved_rows_are_restored_into_any_number_of_banks(tmp_path: Path) -> Non
     two = [_actor(tmp_path / "two", i, 2) for i in range(2)]
     for i, actor in enumerate(two):
         actor.push(*rows.take(vshard_of(rows.keys, 8) % 2 == i))
-        actor.save(str(tmp_path / "saved"))
+    saved = str(tmp_path / "two" / "bank-1")
+    write_saved(saved, together([actor.saved() for actor in two]))
     three = [_actor(tmp_path / "three", i, 3) for i in range(3)]
     for actor in three:
         actor.push(*_rows([500], [9]))
         actor.sync()
-        actor.restore(str(tmp_path / "saved"))
+        actor.restore(saved)
     restarted = [_actor(tmp_path / "three", i, 3) for i in range(3)]
     assert sum(actor.ages()[0] for actor in restarted) == 100
     with pytest.raises(ClusteringError, match="no saved bank"):
@@ -184,7 +186,8 @@ def test_banks_read_each_saved_row_group_once(
 ) -> None:
     actor = _actor(tmp_path / "one")
     actor.push(*_rows(list(range(100)), [3] * 100))
-    actor.save(str(tmp_path / "saved"))
+    saved = str(tmp_path / "one" / "bank-1")
+    write_saved(saved, actor.saved())
     read = []
     whole = pq.ParquetFile.read_row_group
     monkeypatch.setattr(
@@ -194,6 +197,92 @@ def test_banks_read_each_saved_row_group_once(
     )
     four = [_actor(tmp_path / "four", i, 4) for i in range(4)]
     for actor in four:
-        actor.restore(str(tmp_path / "saved"))
+        actor.restore(saved)
     assert sorted(read) == list(range(8))
     assert sum(actor.ages().n_rows for actor in four) == 100
+
+
+def _as_saved(folder: Path, actor: BankActor, name: str = "bank-1") -> BankRows:
+    """What another bank finds in a saved state."""
+    write_saved(str(folder / name), actor.saved())
+    other = _actor(folder / "other")
+    other.restore(str(folder / name))
+    return other._bank.everything()
+
+
+def test_segments_are_merged_into_a_base_and_into_levels_without_losing_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clustering.rounds.log._BASE_ROWS", 100)
+    monkeypatch.setattr("clustering.rounds.log._LEVEL_SEGMENTS", 4)
+    undisturbed, actor = Bank(5), _actor(tmp_path)
+    pushed = written = 0
+    sizes: dict[str, int] = {}
+    for step in range(400):
+        rows = _rows([(7 * step + i) % 60 for i in range(3)], [step] * 3, seed=step)
+        undisturbed.push(*rows)
+        actor.push(*rows)
+        actor.sync()
+        actor.forget(set())
+        for path in (tmp_path / "0").glob("*.parquet"):
+            if path.name not in sizes:
+                sizes[path.name] = len(pq.read_table(path))
+                written += sizes[path.name]
+        pushed += 3
+        if step % 57 == 0:
+            actor = _actor(tmp_path)
+    assert written <= 4 * pushed  # as they are, in a base, in two levels
+    left = list((tmp_path / "0").glob("*.parquet"))
+    assert sum(sizes[path.name] for path in left) <= 60 + 100 + 3 * 16
+    assert len(left) <= 1 + 3 * 4 + 16
+    assert _same(_as_saved(tmp_path, actor), undisturbed.everything())
+    assert _same(_frozen(actor, tmp_path, 399), undisturbed.freeze(399))
+
+
+def test_merging_leaves_the_rows_of_a_freeze_that_is_to_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clustering.rounds.log._BASE_ROWS", 10)
+    monkeypatch.setattr("clustering.rounds.log._LEVEL_SEGMENTS", 2)
+    actor = _actor(tmp_path)
+    early = _rows([1, 2], [10, 10], seed=1)
+    actor.push(*early)
+    actor.sync()
+    actor.hold(10)
+    for step in range(40, 60):
+        actor.push(*_rows([1, 2, 3], [step] * 3, seed=step))
+        actor.sync()
+    write_saved(str(tmp_path / "bank-1"), actor.saved())
+    for folder in (tmp_path, tmp_path / "other"):
+        resumed = _actor(folder)
+        resumed.restore(str(tmp_path / "bank-1"))
+        # After its death, too.
+        assert _same(_frozen(_actor(folder), folder / "frozen", 10), early)
+        assert _actor(folder).ages()[:4] == (3, 177, 59, 59)
+
+
+def test_a_saved_state_stays_what_it_was_until_it_is_forgotten(tmp_path: Path) -> None:
+    actor, home = _actor(tmp_path), str(tmp_path)
+    first, second = _rows([1, 2, 3], [5, 5, 5], seed=1), _rows([2, 4], [6, 6], seed=2)
+    actor.push(*first)
+    write_saved(str(tmp_path / "bank-1"), actor.saved())
+    actor.push(*second)
+    frozen = _frozen(actor, tmp_path, 6)
+    actor.forget(kept_files(home))
+    write_saved(str(tmp_path / "bank-2"), actor.saved())
+    elsewhere = _actor(tmp_path / "elsewhere")
+    elsewhere.restore(str(tmp_path / "bank-1"))
+    assert _same(elsewhere._bank.everything(), first)
+    elsewhere.restore(str(tmp_path / "bank-2"))
+    assert _same(elsewhere._bank.everything(), frozen)
+    actor.forget(kept_files(home))
+    assert len(list((tmp_path / "0").glob("segment-*"))) == 1
+    forget_saved(home, 1)
+    actor.forget(kept_files(home))
+    assert not list((tmp_path / "0").glob("segment-*"))
+    elsewhere.restore(str(tmp_path / "bank-2"))
+    assert _same(elsewhere._bank.everything(), frozen)
+    with pytest.raises(ClusteringError, match="no saved bank"):
+        elsewhere.restore(str(tmp_path / "bank-1"))
+    with pytest.raises(ClusteringError, match=r"is a folder bank-\*"):
+        write_saved(str(tmp_path / "elsewhere" / "checkpoint"), actor.saved())

@@ -218,10 +218,10 @@ def test_saved_bank_gives_the_same_round(
 ) -> None:
     rounds = LocalRounds(CONFIG, streams, str(tmp_path / "a"))
     push_all(rounds, features(), 100)
-    rounds.save(str(tmp_path / "checkpoint"))
+    rounds.save(str(tmp_path / "a" / "bank-1"))
     other = LocalRounds(CONFIG, streams, str(tmp_path / "b"))
     push_all(other, features(seed=9), 50)
-    other.restore(str(tmp_path / "checkpoint"))
+    other.restore(str(tmp_path / "a" / "bank-1"))
     assert other.stats().rows == 1500
     assert round_digest(_run(rounds)) == round_digest(_run(other))
 

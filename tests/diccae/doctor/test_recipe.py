@@ -107,6 +107,22 @@ def test_the_full_recipe_wants_weights_cards_and_memory(
     assert [c for c in checks.values() if not c["ok"]] == []
 
 
+def test_memory_is_compared_with_the_card_the_config_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _cards(monkeypatch, 0.001)
+    here = _doctor(capsys, _changed(tmp_path, scale={"use_gpu": True}))["memory"]
+    assert not here["ok"]
+    assert "of this machine's card" in here["detail"]
+    named = _changed(tmp_path, scale={"use_gpu": True, "gpu_memory_gib": 80.0})
+    there = _doctor(capsys, named)["memory"]
+    assert there["ok"]
+    assert "90% of 80 GiB (scale.gpu_memory_gib)" in there["detail"]
+    _cards(monkeypatch, 900.0)
+    named = _changed(tmp_path, scale={"use_gpu": True, "gpu_memory_gib": 0.001})
+    assert not _doctor(capsys, named)["memory"]["ok"]
+
+
 def test_workers_without_cards_share_the_memory_of_the_machine(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

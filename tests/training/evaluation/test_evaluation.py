@@ -1,5 +1,8 @@
 """Metrics, probes and retrieval against scikit-learn, loops and cases with a known answer."""
 
+import threading
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -114,7 +117,9 @@ def test_bad_scores_are_refused(scores, labels, message):
         mean_average_precision(scores, labels)
 
 
-def test_linear_probe_equals_scikit_learn(clusters):
+@pytest.mark.parametrize("rows", [4096, 64], ids=["whole", "in pieces"])
+def test_linear_probe_equals_scikit_learn(clusters, rows, monkeypatch):
+    monkeypatch.setattr("training.evaluation.probes._ROWS", rows)
     train, labels, test, truth = clusters
     scaler = StandardScaler().fit(train)
     peer = LogisticRegression(C=1.0, max_iter=1000, tol=1e-8).fit(scaler.transform(train), labels)
@@ -141,6 +146,35 @@ def test_few_labels_are_as_many_of_each_class_and_the_same_in_every_run():
     every = few_label_probe(train, labels, test, 3, per_class=40)
     np.testing.assert_array_equal(every, linear_probe(train, labels, test, 3))
     assert not np.allclose(found, every)
+
+
+@pytest.mark.parametrize("probe", [linear_probe, knn_probe])
+def test_probes_copy_neither_features_nor_logits(probe):
+    """Both are gigabytes for 200,000 clips."""
+    n, width, n_classes = 50_000, 512, 300
+    features = np.ones((n, width), np.float32)
+    features[:, ::2] += np.arange(n, dtype=np.float32)[:, None] / n
+    labels = np.arange(n) % n_classes
+    few = {"iterations": 1} if probe is linear_probe else {"k": 5}
+    probe(features[:400], labels[:400], features[:8], n_classes, **few)  # What torch loads.
+    grown, stop = [0], threading.Event()
+    before = _own_bytes()
+
+    def watch():
+        while not stop.wait(0.002):
+            grown.append(_own_bytes() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    probe(features, labels, features[:8], n_classes, **few)
+    stop.set()
+    watcher.join()
+    assert max(grown) < features.nbytes, f"{max(grown) / 1e6:.0f} MB"
+
+
+def _own_bytes():
+    status = Path("/proc/self/status").read_text()
+    return next(int(x.split()[1]) for x in status.splitlines() if x.startswith("RssAnon")) * 1024
 
 
 @pytest.mark.parametrize("rows", [256, 7])
