@@ -16,9 +16,9 @@ from typing import Any
 from pipeline.errors import PipelineError
 from training.report import galleries, sections
 from training.report.agreement import with_agreement
+from training.report.clips.pictures import Pictures
 from training.report.folder import ReportData, read_run
 from training.report.markup import number, text
-from training.report.pictures import Pictures
 
 log = logging.getLogger(__name__)
 

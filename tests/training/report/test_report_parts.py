@@ -11,7 +11,6 @@ from training.report.confusions import group_classes, worst_pairs
 from training.report.curves import panels, phase_seconds, step_seconds, thin
 from training.report.examples import cluster_examples, pair_examples, retrieval_examples
 from training.report.markup import duration, number, percent
-from training.report.pictures import colours
 
 
 def test_thinning_keeps_the_spike_the_ends_and_the_order() -> None:
@@ -168,15 +167,6 @@ def test_retrieval_shows_the_first_clip_of_each_class_and_its_true_rank() -> Non
     again = retrieval_examples(ids, audio, video, label_of, each=3)
     assert again == [cat, dog]
     assert retrieval_examples([], audio[:0], video[:0], {}) == []
-
-
-def test_spectrogram_has_low_tones_at_the_bottom_and_copes_with_silence() -> None:
-    fbank = np.full((20, 8), -10.0, np.float32)
-    fbank[:, 1] = 3.0
-    picture = colours(fbank)
-    assert picture.shape == (8, 20, 3)
-    assert picture[6].sum() > 3 * picture[0].sum()
-    assert colours(np.zeros((5, 4), np.float32)).max() <= 34
 
 
 @pytest.mark.parametrize(
