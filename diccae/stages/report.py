@@ -11,9 +11,9 @@ from training.report.page import write_report
 from training.tracking import tracker as tracking
 
 
-def run_report(folder: RunFolder, store: str | None) -> Path:
+def run_report(folder: RunFolder, store: str | None, *, with_sound: bool = True) -> Path:
     """Write the page and hand it, the results and the encoder to MLflow."""
-    page = write_report(folder.path, store, may_write=folder.check)
+    page = write_report(folder.path, store, with_sound=with_sound, may_write=folder.check)
     handle = tracking_handle(folder)
     if handle.run_id:
         present = [

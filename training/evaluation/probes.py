@@ -8,13 +8,13 @@ Shapes: N training and M test clips, D feature width, C classes.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Features = NDArray[np.floating]
 
@@ -34,30 +34,45 @@ def linear_probe(
 
     Raises: ValueError for features that are not finite or labels out of range.
     """
+    # Here, since whoever only reads results has no use for its 0.7 GB.
+    import torch
+    from torch.nn import functional as F
+
     _check(train_ND, labels_N, test_MD, n_classes)
     x = torch.tensor(train_ND, dtype=torch.float32, device=device)
     y = torch.as_tensor(labels_N, dtype=torch.int64, device=device)
     std_D, mean_D = torch.std_mean(x, dim=0, correction=0)
     scale_D = torch.where(std_D > 1e-6, 1 / std_D.clamp_min(1e-6), 0.0)
-    weight = torch.zeros(n_classes, x.shape[1], device=device, requires_grad=True)
-    bias = torch.zeros(n_classes, device=device, requires_grad=True)
     # In place: a second copy of the features of 200,000 clips is a gigabyte.
     x.sub_(mean_D).mul_(scale_D)
+    weight, bias = _regression(x, y, n_classes, iterations)
+    test = torch.as_tensor(test_MD, dtype=torch.float32, device=device)
+    with torch.no_grad():
+        scores = F.linear((test - mean_D) * scale_D, weight, bias).softmax(1)
+    return scores.cpu().numpy()
+
+
+def _regression(
+    x: "Tensor", y: "Tensor", n_classes: int, iterations: int
+) -> tuple["Tensor", "Tensor"]:
+    """Weight [C, D] and bias [C] of the regression of y [N] on x [N, D]."""
+    import torch
+    from torch.nn import functional as F
+
+    weight = torch.zeros(n_classes, x.shape[1], device=x.device, requires_grad=True)
+    bias = torch.zeros(n_classes, device=x.device, requires_grad=True)
     optimiser = torch.optim.LBFGS(
         [weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe"
     )
 
-    def objective() -> Tensor:
+    def objective() -> "Tensor":
         optimiser.zero_grad()
         loss = F.cross_entropy(F.linear(x, weight, bias), y) + weight.square().sum() / (2 * len(x))
         loss.backward()
         return loss
 
     optimiser.step(objective)
-    test = torch.as_tensor(test_MD, dtype=torch.float32, device=device)
-    with torch.no_grad():
-        scores = F.linear((test - mean_D) * scale_D, weight, bias).softmax(1)
-    return scores.cpu().numpy()
+    return weight, bias
 
 
 def knn_probe(
@@ -79,6 +94,9 @@ def knn_probe(
     Raises: as `linear_probe`.
     Source: Wu et al. 2018 (arXiv 1805.01978).
     """
+    import torch
+    from torch.nn import functional as F
+
     _check(train_ND, labels_N, test_MD, n_classes)
     train = F.normalize(torch.as_tensor(train_ND, dtype=torch.float32, device=device), dim=1)
     test = F.normalize(torch.as_tensor(test_MD, dtype=torch.float32, device=device), dim=1)

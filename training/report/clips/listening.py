@@ -24,7 +24,7 @@ from training.report.clips.sound import Sound, encode_sound
 log = logging.getLogger(__name__)
 
 _AT_A_TIME = 2
-_SYNTHESISED_S = 3.0
+SYNTHESISED_S = 3.0
 """Shorter than what is cut from a source: a second of it takes 35 ms to put together."""
 _TIMEOUT_S = 20.0
 _MOST_S = 60.0
@@ -103,7 +103,7 @@ def _excerpt(fetched: Fetched, clip: dict[str, Any], sandbox: Sandbox) -> tuple[
 
 def _from_fbanks(pictures: Pictures, clip_ids: Iterable[str]) -> dict[str, Sound]:
     spec = pictures.spec
-    most = round(1000 * _SYNTHESISED_S / FRAME_SHIFT_MS)
+    most = round(1000 * SYNTHESISED_S / FRAME_SHIFT_MS)
 
     def synthesised(fbank_TM: Any) -> Sound:
         waveform = waveform_of(fbank_TM[:most], spec)
