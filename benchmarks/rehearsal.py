@@ -363,7 +363,7 @@ def report(place: Place) -> dict[str, Any]:
     """The page of that run."""
     from training.report.page import write_report
 
-    return {"page": f"{write_report(place.folder / 'run').stat().st_size / 1e6:.1f} MB"}
+    return {"page": f"{Path(write_report(place.folder / 'run')).stat().st_size / 1e6:.1f} MB"}
 
 
 ROLES: dict[str, tuple[str, Callable[[Place], dict[str, Any]]]] = {

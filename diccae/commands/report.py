@@ -15,6 +15,8 @@ class ReportArgs:
     """Run folder."""
     store: str | None = None
     """Where the frames are, if the store has moved since."""
+    sound: bool = True
+    """Let clips on the page be heard: 5 s each, from their sources where these can be reached."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,5 +27,5 @@ def main(argv: Sequence[str]) -> int:
 
     folder = RunFolder(args.out)
     with folder.held("report") if folder.record else contextlib.nullcontext():
-        print(run_report(folder, args.store))
+        print(run_report(folder, args.store, with_sound=args.sound))
     return 0

@@ -10,10 +10,10 @@ from training.report.page import write_report
 from training.tracking import tracker as tracking
 
 
-def run_report(folder: RunFolder, store: str | None) -> str:
+def run_report(folder: RunFolder, store: str | None, *, with_sound: bool = True) -> str:
     """Write the page and hand it, the results and the models to MLflow. Returns: its URI."""
     place = folder.place
-    page = write_report(folder.uri, store, may_write=folder.check)
+    page = write_report(folder.uri, store, with_sound=with_sound, may_write=folder.check)
     handle = tracking_handle(folder)
     if handle.run_id:
         names = ("report.html", "results.json", "config.yaml", "encoder", "classifier")

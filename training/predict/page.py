@@ -21,8 +21,8 @@ from training import report
 from training.predict.clips import Features
 from training.predict.predictor import Answer, StreamAnswer
 from training.predict.told import confusion_sentence
+from training.report.clips.spectrogram import colours
 from training.report.markup import percent, section, table, text
-from training.report.pictures import colours
 
 _SHOWN_FRAMES = 3
 

@@ -1,5 +1,8 @@
 """Which classes are taken for which: an order that shows groups, and the worst pairs.
 
+The order is that of a tree (average linkage on mutual confusion): classes that are taken for each
+other must stand side by side to be seen as a group. Single linkage chains everything to everything
+through one odd clip; an order by accuracy or by name scatters the groups.
 Pure numpy and scipy. Knows nothing of frames or HTML.
 Invariant: a pair is counted once, and by the rate that results.json ranks pairs by.
 

@@ -1,13 +1,19 @@
 """Training metrics as panels of curves, thinned for the eye.
 
-Pure: lists and numbers. Knows nothing of HTML. Invariant: every metric that was logged and can
-change has one place, and thinning keeps the extremes of each stretch.
+Pure: lines of metrics become columns, columns become curves. Knows nothing of HTML. Invariant:
+every metric that was logged has one place, those that never changed in a list of their own, and
+thinning keeps the extremes of each stretch.
+
+Shapes: N points of a metric.
 """
 
 import math
+from array import array
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from training.losses import objective
+import numpy as np
+from numpy.typing import NDArray
 
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Clips matched to their own sound", ("accuracy_instance",)),
@@ -23,9 +29,46 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Title and metrics of what has a place of its own; the terms of the loss come before them."""
 _NOT_CURVES = {"step", "time", "epoch"}
-_TOLD_WHEN_CHANGED = {"world_size", "attempt"}
-"""An undisturbed run has one of each all the time: a flat line that says nothing."""
 _POINTS = 400
+
+
+class Column(NamedTuple):
+    """A metric where it was logged and finite."""
+
+    steps_N: NDArray[np.int64]
+    values_N: NDArray[np.float64]
+
+    @property
+    def is_still(self) -> bool:
+        """Whether it was logged more than once and never changed: a curve would say nothing."""
+        return len(self.values_N) > 1 and bool((self.values_N == self.values_N[0]).all())
+
+
+Columns = dict[str, Column]
+
+
+def columns_of(lines: Iterable[dict[str, Any]], prefix: str = "") -> Columns:
+    """Lines of metrics by name, without `prefix`; 100,000 lines as dicts would take 0.5 GB.
+
+    What is null or not finite is no point.
+    """
+    steps: dict[str, array[int]] = {}
+    values: dict[str, array[float]] = {}
+    for line in lines:
+        step = int(line["step"])
+        for name, value in line.items():
+            if name in _NOT_CURVES or value is None or not math.isfinite(value):
+                continue
+            if name not in steps:
+                steps[name], values[name] = array("q"), array("d")
+            steps[name].append(step)
+            values[name].append(value)
+    return {
+        name.removeprefix(prefix): Column(
+            np.frombuffer(steps[name], np.int64), np.frombuffer(values[name], np.float64)
+        )
+        for name in steps
+    }
 
 
 class Series(NamedTuple):
@@ -43,21 +86,19 @@ class Panel(NamedTuple):
     series: list[Series]
 
 
-def panels(metrics: list[dict[str, Any]]) -> list[Panel]:
-    """All curves of a run: the known panels first, the rest by the prefix of their names.
+def panels(columns: Columns) -> list[Panel]:
+    """The curves of a run: the known panels first, the rest by the prefix of their names.
 
     The seconds of a step (`time/...`) and the health of rounds (`clustering/...`) have sections of
-    their own and are left out, and so are workers and attempts whose number never changed.
+    their own and are left out, and so is what never changed (`unchanging`).
     """
     series = {
-        name: Series(name, thin(points))
-        for name, points in _points(metrics).items()
-        if not name.startswith(("time/", "clustering/"))
+        name: Series(name, thin(column))
+        for name, column in columns.items()
+        if _is_curve(name) and not column.is_still
     }
-    for name in _TOLD_WHEN_CHANGED & series.keys():
-        if len({value for _, value in series[name].points}) == 1:
-            del series[name]
-    terms = ("loss", *(term.metric for term in objective.LOSS_TERMS))
+    # By name, not from the table of terms: that would load torch, 0.7 GB, to draw a page.
+    terms = tuple(name for name in series if name == "loss" or name.startswith("loss_"))
     found = []
     for title, names in (("Loss", terms), *_PANELS):
         known = [series.pop(name) for name in names if name in series]
@@ -75,26 +116,33 @@ def _title(name: str) -> str:
     return words[:1].upper() + words[1:]
 
 
-def _points(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    points: dict[str, list[tuple[int, float]]] = {}
-    for line in metrics:
-        for name, value in line.items():
-            if name not in _NOT_CURVES and value is not None and math.isfinite(value):
-                points.setdefault(name, []).append((int(line["step"]), float(value)))
-    return points
+def unchanging(columns: Columns) -> list[tuple[str, float]]:
+    """Metrics that kept one value all the time, with that value."""
+    return [
+        (name, float(column.values_N[0]))
+        for name, column in columns.items()
+        if _is_curve(name) and column.is_still
+    ]
 
 
-def thin(points: list[tuple[int, float]], most: int = _POINTS) -> list[tuple[int, float]]:
+def _is_curve(name: str) -> bool:
+    return not name.startswith(("time/", "clustering/"))
+
+
+def thin(column: Column, most: int = _POINTS) -> list[tuple[int, float]]:
     """At most about `most` points: of each stretch its lowest and its highest, in order."""
-    if len(points) <= most:
-        return points
-    stretch = math.ceil(2 * len(points) / most)
-    kept = []
-    for start in range(0, len(points), stretch):
-        piece = points[start : start + stretch]
-        extremes = {min(piece, key=lambda p: p[1]), max(piece, key=lambda p: p[1])}
-        kept += sorted(extremes)
-    return sorted({points[0], *kept, points[-1]})
+    n = len(column.steps_N)
+    kept = np.arange(n)
+    if n > most:
+        stretch = math.ceil(2 * n / most)
+        n_stretches = math.ceil(n / stretch)
+        # The last stretch is filled up with its own last point.
+        value_SN = np.pad(column.values_N, (0, n_stretches * stretch - n), mode="edge")
+        value_SN = value_SN.reshape(n_stretches, stretch)
+        begins = np.arange(n_stretches) * stretch
+        extremes = [begins + value_SN.argmin(1), begins + value_SN.argmax(1), [0, n - 1]]
+        kept = np.unique(np.minimum(np.concatenate(extremes), n - 1))
+    return list(zip(column.steps_N[kept].tolist(), column.values_N[kept].tolist(), strict=True))
 
 
 class TimePart(NamedTuple):
@@ -111,17 +159,18 @@ _STEP_PARTS = (
 """In the order of a step; `backward` holds DDP's exchange, `update` the wait for a GPU."""
 
 
-def step_seconds(metrics: list[dict[str, Any]]) -> list[TimePart]:
+def step_seconds(columns: Columns) -> list[TimePart]:
     """Mean seconds of a training step by part, over the lines that have them; [] if none do."""
-    lines = [line for line in metrics if "time/forward" in line]
+    if "time/forward" not in columns:
+        return []
+    n_lines = len(columns["time/forward"].steps_N)
     names = list(_STEP_PARTS)
-    names += sorted({n[5:] for x in lines for n in x if n.startswith("time/")} - set(names))
-    parts = []
-    for name in names:
-        values = [line[f"time/{name}"] for line in lines if line.get(f"time/{name}") is not None]
-        if values:
-            parts.append(TimePart(name, sum(values) / len(lines)))
-    return parts
+    names += sorted({n[5:] for n in columns if n.startswith("time/")} - set(names))
+    return [
+        TimePart(name, float(columns[f"time/{name}"].values_N.sum()) / n_lines)
+        for name in names
+        if f"time/{name}" in columns
+    ]
 
 
 def phase_seconds(results: dict[str, Any]) -> list[TimePart]:

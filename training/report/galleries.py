@@ -1,19 +1,16 @@
-"""The sections of a report that show clips: clusters, confusion, retrieval.
+"""Choice of the clips that a report shows, and its sections of clusters and retrieval.
 
-Knows nothing of how frames are read: it is given pictures by clip id.
+Knows nothing of how frames and sounds are read: it is given them by clip id.
 Invariant: what is shown is chosen by `examples`, never by hand.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from training.evaluation.results import ConfusionCounts
-from training.report.confusions import (
-    Pair,
-    accuracy,
-    group_classes,
-    pair_of,
-    worst_pairs,
-)
+from training.report.clips.listening import SYNTHESISED_S
+from training.report.clips.media import Media
+from training.report.clips.sound import EXCERPT_S
+from training.report.clips.spectrogram import axes_in_words, heights_of_hz
+from training.report.confusions import Pair, worst_pairs
 from training.report.examples import (
     Cluster,
     Example,
@@ -23,8 +20,10 @@ from training.report.examples import (
     retrieval_examples,
 )
 from training.report.folder import ReportData
-from training.report.markup import absent, number, percent, section, strip, table, text
-from training.report.sections import charts, health_table
+from training.report.markup import absent, number, percent, section, sound, strip, text
+from training.report.sections import Curves, charts, health_table
+
+_PAIRS_SHOWN = 8
 
 
 class Choice(NamedTuple):
@@ -35,12 +34,16 @@ class Choice(NamedTuple):
     n_clusters: int
     queries: list[Query]
 
-    def clip_ids(self) -> set[str]:
+    def framed(self) -> set[str]:
         """The clips whose frames are needed."""
         shown = [e for _, of_a, of_b in self.pairs for e in (*of_a, *of_b)]
         shown += [e for cluster in self.clusters for e in cluster.examples]
         shown += [e for query in self.queries for e in query.found]
         return {example.clip_id for example in shown}
+
+    def heard(self) -> set[str]:
+        """The clips whose sounds are needed."""
+        return self.framed() | {query.query.clip_id for query in self.queries}
 
 
 def choose(
@@ -79,7 +82,7 @@ def _pairs(run: ReportData) -> list[tuple[Pair, list[Example], list[Example]]]:
     if run.confusion is None:
         return []
     found = []
-    for pair in worst_pairs(run.confusion.main):
+    for pair in worst_pairs(run.confusion.main, _PAIRS_SHOWN):
         shown: tuple[list[Example], list[Example]] = ([], [])
         if run.predictions is not None and "pred_fusion" in run.predictions.column_names:
             shown = pair_examples(run.predictions, run.confusion.classes, pair)
@@ -87,23 +90,22 @@ def _pairs(run: ReportData) -> list[tuple[Pair, list[Example], list[Example]]]:
     return found
 
 
-def clusters(
-    run: ReportData, choice: Choice, drawn: list[dict[str, Any]], uris: dict[str, str]
-) -> str:
+def clusters(run: ReportData, choice: Choice, drawn: Curves, media: Media) -> str:
     """Health of the rounds and a contact sheet of the last one."""
     title = "Pseudo-labels"
     if not run.rounds:
         return absent("clusters", title, "No clustering: this run made no pseudo-labels.")
-    body = [charts(drawn, "rounds"), "<h3>Rounds</h3>", health_table(run.rounds)]
+    body = ["<h3>Rounds</h3>", charts(drawn, "rounds"), health_table(run.rounds)]
     if choice.clusters:
         shown = len(choice.clusters)
         some = "All" if shown == choice.n_clusters else f"The {shown} largest of"
         body.append(
             f"<h3>What is in a cluster</h3><p class='note'>{some} {number(choice.n_clusters)} "
             "clusters of the last round, clips as good as at random. The label is that of most of "
-            "its clips; a red frame is a clip with another label.</p>"
+            "its clips; a red, crossed frame is a clip with another label. "
+            f"{below_frames(media)}</p>"
         )
-        cards = "".join(_cluster_card(cluster, uris) for cluster in choice.clusters)
+        cards = "".join(_cluster_card(cluster, media) for cluster in choice.clusters)
         body.append(f'<div class="clusters">{cards}</div>')
     lead = (
         "Clusters of the encoder's own features, made without looking at labels. Agreement with "
@@ -112,136 +114,82 @@ def clusters(
     return section("clusters", title, lead, *body)
 
 
-def _cluster_card(cluster: Cluster, uris: dict[str, str]) -> str:
+def _cluster_card(cluster: Cluster, media: Media) -> str:
     name = cluster.majority or f"cluster {cluster.label}"
     share = f"{percent(cluster.purity, 0)} of " if cluster.majority else ""
     return (
-        f'<div class="card cluster"><header><b>{text(name)}</b>'
+        f'<div class="card cluster"><header><b title="{text(name)}">{text(name)}</b>'
         f"<span>{share}{number(cluster.size)}</span></header>"
-        f"{strip(cluster.examples, uris, 3, caption=False)}</div>"
+        f"{strip(cluster.examples, media, 3, caption=False)}</div>"
     )
 
 
-def confusion_data(run: ReportData) -> dict[str, Any] | None:
-    """What the script draws: the order of classes, and the counts that are not zero."""
-    if run.confusion is None or not run.confusion.counts:
-        return None
-    order = group_classes(run.confusion.main)
-    return {
-        "classes": run.confusion.classes,
-        "order": order.positions,
-        "boundaries": order.boundaries,
-        "counts": {
-            stream: [[int(i), int(j), int(n[i, j])] for i, j in zip(*n.nonzero(), strict=True)]
-            for stream, n in run.confusion.counts.items()
-        },
-    }
+def below_frames(media: Media) -> str:
+    """What stands below the frames of a gallery."""
+    if media.spec is None or not media.spectrograms:
+        return ""
+    said = f"Below a frame is its spectrogram: {axes_in_words(media.spec)}"
+    if not media.sounds:
+        return text(f"{said}.")
+    return text(f"{said}; press it to hear {_origin(media)}.")
 
 
-def confusion(run: ReportData, choice: Choice, uris: dict[str, str]) -> str:
-    """The heat map and the most confused pairs."""
-    title = "Confusion"
-    if run.confusion is None or not run.confusion.counts:
-        why = "No confusion matrix: this run was not fine-tuned and evaluated."
-        return absent("confusion", title, why)
-    streams = list(run.confusion.counts)
-    buttons = "".join(
-        f'<button data-stream="{s}" aria-pressed="{str(s == streams[-1]).lower()}">{s} '
-        f"{percent(accuracy(run.confusion.counts[s]))}</button>"
-        for s in streams
-    )
-    heat = (
-        f'<div class="card"><div class="switch" role="group">{buttons}</div><div id="heat">'
-        '<canvas role="img" aria-label="Confusion matrix, rows are true classes"></canvas></div>'
-        '<p class="key">Rows: the true class; columns: what the model says. Green is right, red '
-        "is wrong, stronger is more often. A box holds classes taken for each other.</p></div>"
-    )
-    body = [heat]
-    if choice.pairs:
-        cards = "".join(_pair_card(run.confusion, *pair, uris) for pair in choice.pairs)
-        body.append(
-            "<h3>Most confused pairs</h3><p class='note'>Bars: the share of a class's clips that "
-            "go to the other, mean of the two classes, by stream. Frames: test clips of each "
-            "class, the confused ones first (red), with how sure the model was.</p>"
-            f'<div class="cards">{cards}</div>'
-        )
-    body.append(_class_table(run.confusion))
-    lead = (
-        "Which classes are taken for which, by stream. A pair that only the sound, or only the "
-        "picture, cannot tell apart shows what the other one adds."
-    )
-    return section("confusion", title, lead, *body)
-
-
-def _class_table(confusion: ConfusionCounts) -> str:
-    """Each class by itself, the hardest first; folded, since there may be hundreds."""
-    streams = list(confusion.counts)
-    main = "fusion" if "fusion" in streams else streams[0]
-    hardest = sorted(confusion.accuracies(), key=lambda each: each.by_stream[main])
-    rows = [
-        [
-            f'<th scope="row">{text(each.name)}</th>',
-            number(each.n_clips),
-            *(percent(each.by_stream[s]) for s in streams),
-        ]
-        for each in hardest
-    ]
-    inner = table(["class", "clips", *streams], rows)
-    return f"<details><summary>Accuracy of each class, hardest first</summary>{inner}</details>"
-
-
-def _pair_card(
-    confusion: ConfusionCounts,
-    pair: Pair,
-    of_a: list[Example],
-    of_b: list[Example],
-    uris: dict[str, str],
-) -> str:
-    a, b = text(confusion.classes[pair.a]), text(confusion.classes[pair.b])
-    strips = "".join(
-        f'<div><p class="way">{name}: {taken} of {n} taken for {other}</p>'
-        f"{strip(examples, uris, 4) if examples else ''}</div>"
-        for name, other, taken, n, examples in (
-            (a, b, pair.a_as_b, pair.n_a, of_a),
-            (b, a, pair.b_as_a, pair.n_b, of_b),
-        )
-    )
-    bars = "".join(_rate_bar(s, pair_of(n, pair.a, pair.b)) for s, n in confusion.counts.items())
+def _origin(media: Media) -> str:
+    made = sum(media.why_synthesised.values())
+    length = f"the first seconds (at most {EXCERPT_S:g})"
+    if not made:
+        return f"{length} of the source clip"
+    why = ", ".join(f"{reason}: {n}" for reason, n in media.why_synthesised.most_common())
+    if made == len(media.sounds):
+        return f"{SYNTHESISED_S:g} s synthesised from the stored features ({why})"
     return (
-        f'<div class="card pair"><header><b>{a} ↔ {b}</b><span>{percent(pair.rate)}</span></header>'
-        f'<div class="bars">{bars}</div>{strips}</div>'
+        f"{length} of the source clip, or, where that says synthesised, {SYNTHESISED_S:g} s made "
+        f"from the stored features ({why})"
     )
 
 
-def _rate_bar(stream: str, pair: Pair) -> str:
-    return (
-        f"<span>{stream}</span><i><i style='width:{100 * pair.rate:.1f}%;"
-        f"background:var(--{stream})'></i></i><span>{percent(pair.rate)}</span>"
-    )
-
-
-def retrieval(run: ReportData, choice: Choice, uris: dict[str, str], sounds: dict[str, str]) -> str:
+def retrieval(run: ReportData, choice: Choice, media: Media) -> str:
     """Sounds (as spectrograms), and the pictures the encoder finds for them."""
     title = "Sound finds picture"
     if not choice.queries:
         why = "No retrieval examples: no embeddings of the test clips were kept."
         return absent("retrieval", title, why)
     assert run.embeddings is not None
-    rows = "".join(_query_row(query, uris, sounds) for query in choice.queries)
+    rows = "".join(_query_row(query, media) for query in choice.queries)
     lead = (
         f"For the sound of a test clip, the five nearest of {number(len(run.embeddings.clip_ids))} "
-        "pictures. Green: the clip's own picture; blue: another clip of its class; red: neither."
+        "pictures. Green: the clip's own picture; blue: another clip of its class; red and "
+        "crossed: neither."
     )
     return section("retrieval", title, lead, f'<div class="card">{rows}</div>')
 
 
-def _query_row(query: Query, uris: dict[str, str], sounds: dict[str, str]) -> str:
+_MARKS_HZ = (500.0, 2000.0, 8000.0, 24000.0)
+
+
+def _query_row(query: Query, media: Media) -> str:
     clip_id = query.query.clip_id
     name = text(query.label or clip_id)
-    sound = sounds.get(clip_id)
-    image = f'<img src="{sound}" alt="spectrogram of {name}">' if sound else ""
     return (
-        f'<div class="query"><div class="sound">{image}<b>{name}</b>'
-        f"<span>{text(clip_id)}</span><span>own picture at rank {number(query.rank)}</span></div>"
-        f"{strip(query.found, uris, max(len(query.found), 1))}</div>"
+        f'<div class="query"><div class="asked">{_large(clip_id, media)}<h3>{name}</h3>'
+        f"<p>{text(clip_id)}</p><p>own picture at rank {number(query.rank)}</p></div>"
+        f"{strip(query.found, media, max(len(query.found), 1))}</div>"
     )
+
+
+def _large(clip_id: str, media: Media) -> str:
+    """A spectrogram with marks at its axes."""
+    spectrogram = media.spectrograms.get(clip_id)
+    if spectrogram is None or media.spec is None:
+        return ""
+    heights = heights_of_hz(media.spec, _MARKS_HZ)
+    marks = [
+        f'<span class="hz" style="bottom:{100 * height:.1f}%">{hz / 1000:g} kHz</span>'
+        for hz, height in heights
+    ]
+    marks += [
+        f'<span class="s" style="left:{50 * k}%">{spectrogram.seconds * k / 2:.3g} s</span>'
+        for k in range(3)
+    ]
+    axes = f'<div aria-hidden="true">{"".join(marks)}</div>'
+    return f'<div class="axes">{sound(clip_id, media)}{axes}</div>'

@@ -7,6 +7,7 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 
+from training.report.clips.media import Media
 from training.report.examples import Example
 
 
@@ -49,7 +50,8 @@ def section(anchor: str, title: str, lead: str, *body: str) -> str:
     """A section with its heading and one sentence on how to read it."""
     inner = "\n".join(body)
     return (
-        f'<section id="{anchor}"><h2>{text(title)}</h2>\n'
+        f'<section id="{anchor}" aria-labelledby="{anchor}-title">'
+        f'<h2 id="{anchor}-title">{text(title)}</h2>\n'
         f'<p class="lead">{text(lead)}</p>\n{inner}</section>'
     )
 
@@ -57,21 +59,35 @@ def section(anchor: str, title: str, lead: str, *body: str) -> str:
 def absent(anchor: str, title: str, why: str) -> str:
     """The place of a part that this run does not have."""
     return (
-        f'<section id="{anchor}"><h2>{text(title)}</h2><p class="absent">{text(why)}</p></section>'
+        f'<section id="{anchor}" aria-labelledby="{anchor}-title">'
+        f'<h2 id="{anchor}-title">{text(title)}</h2><p class="absent">{text(why)}</p></section>'
     )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of finished cells; a cell may bring its own `<td>`."""
-    top = "".join(f"<th>{text(name)}</th>" for name in head)
-    lines = "".join(
-        "<tr>" + "".join(c if c.startswith("<t") else f"<td>{c}</td>" for c in row) + "</tr>"
-        for row in rows
-    )
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], about: str = "") -> str:
+    """A table of finished cells; a cell may bring its own `<td>` or `<th>`.
+
+    On a telephone a row becomes a block of its own, each cell with the head of its column: hence
+    the heads in the cells, and the roles, which a table loses when it is laid out as blocks.
+
+    Args: about: what it holds, for those who cannot see what stands around it.
+    """
+    top = "".join(f'<th scope="col" role="columnheader">{text(name)}</th>' for name in head)
+    lines = "".join(f'<tr role="row">{_cells(head, row)}</tr>' for row in rows)
+    label = f' aria-label="{text(about)}"' if about else ""
     return (
-        f'<div class="scroll"><table><thead><tr>{top}</tr></thead>'
-        f"<tbody>{lines}</tbody></table></div>"
+        f'<table role="table"{label}><thead role="rowgroup"><tr role="row">{top}</tr></thead>'
+        f'<tbody role="rowgroup">{lines}</tbody></table>'
     )
+
+
+def _cells(head: Sequence[str], row: Sequence[str]) -> str:
+    found = []
+    for name, cell in zip(head, row, strict=False):  # A remark spans the row as its one cell.
+        own = cell if cell.startswith("<t") else f"<td>{cell}</td>"
+        role = "rowheader" if own.startswith("<th") else "cell"
+        found.append(f'{own[:3]} role="{role}" data-head="{text(name)}"{own[3:]}')
+    return "".join(found)
 
 
 def definitions(items: Iterable[tuple[str, str]]) -> str:
@@ -80,23 +96,50 @@ def definitions(items: Iterable[tuple[str, str]]) -> str:
     return f"<dl>{inner}</dl>"
 
 
-def picture(example: Example, uris: dict[str, str], caption: bool = True) -> str:
-    """A clip's frame with its mark; a grey field if the store does not hold it."""
-    uri = uris.get(example.clip_id)
-    about = " · ".join(part for part in (example.clip_id, example.caption, example.about) if part)
+_SAID = {"right": "right", "wrong": "wrong", "same": "same class"}
+"""What a mark's colour says, for those who do not see it."""
+
+
+def picture(example: Example, media: Media, caption: bool = True) -> str:
+    """A clip's frame with its mark, and its sound; a grey field if the store does not hold it."""
+    uri = media.frames.get(example.clip_id)
+    mark = _SAID.get(example.mark, "")
+    parts = (example.clip_id, example.caption, example.about, mark)
+    about = text(" · ".join(part for part in parts if part))
     image = (
-        f'<img src="{uri}" alt="{text(about)}" title="{text(about)}">'
+        f'<img src="{uri}" alt="{about}" title="{about}" decoding="async">'
         if uri
-        else f'<div class="none" title="{text(about)}">no frame</div>'
+        else f'<div class="none" title="{about}">no frame</div>'
     )
-    mark = f' data-mark="{example.mark}"' if example.mark else ""
+    heard = sound(example.clip_id, media)
     below = f"<figcaption>{text(example.caption)}</figcaption>" if caption else ""
-    return f"<figure{mark}>{image}{below}</figure>"
+    marked = f' data-mark="{example.mark}"' if example.mark else ""
+    return f"<figure{marked}><div>{image}</div>{heard}{below}</figure>"
 
 
-def strip(
-    examples: Sequence[Example], uris: dict[str, str], per_row: int, caption: bool = True
-) -> str:
+def sound(clip_id: str, media: Media) -> str:
+    """A clip's spectrogram, which plays the clip where its sound is on the page."""
+    spectrogram = media.spectrograms.get(clip_id)
+    if spectrogram is None:
+        return ""
+    name, seconds = text(clip_id), f"{spectrogram.seconds:.4g}"
+    image = (
+        f'<img src="{spectrogram.uri}" alt="spectrogram of {name}, {seconds} s" decoding="async">'
+    )
+    excerpt = media.sounds.get(clip_id)
+    if excerpt is None:
+        return f'<div class="sound">{image}</div>'
+    origin = "source" if excerpt.is_from_source else "synthesised"
+    said = "its source" if excerpt.is_from_source else "its features (synthesised)"
+    return (
+        f'<button class="sound" data-sound="{name}" data-seconds="{seconds}" '
+        f'data-origin="{origin}" aria-pressed="false" aria-label="Play {name}, from {said}" '
+        f'title="Play, from {said}">{image}<i></i></button>'
+        + ("" if excerpt.is_from_source else '<small class="made">synthesised</small>')
+    )
+
+
+def strip(examples: Sequence[Example], media: Media, per_row: int, caption: bool = True) -> str:
     """Frames side by side."""
-    inner = "".join(picture(example, uris, caption) for example in examples)
+    inner = "".join(picture(example, media, caption) for example in examples)
     return f'<div class="strip" style="--n:{per_row}">{inner}</div>'

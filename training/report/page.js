@@ -1,4 +1,4 @@
-// Draws the curves and the heat map of a report from the JSON beside them.
+// Draws the curves of a report from the JSON beside them, and draws all again when the window changes.
 // Knows nothing of how the numbers came to be. Sizes follow the window; nothing is fetched.
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -102,107 +102,9 @@ function drawChart(box, panel) {
   svg.onpointerleave = () => { cross.style.visibility = "hidden"; hideTip(); };
 }
 
-function heatColour(rate, hit) {
-  return `rgba(${css(hit ? "--heat-hit" : "--heat-miss")}, ${rate > 0 ? 0.12 + 0.88 * Math.sqrt(rate) : 0})`;
-}
-
-function heatLayout(box) {
-  const { classes } = data.confusion;
-  const named = classes.length <= 40;
-  box.style.maxWidth = named ? "760px" : "none";
-  const width = box.clientWidth;
-  const size = Math.max(7, Math.min(12.5, (width * 0.72) / classes.length * 0.72));
-  const gutter = named ? Math.min(width * 0.3, 12 + Math.max(...classes.map((c) => c.length)) * size * 0.56) : 4;
-  const side = width - gutter - 2;
-  return { named, width, size, gutter, side, cell: side / classes.length };
-}
-
-function drawHeat(stream) {
-  const box = document.getElementById("heat"), canvas = box.querySelector("canvas");
-  const { classes, order, boundaries, counts } = data.confusion;
-  const layout = heatLayout(box), { gutter, side, cell } = layout;
-  const matrix = new Map(), totals = new Array(classes.length).fill(0), place = new Array(classes.length);
-  order.forEach((index, position) => { place[index] = position; });
-  for (const [i, j, n] of counts[stream]) { matrix.set(place[i] * classes.length + place[j], n); totals[place[i]] += n; }
-  const height = side + (layout.named ? gutter : 4);
-  const pixels = window.devicePixelRatio || 1;
-  canvas.width = Math.round(layout.width * pixels);
-  canvas.height = Math.round(height * pixels);
-  canvas.style.height = height + "px";
-  const pen = canvas.getContext("2d");
-  pen.scale(pixels, pixels);
-  pen.fillStyle = css("--grid");
-  pen.fillRect(gutter, 0, side, side);
-  for (let r = 0; r < classes.length; r++) {
-    for (let c = 0; c < classes.length; c++) {
-      const n = matrix.get(r * classes.length + c) || 0, gap = cell > 6 ? 1 : 0;
-      pen.fillStyle = css("--card");
-      pen.fillRect(gutter + c * cell, r * cell, cell - gap, cell - gap);
-      if (!n) continue;
-      pen.fillStyle = heatColour(n / totals[r], r === c);
-      pen.fillRect(gutter + c * cell, r * cell, cell - gap, cell - gap);
-      if (cell >= 30) heatNumber(pen, n, gutter + (c + 0.5) * cell, (r + 0.5) * cell, n / totals[r]);
-    }
-  }
-  heatLabels(pen, layout, order.map((index) => classes[index]), boundaries);
-  const name = (position) => escapeText(classes[order[position]]);
-  canvas.onpointermove = (event) => {
-    const rect = canvas.getBoundingClientRect();
-    const c = Math.floor((event.clientX - rect.left - gutter) / cell), r = Math.floor((event.clientY - rect.top) / cell);
-    if (c < 0 || r < 0 || c >= classes.length || r >= classes.length) return hideTip();
-    const n = matrix.get(r * classes.length + c) || 0, share = totals[r] ? ((100 * n) / totals[r]).toFixed(1) : "0";
-    showTip(event, r === c ? `<b>${name(r)}</b><br>right: ${n} of ${totals[r]} (${share} %)` : `<b>${name(r)}</b><br>taken for <b>${name(c)}</b>: ${n} of ${totals[r]} (${share} %)`);
-  };
-  canvas.onpointerleave = hideTip;
-}
-
-function heatNumber(pen, n, x, y, rate) {
-  pen.fillStyle = rate > 0.35 ? css("--card") : css("--ink");
-  pen.font = "12px system-ui, sans-serif";
-  pen.textAlign = "center";
-  pen.textBaseline = "middle";
-  pen.fillText(n, x, y);
-}
-
-function heatLabels(pen, { named, size, gutter, side, cell }, names, boundaries) {
-  pen.strokeStyle = css("--soft");
-  pen.lineWidth = 1;
-  const edges = [0, ...boundaries, names.length];
-  edges.slice(1).forEach((end, i) => {
-    const start = edges[i], span = Math.round((end - start) * cell);
-    if (end - start > 1) pen.strokeRect(gutter + Math.round(start * cell) - 0.5, Math.round(start * cell) - 0.5, span, span);
-  });
-  if (!named) return;
-  pen.fillStyle = css("--soft");
-  pen.font = `${size}px system-ui, sans-serif`;
-  pen.textBaseline = "middle";
-  const fit = (text) => { let t = text; while (t.length > 2 && pen.measureText(t).width > gutter - 10) t = t.slice(0, -2) + "…"; return t; };
-  names.forEach((label, i) => {
-    pen.textAlign = "right";
-    pen.fillText(fit(label), gutter - 8, (i + 0.5) * cell);
-    pen.save();
-    pen.translate(gutter + (i + 0.5) * cell, side + 8);
-    pen.rotate(-Math.PI / 2);
-    pen.fillText(fit(label), 0, 0);
-    pen.restore();
-  });
-}
-
-let stream = data.confusion ? Object.keys(data.confusion.counts).slice(-1)[0] : null;
-function drawAll() {
-  document.querySelectorAll("[data-panel]").forEach((box) => drawChart(box, data.panels[+box.dataset.panel]));
-  if (stream) drawHeat(stream);
-}
-document.querySelectorAll("[data-stream]").forEach((button) => {
-  button.onclick = () => {
-    stream = button.dataset.stream;
-    document.querySelectorAll("[data-stream]").forEach((b) => b.setAttribute("aria-pressed", String(b === button)));
-    drawHeat(stream);
-  };
-});
+const redraw = [() => document.querySelectorAll("[data-panel]").forEach((box) => drawChart(box, data.panels[+box.dataset.panel]))];
+const drawAll = () => redraw.forEach((draw) => draw());
 let lastWidth = 0;
 new ResizeObserver(() => { if (root.clientWidth !== lastWidth) { lastWidth = root.clientWidth; drawAll(); } }).observe(root);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 addEventListener("beforeprint", drawAll);
-drawAll();
-root.dataset.drawn = "true";

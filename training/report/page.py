@@ -13,27 +13,33 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
-from training.report import galleries, sections
-from training.report.agreement import with_agreement
+from training.report import confusion_map, galleries, sections
+from training.report.agreement import truths_of, with_agreement
+from training.report.clips.media import media_of
+from training.report.clips.pictures import Pictures
 from training.report.folder import ReportData, read_run
 from training.report.label_noise import label_noise
 from training.report.markup import number, text
-from training.report.pictures import Pictures
 
 log = logging.getLogger(__name__)
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
- style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+ media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>{title}</title><style>{css}</style></head><body>
-<header class="top"><div><div class="eyebrow">diccae run report</div><h1>{name}</h1>
+<a class="skip" href="#results">Skip to the results</a>
+<header class="top"><div><p class="eyebrow">diccae run report</p><h1>{name}</h1>
 <p class="lead">{facts}</p>{tiles}</div></header>
-<nav><div>{links}</div></nav><main>{body}
-<footer>{footer}</footer></main><div id="tip"></div>
-<script id="data" type="application/json">{data}</script><script>{script}</script></body></html>
+<nav aria-label="Sections"><div>{links}</div></nav><main>{body}</main>
+<footer><div>{footer}</div></footer><div id="tip" aria-hidden="true"></div>
+<script id="data" type="application/json">{data}</script>
+<script id="sounds" type="application/json">{sounds}</script>
+<script>{script}</script></body></html>
 """
+_SCRIPTS = ("page.js", "confusion_map.js", "sounds.js")
 _LINKS = {
     "results": "Results",
     "training": "Training",
@@ -49,19 +55,20 @@ def write_report(
     run_folder: str | Path,
     store_uri: str | None = None,
     *,
+    with_sound: bool = True,
     may_write: Callable[[], None] = lambda: None,
 ) -> str:
     """Write `report.html` into a run folder and return its path or URI.
 
     Args: store_uri: where the frames are; None: the store the run was trained on, and if that
-        cannot be read now, a page without frames that says so. may_write: asked before the file;
-        raises where another start has the folder now.
+        cannot be read now, a page without frames that says so. with_sound: embed what can be
+        heard. may_write: asked before the file; raises where another start has the folder now.
     Raises: TrainingError for no run folder or a broken part of one; StoreError (pipeline) for a
         `store_uri` that cannot be read.
     """
     run = read_run(run_folder)
     pictures, note = _open_pictures(run, store_uri)
-    page = build_page(run, pictures, note)
+    page = build_page(run, pictures, note, with_sound)
     may_write()
     run.place.write_bytes("report.html", page.encode())
     return run.place.uri_of("report.html")
@@ -87,30 +94,31 @@ def _store(run: ReportData) -> dict[str, Any]:
     return {**(run.results.get("store") or {}), **(run.run.get("store") or {})}
 
 
-def build_page(run: ReportData, pictures: Pictures | None, note: str = "") -> str:
+def build_page(
+    run: ReportData, pictures: Pictures | None, note: str = "", with_sound: bool = True
+) -> str:
     """The page's text."""
     clip_of = pictures.by_key() if pictures and run.rounds else {}
-    run = run._replace(rounds=[with_agreement(done, clip_of) for done in run.rounds])
+    truths = truths_of(clip_of)
+    run = run._replace(rounds=[with_agreement(done, truths) for done in run.rounds])
     choice = galleries.choose(run, clip_of, pictures.label_of if pictures else {})
-    uris = pictures.frames(choice.clip_ids()) if pictures else {}
-    sounds = pictures.spectrograms(q.query.clip_id for q in choice.queries) if pictures else {}
+    media = media_of(pictures, choice.framed(), choice.heard(), with_sound)
     drawn = sections.curve_panels(run)
-    store = {key: str(value) for key, value in _store(run).items()}
     body = [
         f'<p class="absent">{text(note)}</p>' if note else "",
         sections.results(run),
         label_noise(run.results),
         sections.training(drawn),
-        galleries.clusters(run, choice, drawn, uris),
-        galleries.confusion(run, choice, uris),
-        galleries.retrieval(run, choice, uris, sounds),
+        galleries.clusters(run, choice, drawn, media),
+        confusion_map.confusion(run, choice, media),
+        galleries.retrieval(run, choice, media),
         sections.time(run),
-        sections.pins(run, store),
+        sections.pins(run, {key: str(value) for key, value in _store(run).items()}),
     ]
     data = {
-        "panels": drawn,
+        "panels": drawn.panels,
         "rounds": [r.effective_step for r in run.rounds if r.ok and r.effective_step is not None],
-        "confusion": galleries.confusion_data(run),
+        "confusion": confusion_map.confusion_data(run),
     }
     here = Path(__file__).parent
     name = run.run.get("name") or run.place.name
@@ -123,10 +131,15 @@ def build_page(run: ReportData, pictures: Pictures | None, note: str = "") -> st
         body="\n".join(body),
         footer="Written by diccae from the run folder; needs no network.",
         css=(here / "page.css").read_text(),
-        # A class name must not end the script; JSON reads the escape as the same character.
-        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
-        script=(here / "page.js").read_text(),
+        data=_as_script(data),
+        sounds=_as_script({clip_id: sound.uri for clip_id, sound in media.sounds.items()}),
+        script="".join((here / name).read_text() for name in _SCRIPTS),
     )
+
+
+def _as_script(data: object) -> str:
+    # A class name must not end the script; JSON reads the escape as the same character.
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _facts(run: ReportData, pictures: Pictures | None) -> str:

@@ -5,13 +5,24 @@ Knows nothing of frames or of the feature store. Invariant: a number shown stand
 
 import json
 import math
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from clustering.rounds.protocol import PublishedRound
 from training.config import STREAMS
 from training.evaluation import metrics
 from training.evaluation.metrics import Grid, Metric
-from training.report.curves import Panel, Series, TimePart, panels, phase_seconds, step_seconds
+from training.report.curves import (
+    Column,
+    Panel,
+    Series,
+    TimePart,
+    panels,
+    phase_seconds,
+    step_seconds,
+    unchanging,
+)
 from training.report.folder import ReportData
 from training.report.markup import (
     absent,
@@ -49,10 +60,10 @@ def tiles(run: ReportData) -> str:
     if isinstance(nmi, int | float):
         shown.append(("pseudo-label NMI", f"{nmi:.3f}", False))
     inner = "".join(
-        f'<div class="tile{" main" * main}"><b>{value}</b><span>{text(name)}</span></div>'
+        f'<li class="tile{" main" * main}"><b>{value}</b><span>{text(name)}</span></li>'
         for name, value, main in shown
     )
-    return f'<div class="tiles">{inner}</div>'
+    return f'<ul class="tiles" aria-label="The main numbers">{inner}</ul>'
 
 
 def results(run: ReportData) -> str:
@@ -64,7 +75,7 @@ def results(run: ReportData) -> str:
     by_stream = [metric for metric in measured if metric.grid is None]
     tables = [_stream_table(found, by_stream)] if by_stream else []
     tables += [
-        f"<h4>{text(metric.title)}</h4>{_grid_table(metric.grid, found[metric.name])}"
+        f"<h3>{text(metric.title)}</h3>{_grid_table(metric, metric.grid, found[metric.name])}"
         for metric in measured
         if metric.grid is not None
     ]
@@ -98,10 +109,10 @@ def _stream_table(found: dict[str, Any], measured: list[Metric]) -> str:
             best_class = ' class="best"' if value is not None and value == best[metric.name] else ""
             cells.append(f"<td{best_class}>{percent(value)}</td>")
         rows.append(cells)
-    return table(["stream", *(metric.title for metric in measured)], rows)
+    return table(["stream", *(metric.title for metric in measured)], rows, "Results by stream")
 
 
-def _grid_table(grid: Grid, values: dict[str, Any]) -> str:
+def _grid_table(metric: Metric, grid: Grid, values: dict[str, Any]) -> str:
     columns = [
         (name, title)
         for name, title in grid.columns
@@ -113,17 +124,32 @@ def _grid_table(grid: Grid, values: dict[str, Any]) -> str:
         for row, title in grid.rows
     ]
     among = f"among {number(values['n_clips'])} clips" if "n_clips" in values else ""
-    return table([among, *(title for _, title in columns)], rows)
+    return table([among, *(title for _, title in columns)], rows, metric.title)
 
 
-def curve_panels(run: ReportData) -> list[dict[str, Any]]:
-    """What the script draws: curves of each stage by its steps, then those of rounds by round."""
+class Curves(NamedTuple):
+    """What the script draws, and what there is no curve of."""
+
+    panels: list[dict[str, Any]]
+    still: dict[str, list[tuple[str, float]]]
+    """Metrics that never changed with their value, by stage."""
+
+
+def curve_panels(run: ReportData) -> Curves:
+    """Curves of each stage by its steps, then those of rounds by round."""
+    of_rounds, still_rounds = _round_panels(run.rounds)
     stages = {
         "pretraining": panels(run.metrics),
         "finetuning": panels(run.finetuning),
-        "rounds": _round_panels(run.rounds),
+        "rounds": of_rounds,
     }
-    return [_panel(panel, stage) for stage, found in stages.items() for panel in found]
+    drawn = [_panel(panel, stage) for stage, found in stages.items() for panel in found]
+    still = {
+        "pretraining": unchanging(run.metrics),
+        "finetuning": unchanging(run.finetuning),
+        "rounds": still_rounds,
+    }
+    return Curves(drawn, still)
 
 
 def _panel(panel: Panel, stage: str) -> dict[str, Any]:
@@ -144,27 +170,33 @@ def _colour(name: str, index: int) -> str:
     return "--s0" if name == "loss" else _COLOURS[index % len(_COLOURS)]
 
 
-def _round_panels(rounds: list[PublishedRound]) -> list[Panel]:
-    found = []
+def _round_panels(rounds: list[PublishedRound]) -> tuple[list[Panel], list[tuple[str, float]]]:
+    found: list[Panel] = []
+    still: list[tuple[str, float]] = []
     for title, names in _ROUND_PANELS:
-        series = [
-            Series(name, [(r.round, r.health[name]) for r in rounds if _has(r, name)])
-            for name in names
-        ]
-        known = [line for line in series if line.points]
-        if known and len(rounds) > 1:
-            found.append(Panel(title, known))
-    return found
+        moving = []
+        for name in names:
+            points = [(r.round, r.health[name]) for r in rounds if _has(r, name)]
+            steps, values = np.array([n for n, _ in points]), np.array([v for _, v in points])
+            if Column(steps, values).is_still:
+                still.append((name, float(values[0])))
+            elif points:
+                moving.append(Series(name, points))
+        if moving and len(rounds) > 1:
+            found.append(Panel(title, moving))
+    return found, still
 
 
 def _has(done: PublishedRound, name: str) -> bool:
     return math.isfinite(done.health.get(name, math.nan))
 
 
-def charts(drawn: list[dict[str, Any]], stage: str) -> str:
-    """Places for the charts of one stage, with their legends."""
-    boxes = [_chart(i, panel) for i, panel in enumerate(drawn) if panel["stage"] == stage]
-    return f'<div class="cards">{"".join(boxes)}</div>'
+def charts(curves: Curves, stage: str) -> str:
+    """Places for the charts of one stage, with their legends; below them what never changed."""
+    boxes = [_chart(i, panel) for i, panel in enumerate(curves.panels) if panel["stage"] == stage]
+    still = ", ".join(f"{text(name)} {number(value)}" for name, value in curves.still[stage])
+    line = f'<p class="note still">The same throughout: {still}.</p>' if still else ""
+    return f'<div class="cards">{"".join(boxes)}</div>{line}'
 
 
 def _chart(index: int, panel: dict[str, Any]) -> str:
@@ -174,24 +206,31 @@ def _chart(index: int, panel: dict[str, Any]) -> str:
         for line in series
     )
     wide = " wide" if len(series) > 3 else ""
-    label = f"{panel['title']}: {', '.join(line['name'] for line in series)}"
+    label = f"{panel['title']}: {', '.join(map(_in_words, series))}"
     return (
-        f'<div class="card chart{wide}" ><h4>{text(panel["title"])}</h4>'
+        f'<div class="card chart{wide}"><h4>{text(panel["title"])}</h4>'
         f'<div class="legend">{legend}</div>'
         f'<div data-panel="{index}"><svg role="img" aria-label="{text(label)}"></svg></div></div>'
     )
 
 
-def training(drawn: list[dict[str, Any]]) -> str:
+def _in_words(line: dict[str, Any]) -> str:
+    (_, first), (_, last) = line["points"][0], line["points"][-1]
+    return f"{line['name']} from {number(first)} to {number(last)}"
+
+
+def training(drawn: Curves) -> str:
     """All training curves."""
-    stages = {panel["stage"] for panel in drawn}
+    stages = {panel["stage"] for panel in drawn.panels}
     if not stages & {"pretraining", "finetuning"}:
         why = "No training curves: metrics.jsonl is not in the run folder."
         return absent("training", "Training", why)
-    body = [charts(drawn, "pretraining")]
-    if "finetuning" in stages:
-        body = [f"<h3>Pretraining</h3>{body[0]}"] if "pretraining" in stages else []
-        body.append(f"<h3>Fine-tuning</h3>{charts(drawn, 'finetuning')}")
+    titles = {"pretraining": "Pretraining", "finetuning": "Fine-tuning"}
+    body = [
+        f"<h3>{name}</h3>{charts(drawn, stage)}"
+        for stage, name in titles.items()
+        if stage in stages
+    ]
     lead = "By step; a dashed line is a step at which new pseudo-labels began to apply."
     return section("training", "Training", lead, *body)
 
@@ -200,6 +239,8 @@ _HEALTH = (
     "inertia", "iterations", "n_empty", "effective_clusters", "churn", "coverage", "nmi", "purity",
     "hungarian_accuracy", "mean_cosine", "age_mean", "seconds",
 )  # fmt: skip
+
+_ROUNDS_OPEN = 12
 
 
 def health_table(rounds: list[PublishedRound]) -> str:
@@ -217,7 +258,10 @@ def health_table(rounds: list[PublishedRound]) -> str:
         if done.reason:
             rows.append([f'<td class="text" colspan="{len(names) + 4}">{text(done.reason)}</td>'])
     head = ["round", "", "from step", "sizes", *(_short(name) for name in names)]
-    return f'<div class="card dense">{table(head, rows)}</div>'
+    inner = f'<div class="card dense">{table(head, rows, "Health of each round")}</div>'
+    if len(rounds) <= _ROUNDS_OPEN:
+        return inner
+    return f"<details><summary>All {len(rounds)} rounds</summary>{inner}</details>"
 
 
 def _short(name: str) -> str:
@@ -237,10 +281,10 @@ def time(run: ReportData) -> str:
         cards.append(_stack("The run", phases))
     if steps:
         cards.append(_stack("One training step, on average", steps))
-    rate = [line["clips_per_s"] for line in run.metrics if line.get("clips_per_s")]
     lead = "Wall time. Waiting for data or for a round of clustering is time the trainer lost."
-    if rate:
-        lead += f" Median throughput {number(sorted(rate)[len(rate) // 2])} clips/s."
+    if "clips_per_s" in run.metrics:
+        rate = float(np.median(run.metrics["clips_per_s"].values_N))
+        lead += f" Median throughput {number(rate)} clips/s."
     beside = (run.results.get("seconds") or {}).get("cluster")
     if beside:
         lead += f" Clustering took {duration(beside)}, beside pretraining."
@@ -262,9 +306,10 @@ def _stack(title: str, parts: list[TimePart]) -> str:
             f'<th scope="row"><i class="dot" style="background:{colour}"></i>{text(name)}</th>',
             duration(part.seconds), percent(share),
         ])  # fmt: skip
+    inner = table(["part", "time", "share"], rows, title)
     return (
-        f'<div class="card"><h4>{text(title)}: {duration(total)}</h4>'
-        f'<div class="stack">{"".join(bars)}</div>{table(["", "time", "share"], rows)}</div>'
+        f'<div class="card"><h3>{text(title)}: {duration(total)}</h3>'
+        f'<div class="stack">{"".join(bars)}</div>{inner}</div>'
     )
 
 
@@ -284,9 +329,9 @@ def pins(run: ReportData, store: dict[str, str]) -> str:
         (name, f"<code>{text(value)}</code>")
         for name, value in sorted((run.run.get("versions") or {}).items())
     ]
-    cards = [f'<div class="card"><h4>The run</h4>{definitions(known)}</div>']
+    cards = [f'<div class="card"><h3>The run</h3>{definitions(known)}</div>']
     if versions:
-        cards.append(f'<div class="card"><h4>Versions</h4>{definitions(versions)}</div>')
+        cards.append(f'<div class="card"><h3>Versions</h3>{definitions(versions)}</div>')
     body = [f'<div class="cards">{"".join(cards)}</div>']
     if run.artifacts:
         rows = [

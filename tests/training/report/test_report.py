@@ -1,29 +1,33 @@
 """The report of a run: what is on the page, what is left out, and that a browser can show it."""
 
 import base64
-import functools
 import html
+import io
+import itertools
 import json
 import os
 import re
 import shutil
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
+from support.browser import CUT_OFF, FAINT, NAMELESS, Browser
 
 from clustering.rounds.files import publish
 from clustering.rounds.protocol import HeadLabels, PublishedRound
 from pipeline.config import FeatureSpec
 from pipeline.errors import PipelineError
+from pipeline.source.files import local_file
 from pipeline.store.schema import CLIPS_SCHEMA
 from pipeline.store.shards import ShardWriter
 from pipeline.store.store import FeatureStore
+from pipeline.synth import write_video
 from training.data.rows import clip_keys
 from training.errors import TrainingError
 from training.report.page import write_report
@@ -69,7 +73,16 @@ def _fbank(label: int, index: int) -> bytes:
 
 
 def make_store(uri: str) -> FeatureStore:
-    """A real store of two shards; clips of every class and split."""
+    """A real store of two shards; clips of every class and split.
+
+    All train clips are one file beside the store; the sources of the test clips are gone.
+    """
+    source = Path(uri).parent / "source.mp4"
+    moving = np.random.default_rng(0).integers(0, 255, (18, 64, 64, 3), np.uint8)
+    write_video(str(source), moving, np.sin(np.arange(24000) / 5) / 3, fps=12, rate_hz=16000)
+    file = local_file(str(source), source.stat())
+    there = {n: getattr(file, n) for n in ("uri", "size", "mtime_ns", "fp_kind", "fp")}
+    gone = there | {"uri": str(source.with_name("gone.mp4"))}
     spec = FeatureSpec(n_frames=3, frame_size=96, fbank_frames=64, n_mels=32)
     store = FeatureStore.create(uri, spec)
     rows = []
@@ -82,7 +95,8 @@ def make_store(uri: str) -> FeatureStore:
             sound = {"fbank": _fbank(label, index), "fbank_frames": 50}
             position = shard.add({**row, **sound, "frames": jpegs, "frame_ts_ms": [0, 1, 2]})
             state = {"status": "ok", "spec_hash": spec.spec_hash(), "shard": name, "row": position}
-            rows.append({name: None for name in CLIPS_SCHEMA.names} | row | state)
+            of_file = there if split == "train" else gone
+            rows.append({name: None for name in CLIPS_SCHEMA.names} | row | state | of_file)
         shard.publish()
     store.append(pa.Table.from_pylist(rows, CLIPS_SCHEMA), {})
     return store
@@ -204,6 +218,11 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(folder / "run", store.uri)
 
 
+@pytest.fixture(scope="session")
+def whole_page(whole_run: Path) -> str:
+    return Path(write_report(whole_run)).read_text()
+
+
 @pytest.fixture
 def run(whole_run: Path, tmp_path: Path) -> Path:
     """A copy of the whole run, to take parts from."""
@@ -216,8 +235,8 @@ def _text(page: str) -> str:
     return html.unescape(re.sub(r"<[^>]+>", " ", body))
 
 
-def test_page_is_whole_and_fetches_nothing(whole_run: Path) -> None:
-    page = Path(write_report(whole_run)).read_text()
+def test_page_is_whole_and_fetches_nothing(whole_page: str) -> None:
+    page = whole_page
     assert "default-src 'none'" in page
     assert not re.search(r"""(src|href)=["']?(?!data:|#)[^"'>]""", page)
     assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest", page)
@@ -232,18 +251,19 @@ def test_page_is_whole_and_fetches_nothing(whole_run: Path) -> None:
         assert expected in text
 
 
-def test_names_from_data_cannot_become_markup(whole_run: Path) -> None:
-    page = Path(write_report(whole_run)).read_text()
-    assert page.count("<script") == 2  # the data and the page's own
+def test_names_from_data_cannot_become_markup(whole_page: str) -> None:
+    page = whole_page
+    assert page.count("<script") == 3  # the data, the sounds and the page's own
     data = page.split('type="application/json">')[1].split("</script>")[0]
     assert CLASSES[7] in json.loads(data)["confusion"]["classes"]
     assert "fake &lt;run&gt;" in page
 
 
-def test_frames_are_the_stores_own_jpegs(whole_run: Path) -> None:
-    page = Path(write_report(whole_run)).read_text()
+def test_frames_are_the_stores_own_jpegs(whole_page: str) -> None:
+    page = whole_page
     shown = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)" alt="([^"]+)"', page)
     frames = [(data, about) for data, about in shown if not about.startswith("spectrogram")]
+    assert len(shown) > 1.5 * len(frames)
     assert len(frames) > 60
     index = {clip_id: (label, at) for at, (clip_id, label, _) in enumerate(CLIPS)}
     for data, about in frames[:5] + frames[-5:]:
@@ -254,13 +274,14 @@ def test_frames_are_the_stores_own_jpegs(whole_run: Path) -> None:
 
 
 def test_cosines_do_not_depend_on_the_length_of_embeddings(run: Path) -> None:
-    said = re.findall(r"cosine (-?[0-9.]+)", Path(write_report(run)).read_text())
+    said = re.findall(r"cosine (-?[0-9.]+)", Path(write_report(run, with_sound=False)).read_text())
     file = run / "evaluation" / "embeddings.npz"
     with np.load(file) as arrays:
         kept = {name: arrays[name] for name in arrays.files}
     long = np.linspace(0.5, 3, len(kept["video"]), dtype=np.float32)[:, None]
     np.savez(file, **kept | {"video": kept["video"] * long, "audio": kept["audio"] * 2})
-    assert re.findall(r"cosine (-?[0-9.]+)", Path(write_report(run)).read_text()) == said
+    again = Path(write_report(run, with_sound=False)).read_text()
+    assert re.findall(r"cosine (-?[0-9.]+)", again) == said
     assert len(said) >= 40
 
 
@@ -276,7 +297,7 @@ def test_cosines_do_not_depend_on_the_length_of_embeddings(run: Path) -> None:
 def test_a_missing_part_is_left_out_with_a_line(run: Path, remove: str, said: str) -> None:
     for gone in run.glob(remove):
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-    page = Path(write_report(run)).read_text()
+    page = Path(write_report(run, with_sound=False)).read_text()
     assert said in _text(page)
     assert page.count('class="absent"') == 1
 
@@ -292,7 +313,7 @@ def test_a_store_that_is_gone_costs_the_frames_only(run: Path) -> None:
     described = json.loads((run / "run.json").read_text())
     described["store"]["uri"] = str(run / "gone")
     (run / "run.json").write_text(json.dumps(described))
-    page = Path(write_report(run)).read_text()
+    page = Path(write_report(run, with_sound=False)).read_text()
     assert "Frames are left out" in _text(page)
     assert "<img" not in page
     assert "Most confused pairs" in page
@@ -310,40 +331,48 @@ def test_a_folder_without_a_run_or_with_a_broken_part_is_an_error(run: Path) -> 
 
 def test_no_training_step_leaves_the_folder_but_the_report(run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    report = Path(write_report(run))
+    report = Path(write_report(run, with_sound=False))
     after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert {path for path in after if after[path] != before.get(path)} == {report}
 
 
-PROBE_HEAD = """<script>
-window.problems = [];
-addEventListener("error", (e) => problems.push(String(e.message)));
-addEventListener("unhandledrejection", (e) => problems.push(String(e.reason)));
-addEventListener("securitypolicyviolation", (e) => problems.push("policy: " + e.blockedURI));
-</script>"""
-PROBE_TAIL = """<script>
-addEventListener("load", () => setTimeout(() => {
+def test_sound_is_of_the_source_or_says_that_it_is_synthesised(whole_page: str) -> None:
+    page = whole_page
+    sounds = json.loads(page.split('id="sounds" type="application/json">')[1].split("</script>")[0])
+    buttons = re.findall(r'data-sound="([^"]+)" data-seconds="0.5" data-origin="(\w+)"', page)
+    split = {clip_id: split for clip_id, _, split in CLIPS}
+    assert {name for name, _ in buttons} == sounds.keys()
+    assert len(sounds) > 60
+    for clip_id, origin in buttons:  # The sources of the test clips are gone.
+        assert origin == {"train": "source", "test": "synthesised"}[split[clip_id]]
+    assert page.count(">synthesised</small>") == sum(o == "synthesised" for _, o in buttons)
+    assert "its source is gone" in _text(page)
+    assert "16 kHz" not in _text(page)
+    assert "20 Hz to 8 kHz, mel scale" in _text(page)
+    lengths = {}
+    for clip_id in (name for name, _ in buttons[:40] + buttons[-1:]):
+        with av.open(io.BytesIO(base64.b64decode(sounds[clip_id].split(",")[1]))) as container:
+            audio = container.decode(audio=0)
+            lengths[split[clip_id]] = sum(f.samples for f in audio) / 48000
+    assert lengths == pytest.approx({"train": 1.5, "test": 0.5}, abs=0.06)
+
+
+def test_a_source_that_was_replaced_is_not_played(run: Path, tmp_path: Path) -> None:
+    store = make_store(str(tmp_path / "store"))
+    os.utime(tmp_path / "source.mp4", ns=(1, 1))
+    page = Path(write_report(run, store.uri)).read_text()
+    assert 'data-origin="source"' not in page
+    assert "its source was replaced since" in _text(page)
+
+
+WIDTHS = (1920, 1280, 390)
+SEEN = """(() => {
   const seen = (s) => [...document.querySelectorAll(s)].filter((e) => {
     const box = e.getBoundingClientRect();
     return box.width > 4 && box.height > 4 && getComputedStyle(e).visibility === "visible";
   }).length;
-  const canvas = document.querySelector("#heat canvas");
-  const pixels = () => canvas.toDataURL().length;
-  const fusion = pixels();
-  const before = canvas.toDataURL();
-  document.querySelector('[data-stream="audio"]').click();
-  const switched = before !== canvas.toDataURL();
-  const chart = document.querySelector("[data-panel] svg"), box = chart.getBoundingClientRect();
-  const at = { clientX: box.left + box.width / 2, clientY: box.top + box.height / 2 };
-  chart.dispatchEvent(new PointerEvent("pointermove", at));
-  const tip = document.getElementById("tip");
-  const tipText = tip.style.visibility + " " + tip.textContent;
-  const map = canvas.getBoundingClientRect();
-  canvas.dispatchEvent(new PointerEvent("pointermove",
-    { clientX: map.left + map.width - 8, clientY: map.top + 8 }));
-  parent.postMessage({
-    width: innerWidth, problems, drawn: document.documentElement.dataset.drawn,
-    overflow: document.documentElement.scrollWidth - innerWidth,
+  return {
+    drawn: document.documentElement.dataset.drawn,
     headings: seen("h1, h2"), tiles: seen(".tile"), tables: seen("table"), nav: seen("nav a"),
     curves: [...document.querySelectorAll(".chart path")]
       .filter((p) => p.getTotalLength() > 20).length,
@@ -352,67 +381,32 @@ addEventListener("load", () => setTimeout(() => {
     images: document.images.length,
     broken: [...document.images].filter((i) => !i.complete || !i.naturalWidth).length,
     cards: seen(".pair") + seen(".cluster") + seen(".query"),
-    blank: fusion < 2000, switched, tipText, mapTip: tip.textContent,
-    cut: [...document.querySelectorAll("#results .scroll, .cluster header b")]
-      .filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.textContent),
-  }, "*");
-}, 300));
-</script>"""
-FRAME = """<body><script>
-const found = [];
-addEventListener("message", (e) => { found.push(e.data);
-  document.getElementById("found").textContent = JSON.stringify(found); });
-</script><pre id="found"></pre>
-<iframe src="probed.html" width="1920" height="1080"></iframe>
-<iframe src="probed.html" width="1280" height="900"></iframe>
-<iframe src="probed.html" width="390" height="844"></iframe></body>"""
-
-
-@functools.cache
-def _browser() -> str:
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next((path for path in map(shutil.which, names) if path), None)
-    if found:
-        return found
-    if os.environ.get("DICCAE_REQUIRE_BROWSER") == "1":
-        pytest.fail("DICCAE_REQUIRE_BROWSER=1 and no chromium or google-chrome on PATH")
-    pytest.skip("no chromium or google-chrome on PATH")
-
-
-def _open(page: Path, profile: Path) -> str:
-    """The DOM after its scripts ran."""
-    command = [_browser(), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += [f"--user-data-dir={profile}", "--window-size=1400,1000", "--dump-dom"]
-    command += ["--virtual-time-budget=8000", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
-    return done.stdout
+  };
+})()"""
 
 
 @pytest.fixture(scope="module")
-def seen(whole_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    """What a browser made of the page, by the width of its window."""
-    _browser()
-    folder = tmp_path_factory.mktemp("browser")
-    page = Path(write_report(whole_run)).read_text()
-    page = page.replace("<head>", "<head>" + PROBE_HEAD).replace("</body>", PROBE_TAIL + "</body>")
-    (folder / "probed.html").write_text(page)
-    (folder / "frame.html").write_text(FRAME)
-    dom = _open(folder / "frame.html", folder / "profile")
-    found = re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)
-    assert found, dom[-2000:]
-    return {report["width"]: report for report in json.loads(html.unescape(found.group(1)))}
+def page(whole_page: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(whole_page)
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as opened:
+        yield opened
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [1920, 1280, 390])
+@pytest.mark.parametrize("width", WIDTHS)
 def test_browser_shows_every_part_without_an_error(
-    seen: dict[int, dict[str, Any]], width: int
+    browser: Browser, page: Path, width: int
 ) -> None:
-    report = seen[width]
-    assert report["problems"] == []
+    browser.open(page, width)
+    report = browser.eval(SEEN)
+    assert browser.problems == []
     assert report["drawn"] == "true"
-    assert report["overflow"] <= 0
     assert report["headings"] == 8
     assert report["tiles"] == 6
     assert report["nav"] == 7
@@ -420,29 +414,109 @@ def test_browser_shows_every_part_without_an_error(
     assert report["panels"] >= 11
     assert report["curves"] >= report["panels"]
     assert report["bad"] == 0
-    assert report["images"] > 60
+    assert report["images"] > 120
     assert report["broken"] == 0
-    assert report["cards"] >= 6 + 10 + 8
-    if width > 390:  # A telephone scrolls a table of seven columns; its first one stays.
-        assert report["cut"] == []
+    assert report["cards"] >= 7 + 10 + 8
+    assert browser.eval(CUT_OFF) == []
 
 
 @pytest.mark.browser
-def test_browser_answers_the_pointer_and_switches_streams(seen: dict[int, dict[str, Any]]) -> None:
-    report = seen[1280]
-    assert not report["blank"]
-    assert report["switched"]
-    assert re.match(r"visible step \d+", report["tipText"])
-    assert "loss_instance" in report["tipText"]
-    assert re.search(r"taken for .*: \d+ of 16", report["mapTip"])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_every_text_can_be_read(browser: Browser, page: Path, dark: bool) -> None:
+    browser.open(page, 1280, dark=dark)
+    browser.eval("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    assert browser.eval(FAINT) == []
+    is_dark = browser.eval("getComputedStyle(document.body).backgroundColor") == "rgb(20, 22, 26)"
+    assert is_dark == dark
 
 
 @pytest.mark.browser
-def test_a_script_error_would_be_seen(whole_run: Path, tmp_path: Path) -> None:
+def test_what_a_screen_reader_needs_is_there(browser: Browser, page: Path) -> None:
+    browser.open(page, 1280)
+    assert browser.eval(NAMELESS) == []
+    assert (
+        browser.eval("[...document.querySelectorAll('body > :is(main,nav,header,footer)')].length")
+        == 4
+    )
+    levels = browser.eval("[...document.querySelectorAll('h1,h2,h3,h4')].map((h) => +h.tagName[1])")
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert browser.eval("document.documentElement.lang") == "en"
+
+
+@pytest.mark.browser
+def test_browser_answers_the_pointer_and_switches_streams(browser: Browser, page: Path) -> None:
+    browser.open(page, 1280)
+    before = browser.eval("document.querySelector('#heat canvas').toDataURL()")
+    browser.eval("document.querySelector('[data-stream=audio]').click()")
+    after = browser.eval("document.querySelector('#heat canvas').toDataURL()")
+    assert before != after
+    assert len(after) > 2000
+    point = """((s, right) => { const node = document.querySelector(s);
+      const box = node.getBoundingClientRect(), middle = box.left + box.width / 2;
+      node.dispatchEvent(new PointerEvent("pointermove",
+        { clientX: right ? box.right - 8 : middle, clientY: box.top + 8 }));
+      const tip = document.getElementById("tip");
+      return tip.style.visibility + " " + tip.textContent; })"""
+    curves = browser.eval(point + "('[data-panel] svg', false)")
+    assert re.match(r"visible step \d+", curves)
+    assert "loss_instance" in curves
+    assert re.search(r"taken for .*: \d+ of 16", browser.eval(point + "('#heat canvas', true)"))
+
+
+@pytest.mark.browser
+def test_the_keyboard_finds_a_class_and_walks_through_the_map(browser: Browser, page: Path) -> None:
+    browser.open(page, 1280)
+    said = "document.getElementById('cell').textContent"
+    browser.eval("document.getElementById('find').focus()")
+    browser.call("Input.insertText", text="rain")
+    assert browser.eval(said).startswith("fusion: rain: right, ")
+    assert "taken for it" in browser.eval("document.getElementById('of-class').textContent")
+    browser.eval("document.querySelector('#heat canvas').focus()")
+    browser.press("ArrowRight")
+    assert re.match(r"fusion: rain taken for .*: \d+ of 16", browser.eval(said))
+    browser.press("n")
+    worst = browser.eval(said)
+    browser.press("n")
+    second = browser.eval(said)
+    browser.press("p")
+    assert browser.eval(said) == worst != second
+    span = "+document.querySelector('#heat canvas').dataset.view.split(' ')[2]"
+    browser.press("0")
+    whole = browser.eval(span)
+    browser.press("+")
+    assert browser.eval(span) < whole == len(CLASSES)
+
+
+@pytest.mark.browser
+def test_enter_on_a_spectrogram_plays_it(browser: Browser, page: Path) -> None:
+    browser.open(page, 1280)
+    browser.eval("document.querySelector('button.sound').focus()")
+    browser.press("Enter")
+    heard = """new Promise((done) => {
+      const check = () => player.currentTime > 0.1 ? done(true) : setTimeout(check, 20);
+      setTimeout(() => done(String(player.error || "silent")), 5000); check(); })"""
+    assert browser.eval(heard) is True
+    pressed = "document.querySelector('button.sound').getAttribute('aria-pressed')"
+    assert browser.eval(pressed) == "true"
+    browser.press("Enter")
+    assert browser.eval(pressed) == "false"
+    assert browser.problems == []
+
+
+@pytest.mark.browser
+def test_what_is_cut_off_faint_or_broken_would_be_seen(
+    browser: Browser, page: Path, tmp_path: Path
+) -> None:
     """The negative control of the browser tests."""
-    page = Path(write_report(whole_run)).read_text()
-    broken = page.replace('"use strict";', '"use strict"; document.body.dataset.x = nowhere.x;')
-    broken = broken.replace("<head>", "<head>" + PROBE_HEAD)
-    shown = "<script>document.title = JSON.stringify(problems);</script></body>"
-    (tmp_path / "page.html").write_text(broken.replace("</body>", shown))
-    assert "nowhere is not defined" in _open(tmp_path / "page.html", tmp_path / "profile")
+    broken = page.read_text().replace('"use strict";', '"use strict"; nowhere.x;')
+    style = "<style>.tile { width: 30px; overflow: hidden } p.lead { color: #999 }</style>"
+    broken = broken.replace("</head>", style + "</head>")
+    broken = broken.replace('<button data-zoom="all">all</button>', "<button></button>")
+    (tmp_path / "page.html").write_text(broken)
+    browser.open(tmp_path / "page.html", 1280)
+    assert any("nowhere is not defined" in problem for problem in browser.problems)
+    browser.problems.clear()
+    assert any("tile" in found for found in browser.eval(CUT_OFF))
+    assert any("lead" in found for found in browser.eval(FAINT))
+    assert any("BUTTON" in found for found in browser.eval(NAMELESS))

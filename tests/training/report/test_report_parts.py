@@ -6,23 +6,34 @@ import pytest
 
 from clustering.rounds.protocol import HeadLabels, PublishedRound
 from training.evaluation.scores import confusion_rates
-from training.report.agreement import with_agreement
+from training.report.agreement import truths_of, with_agreement
 from training.report.confusions import group_classes, worst_pairs
-from training.report.curves import panels, phase_seconds, step_seconds, thin
+from training.report.curves import (
+    Column,
+    columns_of,
+    panels,
+    phase_seconds,
+    step_seconds,
+    thin,
+    unchanging,
+)
 from training.report.examples import cluster_examples, pair_examples, retrieval_examples
 from training.report.markup import duration, number, percent
-from training.report.pictures import colours
 
 
 def test_thinning_keeps_the_spike_the_ends_and_the_order() -> None:
     points = [(step, 1.0) for step in range(0, 100_000, 10)]
     points[4321] = (43210, 99.0)
     points[7000] = (70000, -5.0)
-    kept = thin(points, most=400)
+    kept = thin(_column(points), most=400)
     assert len(kept) <= 402
     assert {(43210, 99.0), (70000, -5.0), points[0], points[-1]} <= set(kept)
     assert kept == sorted(kept)
-    assert thin(points[:50]) == points[:50]
+    assert thin(_column(points[:50])) == points[:50]
+
+
+def _column(points: list[tuple[int, float]]) -> Column:
+    return Column(np.array([s for s, _ in points]), np.array([v for _, v in points]))
 
 
 def test_every_metric_has_one_panel_and_what_is_not_finite_no_point() -> None:
@@ -31,20 +42,18 @@ def test_every_metric_has_one_panel_and_what_is_not_finite_no_point() -> None:
         {"step": 2, "time": 1, "epoch": 0.2, "loss": None, "lr": float("nan"), "odd_one": 1.0},
         {"step": 3, "time": 2, "loss": 1.0, "time/forward": 0.5, "clustering/nmi": 0.4},
     ]
-    found = {panel.title: panel.series for panel in panels(metrics)}
+    found = {panel.title: panel.series for panel in panels(columns_of(metrics))}
     assert [title for title in found] == ["Loss", "Learning rate", "Finetune", "Odd one"]
     assert found["Loss"][0].points == [(1, 2.0), (3, 1.0)]
     assert found["Learning rate"][0].points == [(1, 0.1)]
 
 
-@pytest.mark.parametrize(("name", "title"), [("world_size", "World size"), ("attempt", "Attempt")])
-def test_workers_and_attempts_are_a_curve_where_their_number_changed(name: str, title: str) -> None:
-    def titles(*numbers: int) -> list[str]:
-        metrics = [{"step": step, name: number} for step, number in enumerate(numbers)]
-        return [panel.title for panel in panels(metrics)]
-
-    assert titles(2, 2) == []
-    assert titles(2, 1, 2) == [title]
+def test_a_metric_that_never_changed_is_named_instead_of_drawn() -> None:
+    metrics = [{"step": k, "world_size": 2, "attempt": 1 + (k > 3), "lr": 0.1} for k in range(6)]
+    metrics[0] |= {"only_once": 3.0, "time/forward": 1.0}
+    columns = columns_of(metrics)
+    assert [panel.title for panel in panels(columns)] == ["Attempt", "Only once"]
+    assert unchanging(columns) == [("world_size", 2.0), ("lr", 0.1)]
 
 
 def test_seconds_of_a_step_are_a_mean_over_the_lines_that_have_them() -> None:
@@ -53,7 +62,7 @@ def test_seconds_of_a_step_are_a_mean_over_the_lines_that_have_them() -> None:
         {"step": 2, "time/forward": 0.1, "time/stall": 0.4, "time/checkpoint": 0.2},
         {"step": 3, "time/forward": 0.3},
     ]
-    shares = {share.name: share.seconds for share in step_seconds(metrics)}
+    shares = {share.name: share.seconds for share in step_seconds(columns_of(metrics))}
     assert shares == pytest.approx({"forward": 0.2, "stall": 0.2, "checkpoint": 0.1})
     assert [s.name for s in phase_seconds({"seconds": {"ingest": 3, "cluster": 2, "x": 0}})] == [
         "ingest"
@@ -147,12 +156,12 @@ def test_agreement_of_a_round_counts_clips_with_both_labels() -> None:
         return PublishedRound(1, 5, True, "", [head], {"churn": 0.1})
 
     done = published(labels)
-    found = with_agreement(done, clip_of).health
+    found = with_agreement(done, truths_of(clip_of)).health
     perfect = {"churn": 0.1, "nmi": 1.0, "purity": 1.0, "hungarian_accuracy": 1.0}
     assert found == pytest.approx(perfect)
     wrong = published(np.array([0, 1, 0, 1, 0, 1, 0, 1], np.int32))
-    assert with_agreement(wrong, clip_of).health["nmi"] < 0.2
-    assert with_agreement(done, {}) is done
+    assert with_agreement(wrong, truths_of(clip_of)).health["nmi"] < 0.2
+    assert with_agreement(done, truths_of({})) is done
 
 
 def test_retrieval_shows_the_first_clip_of_each_class_and_its_true_rank() -> None:
@@ -168,15 +177,6 @@ def test_retrieval_shows_the_first_clip_of_each_class_and_its_true_rank() -> Non
     again = retrieval_examples(ids, audio, video, label_of, each=3)
     assert again == [cat, dog]
     assert retrieval_examples([], audio[:0], video[:0], {}) == []
-
-
-def test_spectrogram_has_low_tones_at_the_bottom_and_copes_with_silence() -> None:
-    fbank = np.full((20, 8), -10.0, np.float32)
-    fbank[:, 1] = 3.0
-    picture = colours(fbank)
-    assert picture.shape == (8, 20, 3)
-    assert picture[6].sum() > 3 * picture[0].sum()
-    assert colours(np.zeros((5, 4), np.float32)).max() <= 34
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Clips as something to look at and to listen to."""
