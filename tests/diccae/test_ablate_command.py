@@ -109,10 +109,9 @@ def test_what_cannot_be_trained_is_said_before_anything_is(
     assert "data.validation_frac = 0.0 kept no labelled clip" in capsys.readouterr().err
 
 
-def test_runs_side_by_side_need_no_ray_and_keep_what_failed(
+def test_runs_side_by_side_keep_what_failed_and_test_clips_to_the_end(
     store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diccae.resources.start_ray", lambda: pytest.fail("Ray was started"))
     own = tmp_path / "variants.yaml"
     own.write_text("hot: {optim: {lr: 1.0e+30}}")
     out = tmp_path / "out"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,20 @@ def _fail() -> None:
 
 def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _import_all_that_a_run_needs() -> None:
+    import diccae.ablation.side_by_side
+    import training.on_ray.evaluate
+
+    assert diccae.ablation.side_by_side.run_side_by_side
+    assert training.on_ray.evaluate.evaluate
+    assert "ray" not in sys.modules
+
+
+def test_a_run_side_by_side_needs_no_ray(tmp_path: Path) -> None:
+    work = Work("imports", None, _import_all_that_a_run_needs, tmp_path)
+    assert run_all([work], 1, [], lambda *_: None) == {}
 
 
 def test_a_failure_costs_what_waits_for_it_and_nothing_else(tmp_path: Path) -> None:
