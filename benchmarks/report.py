@@ -28,9 +28,11 @@ began = time.monotonic()
 from training.report.page import write_report
 page = write_report(sys.argv[1])
 own, children = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+# Not ru_maxrss: a child inherits that of the process that started it.
+kb = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({
     "page": str(page), "wall_s": time.monotonic() - began,
-    "cpu_s": sum(x.ru_utime + x.ru_stime for x in (own, children)), "gb": own.ru_maxrss / 2**20,
+    "cpu_s": sum(x.ru_utime + x.ru_stime for x in (own, children)), "gb": kb / 2**20,
 }))
 """
 

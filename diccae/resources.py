@@ -24,7 +24,8 @@ import psutil
 from clustering.config import PoolGroups
 from diccae.errors import ResourceError
 from diccae.screen import say
-from training.config import ScaleConfig, TrainingConfig
+from training.cluster_config import ScaleConfig
+from training.config import TrainingConfig
 
 EMBEDDED_SPARE_CPUS = 2
 """Logical CPUs of an embedded cluster beyond the machine's cores: Ray's own light tasks and actors

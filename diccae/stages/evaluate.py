@@ -15,7 +15,7 @@ from diccae.run_folder import RunFolder
 from diccae.stages.place import ON_RAY, Place
 from diccae.stages.run_record import Say, pin_for, tracking_handle
 from diccae.stages.statistics import settle
-from training.config import ScaleConfig
+from training.cluster_config import ScaleConfig
 from training.data.rows import RowIndex, clip_keys, index_rows, with_labels
 from training.data.validation import groups_of
 from training.evaluation.class_confusions import class_confusions

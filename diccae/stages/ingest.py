@@ -15,7 +15,7 @@ from diccae.resources import embedded_cores, start_ray
 from diccae.screen import ProgressLine, clock
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.ingest.run import IngestSummary, Progress, ingest
-from training.config import TrackingConfig
+from training.cluster_config import TrackingConfig
 from training.tracking import tracker as tracking
 from training.tracking.copier import RunHandle
 

@@ -15,7 +15,7 @@ from diccae.resources import Demand, check_fits, scale_note, start_ray
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import Say, tracking_run
 from training.attempt import Attempt
-from training.config import ScaleConfig
+from training.cluster_config import ScaleConfig
 from training.data.rows import RowIndex
 from training.lab.place import Lab
 from training.on_ray.inference import Apply, run_jobs

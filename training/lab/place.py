@@ -15,7 +15,8 @@ import torch
 
 from clustering.config import KMeansConfig, PoolConfig
 from clustering.rounds.local import LocalRounds
-from training.config import DataConfig, EvaluateConfig, ScaleConfig, TrainingConfig
+from training.cluster_config import ScaleConfig
+from training.config import DataConfig, EvaluateConfig, TrainingConfig
 from training.data.order import FrameDraw, window_of
 from training.data.rows import RowIndex
 from training.lab.features import DecodedFeatures, MappedReader

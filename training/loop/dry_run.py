@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.config import FeatureSpec
-from training.config import ScaleConfig, TrainingConfig
+from training.cluster_config import ScaleConfig
+from training.config import TrainingConfig
 from training.data.order import BatchPlan
 from training.data.views import Chunk, View
 from training.loop.gradients import Gradients

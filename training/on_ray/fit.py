@@ -20,7 +20,8 @@ import torch
 from pipeline.storage import Location, place_of
 from training import errors
 from training.attempt import UNHELD, Attempt
-from training.config import ScaleConfig, TrainingConfig
+from training.cluster_config import ScaleConfig
+from training.config import TrainingConfig
 from training.data.order import WindowPlan
 from training.data.reader import Reader
 from training.errors import RunTaken, TrainingError

@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.storage import place_of
-from training.config import DataConfig, EvaluateConfig, ScaleConfig
+from training.cluster_config import ScaleConfig
+from training.config import DataConfig, EvaluateConfig
 from training.data.order import FrameDraw, window_of
 from training.data.reader import read_window
 from training.data.rows import RowIndex

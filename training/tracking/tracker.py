@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from pipeline.storage import Location, fetched
 from training.attempt import UNHELD, Attempt
-from training.config import TrackingConfig
+from training.cluster_config import TrackingConfig
 from training.tracking.copier import (
     MetricsCopier,
     RunHandle,

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from diccae.cli import main
-from training.config import TrackingConfig
+from training.cluster_config import TrackingConfig
 from training.tracking.tracker import create_run
 
 DRIVER = """

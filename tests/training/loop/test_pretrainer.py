@@ -15,7 +15,8 @@ from support.trainers import Recorder, make_trainer, pretrain_config, same, weig
 
 from clustering.kmeans.label_table import LabelTable
 from clustering.rounds.local import LocalRounds
-from training.config import LossConfig, RoundsConfig, TrackingConfig
+from training.cluster_config import TrackingConfig
+from training.config import LossConfig, RoundsConfig
 from training.data.device import DeviceBatch
 from training.errors import NonFiniteLoss, TrainingError
 from training.evaluation.variants import Variant

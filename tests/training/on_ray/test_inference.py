@@ -14,13 +14,8 @@ import pytest
 import torch
 from support.memory import SHAPE, MemoryReader, memory_index
 
-from training.config import (
-    DataConfig,
-    EncoderConfig,
-    EvaluateConfig,
-    ScaleConfig,
-    TrainingConfig,
-)
+from training.cluster_config import ScaleConfig
+from training.config import DataConfig, EncoderConfig, EvaluateConfig, TrainingConfig
 from training.data.order import BatchPlan, FrameDraw, WindowPlan
 from training.data.reader import Batch
 from training.evaluation.probes import Probe

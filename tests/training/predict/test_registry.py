@@ -20,7 +20,7 @@ from support.models import CLASSES, evaluated, saved_models
 
 from diccae.cli import main
 from pipeline.synth import write_clips
-from training.config import TrackingConfig
+from training.cluster_config import TrackingConfig
 from training.predict.find import find_models
 from training.predict.pyfunc import ClipModel
 from training.tracking.tracker import create_run

@@ -10,10 +10,11 @@ from support.browser import CUT_OFF, Browser
 from support.full_run import make_full_run
 
 _WRITE = """
-import json, resource, sys
+import json, sys
 from training.report.page import write_report
 page = write_report(sys.argv[1])
-kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not ru_maxrss: a child inherits that of the process that started it.
+kb = next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmHWM"))
 print(json.dumps({"page": str(page), "gb": kb / 2**20, "torch": "torch" in sys.modules}))
 """
 

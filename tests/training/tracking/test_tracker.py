@@ -13,7 +13,7 @@ import pytest
 from support.mlflow_server import Server, wait_until
 from support.models import saved_models
 
-from training.config import TrackingConfig
+from training.cluster_config import TrackingConfig
 from training.predict.registry import register, registered
 from training.tracking.system_metrics import SystemMetrics
 from training.tracking.tracker import (

@@ -1,0 +1,54 @@
+"""ScaleConfig and TrackingConfig: what a run asks of its cluster, and where it is written down.
+
+Knows nothing of what is trained. Invariant: nothing here changes what a run learns.
+"""
+
+from pydantic import Field
+
+from training.frozen import Frozen
+
+
+class ScaleConfig(Frozen):
+    """What training asks of the Ray cluster."""
+
+    num_workers: int = Field(1, ge=1)
+    """Training workers (the most, when elastic)."""
+    min_workers: int | None = None
+    """Elastic training goes on with this many."""
+    use_gpu: bool = False
+    """One GPU per worker."""
+    gpu_memory_gib: float | None = Field(None, gt=0)
+    """Memory of the smallest card the run will have, for `doctor`; None: this machine's cards."""
+    cpus_per_worker: float = Field(1.0, gt=0)
+    """CPUs a worker reserves."""
+    threads_per_worker: int | None = Field(None, ge=1)
+    """Torch threads of a CPU worker; None: its CPUs, at least 1."""
+    reader_tasks: int = Field(1, ge=1)
+    """Ray tasks that read and decode for one worker."""
+    reader_cpus: float = Field(0.5, gt=0)
+    """CPUs one of these tasks reserves."""
+    max_failures: int = Field(3, ge=-1)
+    """Worker failures a run survives; -1: any number."""
+    lease_stale_s: float = Field(60.0, gt=1)
+    """A start of a command that was silent for this long is taken for dead: the next one goes on
+    with its run folder, and it writes nothing there any more."""
+
+
+class TrackingConfig(Frozen):
+    """Where the run is written down."""
+
+    uri: str | None = None
+    """MLflow tracking URI; None: sqlite:///<out>/mlflow.db."""
+    experiment: str = "diccae"
+    """MLflow experiment."""
+    register_as: str | None = None
+    """Name under which `diccae report` registers the run's model, with the alias `candidate`; None
+    registers nothing."""
+    system_metrics: bool | None = None
+    """CPU, memory, GPU and network of every node while it trains; None: where `uri` is a server."""
+
+    @property
+    def of_nodes(self) -> bool:
+        """Whether the nodes are measured."""
+        is_server = (self.uri or "").startswith(("http://", "https://"))
+        return is_server if self.system_metrics is None else self.system_metrics
