@@ -34,8 +34,7 @@ def run_finetune(
     train = with_labels(data.train, "finetune")
     has_own = folder.place.exists("encoder/encoder.json")
     own = folder.place.uri_of("encoder") if has_own else config.encoder.init
-    weights = encoder or own
-    config, statistics = settle(folder, config, data, say, weights)
+    config, statistics = settle(folder, config, data, say, encoder or own)
     if "statistics" not in folder.record:
         folder.write_record(statistics=statistics)
     steps = BatchPlan.of(len(train), config.finetune.batch_size, config.data).steps(len(train))
@@ -53,9 +52,5 @@ def run_finetune(
     written = Written(folder.place, handle, origin, folder.attempt)
     nodes = place.watched_nodes(folder.attempt, handle, config.tracking.of_nodes)
     with nodes, watched(folder.place, "finetune.jsonl", steps * config.finetune.epochs, "finetune"):
-        with_status(
-            folder,
-            handle,
-            lambda: place.finetune(config, train, uri, written),
-        )
+        with_status(folder, handle, lambda: place.finetune(config, train, uri, written))
     folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})

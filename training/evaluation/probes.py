@@ -8,13 +8,13 @@ Shapes: N training and M test clips, D feature width, C classes.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Features = NDArray[np.floating]
 
@@ -37,17 +37,34 @@ def linear_probe(
 
     Raises: ValueError for features that are not finite or labels out of range.
     """
+    # Here, since whoever only reads results has no use for its 0.7 GB.
+    import torch
+    from torch.nn import functional as F
+
     _check(train_ND, labels_N, test_MD, n_classes)
     x = torch.as_tensor(train_ND, dtype=torch.float32, device=device)
     y = torch.as_tensor(labels_N, dtype=torch.int64, device=device)
     mean_D, scale_D = _standard(x)
-    weight = torch.zeros(n_classes, x.shape[1], device=device, requires_grad=True)
-    bias = torch.zeros(n_classes, device=device, requires_grad=True)
+    weight, bias = _regression(x, y, (mean_D, scale_D), n_classes, iterations)
+    test = torch.as_tensor(test_MD, dtype=torch.float32, device=device)
+    return F.linear((test - mean_D) * scale_D, weight, bias).softmax(1).detach().cpu().numpy()
+
+
+def _regression(
+    x: "Tensor", y: "Tensor", standard: tuple["Tensor", "Tensor"], n_classes: int, iterations: int
+) -> tuple["Tensor", "Tensor"]:
+    """Weight [C, D] and bias [C] of the regression of y [N] on x [N, D], which is standardised."""
+    import torch
+    from torch.nn import functional as F
+
+    mean_D, scale_D = standard
+    weight = torch.zeros(n_classes, x.shape[1], device=x.device, requires_grad=True)
+    bias = torch.zeros(n_classes, device=x.device, requires_grad=True)
     optimiser = torch.optim.LBFGS(
         [weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe"
     )
 
-    def objective() -> Tensor:
+    def objective() -> "Tensor":
         optimiser.zero_grad()
         loss = weight.square().sum() / (2 * len(x))
         loss.backward()
@@ -60,12 +77,13 @@ def linear_probe(
         return total
 
     optimiser.step(objective)
-    test = torch.as_tensor(test_MD, dtype=torch.float32, device=device)
-    return F.linear((test - mean_D) * scale_D, weight, bias).softmax(1).detach().cpu().numpy()
+    return weight, bias
 
 
-def _standard(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+def _standard(x_ND: "Tensor") -> tuple["Tensor", "Tensor"]:
     """Mean and 1 / standard deviation of each feature, 0 for a constant one; float64 sums."""
+    import torch
+
     sums = torch.zeros(x_ND.shape[1], dtype=torch.float64, device=x_ND.device)
     squares = torch.zeros_like(sums)
     for part in x_ND.split(_ROWS):
@@ -96,6 +114,9 @@ def knn_probe(
     Raises: as `linear_probe`.
     Source: Wu et al. 2018 (arXiv 1805.01978).
     """
+    import torch
+    from torch.nn import functional as F
+
     _check(train_ND, labels_N, test_MD, n_classes)
     train = torch.as_tensor(train_ND, dtype=torch.float32, device=device)
     lengths_N = torch.cat([part.norm(dim=1) for part in train.split(_ROWS)]).clamp_min(1e-12)

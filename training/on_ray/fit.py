@@ -72,9 +72,7 @@ def fit(
         result = interruptible(trainer.fit).return_value
     except ray.train.TrainingFailedError as error:
         attempt.check()
-        if place.exists(said):  # The last failure that scale.max_failures allowed.
-            raise _read_error(place.uri_of(said)) from error
-        raise _explained(error, place) from error
+        raise _explained(error, place, said) from error
     if isinstance(result, _Failure):
         raise result.error
     return result
@@ -191,8 +189,10 @@ def _read_error(uri: str) -> TrainingError:
     return error
 
 
-def _explained(error: BaseException, place: Location) -> TrainingError:
-    """The line that says what went wrong in a worker, and where all of it is written."""
+def _explained(error: BaseException, place: Location, said: str) -> TrainingError:
+    """What a worker said in `said`, else the line of its error and where all of it is written."""
+    if place.exists(said):  # The last failure that scale.max_failures allowed.
+        return _read_error(place.uri_of(said))
     name, text = "failed/traceback.txt", str(error)
     place.write_bytes(name, text.encode())
     lines = [line for line in text.splitlines() if _RAISED.match(line)]

@@ -7,20 +7,18 @@ Shapes: S samples, T fbank frames, M mel bins.
 """
 
 import base64
-import io
-import wave
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from numpy.typing import NDArray
 
 from training import report
 from training.predict.clips import Features
 from training.predict.predictor import Answer, StreamAnswer
 from training.predict.told import confusion_sentence
+from training.report.clips.sound import Sound, encode_sound
 from training.report.clips.spectrogram import colours
 from training.report.markup import percent, section, table, text
 
@@ -57,27 +55,14 @@ def looks(features: Features, sample_rate_hz: int) -> str:
     fbank_TM = features.fbank_TM[: max(features.n_valid, 1)].astype(np.float32)
     drawn = simplejpeg.encode_jpeg(colours(fbank_TM), quality=85)
     images.append(_image(drawn, "spectrogram, low tones at the bottom"))
-    sound = base64.b64encode(_wav(features.waveform_S, sample_rate_hz)).decode()
-    images.append(
-        f'<audio controls preload="metadata" src="data:audio/wav;base64,{sound}"></audio>'
-    )
+    sound = Sound(encode_sound(features.waveform_S, sample_rate_hz), is_from_source=True)
+    images.append(f'<audio controls preload="metadata" src="{sound.uri}"></audio>')
     return f'<div class="clip-looks">{"".join(images)}</div>'
 
 
 def _image(jpeg: bytes, about: str) -> str:
     data = base64.b64encode(jpeg).decode()
     return f'<img alt="{text(about)}" title="{text(about)}" src="data:image/jpeg;base64,{data}">'
-
-
-def _wav(waveform_S: NDArray[np.float32], sample_rate_hz: int) -> bytes:
-    """16-bit mono, what every browser plays."""
-    out = io.BytesIO()
-    with wave.open(out, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(sample_rate_hz)
-        file.writeframes((np.clip(waveform_S, -1, 1) * 32767).astype("<i2").tobytes())
-    return out.getvalue()
 
 
 def predictions_page(model: str, clips: Sequence[Shown], note: str) -> str:

@@ -105,7 +105,7 @@ def build_page(
     media = media_of(pictures, choice.framed(), choice.heard(), with_sound)
     drawn = sections.curve_panels(run)
     body = [
-        f'<p class="absent">{text(note)}</p>' if note else "",
+        *([f'<p class="absent">{text(note)}</p>'] if note else []),
         sections.results(run),
         label_noise(run.results),
         sections.training(drawn),
@@ -117,14 +117,13 @@ def build_page(
     ]
     data = {
         "panels": drawn.panels,
-        "rounds": [r.effective_step for r in run.rounds if r.ok and r.effective_step is not None],
+        "rounds": [r.effective_step for r in run.rounds if r.ok and r.effective_step],
         "confusion": confusion_map.confusion_data(run),
     }
-    here = Path(__file__).parent
-    name = run.run.get("name") or run.place.name
+    here, name = Path(__file__).parent, text(run.run.get("name") or run.place.name)
     return _PAGE.format(
-        title=f"{text(name)} · diccae",
-        name=text(name),
+        title=f"{name} · diccae",
+        name=name,
         facts=_facts(run, pictures),
         tiles=sections.tiles(run),
         links="".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in _LINKS.items()),

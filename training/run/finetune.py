@@ -150,15 +150,10 @@ def finetune_at(
     if tracker is None:
         return None
     attempt.check()
-    save_classifier(
-        classifier,
-        out.uri_of("classifier"),
-        index.classes,
-        index.spec.model_dump(mode="json"),
-        written.provenance,
-        statistics=config.data.statistics,
-        applied=Applied.of(config),
-    )
+    features, statistics = index.spec.model_dump(mode="json"), config.data.statistics
+    known = (index.classes, features, written.provenance)
+    applied, target = Applied.of(config), out.uri_of("classifier")
+    save_classifier(classifier, target, *known, statistics=statistics, applied=applied)
     tracker.close()
     return {"metrics": last}
 

@@ -22,18 +22,19 @@ from urllib.parse import urlsplit
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.errors import StoreError
 from pipeline.storage import Location, fetched
 from training.config import FbankStatistics
 from training.errors import WeightsError
-from training.model.blocks import PATCH, PatchStem
+from training.model.blocks import PATCH
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.weights import layouts
 from training.weights.beside import write_readme
 from training.weights.card import Applied, MadeWith, ModelCard
+from training.weights.matching import fill, fit_positions, take_heads
 
 _OPTIONAL = ("class_heads.", "decoder.", "mlp_head.", "auxiliary_heads.")
 """Parts a file may lack, or have beyond what the model has; anything else is the trunk."""
@@ -91,10 +92,10 @@ def load_weights(
         optional += ("pos_embed_a", "modality_a", "modality_v")
     else:
         state = {key.removeprefix("encoder."): tensor for key, tensor in raw.items()}
-    resized = _fit_positions(encoder, state, card.shape.n_mels // PATCH if card else 8)
-    heads = _take_heads(state, classes, source_classes or (card.classes if card else ()))
+    resized = fit_positions(encoder, state, card.shape.n_mels // PATCH if card else 8)
+    heads = take_heads(state, classes, source_classes or (card.classes if card else ()))
     try:
-        missing, unexpected = _fill(model, state, optional)
+        missing, unexpected = fill(model, state, optional)
     except WeightsError as error:
         raise WeightsError(f"{uri}: {error}") from error
     return WeightsReport(layout, missing, unexpected + heads, resized, MadeWith.of(layout, card))
@@ -216,77 +217,6 @@ def _details(
         "fbank_statistics": statistics and statistics._asdict(),
         "applied": applied and applied._asdict(),
     }
-
-
-def _fill(
-    model: nn.Module, state: Mapping[str, Tensor], optional: tuple[str, ...]
-) -> tuple[list[str], list[str]]:
-    """Copy what fits; raise if the trunk does not. Returns (missing, unexpected)."""
-    own = {key.removeprefix("encoder."): tensor for key, tensor in model.state_dict().items()}
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    torn = [key for key in missing if not key.startswith(optional)]
-    left = [key for key in unexpected if key.startswith(("blocks_", "patch_embed_"))]
-    if torn or left:
-        raise WeightsError(
-            f"does not fit this encoder: {len(torn)} keys are missing {torn[:3]}, {len(left)} are "
-            f"left over {left[:3]}; check encoder.depth, joint_depth and stem"
-        )
-    both = [key for key in own if key in state]
-    for key in both:
-        if state[key].shape != own[key].shape:
-            raise WeightsError(
-                f"{key} has shape {list(state[key].shape)}, this model's has "
-                f"{list(own[key].shape)}; check encoder.dim, projection and decoder sizes"
-            )
-        if not torch.isfinite(state[key]).all():
-            raise WeightsError(f"{key} holds NaN or infinite values: the file is damaged")
-    with torch.no_grad():
-        for key in both:
-            own[key].copy_(state[key])
-    return missing, unexpected
-
-
-def _fit_positions(encoder: Encoder, state: dict[str, Tensor], audio_rows: int) -> list[str]:
-    """Interpolate the state's position tables to the encoder's grids, in place."""
-    resized = []
-    for side, stem in (("a", encoder.patch_embed_a), ("v", encoder.patch_embed_v)):
-        for key in (f"pos_embed_{side}", f"decoder.pos_embed_{side}"):
-            if key not in state:
-                continue
-            length = state[key].shape[1]
-            if isinstance(stem, PatchStem):
-                rows = audio_rows if side == "a" else layouts.square_rows(length)
-                grid = stem.grid
-            else:
-                rows = 1 if side == "a" else layouts.square_rows(length)
-                own_rows = 1 if side == "a" else layouts.square_rows(stem.n_tokens)
-                grid = (own_rows, stem.n_tokens // own_rows)
-            fitted = layouts.resize_positions(state[key], rows, grid)
-            if fitted is not state[key]:
-                state[key] = fitted
-                resized.append(key)
-    return resized
-
-
-def _take_heads(
-    state: dict[str, Tensor], classes: Sequence[str], source_classes: Sequence[str]
-) -> list[str]:
-    """Reorder class heads by name in place; without names take them out and return their keys."""
-    keys = [key for key in state if key.startswith(("mlp_head.", "auxiliary_heads."))]
-    if not (keys and classes and source_classes):
-        for key in keys:
-            del state[key]
-        return keys
-    order = layouts.class_order(classes, source_classes)
-    for key in keys:
-        if key.endswith((".1.weight", ".1.bias")):
-            if len(state[key]) != len(source_classes):
-                raise WeightsError(
-                    f"{key} has {len(state[key])} classes, {len(source_classes)} names were given"
-                )
-            state[key] = state[key][order]
-    return []
 
 
 def _save(
