@@ -97,4 +97,6 @@ def _bits(run: Location) -> dict[str, str]:
         found[f"round {number}"] = hashlib.sha256(labels).hexdigest()
     assert len(set(found.values())) == len(found)
     results = json.loads(run.read_bytes("results.json"))
-    return found | {name: str(results[name]) for name in ("top1", "probe", "pretraining")}
+    # The rest of `pretraining` tells of times, and which attempt it was.
+    found["loss"] = str(results["pretraining"]["loss"])
+    return found | {name: str(results[name]) for name in ("top1", "probe")}
