@@ -7,6 +7,7 @@ nothing else; what it wrote stays, with its log.
 import logging
 import multiprocessing
 import os
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
@@ -92,6 +93,14 @@ def _why(exit_code: int | None, folder: Path) -> str:
     return f"{lines[-1] if lines else 'no word'} (see {log})"
 
 
+def _end_with_the_command() -> None:
+    """A command that was killed must not leave processes that go on writing its runs."""
+    command = multiprocessing.parent_process()
+    assert command is not None
+    wait([command.sentinel])
+    os._exit(1)
+
+
 def _work(call: Callable[[], None], folder: str) -> None:
     """In the process: stdout and stderr, of libraries too, go to the log."""
     os.makedirs(folder, exist_ok=True)
@@ -99,6 +108,7 @@ def _work(call: Callable[[], None], folder: str) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     log_to_screen()
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
     try:
         call()
     except BaseException:

@@ -2,9 +2,13 @@
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
+
+import psutil
 
 from diccae.ablation.processes import Work, run_all
 
@@ -54,3 +58,34 @@ def test_a_failure_costs_what_waits_for_it_and_nothing_else(tmp_path: Path) -> N
     assert failed["dead"].startswith("ended by signal 9")
     assert failed.keys() == {"bad", "after bad", "dead"}
     assert dict(told) == {w.key: w.key in ("first", "second") for w in works}
+
+
+_COMMAND = """
+import sys
+from functools import partial
+from pathlib import Path
+from diccae.ablation.processes import Work, run_all
+from test_processes import _say_and_wait
+folder = Path(sys.argv[1])
+run_all([Work("a", None, partial(_say_and_wait, folder / "pid"), folder)], 1, [], print)
+"""
+
+
+def _say_and_wait(path: Path) -> None:
+    path.with_suffix(".tmp").write_text(str(os.getpid()))
+    path.with_suffix(".tmp").rename(path)
+    signal.pause()
+
+
+def test_a_killed_command_leaves_no_run_behind(tmp_path: Path) -> None:
+    folders = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": folders}
+    command = subprocess.Popen([sys.executable, "-c", _COMMAND, tmp_path], env=environment)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "pid").exists():
+        assert time.monotonic() < deadline, "the run never began"
+        time.sleep(0.05)
+    run = psutil.Process(int((tmp_path / "pid").read_text()))
+    command.kill()
+    command.wait()
+    run.wait(60)
