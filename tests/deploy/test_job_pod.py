@@ -10,7 +10,7 @@ from support.box import kuberay
 from support.box.box import KEYS, S3_URL, Box, images, until
 from support.box.node import why_not
 from support.box.pod import Container, Pod
-from support.box.smallest import SECRETS, config, get, put
+from support.box.smallest import SECRETS, config, digests, get, put
 from support.stores import contents
 
 from deploy.config import ClusterConfig
@@ -20,14 +20,14 @@ from pipeline.synth import write_clips
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
-AWAY_S = 20
+AWAY_S, CUT_S = 20, 30
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def _ingest(store: str) -> ClusterConfig:
+def _ingest(store: str, *more: str) -> ClusterConfig:
     source = "--clips s3://bucket/clips/clips.csv --videos s3://bucket/clips/videos"
     options = "--config /app/configs/vggsound-smoke.yaml --ingest.shard-clips 4"
-    return config(*f"ingest {source} --store s3://bucket/{store} {options}".split())
+    return config(*f"ingest {source} --store s3://bucket/{store} {options}".split(), *more)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,12 @@ def box(clips: Path) -> Iterator[Box]:
         yield box
 
 
-def _start(box: Box, job: ClusterConfig) -> tuple[Pod, Container]:
+def _start(box: Box, job: ClusterConfig, pod_name: str = "") -> tuple[Pod, Container]:
     """The entrypoint as Ray's job server starts it: in the head's container."""
     with_job = Box.parse(render(job))
     (spec,) = [d["spec"] for d in with_job if d["kind"] == "RayJob"]
     name = job.command[job.command.index("--store") + 1].rpartition("/")[2]
-    pod = box.add_pod(kuberay.head_pod(spec["rayClusterSpec"], name, job.namespace))
+    pod = box.add_pod(kuberay.head_pod(spec["rayClusterSpec"], pod_name or name, job.namespace))
     (container,) = pod.spec["containers"]
     container |= {"command": shlex.split(spec["entrypoint"]), "args": []}
     return pod, pod.start(container, images(job)[container["image"]])
@@ -105,6 +105,34 @@ def test_storage_that_refuses_requests_and_goes_away_changes_nothing(
     assert done, said
     assert refused > 0
     get(box, "unsteady", tmp_path / "there")
+    assert _features(str(tmp_path / "there")) == expected
+
+
+@pytest.mark.cluster
+def test_a_pod_that_was_cut_off_and_came_back_commits_nothing_any_more(
+    box: Box, expected: list, tmp_path: Path
+) -> None:
+    """Each takes the other for dead: the one that was silent has lost the store. Shards that it was
+    about to put away still come; nothing points at them, `store vacuum` removes them."""
+    job = _ingest("cut", "--ingest.lease-stale-s", "9")
+    pod, first = _start(box, job, "first")
+    until(lambda: first.tail(), lambda: "cut/features/" in box.ask_storage("names?bucket"), 300)
+    box.node.cut(pod.machine)
+    cut_at = time.monotonic()
+    while not (done := _finish(box, *_start(box, job, "second")))[0]:
+        assert "locked by" in done[1], done[1]
+        assert time.monotonic() - cut_at < 300, done[1]
+    time.sleep(max(0.0, cut_at + CUT_S - time.monotonic()))  # what is tested, not waited for
+    assert first.exit_code is None, first.tail()
+    before = digests(box, "cut")
+    box.node.heal(pod.machine)
+    came_back, said = _finish(box, pod, first)
+    assert not came_back
+    assert first.exit_code == 4, said
+    after = digests(box, "cut")
+    assert {name: after.get(name) for name in before} == before
+    assert all(name.startswith("features/") for name in after.keys() - before.keys())
+    get(box, "cut", tmp_path / "there")
     assert _features(str(tmp_path / "there")) == expected
 
 
