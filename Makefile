@@ -33,6 +33,8 @@ test: $(STAMP) browser box lint types
 
 # One after the other: a box of four Ray nodes has the machine to itself.
 test-cluster: $(STAMP) box
+	@command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && \
+	  apt-get install -qq -y --no-install-recommends postgresql python3-psycopg2 >/dev/null 2>&1; true
 	$(BIN)/python -m pytest -m cluster tests/deploy $(ARGS)
 
 lint: $(STAMP)

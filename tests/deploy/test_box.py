@@ -52,7 +52,7 @@ def _run(pod: Pod, script: str) -> str:
     container = {**pod.spec["containers"][0], "command": ["bash", "-c", script], "args": []}
     container["name"] = f"sh{len(pod.containers)}"
     started = pod.start(container, IMAGES[container["image"]])
-    code = started.process.wait(60)
+    code = started.process.wait(200)
     return f"{started.log.read_text()}exit {code}"
 
 
@@ -141,7 +141,7 @@ def test_the_network_policy_lets_in_the_cluster_and_the_operator_at_its_port(box
     container = {**head.spec["containers"][0], "command": LISTEN, "args": []}
     head.start(container, IMAGES[container["image"]])
     at = head.machine.address
-    until(lambda: "head never listened", lambda: "in" in _run(other, CONNECT.format(at, 8265)), 30)
+    until(lambda: "head never listened", lambda: "in" in _run(other, CONNECT.format(at, 8265)), 100)
     assert "in" in _run(other, CONNECT.format(at, 6379))
     for port in (6379, 8265):
         assert "out" in _run(stranger, CONNECT.format(at, port))

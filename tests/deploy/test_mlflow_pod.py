@@ -1,4 +1,4 @@
-"""MLflow's pod by its manifest, before a Postgres and a bucket, of which it has the addresses."""
+"""MLflow's pod by its manifest, with a Postgres and a bucket of which it has the addresses."""
 
 import json
 import sys

@@ -46,19 +46,23 @@ class Box:
     def __init__(self, manifests: Mapping[str, str], secrets: Secrets) -> None:
         """Args: manifests: text by file name, as rendered; those that are not Kubernetes' are
         passed over. secrets: by name, what `kubectl create secret` was given."""
-        documents = [
-            document
-            for name, text in manifests.items()
-            if name != "ray-cluster.yaml"
-            for document in yaml.safe_load_all(text)
-        ]
-        self.objects: list[Manifest] = documents
+        self.objects = Box.parse(manifests)
         self.secrets = secrets
         self.pods: dict[str, Pod] = {}
         self.node = Node()
         self._names: dict[str, str] = {}
         self._outside: list[policy.Peer] = []
         self._start_names()
+
+    @staticmethod
+    def parse(manifests: Mapping[str, str]) -> list[Manifest]:
+        """The objects in rendered files."""
+        return [
+            document
+            for name, text in manifests.items()
+            if name != "ray-cluster.yaml"
+            for document in yaml.safe_load_all(text)
+        ]
 
     def __enter__(self) -> "Box":
         return self
@@ -107,11 +111,17 @@ class Box:
 
     def add_storage(self, *buckets: str) -> Machine:
         """Object storage outside the cluster, at S3_URL."""
-        machine = self.add_machine("s3")
+        self.storage = machine = self.add_machine("s3")
         self.name(S3_URL.split("/")[2].split(":")[0], machine.address)
         command = [sys.executable, _HERE / "bucket.py", str(S3_PORT), *buckets]
-        self.serve(machine, command, "ready")
+        # moto would take the first word of the server's name for a bucket.
+        self.serve(machine, command, "ready", S3_IGNORE_SUBDOMAIN_BUCKETNAME="true")
         return machine
+
+    def ask_storage(self, question: str) -> str:
+        """Whatever `bucket.py` answers: `names?BUCKET`, `faults?0.05`, `counts`."""
+        url = f"http://127.0.0.1:{S3_PORT}/box/{question}"
+        return self.outside(["wget", "-q", "-O-", url], self.storage, 60).stdout
 
     def name(self, name: str, address: str | None) -> None:
         """Let the name server know a name; None: forget it."""

@@ -1,7 +1,7 @@
 """Object storage at an address: moto's S3 API, with buckets, and with faults when told so.
 
 Run as a script: `bucket.py PORT BUCKET...`. Knows nothing of what is stored.
-`POST /box/faults?0.05` has that share of the requests answered with 503, as S3 does under load; a
+`GET /box/faults?0.05` has that share of the requests answered with 503, as S3 does under load; a
 request that is refused has changed nothing.
 """
 
@@ -29,10 +29,7 @@ class Faulty:
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Answer:
         if environ["PATH_INFO"].startswith("/box/"):
-            if environ["REQUEST_METHOD"] == "POST":
-                self._share = float(environ["QUERY_STRING"])
-            start("200 OK", [("Content-Type", "text/plain")])
-            return [f"{self._asked} {self._refused}".encode()]
+            return self._told(environ, start)
         self._asked += 1
         if self._random.random() < self._share:
             self._refused += 1
@@ -42,6 +39,17 @@ class Faulty:
             return [_SLOW_DOWN]
         answer: Answer = self._api(environ, start)
         return answer
+
+    def _told(self, environ: dict[str, Any], start: Callable[..., Any]) -> Answer:
+        """What a test wants: another share of refusals, the counts, the names that are stored."""
+        kind, value = environ["PATH_INFO"].split("/")[2], environ["QUERY_STRING"]
+        if kind == "faults":
+            self._share = float(value)
+        start("200 OK", [("Content-Type", "text/plain")])
+        if kind == "names":
+            buckets = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets
+            return ["\n".join(buckets[value].keys.keys()).encode()]
+        return [f"{self._asked} {self._refused}".encode()]
 
 
 class _Quiet(WSGIRequestHandler):

@@ -1,11 +1,14 @@
-"""The smallest cluster a box can hold, and its secrets: what the tests of pods share.
+"""The smallest cluster a box can hold, its secrets and its bucket: what the tests of pods share.
 
 Knows nothing of how it is run.
 """
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
-from support.box.box import KEYS
+from support.box.box import KEYS, Box
 
 from deploy.config import ClusterConfig, GroupConfig
 
@@ -31,3 +34,41 @@ def config(*command: str, **fields: Any) -> ClusterConfig:
     """A head and one pod for everything else, unless `fields` say otherwise."""
     groups = {"head": group(1), "decode": group(4), "train": group(1, 0)}
     return ClusterConfig(command=command or INGEST, **{"retries": 0, **groups, **fields})
+
+
+_PUT = """
+import sys, fsspec
+fsspec.filesystem("s3").put(sys.argv[1], "bucket/", recursive=True)
+"""
+_GET = """
+import sys, fsspec
+fsspec.filesystem("s3").get("bucket/" + sys.argv[1] + "/", sys.argv[2], recursive=True)
+"""
+_DIGESTS = """
+import hashlib, json, sys, fsspec
+fs = fsspec.filesystem("s3")
+paths = fs.find("bucket/" + sys.argv[1])
+print(json.dumps({path: hashlib.sha256(fs.cat_file(path)).hexdigest() for path in paths}))
+"""
+
+
+def put(box: Box, folder: Path) -> None:
+    """Copy a folder of this machine into the bucket."""
+    _with_storage(box, _PUT, str(folder))
+
+
+def get(box: Box, folder: str, to: Path) -> None:
+    """Copy a folder of the bucket to this machine."""
+    _with_storage(box, _GET, folder, str(to))
+
+
+def digests(box: Box, folder: str) -> dict[str, str]:
+    """Of the files below a folder of the bucket, by their names in it."""
+    found: dict[str, str] = json.loads(_with_storage(box, _DIGESTS, folder))
+    return {name.removeprefix(f"bucket/{folder}/"): digest for name, digest in found.items()}
+
+
+def _with_storage(box: Box, script: str, *args: str) -> str:
+    done = box.outside([sys.executable, "-c", script, *args], box.storage, 200, **KEYS)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

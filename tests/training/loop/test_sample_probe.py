@@ -45,7 +45,7 @@ def test_an_epoch_taken_up_in_its_middle_counts_all_of_its_clips() -> None:
 def test_clips_without_a_label_are_no_sample() -> None:
     index = memory_index()
     unlabelled = index.take(np.arange(len(index)))
-    unlabelled.labels_N[:] = -1
+    unlabelled.labels_NL[:] = -1
     probe = SampleProbe(unlabelled, World())
     _fed(probe, torch.randn(len(index), 16))
     assert probe.measure() == {}
