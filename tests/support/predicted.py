@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from diccae.config import RunConfig, save_config
+from diccae.config import RunConfig, config_text
 from training.evaluation.predictions import FILE, About, Predictions, write_predictions
 
 STREAMS = ("audio", "video", "fusion")
@@ -34,7 +34,7 @@ def predictions(
 def predicted_run(folder: Path, given: Predictions, **results: object) -> Path:
     """A run folder that was evaluated with the default config."""
     (folder / "evaluation").mkdir(parents=True)
-    save_config(RunConfig(), folder / "config.yaml")
+    (folder / "config.yaml").write_text(config_text(RunConfig()))
     (folder / "results.json").write_text(json.dumps({"n_test": given.n_clips, **results}))
     write_predictions(folder / "evaluation" / FILE, given)
     return folder

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from diccae.config import RunConfig, save_config
+from diccae.config import RunConfig, config_text
 from diccae.integrations.mteb import DiccaeEncoder
 from pipeline.config import FeatureSpec
 from training.config import EncoderConfig, FbankStatistics
@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("run")
     config = EncoderConfig(preset="tiny", dim=16, n_heads=2)
-    save_config(RunConfig(encoder=config, features=SPEC), folder / "config.yaml")
+    (folder / "config.yaml").write_text(config_text(RunConfig(encoder=config, features=SPEC)))
     shape = InputShape(SPEC.fbank_frames, SPEC.n_mels, SPEC.frame_size)
     encoder = Encoder(config, shape).eval()
     save_encoder(
