@@ -32,7 +32,7 @@ def label_ranks(scores_NC: Scores, labels_N: Labels) -> NDArray[np.int64]:
     """How many classes come before the best label of each row; of equal scores the lower class:
     [N]. Args: labels_N: or [N, L]."""
     best_N: NDArray[np.int64] = np.full(len(labels_N), scores_NC.shape[1])
-    for own_N in labels_N.reshape(len(labels_N), -1).T:
+    for own_N in _of_each(labels_N).T:
         own_N1 = scores_NC[np.arange(len(own_N)), own_N][:, None]
         before = np.arange(scores_NC.shape[1])[None] < own_N[:, None]
         rank_N = (scores_NC > own_N1).sum(1) + ((scores_NC == own_N1) & before).sum(1)
@@ -140,6 +140,11 @@ def confusion_rates(confusion_CC: NDArray[np.number]) -> NDArray[np.float64]:
     return rates
 
 
+def _of_each(labels_N: Labels) -> Labels:
+    """[N] or [N, L] as [N, L]."""
+    return labels_N[:, None] if labels_N.ndim == 1 else labels_N
+
+
 def _check(scores_NC: Scores, labels_N: Labels) -> Labels:
     """Returns: the labels as [N, L]."""
     if scores_NC.ndim != 2 or len(scores_NC) != len(labels_N) or not len(labels_N):
@@ -147,7 +152,7 @@ def _check(scores_NC: Scores, labels_N: Labels) -> Labels:
     if not np.isfinite(scores_NC).all():
         bad = int((~np.isfinite(scores_NC).all(1)).sum())
         raise ValueError(f"scores of {bad} of {len(scores_NC)} clips are not finite")
-    labels_NL = labels_N.reshape(len(labels_N), -1)
+    labels_NL = _of_each(labels_N)
     lowest, highest = labels_NL[:, 0].min(), labels_NL.max()
     if not 0 <= lowest <= highest < scores_NC.shape[1]:
         raise ValueError(f"labels {lowest}..{highest} for {scores_NC.shape[1]} classes")
