@@ -267,6 +267,7 @@ def test_a_saved_state_stays_what_it_was_until_it_is_forgotten(tmp_path: Path) -
     actor.push(*first)
     write_saved(str(tmp_path / "bank-1"), actor.saved())
     actor.push(*second)
+    actor.sync()
     frozen = _frozen(actor, tmp_path, 6)
     actor.forget(kept_files(home))
     write_saved(str(tmp_path / "bank-2"), actor.saved())
