@@ -17,7 +17,7 @@ from training.errors import TOO_OLD, ConfigMismatch, TrainingError
 _STATE = "state.pt"
 _FORMAT = 3
 """Of checkpoints. 1 had no step of the last update of the confusion matrix, and no settings; 2 no
-sample of `train_knn`."""
+sample of `train_knn`, and a copy of the whole bank."""
 
 
 class Span(NamedTuple):
