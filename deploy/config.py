@@ -159,6 +159,15 @@ class ClusterConfig(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _clustering_has_nodes(self) -> "ClusterConfig":
+        if self.decode.max_nodes == 0:
+            raise ValueError(
+                "decode.max_nodes = 0: the clustering pool keeps off the nodes that train, and would "
+                "wait for ever; give it at least one node"
+            )
+        return self
+
 
 def read_config(path: str | None, command: Sequence[str] = ()) -> ClusterConfig:
     """The cluster that a YAML file describes, for this command if one is given.

@@ -16,9 +16,15 @@ from clustering.errors import ClusteringError
 from clustering.kmeans.passes import Arguments, Passes, Result, merge
 from clustering.kmeans.share import Share, Source, Sums
 
-FOREVER: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
+FOREVER: dict[str, Any] = {
+    "max_restarts": -1,
+    "max_task_retries": -1,
+    "label_selector": {"diccae.io/role": "!train"},
+}
 """Options of an actor whose calls may be repeated. A finite number of retries can be used up while
-the actor is still restarting."""
+the actor is still restarting. Rendered manifests label the nodes that train: an actor that comes
+before the training workers would take CPUs there, and a worker that needs a whole node would wait
+for ever. Where nothing is labelled any node will do."""
 
 _TREE_ABOVE = 16
 """Shares whose sums one process adds before it is what everybody waits for."""

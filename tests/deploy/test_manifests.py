@@ -422,3 +422,8 @@ def test_rendering_twice_writes_the_same_files(tmp_path: Path) -> None:
     first = {path.name: path.read_text() for path in write_manifests(UNUSUAL, tmp_path)}
     second = {path.name: path.read_text() for path in write_manifests(UNUSUAL, tmp_path)}
     assert first == second == render(UNUSUAL)
+
+
+def test_a_cluster_whose_only_workers_train_has_no_place_for_the_clustering_pool() -> None:
+    with pytest.raises(ValidationError, match=r"decode.max_nodes = 0: the clustering pool"):
+        ClusterConfig(decode=GroupConfig(max_nodes=0))
