@@ -163,8 +163,8 @@ class ClusterConfig(Frozen):
     def _clustering_has_nodes(self) -> "ClusterConfig":
         if self.decode.max_nodes == 0:
             raise ValueError(
-                "decode.max_nodes = 0: the clustering pool keeps off the nodes that train, and would "
-                "wait for ever; give it at least one node"
+                "decode.max_nodes = 0: the clustering pool keeps off the nodes that train, and "
+                "would wait for ever; give it at least one node"
             )
         return self
 
