@@ -57,6 +57,7 @@ def _finished(store: str, out: str, vectors: str) -> list[list[str]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_run_in_a_bucket_ends_with_the_bits_of_one_in_a_folder(
     bucket: str, store: str, tmp_path: Path
 ) -> None:

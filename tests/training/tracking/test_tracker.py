@@ -279,9 +279,6 @@ def test_server_that_dies_and_comes_back_has_every_point_once(
     assert register(handle, tmp_path / "encoder", "over-http") == "1"
     found = _client(server.uri).get_model_version_by_alias("over-http", "candidate")
     assert found.tags["store.uri"] == "s3://b/vgg"
-    server.kill()
-    assert registered(handle, tmp_path / "encoder", "over-http") is None
-    assert "MLflow could not register the model" in caplog.text
 
 
 def test_nodes_are_measured_in_one_run_also_after_mlflow_was_away(
@@ -301,6 +298,9 @@ def test_nodes_are_measured_in_one_run_also_after_mlflow_was_away(
 
     wait_until(lambda: all_measured(0), 200)
     server.kill()
+    saved_models(str(tmp_path))
+    assert registered(handle, tmp_path / "encoder", "over-http") is None
+    assert "MLflow could not register the model" in caplog.text
     told = "gets no metrics of node 10.0.0.1 for now"
     wait_until(lambda: [node.keep_on() for node in nodes] and told in caplog.text, 200)
     nodes[0].keep_on()
