@@ -17,9 +17,9 @@ from diccae.config import RunConfig, config_text, differing_keys
 from diccae.errors import UsageError
 from diccae.run_folder import RunFolder, config_in, read_json, write_json
 from diccae.screen import clock
+from diccae.stages.backend import ON_RAY, Backend
 from diccae.stages.evaluate import run_evaluate, scalars, tested_rows
 from diccae.stages.finetune import run_finetune
-from diccae.stages.place import ON_RAY, Place
 from diccae.stages.pretrain import run_pretrain
 from pipeline.storage import Location
 from pipeline.store.store import FeatureStore
@@ -100,7 +100,7 @@ class Runs(NamedTuple):
         """Of a run, or of a seed's warm-up."""
         return RunFolder(self.out.uri_of(f"seed-{seed}", name))
 
-    def train(self, name: str, seed: int, place: Place, say: Say) -> None:
+    def train(self, name: str, seed: int, backend: Backend, say: Say) -> None:
         """Pretrain, fine-tune if asked to, evaluate."""
         variant = self.plan.variants[name]
         folder, config = self.folder(seed, name), variant_config(self.config, name, variant, seed)
@@ -108,12 +108,12 @@ class Runs(NamedTuple):
         with folder.held(f"ablate, {name}", config.scale.lease_stale_s):
             folder.open(config, fresh=False)
             tags = _tags(self.parent, f"seed-{seed} {name}")
-            run_pretrain(folder, config, self.store, say, span, tags, place=place)
+            run_pretrain(folder, config, self.store, say, span, tags, backend=backend)
             if self.plan.finetune:
-                run_finetune(folder, config, None, say, place=place)
-            run_evaluate(folder, config, say, place=place)
+                run_finetune(folder, config, None, say, backend=backend)
+            run_evaluate(folder, config, say, backend=backend)
 
-    def measure_test(self, name: str, seed: int, place: Place, say: Say) -> None:
+    def measure_test(self, name: str, seed: int, backend: Backend, say: Say) -> None:
         """Measure a finished run on the test clips, in a folder of its own: what runs are compared
         and chosen by stays as it is."""
         run, config = self.folder(seed, name), self.folder(seed, name).config()
@@ -128,7 +128,7 @@ class Runs(NamedTuple):
         folder.place.write_bytes("config.yaml", config_text(config).encode())
         with folder.held(f"ablate, {name}, test clips", config.scale.lease_stale_s):
             folder.write_record(**run.record)
-            run_evaluate(folder, config, say, place=place)
+            run_evaluate(folder, config, say, backend=backend)
 
     def on_test(self) -> "Runs":
         """These runs, measured on the test clips."""
@@ -145,7 +145,7 @@ class Runs(NamedTuple):
         warm = self.folder(seed, WARMUP).results.get("warmup_epochs")
         return self.shares_warmup(name) and not warm
 
-    def warm_up(self, seed: int, place: Place, say: Say) -> None:
+    def warm_up(self, seed: int, backend: Backend, say: Say) -> None:
         """Train the epochs before labels that variants of a seed share."""
         epochs, folder = self.config.rounds.warmup_epochs, self.folder(seed, WARMUP)
         own = variant_config(self.config, WARMUP, Variant("", {}), seed)
@@ -153,7 +153,7 @@ class Runs(NamedTuple):
             folder.open(own, fresh=False)
             tags = _tags(self.parent, f"seed-{seed} {WARMUP}")
             span = Span(until_epoch=epochs)
-            run_pretrain(folder, own, self.store, say, span, tags, place=place)
+            run_pretrain(folder, own, self.store, say, span, tags, backend=backend)
             folder.write_results(warmup_epochs=epochs)
 
     def _branch(self, name: str, seed: int) -> Span:

@@ -15,14 +15,14 @@ from diccae.ablation.runs import Finished, Runs, measured_of
 from diccae.ablation.variants import WARMUP
 from diccae.run_folder import RunFolder
 from diccae.screen import clock, say
-from diccae.stages.place import InLab
+from diccae.stages.backend import InLab
 from diccae.stages.quality import run_fbank_stats
 from diccae.stages.run_record import Say
 from pipeline.storage import Location
 from pipeline.store.store import FeatureStore
 from training.errors import TrainingError
 from training.lab.features import decode_store, open_features
-from training.lab.place import Lab
+from training.lab.lab import Lab
 
 _HAVE = ("diccae.ablation.side_by_side", "training.on_ray.evaluate", "torch._dynamo", "faiss")
 """What a run imports: the server that its process is forked from has it already. The first

@@ -12,7 +12,7 @@ from diccae.config import RunConfig
 from diccae.errors import UsageError
 from diccae.resources import Demand
 from diccae.run_folder import RunFolder
-from diccae.stages.place import ON_RAY, Place
+from diccae.stages.backend import ON_RAY, Backend
 from diccae.stages.run_record import Say, pin_for, tracking_handle
 from diccae.stages.statistics import settle
 from training.cluster_config import ScaleConfig
@@ -31,19 +31,19 @@ from training.weights.measured import Measured, write_measured
 
 
 def run_evaluate(
-    folder: RunFolder, config: RunConfig, say: Say, *, place: Place = ON_RAY
+    folder: RunFolder, config: RunConfig, say: Say, *, backend: Backend = ON_RAY
 ) -> dict[str, Any]:
     """Evaluate the folder's models on the test split into `results.json`."""
     data = pin_for(folder, config)
     test = tested_rows(data, config)
     config_hash = config.digest()
     config, _ = settle(folder, config, data, say)
-    place.ready(inference_demands(config.scale), {"--store": data.snapshot.uri}, folder.uri)
+    backend.ready(inference_demands(config.scale), {"--store": data.snapshot.uri}, folder.uri)
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
     started = time.monotonic()
     clusters = _clusters(folder.place.uri_of("rounds"), test)
     handle = tracking_handle(folder)
-    with place.watched_nodes(folder.attempt, handle, measure=False):
+    with backend.watched_nodes(folder.attempt, handle, measure=False):
         evaluation = evaluate(
             config,
             data.train,
@@ -52,7 +52,7 @@ def run_evaluate(
             clusters,
             groups=_groups(data, config),
             config_hash=config_hash,
-            apply=place.apply,
+            apply=backend.apply,
             may_write=folder.check,
         )
     found = evaluation.as_json()

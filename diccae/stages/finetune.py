@@ -8,7 +8,7 @@ import time
 from diccae.config import RunConfig
 from diccae.resources import training_demands
 from diccae.run_folder import RunFolder, watched
-from diccae.stages.place import ON_RAY, Place
+from diccae.stages.backend import ON_RAY, Backend
 from diccae.stages.run_record import Say, pin_for, provenance, tracking_handle, with_status
 from diccae.stages.statistics import settle
 from training.data.order import BatchPlan
@@ -23,7 +23,7 @@ def run_finetune(
     encoder: str | None,
     say: Say,
     *,
-    place: Place = ON_RAY,
+    backend: Backend = ON_RAY,
 ) -> None:
     """Fine-tune the folder's encoder (or another one) into `classifier/`.
 
@@ -39,7 +39,7 @@ def run_finetune(
         folder.write_record(statistics=statistics)
     steps = BatchPlan.of(len(train), config.finetune.batch_size, config.data).steps(len(train))
     reads = {"--store": data.snapshot.uri, "--encoder": encoder}
-    place.ready(training_demands(config, None), reads, folder.uri)
+    backend.ready(training_demands(config, None), reads, folder.uri)
     origin = provenance(folder, config)
     folder.check()
     uri = starting_encoder(config, train, encoder, folder.place, origin)
@@ -50,7 +50,7 @@ def run_finetune(
     started = time.monotonic()
     handle = tracking_handle(folder)
     written = Written(folder.place, handle, origin, folder.attempt)
-    nodes = place.watched_nodes(folder.attempt, handle, config.tracking.of_nodes)
+    nodes = backend.watched_nodes(folder.attempt, handle, config.tracking.of_nodes)
     with nodes, watched(folder.place, "finetune.jsonl", steps * config.finetune.epochs, "finetune"):
-        with_status(folder, handle, lambda: place.finetune(config, train, uri, written))
+        with_status(folder, handle, lambda: backend.finetune(config, train, uri, written))
     folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})

@@ -12,7 +12,7 @@ from clustering.rounds.files import load_round, rounds_at
 from diccae.config import RunConfig
 from diccae.resources import training_demands
 from diccae.run_folder import RunFolder, watched
-from diccae.stages.place import ON_RAY, Place
+from diccae.stages.backend import ON_RAY, Backend
 from diccae.stages.run_record import Say, pin_for, provenance, remember, with_status
 from diccae.stages.statistics import settle
 from pipeline.storage import Location
@@ -33,7 +33,7 @@ def run_pretrain(
     span: Span = WHOLE,
     tags: Mapping[str, str] | None = None,
     *,
-    place: Place = ON_RAY,
+    backend: Backend = ON_RAY,
 ) -> dict[str, Any]:
     """Pretrain into the folder, from its newest checkpoint if there is one.
 
@@ -43,18 +43,18 @@ def run_pretrain(
     makes_labels = config.rounds.labels != "none"
     pool = config.pool.groups(config.clustering) if makes_labels else None
     reads = {"--store": data.snapshot.uri, "--init": config.encoder.init}
-    place.ready(training_demands(config, pool), reads, folder.uri)
-    handle = place.track(folder, config, data, tags)
-    place.note(config.scale, handle, say)
+    backend.ready(training_demands(config, pool), reads, folder.uri)
+    handle = backend.track(folder, config, data, tags)
+    backend.note(config.scale, handle, say)
     total = _say_what_is_trained(config, data, store, say, span)
     written = Written(folder.place, handle, provenance(folder, config), folder.attempt)
     started = time.monotonic()
-    nodes = place.watched_nodes(folder.attempt, handle, config.tracking.of_nodes)
+    nodes = backend.watched_nodes(folder.attempt, handle, config.tracking.of_nodes)
     with nodes, watched(folder.place, "metrics.jsonl", total, "pretrain"):
         result = with_status(
             folder,
             handle,
-            lambda: place.pretrain(config, data, written, span),
+            lambda: backend.pretrain(config, data, written, span),
         )
     _write_results(folder, config, len(data.train), result, time.monotonic() - started)
     return result

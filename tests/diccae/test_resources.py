@@ -26,10 +26,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch):
         dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
         monkeypatch.setattr(ray, "nodes", lambda: [*said, dead])
 
-    for command in ("stages.place", "commands.cluster"):
+    for command in ("stages.backend", "commands.cluster"):
         monkeypatch.setattr(f"diccae.{command}.start_ray", lambda: None)
         monkeypatch.setattr(f"diccae.{command}.check_reach", lambda *_: None)
-    monkeypatch.setattr("diccae.stages.place.tracking_run", lambda *_: 1 / 0)
+    monkeypatch.setattr("diccae.stages.backend.tracking_run", lambda *_: 1 / 0)
     return give
 
 

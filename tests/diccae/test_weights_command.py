@@ -130,7 +130,7 @@ def test_pretraining_says_what_the_weights_give_before_the_cluster_is_used(
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diccae.stages.place.start_ray", interrupted)
+    monkeypatch.setattr("diccae.stages.backend.start_ray", interrupted)
     assert main(["weights", "export", "--model", "trunk", "--out", "trunk.pth"]) == 0
     arguments = ["pretrain", "--config", "run.yaml", "--store", "store"]
     arguments += ["--pretrain.batch-size", "8"]

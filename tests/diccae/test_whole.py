@@ -404,7 +404,7 @@ def test_what_cannot_work_is_said_before_the_cluster_is_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started: list[str] = []
-    monkeypatch.setattr("diccae.stages.place.start_ray", lambda: started.append("ray"))
+    monkeypatch.setattr("diccae.stages.backend.start_ray", lambda: started.append("ray"))
     out = str(place / "bad")
     assert main(["pretrain", "--config", SMOKE, "--store", store, "--out", out, *change]) == 1
     printed = capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""Place: where the stages of a run compute: the Ray cluster, or this process alone.
+"""Backend: where the stages of a run compute: the Ray cluster, or this process alone.
 
-Knows nothing of what a stage computes. Invariant: the place changes no bit of what is trained on
+Knows nothing of what a stage computes. Invariant: the backend changes no bit of what is trained on
 the same peers.
 """
 
@@ -17,7 +17,7 @@ from diccae.stages.run_record import Say, tracking_run
 from training.attempt import Attempt
 from training.cluster_config import ScaleConfig
 from training.data.rows import RowIndex
-from training.lab.place import Lab
+from training.lab.lab import Lab
 from training.on_ray.inference import Apply, run_jobs
 from training.run.checkpoints import Span
 from training.run.edge import Written
@@ -27,7 +27,7 @@ from training.tracking.copier import RunHandle
 Tags = Mapping[str, str] | None
 
 
-class Place(Protocol):
+class Backend(Protocol):
     """What stages ask of it."""
 
     @property
@@ -77,17 +77,17 @@ class OnRay:
     watched_nodes = staticmethod(watched_nodes)
 
     def ready(self, demands: list[Demand], paths: Mapping[str, str | None], out: str) -> None:
-        """See `Place`."""
+        """See `Backend`."""
         start_ray()
         check_fits(demands)
         check_reach(paths, out)
 
     def track(self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags) -> RunHandle:
-        """See `Place`."""
+        """See `Backend`."""
         return tracking_run(folder, config, data, tags)
 
     def note(self, scale: ScaleConfig, handle: RunHandle, say: Say) -> None:
-        """See `Place`."""
+        """See `Backend`."""
         scale_note(scale, say)
         if not handle.uri:
             say(
@@ -98,7 +98,7 @@ class OnRay:
     def pretrain(
         self, config: RunConfig, data: Pinned, written: Written, span: Span
     ) -> dict[str, Any]:
-        """See `Place`."""
+        """See `Backend`."""
         from training.on_ray.pretrain import pretrain
 
         return pretrain(
@@ -116,7 +116,7 @@ class OnRay:
     def finetune(
         self, config: RunConfig, train: RowIndex, encoder_uri: str, written: Written
     ) -> dict[str, Any]:
-        """See `Place`."""
+        """See `Backend`."""
         from training.on_ray.finetune import finetune
 
         return finetune(
@@ -141,30 +141,30 @@ class InLab:
     def watched_nodes(
         self, attempt: Attempt, handle: RunHandle, measure: bool
     ) -> AbstractContextManager[None]:
-        """See `Place`; there are none."""
+        """See `Backend`; there are none."""
         return nullcontext()
 
     def ready(self, demands: list[Demand], paths: Mapping[str, str | None], out: str) -> None:
-        """See `Place`; there is nothing to start."""
+        """See `Backend`; there is nothing to start."""
 
     def track(self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags) -> RunHandle:
-        """See `Place`; one without an id."""
+        """See `Backend`; one without an id."""
         return RunHandle("", "", folder.uri)
 
     def note(self, scale: ScaleConfig, handle: RunHandle, say: Say) -> None:
-        """See `Place`."""
+        """See `Backend`."""
 
     def pretrain(
         self, config: RunConfig, data: Pinned, written: Written, span: Span
     ) -> dict[str, Any]:
-        """See `Place`."""
+        """See `Backend`."""
         train, clustering = data.train, config.clustering
         return self._lab.pretrain(config, clustering, train, written, pool=config.pool, span=span)
 
     def finetune(
         self, config: RunConfig, train: RowIndex, encoder_uri: str, written: Written
     ) -> dict[str, Any]:
-        """See `Place`."""
+        """See `Backend`."""
         return self._lab.finetune(config, train, encoder_uri, written)
 
 

@@ -16,7 +16,7 @@ from pipeline.storage import Location
 from training.attempt import UNHELD
 from training.config import TrainingConfig
 from training.lab.features import decode_store, open_features
-from training.lab.place import Lab
+from training.lab.lab import Lab
 from training.run.checkpoints import WHOLE, Span, newest_checkpoint
 from training.run.edge import Written
 from training.run.pinned import Pinned, pin
