@@ -155,7 +155,7 @@ def test_what_needs_labels_says_so_by_name_before_the_cluster_is_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started: list[str] = []
-    monkeypatch.setattr(f"diccae.stages.{command}.start_ray", lambda: started.append("ray"))
+    monkeypatch.setattr("diccae.stages.backend.start_ray", lambda: started.append("ray"))
     monkeypatch.chdir(pretrained)  # The store was named as in another folder.
     assert main([command, "--out", str(pretrained)]) == 1
     printed = capsys.readouterr().err

@@ -153,6 +153,7 @@ def test_fine_tuning_with_other_settings_trains_or_is_refused_by_key(
     assert yaml.safe_load((out / "config.yaml").read_text())["finetune"]["optim"]["lr"] == 0.003
 
 
+@pytest.mark.slow
 def test_another_encoder_is_fine_tuned_in_a_new_folder_and_evaluated(
     place: Path, store: str, diccae: Diccae, capsys: pytest.CaptureFixture[str]
 ) -> None:
