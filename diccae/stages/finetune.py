@@ -13,6 +13,7 @@ from diccae.stages.run_record import Say, pin_for, provenance, tracking_handle, 
 from diccae.stages.statistics import settle
 from training.data.order import BatchPlan
 from training.data.rows import with_labels
+from training.loop.finetuner import refuse_labels
 from training.run.edge import Written
 from training.run.finetune import starting_encoder
 
@@ -27,11 +28,13 @@ def run_finetune(
 ) -> None:
     """Fine-tune the folder's encoder (or another one) into `classifier/`.
 
-    Raises: ConfigMismatch if the folder holds fine-tuning with other settings.
+    Raises: ConfigMismatch if the folder holds fine-tuning with other settings; TrainingError for
+        clips with more labels than the loss can use.
     """
     data = pin_for(folder, config)
     # Pretraining is for all clips, fine-tuning for those of them that have a label.
     train = with_labels(data.train, "finetune")
+    refuse_labels(train, config.finetune.loss)
     has_own = folder.place.exists("encoder/encoder.json")
     own = folder.place.uri_of("encoder") if has_own else config.encoder.init
     config, statistics = settle(folder, config, data, say, encoder or own)

@@ -134,11 +134,15 @@ def test_a_source_that_cannot_be_is_one_line_and_leaves_no_store(
 @pytest.fixture
 def pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run folder that pinned a store without labels; its encoder was never trained."""
+    noise_store(tmp_path / "store", load_config(SMOKE).features, 64, labelled=False)
+    return _run_on_store(tmp_path, monkeypatch)
+
+
+def _run_on_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from diccae.run_folder import RunFolder
     from diccae.stages.run_record import pin_for, remember
 
     config = load_config(SMOKE)
-    noise_store(tmp_path / "store", config.features, 64, labelled=False)
     monkeypatch.chdir(tmp_path)
     store = "store"
     folder = RunFolder(tmp_path / "run")
@@ -162,6 +166,20 @@ def test_what_needs_labels_says_so_by_name_before_the_cluster_is_used(
     assert f"diccae {command}: {command}" in printed
     assert "needs labels, and none of the 64 clips of" in printed
     assert printed.count("\n") == 1
+    assert not started
+
+
+def test_several_labels_a_clip_are_refused_before_the_cluster_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr("diccae.stages.backend.start_ray", lambda: started.append("ray"))
+    noise_store(tmp_path / "store", load_config(SMOKE).features, 64, more="loud")
+    run = _run_on_store(tmp_path, monkeypatch)
+    assert main(["finetune", "--out", str(run)]) == 1
+    printed = capsys.readouterr().err
+    assert "64 clips of the train split have several labels" in printed
+    assert "set finetune.loss to bce" in printed
     assert not started
 
 

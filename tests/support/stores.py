@@ -20,9 +20,10 @@ N_SHARDS = 2
 
 
 def noise_store(
-    folder: Path, spec: FeatureSpec, n_clips: int, labelled: bool = True
+    folder: Path, spec: FeatureSpec, n_clips: int, labelled: bool = True, more: str | None = None
 ) -> FeatureStore:
-    """n clips of the train split, of classes "class 0" to "class 3" or of none, in two shards."""
+    """n clips of the train split, of classes "class 0" to "class 3" (and of `more`) or of none, in
+    two shards."""
     store = FeatureStore.create(str(folder), spec)
     rng = np.random.default_rng(0)
     rows = []
@@ -44,7 +45,12 @@ def noise_store(
             same: dict[str, Any] = {"clip_id": clip_id, "row_key": f"key-{clip_id}", "label": label}
             same["split"] = "train"
             same["uri"] = f"/nowhere/{clip_id}.mp4"
-            state = {"status": "ok", "shard": writer.name, "spec_hash": spec.spec_hash()}
+            state = {
+                "status": "ok",
+                "more_labels": more,
+                "shard": writer.name,
+                "spec_hash": spec.spec_hash(),
+            }
             rows.append({**same, **state, "row": writer.add({**same, **features})})
         writer.publish()
     store.append(pa.Table.from_pylist(rows, CLIPS_SCHEMA), {})
