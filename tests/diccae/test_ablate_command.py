@@ -22,7 +22,6 @@ def arguments(store: str, out: Path) -> list[str]:
     return ["ablate", "--config", SMOKE, "--store", store, "--out", str(out), "--seeds", "1"]
 
 
-@pytest.mark.slow
 def test_a_variant_starts_where_the_warmup_ended(
     diccae: Diccae, arguments: list[str], out: Path
 ) -> None:
