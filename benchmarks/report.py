@@ -17,8 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Behind the packages, whose names the folders of the tests share.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+# The tests behind the packages, whose names their folders share.
+sys.path += [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "tests")]
 from support.browser import Browser
 from support.full_run import make_full_run
 
