@@ -53,6 +53,8 @@ class KMeansConfig(Frozen):
     init_trials: int = Field(8, ge=1)
     """Starts of `kmeans++` of which the best is taken; fewer when K is above 250, where one start
     costs seconds."""
+    seed_weight: int = Field(10, ge=1)
+    """Where the labels of some rows are known: how many rows each counts as in its own centroid."""
     empty: Literal["split", "keep"] = "split"
     """An empty cluster takes half of a large one, or keeps its centroid."""
     balance: Literal["none", "sinkhorn"] = "none"

@@ -224,10 +224,14 @@ class ConfusionConfig(Frozen):
 class RoundsConfig(Frozen):
     """When pseudo-labels are made and how they reach training (docs/design.md, "Pretraining")."""
 
-    labels: Literal["clusters", "none", "random", "true"] = "clusters"
-    """`none` never labels: InfoNCE (and what else is on) alone. Controls, in the same slots and
-    with prototypes and confusion of their own: `random` draws one of K once for each clip, `true`
-    takes the store's classes."""
+    labels: Literal["clusters", "seeded", "none", "random", "true"] = "clusters"
+    """`seeded`: some clips have a class, and clustering from them finds that of the others, one
+    cluster a class. `none` never labels: InfoNCE (and what else is on) alone. Controls, in the same
+    slots and with prototypes and confusion of their own: `random` draws one of K once for each
+    clip, `true` takes the store's classes."""
+    labels_per_class: int | None = Field(None, ge=1)
+    """With `seeded` and `true`: clips of each class whose label is used, those that the probe from
+    few labels sees; None: every clip that has one."""
     label_noise: float = Field(0.0, ge=0, le=1)
     """With `true`: share of the clips that are given another class instead, drawn once."""
     label_noise_from: str | None = None

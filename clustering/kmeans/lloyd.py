@@ -9,17 +9,17 @@ Shapes: N rows, D width, K clusters.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from clustering.config import KMeansConfig
-from clustering.errors import BadVectors, MissingLabels
+from clustering.errors import BadVectors, ClusteringError, MissingLabels
 from clustering.kmeans.checkpoint import Checkpoint, LloydState
 from clustering.kmeans.fit_plan import FitPlan, plan_fit
 from clustering.kmeans.label_table import LabelTable
 from clustering.kmeans.passes import LocalPasses, Passes
-from clustering.kmeans.share import RowBlock, Share
+from clustering.kmeans.share import RowBlock, Share, Sums
 from clustering.kmeans.space import PointSpace, whole_rows
 from clustering.kmeans.start import start
 from clustering.kmeans.update import new_centroids
@@ -97,12 +97,31 @@ def cluster(
     *,
     init_KD: np.ndarray | None = None,
     warm: LabelTable | None = None,
+    seeds: LabelTable | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Clustering:
-    """Plan, fit and label all rows of `passes`."""
+    """Plan, fit and label all rows of `passes`.
+
+    Args: seeds: rows whose label is known: the fit starts from their means alone, each pulls its
+        own centroid as `seed_weight` rows would, and it keeps its label. Its distance is to the
+        nearest centroid all the same. `warm` is not looked at then.
+    Source: seeded k-means, Basu et al. 2002 (Semi-supervised clustering by seeding); the weight,
+        between their two variants, is ours.
+    """
     plan = plan_fit(passes, space, config, seed)
-    state = fit(passes, plan, config, seed, init_KD=init_KD, warm=warm, checkpoint=checkpoint)
-    return label(passes, plan, state, config)
+    pull = None if seeds is None else _pull(passes, plan, config, seeds)
+    state = fit(
+        passes,
+        plan,
+        config,
+        seed,
+        init_KD=init_KD,
+        warm=seeds or warm,
+        pull=pull,
+        checkpoint=checkpoint,
+    )
+    made = label(passes, plan, state, config)
+    return made if seeds is None else _with_known(made, seeds)
 
 
 def check_distinct(keys: np.ndarray) -> None:
@@ -124,29 +143,68 @@ def fit(
     *,
     init_KD: np.ndarray | None = None,
     warm: LabelTable | None = None,
+    pull: Sums | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> LloydState:
-    """Lloyd iterations until the inertia settles, from the checkpoint if there is one."""
+    """Lloyd iterations until the inertia settles, from the checkpoint if there is one.
+
+    Args: pull: of rows whose cluster is known, added to those of every iteration.
+    """
     state = checkpoint.load() if checkpoint else None
     if state is None:
         state = start(passes, plan, config, seed, init_KD=init_KD, warm=warm)
     while not state.done and len(state.inertia) < state.limit:
-        _iterate(passes, plan, config, seed, state)
+        _iterate(passes, plan, config, seed, state, pull=pull)
         if checkpoint:
             checkpoint.save(state)
     return state
 
 
+def _pull(passes: Passes, plan: FitPlan, config: KMeansConfig, seeds: LabelTable) -> Sums:
+    """What known rows add to their clusters: whole multiples of exact sums are exact too.
+
+    Raises: ClusteringError if none of them is among the rows.
+    """
+    # Of all rows: a fit on a sample may have drawn none of a class's seeds.
+    of_seeds = passes.label_sums(plan.rule.everything(), passes.share_out(seeds), config.k)
+    if not of_seeds.counts.any():
+        raise ClusteringError(
+            f"none of the {len(seeds.keys_N):,} rows with a known label is among the "
+            f"{plan.n_rows:,} rows to cluster. Cluster the rows they belong to."
+        )
+    return Sums(of_seeds.sums * config.seed_weight, of_seeds.counts * config.seed_weight)
+
+
+def _with_known(made: Clustering, seeds: LabelTable) -> Clustering:
+    """The same clustering, in which known rows have their own label."""
+    known_N = seeds.lookup(made.keys_N)
+    labels_N = np.where(known_N >= 0, known_N, made.labels_N).astype(np.int32)
+    return replace(
+        made, labels_N=labels_N, counts_K=np.bincount(labels_N, minlength=len(made.counts_K))
+    )
+
+
 def _iterate(
-    passes: Passes, plan: FitPlan, config: KMeansConfig, seed: int, state: LloydState
+    passes: Passes,
+    plan: FitPlan,
+    config: KMeansConfig,
+    seed: int,
+    state: LloydState,
+    *,
+    pull: Sums | None = None,
 ) -> None:
     """One assignment and update, in place."""
     old = state.centroids_KD
     if config.balance == "sinkhorn":
         state.offset_K = _balance(passes, plan, config, old)
     total = passes.lloyd_sums(plan.rule, old, _offset(state, plan))
+    sum_of_squares = plan.sum_of_squares
+    if pull is not None:
+        total = Sums(total.sums + pull.sums, total.counts + pull.counts)
+        # A known row counts as an average one.
+        sum_of_squares *= 1 + int(pull.counts.sum()) / plan.n_fit
     sums_KD, counts_K = total
-    state.inertia.append(inertia_of(sums_KD, counts_K, old, plan.sum_of_squares))
+    state.inertia.append(inertia_of(sums_KD, counts_K, old, sum_of_squares))
     state.n_empty.append(int((counts_K == 0).sum()))
     settled = _settled(state, config.tol) or len(state.inertia) == state.limit
     # The last update moves no donor away from its mean.

@@ -16,12 +16,12 @@ import ray
 
 from clustering import storage
 from clustering.config import KMeansConfig, PoolConfig
-from clustering.kmeans.label_table import LabelTable
 from clustering.pool.bank_actor import BankActor
 from clustering.pool.client import PoolClient
 from clustering.pool.compute import FOREVER, compute_actors, stop
 from clustering.pool.coordinator import ActorNames, Coordinator
 from clustering.rounds.frozen import Owner
+from clustering.rounds.given import Given
 from clustering.rounds.maker import RoundMaker
 from clustering.rounds.saved import POOLS, kept_files, pools_at, remove_unnamed
 
@@ -37,7 +37,7 @@ class ClusterPool:
         uri: str,
         seed: int = 0,
         *,
-        given: LabelTable | None = None,
+        given: Given | None = None,
         may_write: storage.MayWrite = storage.always,
     ) -> None:
         """Args: as `LocalRounds`; `uri` must be reachable from all nodes. may_write: what the

@@ -1,4 +1,4 @@
-"""GivenLabels: labels that a round publishes without finding them, the controls of an experiment.
+"""Given: labels that a round did not find: it publishes them, or clusters the other rows from them.
 
 Knows nothing of where they come from (true classes, chance). Invariant: prototypes, confusion,
 guard and publishing treat them as they treat a clustering, so that the labels are all that differs.
@@ -20,6 +20,15 @@ from clustering.kmeans.passes import Passes
 from clustering.kmeans.space import PointSpace, unit_rows
 
 
+class Given(NamedTuple):
+    """Labels in 0..K-1 of some rows."""
+
+    table: LabelTable
+    seeds: bool = False
+    """Whether the other rows are clustered from them (`kmeans.lloyd.cluster`); else these have no
+    label: a control of an experiment."""
+
+
 class GivenLabels(NamedTuple):
     """What a round needs to know of a labelling that no iteration made."""
 
@@ -36,9 +45,10 @@ class GivenLabels(NamedTuple):
     iterations: int = 0
 
 
-def check_given(table: LabelTable, k: int) -> LabelTable:
+def check_given(given: Given, k: int) -> Given:
     """Sorted by key. Raises: ClusteringError for labels outside 0..K-1."""
-    keys_N, labels_N = np.asarray(table.keys_N, np.uint64), np.asarray(table.labels_N, np.int32)
+    keys_N, labels_N = given.table
+    keys_N, labels_N = np.asarray(keys_N, np.uint64), np.asarray(labels_N, np.int32)
     outside = labels_N[(labels_N < 0) | (labels_N >= k)]
     if len(outside):
         raise ClusteringError(
@@ -46,12 +56,13 @@ def check_given(table: LabelTable, k: int) -> LabelTable:
             "rows without a label."
         )
     order = np.argsort(keys_N)
-    return LabelTable(keys_N[order], labels_N[order])
+    return given._replace(table=LabelTable(keys_N[order], labels_N[order]))
 
 
-def digest(table: LabelTable) -> str:
-    """SHA-256 of a labelling."""
-    return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in table)).hexdigest()
+def digest(given: Given) -> str:
+    """SHA-256 of labels and of what they are for."""
+    parts = [np.ascontiguousarray(a).tobytes() for a in given.table]
+    return hashlib.sha256(b"".join([*parts, b"seeds" if given.seeds else b""])).hexdigest()
 
 
 def label_as_given(

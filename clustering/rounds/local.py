@@ -13,12 +13,12 @@ import numpy as np
 from clustering import storage
 from clustering.config import KMeansConfig, PoolConfig
 from clustering.errors import RoundTimeout
-from clustering.kmeans.label_table import LabelTable
 from clustering.kmeans.passes import LocalPasses
 from clustering.kmeans.share import Share
 from clustering.rounds.bank import Bank, BankRows, check_push, stats_of
 from clustering.rounds.files import forget_vectors, is_complete, load_round, vectors_uri
 from clustering.rounds.frozen import FrozenRows, write_rows
+from clustering.rounds.given import Given
 from clustering.rounds.maker import RoundMaker
 from clustering.rounds.protocol import BankStats, PublishedRound, RoundRequest
 from clustering.rounds.saved import (
@@ -42,12 +42,12 @@ class LocalRounds:
         uri: str,
         seed: int = 0,
         *,
-        given: LabelTable | None = None,
+        given: Given | None = None,
         keep_vectors: int | None = None,
     ) -> None:
         """Args: streams: name and width P of each slice of a bank row, in their order.
 
-        given: labels in 0..K-1 to publish instead of a clustering; clips not among them have none.
+        given: labels to publish instead of a clustering, or to cluster the other clips from.
         keep_vectors: as in `PoolConfig`.
         """
         self._config = config

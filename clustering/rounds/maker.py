@@ -25,7 +25,7 @@ from clustering.kmeans.share import PointRule
 from clustering.kmeans.space import unit_rows
 from clustering.rounds.files import begin, publish, round_before, round_uri, unfinished, vectors_uri
 from clustering.rounds.frozen import FrozenRows
-from clustering.rounds.given import GivenLabels, check_given, digest, label_as_given
+from clustering.rounds.given import Given, GivenLabels, check_given, digest, label_as_given
 from clustering.rounds.health import churn, effective_clusters, merge_health, withheld_because
 from clustering.rounds.protocol import HeadLabels, PublishedRound, RoundRequest
 from clustering.rounds.targets import Target, each_stream, stream_slices, targets_of
@@ -42,7 +42,7 @@ class RoundMaker:
         streams: Mapping[str, int],
         uri: str,
         seed: int,
-        given: LabelTable | None = None,
+        given: Given | None = None,
         *,
         may_write: storage.MayWrite = storage.always,
     ) -> None:
@@ -60,6 +60,7 @@ class RoundMaker:
         }
         if given is not None:
             self.identity["given"] = digest(given)
+        if given is not None and not given.seeds:
             # All streams learn the same labels: one head, measured in the space of the first.
             self._targets = [Target("given", self._targets[0].space, 0, tuple(streams))]
 
@@ -124,8 +125,9 @@ class RoundMaker:
     def _labelled(
         self, passes: Passes, target: Target, request: RoundRequest, old: HeadLabels | None
     ) -> Labelled:
-        if self._given is not None:
-            return label_as_given(passes, target.space, self.config, self._seed, self._given)
+        given = self._given
+        if given is not None and not given.seeds:
+            return label_as_given(passes, target.space, self.config, self._seed, given.table)
         # Heads and rounds draw apart; the mask makes a negative seed a seed, too.
         entropy = [self._seed & 0xFFFFFFFFFFFFFFFF, target.head, request.round]
         state = storage.join(self._states_uri(request.round), f"{target.name}.npz")
@@ -135,6 +137,7 @@ class RoundMaker:
             self.config,
             int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]),
             warm=old.table if old is not None and not request.cold else None,
+            seeds=None if given is None else given.table,
             checkpoint=StateFile(state, self.may_write),
         )
 

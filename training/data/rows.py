@@ -120,6 +120,17 @@ def _labels(table: pa.Table, position: dict[str, int]) -> NDArray[np.int32]:
     return labels_NL
 
 
+def few_of_each_class(labels_N: NDArray[np.integer], per_class: int) -> NDArray[np.intp]:
+    """Sorted positions of `per_class` rows of each class, or all it has; the same in every run.
+
+    Drawn by chance from rows in their order, which is that of the store, so that pretraining from
+    few labels and the probe from few labels see the same ones.
+    """
+    shuffled = np.random.default_rng(0).permutation(len(labels_N))
+    chosen = [shuffled[labels_N[shuffled] == label][:per_class] for label in np.unique(labels_N)]
+    return np.sort(np.concatenate(chosen))
+
+
 def with_labels(index: RowIndex, purpose: str) -> RowIndex:
     """The rows that have a label. Raises: TrainingError if none has, naming who needs them."""
     known = index.labels_N >= 0

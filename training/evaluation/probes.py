@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from training.data.rows import few_of_each_class
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -161,13 +163,8 @@ def few_label_probe(
     iterations: int = 100,
     device: str = "cpu",
 ) -> NDArray[np.float32]:
-    """`linear_probe` on `per_class` training clips of each class, the same ones in every run.
-
-    Drawn by chance from the rows in their order, which is that of the store.
-    """
-    shuffled = np.random.default_rng(0).permutation(len(labels_N))
-    chosen = [shuffled[labels_N[shuffled] == label][:per_class] for label in np.unique(labels_N)]
-    rows = np.sort(np.concatenate(chosen))
+    """`linear_probe` on the training clips that `few_of_each_class` draws."""
+    rows = few_of_each_class(labels_N, per_class)
     return linear_probe(
         train_ND[rows], labels_N[rows], test_MD, n_classes, iterations=iterations, device=device
     )

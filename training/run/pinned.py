@@ -20,7 +20,7 @@ from training.data.validation import groups_of, split_validation
 from training.errors import TrainingError
 from training.model.encoder import Encoder
 from training.model.make import input_shape
-from training.run.controls import control_labels
+from training.run.known_labels import known_labels
 
 
 class Pinned(NamedTuple):
@@ -71,7 +71,7 @@ def check(config: TrainingConfig, clustering: KMeansConfig, data: Pinned) -> Non
             f"data.frames_per_clip = {config.data.frames_per_clip}, but the store holds "
             f"{spec.n_frames} frames a clip; lower it, or ingest with --features.n-frames"
         )
-    control_labels(config.rounds, data.train, clustering.k, config.seed)
+    known_labels(config.rounds, data.train, clustering.k, config.seed)
     if config.rounds.labels in ("clusters", "random") and clustering.k > n_clips // 2:
         raise TrainingError(
             f"clustering.k = {clustering.k}, but the train split has {n_clips} clips; K is at most "

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from clustering.config import KMeansConfig
-from clustering.kmeans.label_table import LabelTable
+from clustering.rounds.given import Given
 from clustering.rounds.protocol import Rounds
 from pipeline.storage import Location
 from training.config import TrainingConfig
@@ -20,8 +20,8 @@ from training.loop.pretrainer import Pretrainer
 from training.model.encoder import Encoder
 from training.model.make import make_encoder
 from training.run.checkpoints import Span, failure_writer, refuse_lost_labels, state_in
-from training.run.controls import control_labels
 from training.run.edge import Edge, Written, kept
+from training.run.known_labels import known_labels
 from training.tracking.tracker import Tracker
 from training.weights.card import Applied
 from training.weights.files import load_weights, save_encoder
@@ -41,22 +41,22 @@ class RoundsMade(NamedTuple):
     """With the number of given labels as k, if there are any."""
     widths: dict[str, int]
     """Of each stream of a bank row."""
-    given: LabelTable | None
-    """Labels that are published instead of clusters: a control."""
+    given: Given | None
+    """Labels that are published instead of clusters, or that clustering starts from."""
 
 
 def rounds_made(
     config: TrainingConfig, clustering: KMeansConfig, train: RowIndex
 ) -> RoundsMade | None:
-    """None where nothing is labelled. Raises: TrainingError as `control_labels`."""
+    """None where nothing is labelled. Raises: TrainingError as `known_labels`."""
     if config.rounds.labels == "none":
         return None
     widths: dict[str, int] = {s: config.encoder.projection for s in config.loss.label_streams}
-    control = control_labels(config.rounds, train, clustering.k, config.seed)
-    if control is None:
+    known = known_labels(config.rounds, train, clustering.k, config.seed)
+    if known is None:
         return RoundsMade(clustering, widths, None)
-    with_k = clustering.model_copy(update={"k": control.k})
-    return RoundsMade(with_k, widths, LabelTable(control.keys_N, control.labels_N))
+    with_k = clustering.model_copy(update={"k": known.k})
+    return RoundsMade(with_k, widths, known.given)
 
 
 def pretrain_at(

@@ -11,7 +11,8 @@ import sklearn.cluster
 from clustering.config import Init, KMeansConfig
 from clustering.errors import BadVectors, ClusteringError
 from clustering.kmeans.label_table import LabelTable
-from clustering.kmeans.lloyd import kmeans
+from clustering.kmeans.lloyd import Clustering, cluster, kmeans
+from clustering.kmeans.space import whole_rows
 from clustering.kmeans.start import STARTS
 from clustering.rounds.health import effective_clusters, nmi
 
@@ -133,6 +134,48 @@ def test_balancing_evens_sizes_without_losing_the_classes(mixture) -> None:
     assert spread[2] > spread[0] + 0.5
     assert plain.counts_K.min() < even.counts_K.min()
     assert nmi(even.labels_N, data.truth) >= nmi(plain.labels_N, data.truth) - 0.02
+
+
+def _agree(made: Clustering, truth: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Whether each row's label, by number, is its class."""
+    return LabelTable(made.keys_N, made.labels_N).lookup(keys) == truth
+
+
+def test_a_few_known_rows_name_the_clusters_and_keep_their_labels(mixture, many_shares) -> None:
+    data = mixture(n=3000, k=12, noise=2.5)
+    few = np.concatenate([np.flatnonzero(data.truth == c)[:2] for c in range(12)])
+    order = np.argsort(data.keys[few])
+    seeds = LabelTable(data.keys[few][order], data.truth[few][order].astype(np.int32))
+    space = whole_rows(data.x.shape[1], spherical=True)
+    config = KMeansConfig(k=12, warm_iterations=50, tol=0)
+    runs = [
+        cluster(many_shares(data.keys, data.x, n, seed=n), space, config, 0, seeds=seeds)
+        for n in (1, 5)
+    ]
+    assert runs[0].digest == runs[1].digest
+    made = runs[0]
+    assert _agree(made, seeds.labels_N, seeds.keys_N).all()
+    falls = np.diff(made.history)
+    assert (falls <= 1e-9 * made.history[0]).all(), "what is minimised rose"
+    found = _agree(made, data.truth, data.keys).mean()
+    only_the_start = cluster(
+        many_shares(data.keys, data.x, 1, seed=0),
+        space,
+        config.model_copy(update={"warm_iterations": 1}),
+        0,
+        warm=seeds,
+    )
+    unknown = cluster(many_shares(data.keys, data.x, 1, seed=0), space, config, 0)
+    assert found > _agree(only_the_start, data.truth, data.keys).mean() + 0.05
+    assert _agree(unknown, data.truth, data.keys).mean() < 0.5, "ids of clusters are no classes"
+
+
+def test_seeds_of_other_rows_are_refused(mixture, many_shares) -> None:
+    data = mixture(n=200, k=4)
+    seeds = LabelTable(np.array([7], np.uint64), np.array([1], np.int32))
+    space = whole_rows(data.x.shape[1], spherical=True)
+    with pytest.raises(ClusteringError, match="none of the 1 rows with a known label is among"):
+        cluster(many_shares(data.keys, data.x, 1, 0), space, KMeansConfig(k=4), 0, seeds=seeds)
 
 
 def test_sampling_fits_on_a_part_and_labels_all(data) -> None:

@@ -11,6 +11,7 @@ from clustering.errors import BadVectors, ClusteringError
 from clustering.kmeans.checkpoint import StateFile
 from clustering.kmeans.label_table import LabelTable
 from clustering.rounds.files import load_round
+from clustering.rounds.given import Given
 from clustering.rounds.health import agreement
 from clustering.rounds.local import LocalRounds
 from clustering.rounds.protocol import RoundRequest
@@ -282,17 +283,17 @@ def test_given_labels_are_published_with_prototypes_and_confusion_of_their_own(
     features, push_all, streams, round_digest, tmp_path: Path
 ) -> None:
     data = features(noise=1.0)
-    given = LabelTable(data.keys[:-5], (data.truth[:-5] % 8).astype(np.int32))
+    given = Given(LabelTable(data.keys[:-5], (data.truth[:-5] % 8).astype(np.int32)))
     rounds = LocalRounds(CONFIG, streams, str(tmp_path / "given"), given=given)
     push_all(rounds, data, 100)
     made = _run(rounds, posterior_temperature=0.2)
     [head] = made.heads
-    np.testing.assert_array_equal(head.lookup(data.keys[:-5]), given.labels_N)
+    np.testing.assert_array_equal(head.lookup(data.keys[:-5]), given.table.labels_N)
     assert (head.lookup(data.keys[-5:]) == -100).all(), "rows without a label got one"
     start, stop = stream_slices(streams)["audio"]
     h = data.rows[:-5, start:stop].astype(np.float64)
     h /= np.linalg.norm(h, axis=1, keepdims=True)
-    prototypes = np.stack([h[given.labels_N == c].sum(axis=0) for c in range(8)])
+    prototypes = np.stack([h[given.table.labels_N == c].sum(axis=0) for c in range(8)])
     prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
     np.testing.assert_allclose(head.prototypes["audio"], prototypes, atol=1e-6)
     np.testing.assert_allclose(head.confusion_KK.sum(axis=1), 1, atol=1e-6)
@@ -307,7 +308,7 @@ def test_labels_of_a_clustering_given_again_are_the_same_round(
     data = features(noise=1.0)
     push_all(clustered, data, 100)
     found = _run(clustered)
-    given = found.heads[0].table
+    given = Given(found.heads[0].table)
     again = LocalRounds(config, streams, str(tmp_path / "given"), given=given)
     push_all(again, data, 100)
     made = _run(again)
@@ -319,6 +320,6 @@ def test_labels_of_a_clustering_given_again_are_the_same_round(
 
 
 def test_labels_outside_k_are_refused(streams, tmp_path: Path) -> None:
-    given = LabelTable(np.arange(3, dtype=np.uint64), np.array([0, 8, 1], np.int32))
+    given = Given(LabelTable(np.arange(3, dtype=np.uint64), np.array([0, 8, 1], np.int32)))
     with pytest.raises(ClusteringError, match="found 8, allowed are 0 to 7"):
         LocalRounds(CONFIG, streams, str(tmp_path), given=given)

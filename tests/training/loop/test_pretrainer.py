@@ -13,7 +13,6 @@ from support.memory import N_CLIPS, memory_index
 from support.ranks import run_ranks
 from support.trainers import Recorder, make_trainer, pretrain_config, same, weights_of
 
-from clustering.kmeans.label_table import LabelTable
 from clustering.rounds.local import LocalRounds
 from training.cluster_config import TrackingConfig
 from training.config import LossConfig, RoundsConfig
@@ -24,7 +23,7 @@ from training.loop.hooks import World
 from training.losses import objective
 from training.report.page import write_report
 from training.run.checkpoints import refuse_lost_labels
-from training.run.controls import control_labels
+from training.run.known_labels import known_labels
 from training.tracking.copier import mlflow_client
 from training.tracking.tracker import Tracker, create_run
 
@@ -164,14 +163,13 @@ def test_rows_that_a_slow_bank_dropped_are_logged_with_their_round(
 
 @pytest.mark.parametrize("labels", ["true", "random"])
 def test_controls_are_the_labels_of_the_losses(labels: str, tmp_path: Path) -> None:
-    control = control_labels(RoundsConfig(labels=labels), memory_index(), 4, seed=0)
-    assert control is not None
-    given = LabelTable(control.keys_N, control.labels_N)
-    trainer, recorder = make_trainer(pretrain_config(), tmp_path, given=given)
+    known = known_labels(RoundsConfig(labels=labels), memory_index(), 4, seed=0)
+    assert known is not None
+    trainer, recorder = make_trainer(pretrain_config(), tmp_path, given=known.given)
     trainer.run()
     index = memory_index()
     [head] = trainer.labelling.of(index.keys_N)
-    used = dict(zip(*(a.tolist() for a in given), strict=True))
+    used = dict(zip(*(a.tolist() for a in known.given.table), strict=True))
     assert head.labels_B.tolist() == [used[key] for key in index.keys_N.tolist()]
     assert head.teaches == ("audio", "video", "fusion")
     last = recorder.logged[-1][1]

@@ -8,15 +8,15 @@ from support.memory import memory_index
 
 from training.config import RoundsConfig
 from training.errors import TrainingError
-from training.run.controls import control_labels
+from training.run.known_labels import known_labels
 
 
 def _labels(**config: object) -> np.ndarray:
     rounds = RoundsConfig.model_validate({"labels": "true", **config})
-    control = control_labels(rounds, memory_index(), 4, seed=0)
-    assert control is not None
-    order = np.argsort(control.keys_N)
-    return control.labels_N[order]
+    known = known_labels(rounds, memory_index(), 4, seed=0)
+    assert known is not None
+    keys_N, labels_N = known.given.table
+    return labels_N[np.argsort(keys_N)]
 
 
 def test_noise_makes_its_share_wrong_and_a_larger_one_adds_to_it() -> None:
@@ -48,5 +48,7 @@ def test_confusable_noise_is_what_an_earlier_run_confused(tmp_path: Path) -> Non
 
 def test_noise_is_of_true_labels() -> None:
     for labels in ("random", "clusters", "none"):
-        with pytest.raises(TrainingError, match="corrupts true labels"):
+        with pytest.raises(
+            TrainingError, match=r"label_noise = 0\.5 goes with rounds\.labels = true"
+        ):
             _labels(labels=labels, label_noise=0.5)

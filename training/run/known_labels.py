@@ -1,4 +1,4 @@
-"""control_labels: labels given instead of clusters, which pseudo-labels are measured against.
+"""known_labels: labels that no clustering finds: seeds it starts from, and controls beside it.
 
 Reads no clip. Invariant: the labels are all that differs; they go through the same prototypes,
 confusion, guard and losses as those of a clustering.
@@ -13,51 +13,63 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from clustering.kmeans.label_table import LabelTable
+from clustering.rounds.given import Given
 from training.config import RoundsConfig
-from training.data.rows import RowIndex
+from training.data.rows import RowIndex, few_of_each_class
 from training.errors import TrainingError
 from training.evaluation.results import read_confusion
 
 
-class Control(NamedTuple):
-    """A labelling of the train split."""
+class Known(NamedTuple):
+    """Labels of clips of the train split, and how many there are to choose from."""
 
     k: int
-    """Number of labels."""
-    keys_N: NDArray[np.uint64]
-    """uint64, of the clips that have a label."""
-    labels_N: NDArray[np.int32]
-    """int32 in 0..k-1."""
+    given: Given
 
 
-def control_labels(config: RoundsConfig, index: RowIndex, k: int, seed: int) -> Control | None:
-    """The labels of `rounds.labels` = random or true; None where they are clustered.
+def known_labels(config: RoundsConfig, index: RowIndex, k: int, seed: int) -> Known | None:
+    """The labels of `rounds.labels` = seeded, random or true; None where none is known.
 
     `random`: one of `k`, drawn once for each clip and kept from round to round.
-    Raises: TrainingError if the train split has no classes to take, or as `_corrupted`.
+    Raises: TrainingError if the train split has no classes to take, for a key that goes with other
+        labels, or as `_corrupted`.
     """
     labels = config.labels
-    if config.label_noise > 0 and labels != "true":
-        raise TrainingError(
-            f"rounds.label_noise = {config.label_noise} corrupts true labels, but rounds.labels = "
-            f"{labels}; set it to true, or rounds.label_noise to 0"
-        )
+    _refuse_idle_keys(config)
     if labels == "random":
         drawn_N = np.random.default_rng([seed, k]).integers(0, k, len(index)).astype(np.int32)
         # By key, so that they do not hang on the order of rows in the store.
-        return Control(k, np.sort(index.keys_N), drawn_N)
-    if labels == "true":
-        known_N = index.labels_N >= 0
-        if not known_N.any():
+        return Known(k, Given(LabelTable(np.sort(index.keys_N), drawn_N)))
+    if labels not in ("true", "seeded"):
+        return None
+    known_N = index.labels_N >= 0
+    if not known_N.any():
+        raise TrainingError(
+            f"rounds.labels = {labels}, but no clip of the train split has a label; ingest a list "
+            "with labels, or take clusters"
+        )
+    keys_N, own_N = index.keys_N[known_N], index.labels_N[known_N].astype(np.int32)
+    if config.labels_per_class is not None:
+        few = few_of_each_class(own_N, config.labels_per_class)
+        keys_N, own_N = keys_N[few], own_N[few]
+    if config.label_noise > 0:
+        keys_N, own_N = _corrupted(config, index.classes, keys_N, own_N, seed=seed)
+    return Known(len(index.classes), Given(LabelTable(keys_N, own_N), seeds=labels == "seeded"))
+
+
+def _refuse_idle_keys(config: RoundsConfig) -> None:
+    """A key that would do nothing was meant to do something. Raises: TrainingError."""
+    for key, off, goes_with in (
+        ("label_noise", 0.0, ("true",)),
+        ("labels_per_class", None, ("seeded", "true")),
+    ):
+        value = getattr(config, key)
+        if value != off and config.labels not in goes_with:
             raise TrainingError(
-                "rounds.labels = true, but no clip of the train split has a label; ingest a list "
-                "with labels, or take clusters"
+                f"rounds.{key} = {value} goes with rounds.labels = {' or '.join(goes_with)}, found "
+                f"{config.labels}; set that, or rounds.{key} to {'none' if off is None else 0}"
             )
-        keys_N, own_N = index.keys_N[known_N], index.labels_N[known_N].astype(np.int32)
-        if config.label_noise > 0:
-            keys_N, own_N = _corrupted(config, index.classes, keys_N, own_N, seed=seed)
-        return Control(len(index.classes), keys_N, own_N)
-    return None
 
 
 def _corrupted(
