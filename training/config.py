@@ -225,13 +225,13 @@ class RoundsConfig(Frozen):
     """When pseudo-labels are made and how they reach training (docs/design.md, "Pretraining")."""
 
     labels: Literal["clusters", "seeded", "none", "random", "true"] = "clusters"
-    """`seeded`: some clips have a class, and clustering from them finds that of the others, one
-    cluster a class. `none` never labels: InfoNCE (and what else is on) alone. Controls, in the same
-    slots and with prototypes and confusion of their own: `random` draws one of K once for each
-    clip, `true` takes the store's classes."""
+    """`true`: the store's classes, of the clips that have one; the others learn by InfoNCE alone.
+    `seeded`: clustering from those clips gives the others a label, too, one cluster a class.
+    `none` never labels: InfoNCE (and what else is on) alone. `random`, a control in the same slots,
+    with prototypes and confusion of its own: one of K, drawn once for each clip."""
     labels_per_class: int | None = Field(None, ge=1)
-    """With `seeded` and `true`: clips of each class whose label is used, those that the probe from
-    few labels sees; None: every clip that has one."""
+    """With `true` and `seeded`: how many clips of each class are known, those that the probe from
+    few labels sees; None: all that have a label. With `random`: those clips get one by chance."""
     label_noise: float = Field(0.0, ge=0, le=1)
     """With `true`: share of the clips that are given another class instead, drawn once."""
     label_noise_from: str | None = None

@@ -31,70 +31,85 @@ class Known(NamedTuple):
 def known_labels(config: RoundsConfig, index: RowIndex, k: int, seed: int) -> Known | None:
     """The labels of `rounds.labels` = seeded, random or true; None where none is known.
 
-    `random`: one of `k`, drawn once for each clip and kept from round to round.
+    `random`: one of `k`, drawn once for each clip, or each of the few whose label would be used,
+    and kept from round to round.
     Raises: TrainingError if the train split has no classes to take, for a key that goes with other
         labels, or as `_corrupted`.
     """
     labels = config.labels
     _refuse_idle_keys(config)
-    if labels == "random":
-        drawn_N = np.random.default_rng([seed, k]).integers(0, k, len(index)).astype(np.int32)
-        # By key, so that they do not hang on the order of rows in the store.
-        return Known(k, Given(LabelTable(np.sort(index.keys_N), drawn_N)))
-    if labels not in ("true", "seeded"):
+    if labels in ("clusters", "none"):
         return None
+    if labels == "random" and config.labels_per_class is None:
+        return Known(k, Given(_by_chance(index.keys_N, k, seed)))
+    table = _of_the_store(config, index)
+    if labels == "random":
+        return Known(k, Given(_by_chance(table.keys_N, k, seed)))
+    if config.label_noise > 0:
+        table = _corrupted(config, index.classes, table, seed=seed)
+    return Known(len(index.classes), Given(table, seeds=labels == "seeded"))
+
+
+def _by_chance(keys_N: NDArray[np.uint64], k: int, seed: int) -> LabelTable:
+    drawn_N = np.random.default_rng([seed, k]).integers(0, k, len(keys_N)).astype(np.int32)
+    # By key, so that they do not hang on the order of rows in the store.
+    return LabelTable(np.sort(keys_N), drawn_N)
+
+
+def _of_the_store(config: RoundsConfig, index: RowIndex) -> LabelTable:
+    """The classes of the clips that have one, of few of them if so asked."""
     known_N = index.labels_N >= 0
     if not known_N.any():
         raise TrainingError(
-            f"rounds.labels = {labels}, but no clip of the train split has a label; ingest a list "
-            "with labels, or take clusters"
+            f"rounds.labels = {config.labels}, but no clip of the train split has a label; ingest "
+            "a list with labels, or take clusters"
         )
     keys_N, own_N = index.keys_N[known_N], index.labels_N[known_N].astype(np.int32)
     if config.labels_per_class is not None:
         few = few_of_each_class(own_N, config.labels_per_class)
         keys_N, own_N = keys_N[few], own_N[few]
-    if config.label_noise > 0:
-        keys_N, own_N = _corrupted(config, index.classes, keys_N, own_N, seed=seed)
-    return Known(len(index.classes), Given(LabelTable(keys_N, own_N), seeds=labels == "seeded"))
+    return LabelTable(keys_N, own_N)
 
 
 def _refuse_idle_keys(config: RoundsConfig) -> None:
-    """A key that would do nothing was meant to do something. Raises: TrainingError."""
-    for key, off, goes_with in (
-        ("label_noise", 0.0, ("true",)),
-        ("labels_per_class", None, ("seeded", "true")),
-    ):
-        value = getattr(config, key)
-        if value != off and config.labels not in goes_with:
-            raise TrainingError(
-                f"rounds.{key} = {value} goes with rounds.labels = {' or '.join(goes_with)}, found "
-                f"{config.labels}; set that, or rounds.{key} to {'none' if off is None else 0}"
-            )
+    """A key that would do nothing was meant to do something. Raises: TrainingError.
+
+    But `labels_per_class` beside `none`: the variant of an ablation that learns from no label.
+    """
+    if config.label_noise > 0 and config.labels != "true":
+        raise TrainingError(
+            f"rounds.label_noise = {config.label_noise} corrupts true labels, but rounds.labels = "
+            f"{config.labels}; set it to true, or rounds.label_noise to 0"
+        )
+    if config.labels_per_class is not None and config.labels == "clusters":
+        raise TrainingError(
+            f"rounds.labels_per_class = {config.labels_per_class}, but rounds.labels = clusters, "
+            "which looks at no label; set it to true or seeded, or leave the other out"
+        )
 
 
 def _corrupted(
     config: RoundsConfig,
     classes: Sequence[str],
-    keys_N: NDArray[np.uint64],
-    labels_N: NDArray[np.int32],
+    table: LabelTable,
     *,
     seed: int,
-) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+) -> LabelTable:
     """Keys, sorted, and labels of which a share is wrong.
 
     A larger share is wrong for the clips of a smaller one too, and with the same classes, so that
     points of a curve of one seed differ by the share alone.
     Raises: TrainingError if the confusion cannot be read, or is that of other classes.
     """
-    order = np.argsort(keys_N)
-    keys_N, labels_N = keys_N[order], labels_N[order]
+    order = np.argsort(table.keys_N)
+    keys_N, labels_N = table.keys_N[order], table.labels_N[order]
     wrong_CC = _wrong_classes(config.label_noise_from, classes)
     draws = np.random.default_rng([seed, 0xBAD]).random((2, len(keys_N)))
     edges_CC = np.cumsum(wrong_CC, axis=1)
     edges_CC[:, -1] = 1.0  # Else rounding leaves a gap above the last one.
     drawn_N = (draws[1][:, None] >= edges_CC[labels_N]).sum(axis=1)
     changed_N = draws[0] < config.label_noise
-    return keys_N, np.where(changed_N, drawn_N, labels_N).astype(np.int32)
+    return LabelTable(keys_N, np.where(changed_N, drawn_N, labels_N).astype(np.int32))
 
 
 def _wrong_classes(file: str | None, classes: Sequence[str]) -> NDArray[np.float64]:

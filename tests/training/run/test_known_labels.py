@@ -7,8 +7,9 @@ import pytest
 from support.memory import memory_index
 
 from training.config import RoundsConfig
+from training.data.rows import few_of_each_class
 from training.errors import TrainingError
-from training.run.known_labels import known_labels
+from training.run.known_labels import Known, known_labels
 
 
 def _labels(**config: object) -> np.ndarray:
@@ -48,7 +49,25 @@ def test_confusable_noise_is_what_an_earlier_run_confused(tmp_path: Path) -> Non
 
 def test_noise_is_of_true_labels() -> None:
     for labels in ("random", "clusters", "none"):
-        with pytest.raises(
-            TrainingError, match=r"label_noise = 0\.5 goes with rounds\.labels = true"
-        ):
+        with pytest.raises(TrainingError, match="corrupts true labels"):
             _labels(labels=labels, label_noise=0.5)
+
+
+def test_few_labels_are_those_the_probe_sees_true_or_by_chance() -> None:
+    index = memory_index()
+    rows = few_of_each_class(index.labels_N, 3)
+    assert np.bincount(index.labels_N[rows]).tolist() == [3] * len(index.classes)
+
+    def known(labels: str) -> Known | None:
+        rounds = RoundsConfig.model_validate({"labels": labels, "labels_per_class": 3})
+        return known_labels(rounds, index, 9, seed=0)
+
+    for labels, k in (("true", len(index.classes)), ("seeded", len(index.classes)), ("random", 9)):
+        found = known(labels)
+        assert found is not None
+        assert found.k == k
+        assert found.given.seeds == (labels == "seeded")
+        assert set(found.given.table.keys_N) == set(index.keys_N[rows])
+    assert known("none") is None
+    with pytest.raises(TrainingError, match="labels_per_class = 3, but"):
+        known("clusters")
