@@ -8,7 +8,9 @@ import contextlib
 import copy
 import io
 import json
+import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import IO, Any
@@ -16,12 +18,15 @@ from typing import IO, Any
 import fsspec
 import numpy as np
 
+_log = logging.getLogger(__name__)
+
 ATTEMPTS = 11
 _ONE_REQUEST = {
     "retries": {"total_max_attempts": 1},
     "connect_timeout": 2,
     "read_timeout": 30,
 }
+_TOLD_EVERY_S = 60.0
 
 MayWrite = Callable[[], None]
 """Raises where another driver has taken the place over: called before each file of a pool, whose
@@ -64,8 +69,22 @@ def _may_pass(error: BaseException) -> bool:
 
     if isinstance(error, botocore.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return bool(status >= 500 or status == 429)
-    return bool(isinstance(error, botocore.ConnectionError))
+        passes = bool(status >= 500 or status == 429)
+    else:
+        passes = isinstance(error, botocore.ConnectionError)
+    if passes:
+        _tell(error)
+    return passes
+
+
+_told_at = -_TOLD_EVERY_S
+
+
+def _tell(error: BaseException) -> None:
+    global _told_at
+    if time.monotonic() - _told_at >= _TOLD_EVERY_S:
+        _told_at = time.monotonic()
+        _log.warning("waiting for storage: %s; trying again for half a minute", error)
 
 
 def write_bytes(uri: str, payload: bytes | memoryview) -> None:

@@ -4,7 +4,9 @@ Knows nothing of what a command does with them. Invariant: a value that a config
 is refused on the command line too, with exit code 2.
 """
 
+import contextlib
 import dataclasses
+import io
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -68,12 +70,32 @@ def _on_top(
 
 
 def _cli(arguments: type[Args], command: str, argv: Sequence[str]) -> Args:
-    return tyro.cli(
-        arguments,
-        args=list(argv),
-        prog=f"diccae {command}",
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
-    )
+    def parsed() -> Args:
+        return tyro.cli(
+            arguments,
+            args=list(argv),
+            prog=f"diccae {command}",
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+        )
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return parsed()
+    except SystemExit as stopped:
+        _refuse_out_of_range(stopped)
+        if not stopped.code:
+            raise
+    return parsed()  # Again and aloud: what is malformed tyro tells best itself.
+
+
+def _refuse_out_of_range(stopped: SystemExit) -> None:
+    """Raises: UsageError if it was a value that its config class refuses; tyro knows no ranges and
+    draws a box around pydantic's text."""
+    section, cause = "", stopped.__context__
+    while cause is not None and not isinstance(cause, ValidationError):
+        section, cause = str(getattr(cause, "arg", section)), cause.__context__
+    if cause is not None:
+        raise UsageError(explain(cause, RunConfig, section.removeprefix("run."))) from None
 
 
 def _part_of(base: RunConfig, names: Sequence[str]) -> Any:

@@ -108,13 +108,16 @@ def _differences(old: Any, new: Any, prefix: str) -> list[str]:
     return [] if old == new else [f"{prefix}: {old} -> {new}"]
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """A pydantic error in one line per key, with the nearest name for an unknown one."""
-    return "; ".join(_explain_one(item, model) for item in error.errors())
+def explain(error: ValidationError, model: type[BaseModel], section: str = "") -> str:
+    """A pydantic error in one line per key, with the nearest name for an unknown one.
+
+    Args: section: the part of `model` that was validated alone, dotted; "" for all of it.
+    """
+    return "; ".join(_explain_one(item, model, section) for item in error.errors())
 
 
-def _explain_one(item: Any, model: type[BaseModel]) -> str:
-    location = [str(part) for part in item["loc"]]
+def _explain_one(item: Any, model: type[BaseModel], section: str) -> str:
+    location = [part for part in section.split(".") if part] + [str(part) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "value_error":  # Ours, of several fields together: it names what it found.
         return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])

@@ -1,7 +1,8 @@
 """open_filesystem: fsspec's filesystem of a URI, set to outlive what passes by itself.
 
 Knows nothing of what is stored. Invariant: a request that was refused for now (throttled, a
-server's error, nobody there) is repeated; one answered by no (missing, forbidden) fails at once.
+server's error, nobody there) is repeated, and a line says so; one answered by no (missing,
+forbidden) fails at once.
 
 All that is set for retries, and what is left as the libraries have it:
   s3://   `ATTEMPTS` over 29 s, each with the time-outs below; the library alone gives up after 2 s,
@@ -13,9 +14,13 @@ run over (`scale.lease_stale_s`, and a third of it): a write that is repeated co
 """
 
 import copy
+import logging
+import time
 from typing import Any
 
 import fsspec
+
+_log = logging.getLogger(__name__)
 
 ATTEMPTS = 11
 """Waits between them grow from 0.1 s by 1.7: 29 s in all."""
@@ -25,6 +30,8 @@ _ONE_REQUEST = {
     "connect_timeout": 2,
     "read_timeout": 30,
 }
+_TOLD_EVERY_S = 60.0
+"""Of a store that errs now and then, or is away for longer, one line a minute is enough."""
 DELTA_RETRIES = {"max_retries": "10", "retry_timeout": "45s"}
 
 
@@ -50,9 +57,25 @@ def _repeat_for_longer() -> None:
 
 
 def _may_pass(error: BaseException) -> bool:
+    """Asked by s3fs after each failure, before it waits."""
     import botocore.exceptions as botocore
 
     if isinstance(error, botocore.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return bool(status >= 500 or status == 429)
-    return bool(isinstance(error, botocore.ConnectionError))
+        passes = bool(status >= 500 or status == 429)
+    else:
+        passes = isinstance(error, botocore.ConnectionError)
+    if passes:
+        _tell(error)
+    return passes
+
+
+_told_at = -_TOLD_EVERY_S
+
+
+def _tell(error: BaseException) -> None:
+    # Else a wrong endpoint is half a minute of silence.
+    global _told_at
+    if time.monotonic() - _told_at >= _TOLD_EVERY_S:
+        _told_at = time.monotonic()
+        _log.warning("waiting for storage: %s; trying again for half a minute", error)

@@ -31,10 +31,30 @@ _RAY_ENV = {
 }
 
 
+_LONGEST = [
+    "diccae/test_whole.py",
+    "diccae/test_ablate_command.py",
+    "on_ray/test_ray_training.py",
+    "ingest/test_faults.py",
+    "tracking/test_tracker.py",
+    "store/test_object_store.py",
+    "clustering/pool/test_pool.py",
+    "ingest/test_on_threads.py",
+]
+"""Files that take a minute of CPU or so: one that begins last would leave a process idle."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that need Ray take longest: first they, then what evens out the processes' shares."""
+    """The longest files first, then those that need Ray, then what evens out the shares."""
     with_ray = {item.path for item in items if "ray_session" in getattr(item, "fixturenames", ())}
-    items.sort(key=lambda item: item.path not in with_ray)
+
+    def place(item: pytest.Item) -> int:
+        for i, name in enumerate(_LONGEST):
+            if item.path.as_posix().endswith(name):
+                return i
+        return len(_LONGEST) + (item.path not in with_ray)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

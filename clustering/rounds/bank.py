@@ -139,6 +139,13 @@ class Bank:
         """Newest row of every clip, sorted by key; changes nothing that a freeze will see."""
         return self._merged(None)[0]
 
+    def kept(self) -> tuple[BankRows, int | None]:
+        """What a bank that is to go on with this one has to be given: rows, the newest of a clip
+        among them, and the step of a freeze to come."""
+        if self._held is None:
+            return self.everything(), None
+        return BankRows.concat([self._live, *self._pending]), self._held
+
     def clear(self, held: int | None = None) -> None:
         """Forget everything. Args: held: as in `hold`."""
         self._live, self._pending, self._n_pending = BankRows.empty(self._width), [], 0

@@ -15,7 +15,7 @@ from clustering.config import KMeansConfig, PoolConfig
 from clustering.errors import RoundTimeout
 from clustering.kmeans.passes import LocalPasses
 from clustering.kmeans.share import Share
-from clustering.rounds.bank import Bank, BankRows, check_push, stats_of
+from clustering.rounds.bank import Bank, check_push, stats_of
 from clustering.rounds.files import forget_vectors, is_complete, load_round, vectors_uri
 from clustering.rounds.frozen import FrozenRows, write_rows
 from clustering.rounds.given import Given
@@ -70,13 +70,14 @@ class LocalRounds:
         """See `Rounds.flush`; pushed rows are there at once."""
 
     def start(self, request: RoundRequest) -> None:
-        """See `Rounds.start`; the bank is frozen before this returns."""
+        """See `Rounds.start`; the bank is frozen later, as a pool's is."""
         self._maker.begin(request)
         for old in [r for r, made in self._running.items() if r < request.round and made.done()]:
             del self._running[old]
-        with self._lock:
-            rows = self._bank.freeze(request.step)
-        self._running[request.round] = self._worker.submit(self._make, request, rows)
+        if self._maker.frozen(request.round) is None:
+            with self._lock:
+                self._bank.hold(request.step)
+        self._running[request.round] = self._worker.submit(self._make, request)
 
     def wait(self, round: int, timeout_s: float) -> PublishedRound:
         """See `Rounds.wait`."""
@@ -93,10 +94,10 @@ class LocalRounds:
     def save(self, uri: str) -> None:
         """See `Rounds.save`; whole, in one file."""
         with self._lock:
-            rows = self._bank.everything()
+            rows, held = self._bank.kept()
         file = storage.join(uri, "rows.parquet")
         write_rows(file, rows, self._streams, self._config.vshards)
-        write_saved(uri, SavedBank((name_in(home_of(uri), file),)))
+        write_saved(uri, SavedBank((name_in(home_of(uri), file),), held))
 
     def forget_saved(self, keep: int) -> None:
         """See `Rounds.forget_saved`."""
@@ -122,25 +123,24 @@ class LocalRounds:
         """A round of an earlier process: finished, or frozen and not yet finished."""
         request = self._maker.resumable(round)
         if request is not None:
-            self._running[round] = self._worker.submit(self._make, request, None)
+            self._running[round] = self._worker.submit(self._make, request)
             return
         done: Future[PublishedRound] = Future()
         done.set_result(load_round(self._uri, round))
         self._running[round] = done
 
-    def _make(self, request: RoundRequest, rows: BankRows | None) -> PublishedRound:
+    def _make(self, request: RoundRequest) -> PublishedRound:
         if is_complete(self._uri, request.round):
             return load_round(self._uri, request.round)
-        frozen = self._maker.frozen(request.round)
-        if frozen is None:
-            assert rows is not None
-            frozen = self._write(request, rows)
+        frozen = self._maker.frozen(request.round) or self._freeze(request)
         share = Share(frozen.source(), self._config.block_rows, self._config.device)
         published = self._maker.make(LocalPasses(share), frozen, request)
         forget_vectors(self._uri, request.round, self._keep_vectors)
         return published
 
-    def _write(self, request: RoundRequest, rows: BankRows) -> FrozenRows:
+    def _freeze(self, request: RoundRequest) -> FrozenRows:
+        with self._lock:
+            rows = self._bank.freeze(request.step)
         folder = vectors_uri(self._uri, request.round)
         part_uri = storage.join(folder, "part-0000.parquet")
         part = write_rows(part_uri, rows, self._streams, self._config.vshards)

@@ -23,7 +23,7 @@ class RoundRequest:
     round: int
     """1, 2, 3, ..."""
     step: int
-    """Rows pushed at this step or before take part; later ones do not."""
+    """Rows pushed at this step or before take part; later ones do not, however late the freeze."""
     effective_step: int
     """Training step from which all ranks use the labels."""
     cold: bool = False

@@ -13,7 +13,7 @@ from diccae.nodes.every_node import watched_nodes
 from diccae.reach import check_reach
 from diccae.resources import Demand, check_fits, scale_note, start_ray
 from diccae.run_folder import RunFolder
-from diccae.stages.run_record import Say, tracking_run
+from diccae.stages.run_record import Say, tracking_handle, tracking_run
 from training.attempt import Attempt
 from training.cluster_config import ScaleConfig
 from training.data.rows import RowIndex
@@ -148,8 +148,8 @@ class InLab:
         """See `Backend`; there is nothing to start."""
 
     def track(self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags) -> RunHandle:
-        """See `Backend`; one without an id."""
-        return RunHandle("", "", folder.uri)
+        """See `Backend`; that of a run begun on Ray, else one without an id."""
+        return tracking_handle(folder)
 
     def note(self, scale: ScaleConfig, handle: RunHandle, say: Say) -> None:
         """See `Backend`."""

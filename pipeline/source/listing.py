@@ -4,6 +4,7 @@ Joins clip_list and files; knows nothing of decoding. Invariant: every listed cl
 with its file or without, and nothing is taken for gone that merely could not be read.
 """
 
+import itertools
 import logging
 import os
 import stat
@@ -15,13 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import SourceError
-from pipeline.source.clip_list import TRAIN, Entry, clip_id_of, group_of, read_entries, refuse
+from pipeline.source.clip_list import TRAIN, Entry, clip_id_of, group_of, read_entries
 from pipeline.source.files import File, Found, find_videos, local_file, remote_file
 from pipeline.source.tar_parts import part_of
 from pipeline.storage import Location
 from pipeline.store.schema import LABEL_SEPARATOR, SOURCE_SCHEMA
 
 _log = logging.getLogger(__name__)
+
+_MOST_TOLD = 20
 
 
 class Listing(NamedTuple):
@@ -39,8 +42,11 @@ class Listing(NamedTuple):
             return self.clips, states
         prefixes = tuple(f"{path}/" for path in self.unreadable)
         known_uris = states["uri"].fill_null("").to_pylist()
-        paths = ((part_of(uri) or uri).removeprefix("file://") for uri in known_uris)
-        hidden = np.array([f"{path}/".startswith(prefixes) for path in paths], bool)
+        paths = [
+            {uri.removeprefix("file://"), (part_of(uri) or uri).removeprefix("file://")}
+            for uri in known_uris
+        ]
+        hidden = np.array([any(f"{p}/".startswith(prefixes) for p in both) for both in paths], bool)
         ids = states["clip_id"].filter(pa.array(hidden)).combine_chunks()
         known = pc.is_in(self.clips["clip_id"], value_set=ids)
         return self.clips.filter(pc.invert(known)), states.filter(pa.array(~hidden))
@@ -93,24 +99,39 @@ def _list_folder(videos: str, cache: Location | None, label_from_folder: bool) -
     found, unreadable = find_videos(videos, cache)
     if not found:
         raise SourceError(f"{videos}: no videos there. Is it mounted, and the right folder?")
-    first: dict[str, Found] = {}
+    by_id: dict[str, list[Found]] = {}
+    for one in found:
+        by_id.setdefault(clip_id_of(one.path), []).append(one)
+    taken = _told_apart(videos, by_id, unreadable)
+    if not taken:
+        raise SourceError(f"{videos}: no video there with a name of its own; rename some")
     entries: list[Entry] = []
-    problems: list[str] = []
-    for number, one in enumerate(found):
+    for number, (clip_id, one) in enumerate(taken.items()):
         path = PurePosixPath(one.path)
-        clip_id = clip_id_of(one.path)
-        other = first.setdefault(clip_id, one)
-        if other is not one:
-            problems.append(f"{videos}: {other.path} and {one.path} are both clip {clip_id}: "
-                            "rename one, or tell them apart by a list (--clips)")  # fmt: skip
         label = path.parent.name if label_from_folder else ""
         group = group_of(path.stem, one.path)
         entries.append(Entry(number, clip_id, label or None, TRAIN, group))
-    refuse(problems)
     n_top = sum(entry.label is None for entry in entries) if label_from_folder else 0
     if n_top:
         _log.warning("%s: %d clips lie in no folder below it and get no label", videos, n_top)
-    return Listing(_as_table(entries, [(one.file, None) for one in found]), unreadable)
+    return Listing(_as_table(entries, [(one.file, None) for one in taken.values()]), unreadable)
+
+
+def _told_apart(
+    videos: str, by_id: dict[str, list[Found]], unreadable: list[str]
+) -> dict[str, Found]:
+    """The file of each clip that has one. Which of several is meant nobody can say: they are told,
+    and what the store has of that clip stays as it is."""
+    several = {clip_id: alike for clip_id, alike in by_id.items() if len(alike) > 1}
+    for clip_id, alike in itertools.islice(several.items(), _MOST_TOLD):
+        _log.warning(
+            "%s: %s are all clip %s and left out: rename all but one, or tell them apart by a list "
+            "(--clips)", videos, " and ".join(one.path for one in alike), clip_id,
+        )  # fmt: skip
+    if len(several) > _MOST_TOLD:
+        _log.warning("%s: ... and %d more", videos, len(several) - _MOST_TOLD)
+    unreadable += [one.file.uri for alike in several.values() for one in alike]
+    return {clip_id: alike[0] for clip_id, alike in by_id.items() if clip_id not in several}
 
 
 def _as_table(entries: list[Entry], found: list[tuple[File | None, float | None]]) -> pa.Table:
@@ -139,14 +160,16 @@ _Files = tuple[list[tuple[File | None, float | None]], list[str]]
 
 
 def _find_clip_files(entries: list[Entry], videos: str, cache: Location | None) -> _Files:
-    by_stem: dict[str, Found] = {}
+    listed = {name for entry in entries for name in (entry.clip_id, entry.ytid)}
+    alike: dict[str, list[Found]] = {}
     seen, unreadable = find_videos(videos, cache)
     for one in seen:
-        other = by_stem.setdefault(PurePosixPath(one.path).stem, one)
-        if other is not one and not one.is_member:
-            raise SourceError(
-                f"{videos}: {other.file.uri} and {one.file.uri} are named alike; keep one"
-            )
+        others = alike.setdefault(PurePosixPath(one.path).stem, [])
+        # A part may hold what lies beside it, too: the first is taken.
+        if not others or not one.is_member:
+            others.append(one)
+    asked_for = {stem: files for stem, files in alike.items() if stem in listed}
+    by_stem = _told_apart(videos, asked_for, unreadable)
     found: list[tuple[File | None, float | None]] = []
     for entry in entries:
         trimmed = by_stem.get(entry.clip_id)

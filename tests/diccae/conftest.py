@@ -1,7 +1,8 @@
 """Commands run in this process, on the session's Ray, and one small store they share."""
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def diccae(ray_session: None, capsys: pytest.CaptureFixture[str]) -> Diccae:
 
 
 @pytest.fixture(scope="session")
-def store(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """N_TRAIN + N_TEST clips with the features of the smoke config; mlflow.db lies beside it.
 
     Made once for all processes of the suite.
@@ -42,10 +43,44 @@ def store(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(place / "store")
 
 
+@pytest.fixture(scope="module")
+def features(store: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clips of `store`, decoded for the lab."""
+    from pipeline.store.store import FeatureStore
+    from training.lab.features import decode_store
+
+    folder = tmp_path_factory.mktemp("features")
+    decode_store(FeatureStore.open(store).snapshot(), folder)
+    return folder
+
+
+@pytest.fixture
+def in_lab(features: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Stages of commands compute in this process, with the bits of Ray and without its start."""
+    import torch
+
+    from diccae.stages import evaluate, finetune, pretrain
+    from diccae.stages.backend import InLab
+    from pipeline.store.store import FeatureStore
+    from training.lab.features import open_features
+    from training.lab.lab import Lab
+
+    lab = InLab(Lab(open_features(features, FeatureStore.open(store).snapshot().spec)))
+    for stage, name in (
+        (pretrain, "run_pretrain"),
+        (finetune, "run_finetune"),
+        (evaluate, "run_evaluate"),
+    ):
+        monkeypatch.setattr(stage, name, functools.partial(getattr(stage, name), backend=lab))
+    n_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(n_threads)
+
+
 def _ingest(place: Path) -> None:
     clips, uri = place / "clips", str(place / "store")
     sizes = ["--train", str(N_TRAIN), "--test", str(N_TEST)]
     assert main(["synth", "--out", str(clips), *sizes]) == 0
     source = ["--clips", str(clips / "clips.csv"), "--videos", str(clips / "videos")]
-    tracked = ["--tracking.uri", f"sqlite:///{place}/mlflow.db"]
-    assert main(["ingest", *source, "--store", uri, "--config", SMOKE, *tracked]) == 0
+    more = ["--tracking.uri", f"sqlite:///{place}/mlflow.db", "--ingest.local-clips", "1000"]
+    assert main(["ingest", *source, "--store", uri, "--config", SMOKE, *more]) == 0

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from diccae.args import parse
+from diccae.cli import main
 from diccae.commands import ingest
 from diccae.commands.pretrain import SECTIONS, PretrainArgs
 from diccae.config import RunConfig, config_text, differing_keys, load_config
@@ -67,11 +68,29 @@ def test_command_line_goes_on_top_of_the_file(tmp_path: Path) -> None:
     assert (run.pretrain.epochs, run.pretrain.batch_size, run.features.n_frames) == (5, 64, 4)
 
 
-def test_malformed_command_line_exits_with_2() -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--optim.lr", "-3"], "optim.lr: Input should be greater than 0, found -3.0"),
+        (["--loss.temperature=0"], "loss.temperature: Input should be greater than 0, found 0.0"),
+        (["--encoder.dim", "50", "--encoder.n-heads", "4"], "encoder: "),
+    ],
+)
+def test_a_value_out_of_range_on_the_command_line_is_one_line(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pretrain", "--store", "s", "--out", "o", *options]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"diccae pretrain: {said}")
+    assert printed.count("\n") == 1
+
+
+def test_malformed_command_line_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--store", "s", "--out", "o", "--pretrain.epochz", "5"]
     with pytest.raises(SystemExit) as stopped:
         parse("pretrain", PretrainArgs, argv, SECTIONS)
     assert stopped.value.code == 2
+    assert "--pretrain.epochz" in capsys.readouterr().err
 
 
 def test_differences_are_named_key_by_key() -> None:

@@ -1,4 +1,7 @@
-"""The main job: ingest, pretraining killed and taken up again, fine-tuning, evaluation, report."""
+"""The main job: ingest, pretraining killed and taken up again, fine-tuning, evaluation, report.
+
+It is one run on Ray; what commands do with that run afterwards computes in the lab.
+"""
 
 import hashlib
 import json
@@ -112,6 +115,7 @@ def _sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.usefixtures("in_lab")
 def test_a_finished_run_repeated_keeps_its_results(
     place: Path, diccae: Diccae, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +135,7 @@ def test_a_finished_run_repeated_keeps_its_results(
     assert saved["finetune"]["mixup"] != 0.25, "not what the classifier was made with"
 
 
+@pytest.mark.usefixtures("in_lab")
 def test_fine_tuning_with_other_settings_trains_or_is_refused_by_key(
     place: Path,
     diccae: Diccae,
@@ -154,6 +159,7 @@ def test_fine_tuning_with_other_settings_trains_or_is_refused_by_key(
     assert yaml.safe_load((out / "config.yaml").read_text())["finetune"]["optim"]["lr"] == 0.003
 
 
+@pytest.mark.usefixtures("in_lab")
 def test_another_encoder_is_fine_tuned_in_a_new_folder_and_evaluated(
     place: Path, store: str, diccae: Diccae, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,6 +281,7 @@ def _copied(run: Path, to: Path) -> Path:
     return Path(shutil.copytree(run, to, ignore=left_out, dirs_exist_ok=True))
 
 
+@pytest.mark.usefixtures("in_lab")
 def test_retrieval_by_the_middle_frame_is_that_of_one_frame(
     place: Path, diccae: Diccae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +298,7 @@ def test_retrieval_by_the_middle_frame_is_that_of_one_frame(
     assert any(whole["retrieval"][n] != single["retrieval"][n] for n in ranks), "one frame only?"
 
 
+@pytest.mark.usefixtures("in_lab")
 def test_a_new_metric_is_one_entry(
     place: Path, diccae: Diccae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,6 +371,7 @@ def test_a_store_that_is_another_one_by_now_is_refused(
         assert "holds other clips than this run read" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("in_lab")
 def test_baseline_recipe_runs_and_dry_run_says_what_it_costs(
     place: Path, store: str, diccae: Diccae
 ) -> None:

@@ -1,5 +1,8 @@
 """A folder of this machine and a bucket are one kind of place, also a bucket that errs."""
 
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +82,35 @@ def test_a_file_that_was_created_counts_although_the_answer_was_lost(bucket: str
     Unsteady.lose = 1
     assert place.create_bytes("lease/1.json", b"mine")
     assert not place.create_bytes("lease/1.json", b"another's")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["store", "status", "--store", "s3://b/x"],
+        ["cluster", "--vectors", "s3://b/x", "--k", "2", "--out", "x"],
+    ],
+)
+def test_a_wrong_endpoint_is_told_while_it_is_tried_again(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "testing")
+    command = [sys.executable, "-m", "diccae", *command]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    given_up = threading.Timer(60, process.kill)
+    given_up.start()
+    try:
+        line = process.stderr.readline()
+        assert process.poll() is None, "said when it had given up"
+    finally:
+        given_up.cancel()
+        process.kill()
+        process.communicate()
+    assert line.startswith(
+        'waiting for storage: Could not connect to the endpoint URL: "http://127'
+    )
 
 
 def test_clustering_is_as_patient_as_the_rest() -> None:

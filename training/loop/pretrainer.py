@@ -145,7 +145,9 @@ class Pretrainer:
         self.sample.add(batch.read.key, found.embeddings.z)
         if self.labelling.pushes(self.step):
             with self.meter.timed("push"):
-                self.labelling.push_features(batch.read.key, found.embeddings.h, self.step)
+                # As rows of the step that is done by them: a round asked for before it, and frozen
+                # late, must not find them.
+                self.labelling.push_features(batch.read.key, found.embeddings.h, self.step + 1)
 
     def _clip(self) -> Tensor:
         limit = self.config.optim.clip_norm

@@ -137,12 +137,14 @@ def _saver(
     written: Written,
     tracker: Tracker | None,
 ) -> Callable[[dict[str, Any]], None]:
-    keeps_bank = rounds is not None and config.rounds.features == "train"
+    trains = config.rounds.features == "train"
 
     def save(state: dict[str, Any]) -> None:
         written.attempt.check()
         state["bank"] = ""
-        if keeps_bank:
+        # Rows of a pass count for one round, until it is frozen: by then the encoder has moved on,
+        # and another pass would give other rows.
+        if rounds is not None and (trains or state["labelling"]["pending"] is not None):
             state["bank"] = written.out.uri_of("rounds", f"bank-{state['step']:08d}")
             _save_bank(rounds, state["bank"], edge.world, config.rounds.timeout_s)
         # Before the checkpoint: a start that goes on from it does not log these lines again.

@@ -1,6 +1,6 @@
 """Random histories of a real store, compared row by row with a model in plain Python.
 
-`DICCAE_MODEL_RUNS` sets how many histories are tried (100), each of 25 steps.
+Histories of 25 steps: 25 in `make test`; `DICCAE_MODEL_RUNS` sets how many the slow test tries.
 """
 
 import dataclasses
@@ -25,8 +25,12 @@ def settings_of(n_runs: int, **changes) -> settings:
     )  # fmt: skip
 
 
-def test_any_history_leaves_what_the_model_says():
-    run_machine(StoreMachine, settings=settings_of(int(os.environ.get("DICCAE_MODEL_RUNS", "100"))))
+MANY = int(os.environ.get("DICCAE_MODEL_RUNS", "200"))
+
+
+@pytest.mark.parametrize("n_runs", [25, pytest.param(MANY, marks=pytest.mark.slow)])
+def test_any_history_leaves_what_the_model_says(n_runs):
+    run_machine(StoreMachine, settings=settings_of(n_runs))
 
 
 def test_a_run_that_is_killed_at_any_of_its_writes_and_repeated_loses_nothing():

@@ -85,14 +85,20 @@ def test_tar_parts_are_folders(videos, tmp_path):
 
 
 @pytest.mark.parametrize("other", ["dog__0001.mp4", "dog/0001.webm"])
-def test_two_files_of_one_id_are_told_by_name(other, videos):
+def test_two_files_of_one_id_are_told_by_name_and_left_out_alone(other, videos, caplog):
+    known = list_sources(None, str(videos)).clips.select(["clip_id", "uri"])
     (videos / other).write_bytes(b"x")
-    with pytest.raises(SourceError) as caught:
-        listed(videos)
-    (message,) = str(caught.value).splitlines()
+    there = list_sources(None, str(videos))
+    assert set(there.clips["clip_id"].to_pylist()) == set(known["clip_id"].to_pylist()) - {
+        "dog__0001"
+    }
+    (message,) = caplog.messages
     assert "dog/0001.mp4" in message
     assert other in message
-    assert "both clip dog__0001" in message
+    assert "all clip dog__0001 and left out: rename" in message
+    _, compared = there.without_unreadable(known)
+    assert "dog__0001" not in compared["clip_id"].to_pylist(), "the store's would count as removed"
+    assert len(compared) == len(known) - 1
 
 
 def test_nothing_to_list_is_said_in_one_line(tmp_path):

@@ -120,10 +120,18 @@ def test_missing_list_folder_and_files_are_told_apart(videos, tmp_path):
         list_sources(str(tmp_path / "a.csv"), str(videos))
 
 
-def test_files_named_alike_are_refused(videos):
+def test_files_named_alike_are_told_if_the_list_names_them(videos, tmp_path, caplog):
     (videos / "deep" / "-abc_def_12_000030.mkv").write_bytes(b"x")
-    (message,) = refused(b"-abc_def_12,30,dog,train", videos)
-    assert "named alike" in message
+    (videos / "deep" / "unlisted.mkv").write_bytes(b"x")
+    (videos / "unlisted.mkv").write_bytes(b"x")
+    content = "-abc_def_12,30,dog,train\n_zzzzzzzzzz,1,dog,test\n"
+    (tmp_path / "list.csv").write_text(content)
+    clips = list_sources(str(tmp_path / "list.csv"), str(videos)).clips.to_pylist()
+    assert [clip["size"] is not None for clip in clips] == [False, True]
+    (message,) = caplog.messages
+    assert "deep/-abc_def_12_000030.mkv" in message
+    (only,) = refused(b"-abc_def_12,30,dog,train", videos)
+    assert "none of the 1 clips" in only
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

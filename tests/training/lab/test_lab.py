@@ -1,6 +1,7 @@
 """The lab against Ray: one small run of each, and one that goes on after it was stopped."""
 
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from support.stores import noise_store
 
 from clustering.config import KMeansConfig, PoolConfig
 from clustering.rounds.files import load_round
+from clustering.rounds.local import LocalRounds
 from pipeline.config import FeatureSpec
 from pipeline.storage import Location
 from training.attempt import UNHELD
@@ -53,10 +55,10 @@ def _lab(data: Pinned) -> Lab:
 
 
 def _pretrain(
-    data: Pinned, out: Path, span: Span = WHOLE, seed: int = 0
+    data: Pinned, out: Path, span: Span = WHOLE, **changes: Any
 ) -> dict[str, torch.Tensor]:
     written = Written(Location(out), RunHandle("", "", str(out)), {}, UNHELD)
-    config = CONFIG.model_copy(update={"seed": seed})
+    config = TrainingConfig.model_validate(CONFIG.model_dump() | changes)
     _lab(data).pretrain(config, CLUSTERING, data.train, written, pool=POOL, span=span)
     return load_file(out / "encoder" / "encoder.safetensors")
 
@@ -97,3 +99,28 @@ def test_a_run_of_the_lab_goes_on_where_it_stopped(data: Pinned, tmp_path: Path)
     assert _same(_pretrain(data, tmp_path / "stopped"), whole)
     first = [line["step"] for line in lines(tmp_path / "stopped" / "metrics.jsonl")]
     assert first == list(range(1, 3 * (54 // 18) + 1))
+
+
+@pytest.mark.parametrize("features", ["train", "pass"])
+def test_a_run_that_died_before_its_round_was_frozen_goes_on_with_the_labels_of_that_round(
+    features: str, data: Pinned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from a checkpoint of later weights, with which no pass gives the features again."""
+    rounds = {**CONFIG.rounds.model_dump(), "features": features}
+    whole = _pretrain(data, tmp_path / "whole", rounds=rounds)
+
+    def dies(*_: object) -> NoReturn:
+        raise RuntimeError("here")
+
+    killed = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalRounds, "_make", dies)
+        with pytest.raises(RuntimeError, match="here"):
+            _pretrain(data, killed, rounds=rounds)
+    newest = newest_checkpoint(Location(killed), "pretrain")
+    assert newest is not None
+    assert newest[0] == 54 // 18 + 1, "a step after the round was asked for"
+    assert _same(_pretrain(data, killed, rounds=rounds), whole)
+    first, again = (load_round(str(tmp_path / run / "rounds"), 1) for run in ("whole", "killed"))
+    for a, b in zip(first.heads, again.heads, strict=True):
+        np.testing.assert_array_equal(a.labels_N, b.labels_N)

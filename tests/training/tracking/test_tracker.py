@@ -250,15 +250,40 @@ def server(migrated_db: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     patch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     server = Server(folder)
-    server.start()
     yield server
     server.kill()
     patch.undo()
 
 
+@pytest.fixture
+def running(server: Server) -> Server:
+    """The server, as the test before left it or started: its start takes five seconds of CPU."""
+    if server.process is None:
+        server.start()
+    return server
+
+
+def test_a_run_begun_without_mlflow_is_written_when_it_ends(server: Server, tmp_path: Path) -> None:
+    server.kill()
+    handle = _new_run(tmp_path, server.uri, **{"mlflow.runName": "late"})
+    assert handle.run_id == ""
+    tracker = Tracker(handle, tmp_path / "metrics.jsonl")
+    tracker.log(1, {"loss": 0.5})
+    assert tracker.close()
+    assert finish(handle).run_id == ""  # still away: nothing raises, the record stays
+    server.start()
+    handle = finish(handle, "FAILED")
+    run = _client(server.uri).get_run(handle.run_id)
+    assert run.info.run_name == "late"
+    assert run.info.status == "FAILED"
+    assert run.data.params["optim.lr"] == "0.0002"
+    assert _history(handle, "loss") == [(1, 0.5)]
+
+
 def test_server_that_dies_and_comes_back_has_every_point_once(
-    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    running: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    server = running
     caplog.set_level(logging.WARNING)
     handle = _new_run(tmp_path, server.uri)
     tracker = Tracker(handle, tmp_path / "metrics.jsonl")
@@ -282,8 +307,9 @@ def test_server_that_dies_and_comes_back_has_every_point_once(
 
 
 def test_nodes_are_measured_in_one_run_also_after_mlflow_was_away(
-    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    running: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    server = running
     caplog.set_level(logging.WARNING)
     handle = _new_run(tmp_path, server.uri)
     nodes = [SystemMetrics(handle, name, every_s=0.1) for name in ("10.0.0.1", "10.0.0.2")]
@@ -321,23 +347,6 @@ def test_nodes_are_measured_in_one_run_also_after_mlflow_was_away(
         for name in _client(handle.uri).get_run(handle.run_id).data.metrics
         if "10.0.0.3" in name
     ], "a run that ended gets no more curves"
-
-
-def test_a_run_begun_without_mlflow_is_written_when_it_ends(server: Server, tmp_path: Path) -> None:
-    server.kill()
-    handle = _new_run(tmp_path, server.uri, **{"mlflow.runName": "late"})
-    assert handle.run_id == ""
-    tracker = Tracker(handle, tmp_path / "metrics.jsonl")
-    tracker.log(1, {"loss": 0.5})
-    assert tracker.close()
-    assert finish(handle).run_id == ""  # still away: nothing raises, the record stays
-    server.start()
-    handle = finish(handle, "FAILED")
-    run = _client(server.uri).get_run(handle.run_id)
-    assert run.info.run_name == "late"
-    assert run.info.status == "FAILED"
-    assert run.data.params["optim.lr"] == "0.0002"
-    assert _history(handle, "loss") == [(1, 0.5)]
 
 
 def test_a_warning_after_ctrl_c_tells_the_servers_trouble_not_the_interrupt(
