@@ -25,6 +25,9 @@ TEMPLATES = {
 
 MAXIMA = "DICCAE_AUTOSCALING_GROUPS"
 """Variable in which a job reads what its cluster can grow to."""
+JOB = "DICCAE_JOB"
+"""Variable by which an attempt of a job knows the lease of the one before it as its own. Of the job
+alone: who submits something else to its cluster is somebody else."""
 _RAYS_PROFILE = "ray-autoscaler-v1"
 _RAYS_FOLDER = "ray-logs"
 """KubeRay mounts a volume of this name into the autoscaler's container, too: under another name its
@@ -84,6 +87,7 @@ def _values(config: ClusterConfig) -> list[tuple[str, Any]]:
             {"name": key, "value": value}
             for key, value in (config.env | {MAXIMA: json.dumps(maxima(config))}).items()
         ],
+        "job_env": {"PYTHONUNBUFFERED": "1", JOB: f"{config.namespace}/{config.name}"},
         "idle_minutes": max(1, config.idle_s // 60),
         "mounts": _mounts(config),
         "maxima": shlex.quote(json.dumps(maxima(config))),

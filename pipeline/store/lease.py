@@ -5,11 +5,14 @@ generation, because a generation is a file that only one of them can create; a h
 notices before its next commit.
 
 Commits are safe without it (each builds on the version its writer has seen); the lease saves the
-work that two runs would do twice, and tells the second user so.
+work that two runs would do twice, and tells the second user so. The next attempt of a job that died
+is no second user: what it finds is its own lease, mostly too young to be taken over, and a refusal
+would use up one of the job's few retries. It waits.
 """
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -24,6 +27,10 @@ import psutil
 from pipeline.errors import StoreLocked
 from pipeline.storage import Location, storage_failures_ignored
 
+logger = logging.getLogger(__name__)
+
+JOB = "DICCAE_JOB"
+"""Variable that the attempts of one job share, and no other start has."""
 LEASE_FOLDER = "lease"
 """Below the place that is held."""
 _LOST = "this run was taken for dead and lost its lease. {}"
@@ -48,6 +55,7 @@ class Lease:
             "since": time.time(),
             # Others judge the silence by it: who beats slowly is not dead to a hasty one.
             "stale_s": stale_s,
+            "job": os.environ.get(JOB, ""),
         }
         self._generation = 0
         self._stop = threading.Event()
@@ -60,19 +68,31 @@ class Lease:
         return self._generation
 
     def __enter__(self) -> "Lease":
-        """Raises: StoreLocked if somebody else is writing."""
+        """Waits for an earlier attempt of our job. Raises: StoreLocked if somebody else writes."""
+        waits = False
+        while (holder := self._take()) is not None:
+            said = _describe(self._location, holder, self._stale_s)
+            if not self._me["job"] or holder.get("job") != self._me["job"]:
+                raise StoreLocked(said)
+            if not waits:
+                logger.warning("%s It is an earlier attempt of this job: waiting for it.", said)
+            waits = True
+            time.sleep(self._stale_s / 6)
+        self._thread.start()
+        return self
+
+    def _take(self) -> dict[str, Any] | None:
+        """Create the next generation. Returns: who holds the place instead; None if we do."""
         newest = self._newest()
         holder = self._read(newest)
         if holder is not None and self._is_alive(newest, holder):
-            raise StoreLocked(_describe(self._location, holder, self._stale_s))
+            return holder
         self._generation = newest + 1
         if not self._location.create_bytes(_name(self._generation), self._stamp()):
-            holder = self._read(self._generation)
-            raise StoreLocked(_describe(self._location, holder, self._stale_s))
+            return self._read(self._generation) or {}
         for generation in range(max(1, newest - 1), newest + 1):
             self._location.remove(_name(generation))
-        self._thread.start()
-        return self
+        return None
 
     def __exit__(self, *exc: object) -> None:
         self._stop.set()

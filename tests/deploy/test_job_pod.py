@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from support.box import kuberay
 from support.box.box import KEYS, S3_URL, Box, images, until
 from support.box.node import why_not
@@ -60,14 +61,20 @@ def box(clips: Path) -> Iterator[Box]:
         yield box
 
 
-def _start(box: Box, job: ClusterConfig, pod_name: str = "") -> tuple[Pod, Container]:
-    """The entrypoint as Ray's job server starts it: in the head's container."""
+def _start(
+    box: Box, job: ClusterConfig, pod_name: str = "", by_hand: bool = False
+) -> tuple[Pod, Container]:
+    """The entrypoint as Ray's job server starts it: in the head's container, with the job's
+    variables. Args: by_hand: without them, as a person would start it there."""
     with_job = Box.parse(render(job))
     (spec,) = [d["spec"] for d in with_job if d["kind"] == "RayJob"]
     name = job.command[job.command.index("--store") + 1].rpartition("/")[2]
     pod = box.add_pod(kuberay.head_pod(spec["rayClusterSpec"], pod_name or name, job.namespace))
     (container,) = pod.spec["containers"]
     container |= {"command": shlex.split(spec["entrypoint"]), "args": []}
+    if not by_hand:
+        variables = yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
+        container["env"] += [{"name": name, "value": text} for name, text in variables.items()]
     return pod, pod.start(container, images(job)[container["image"]])
 
 
@@ -113,15 +120,15 @@ def test_a_pod_that_was_cut_off_and_came_back_commits_nothing_any_more(
     box: Box, expected: list, tmp_path: Path
 ) -> None:
     """Each takes the other for dead: the one that was silent has lost the store. Shards that it was
-    about to put away still come; nothing points at them, `store vacuum` removes them."""
+    about to put away still come; nothing points at them, `store vacuum` removes them. So
+    may its last heartbeat, of a generation that is over."""
     job = _ingest("cut", "--ingest.lease-stale-s", "9")
     pod, first = _start(box, job, "first")
     until(lambda: first.tail(), lambda: "cut/features/" in box.ask_storage("names?bucket"), 300)
     box.node.cut(pod.machine)
     cut_at = time.monotonic()
-    while not (done := _finish(box, *_start(box, job, "second")))[0]:
-        assert "locked by" in done[1], done[1]
-        assert time.monotonic() - cut_at < 300, done[1]
+    done, said = _finish(box, *_start(box, job, "second"))
+    assert done, said
     time.sleep(max(0.0, cut_at + CUT_S - time.monotonic()))  # what is tested, not waited for
     assert first.exit_code is None, first.tail()
     before = digests(box, "cut")
@@ -131,8 +138,30 @@ def test_a_pod_that_was_cut_off_and_came_back_commits_nothing_any_more(
     assert first.exit_code == 4, said
     after = digests(box, "cut")
     assert {name: after.get(name) for name in before} == before
-    assert all(name.startswith("features/") for name in after.keys() - before.keys())
+    late = ("features/", "lease/00000001.json")
+    assert not [name for name in after.keys() - before.keys() if not name.startswith(late)]
     get(box, "cut", tmp_path / "there")
+    assert _features(str(tmp_path / "there")) == expected
+
+
+@pytest.mark.cluster
+def test_after_a_kill_the_jobs_next_attempt_waits_and_a_person_is_refused_at_once(
+    box: Box, expected: list, tmp_path: Path
+) -> None:
+    """Refused, too, the attempt would have used up one of the job's retries."""
+    job = _ingest("killed", "--ingest.lease-stale-s", "60")
+    box.ask_storage("hold?killed/features/")
+    pod, first = _start(box, job, "first")
+    until(lambda: first.tail(), lambda: box.ask_storage("held") != "0", 300)
+    box.remove_pod(pod)
+    box.ask_storage("hold?")
+    refused, said = _finish(box, *_start(box, job, "person", by_hand=True))
+    assert not refused
+    assert "locked by" in said
+    done, said = _finish(box, *_start(box, job, "second"))
+    assert done, said
+    assert "an earlier attempt of this job: waiting for it" in said
+    get(box, "killed", tmp_path / "there")
     assert _features(str(tmp_path / "there")) == expected
 
 

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from deploy.__main__ import main
 from deploy.config import ClusterConfig, GroupConfig
-from deploy.render import MAXIMA, render, write_manifests
+from deploy.render import JOB, MAXIMA, render, write_manifests
+from pipeline.store import lease
 
 ROOT = Path(__file__).parents[2]
 GUARDED_PORTS = {6379, 8265, 10001, 5000}
@@ -251,6 +252,16 @@ def test_two_jobs_stand_beside_each_other() -> None:
     assert peer["podSelector"] == {
         "matchExpressions": [{"key": "diccae.io/cluster", "operator": "Exists"}]
     }
+
+
+def test_attempts_of_a_job_know_each_other_and_nobody_elses() -> None:
+    """By a variable of the job: what is submitted to its cluster besides is another's."""
+    jobs = [_rayjob(config) for config in (ClusterConfig(), UNUSUAL)]
+    given = [yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"][JOB] for job in jobs]
+    assert given == ["diccae/diccae", "team-av/vgg-2"]
+    assert lease.JOB == JOB
+    for job in jobs:
+        assert JOB not in str(job["spec"]["rayClusterSpec"])
 
 
 def test_workers_of_ray_up_have_an_instance_profile() -> None:

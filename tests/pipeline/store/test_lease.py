@@ -1,6 +1,7 @@
 """Who may write: leases between processes, machines and clocks."""
 
 import json
+import threading
 import time
 
 import pytest
@@ -11,10 +12,10 @@ from pipeline.store import lease as lease_module
 from pipeline.store.lease import Lease
 
 
-def hold(location: Location, silent_s: float, stale_s: float | None) -> None:
+def hold(location: Location, silent_s: float, stale_s: float | None, job: str = "") -> None:
     """A lease as a holder on another machine left it, some time after its last heartbeat."""
     about = json.loads(Lease(location, stale_s or 30.0, "a run elsewhere")._stamp())
-    about |= {"host": "elsewhere", "beat": time.time() - silent_s}
+    about |= {"host": "elsewhere", "beat": time.time() - silent_s, "job": job}
     if stale_s is None:
         del about["stale_s"]
     location.create_bytes("lease/00000001.json", json.dumps(about).encode())
@@ -48,3 +49,46 @@ def test_another_machine_of_the_same_name_is_not_asked_for_processes(tmp_path, m
     with pytest.raises(StoreLocked, match="a run on the twin"), Lease(location, 30.0, "me"):
         pass
     holder.__exit__()
+
+
+@pytest.mark.parametrize("ours", ["", "diccae/other"])
+def test_somebody_elses_start_is_refused_at_once(tmp_path, monkeypatch, ours):
+    location = Location(str(tmp_path))
+    hold(location, silent_s=0.0, stale_s=60.0, job="diccae/vgg" if ours else "")
+    monkeypatch.setenv("DICCAE_JOB", ours)
+    began = time.monotonic()
+    with pytest.raises(StoreLocked, match="a run elsewhere"), Lease(location, 60.0, "me"):
+        pass
+    assert time.monotonic() - began < 1
+
+
+def test_the_next_attempt_of_a_job_waits_until_the_last_counts_as_dead(
+    tmp_path, monkeypatch, caplog
+):
+    """It was refused with exit code 4, which used up one of the job's retries."""
+    location = Location(str(tmp_path))
+    hold(location, silent_s=0.0, stale_s=1.2, job="diccae/vgg")
+    monkeypatch.setenv("DICCAE_JOB", "diccae/vgg")
+    began = time.monotonic()
+    with Lease(location, 1.2, "me") as lease:
+        assert lease.generation == 2
+        assert time.monotonic() - began > 1.2
+        lease.check()
+    (said,) = caplog.messages
+    assert "a run elsewhere" in said
+    assert "waiting for it" in said
+
+
+def test_the_next_attempt_of_a_job_waits_for_one_that_lives_until_it_ends(tmp_path, monkeypatch):
+    location = Location(str(tmp_path))
+    monkeypatch.setenv("DICCAE_JOB", "diccae/vgg")
+    with monkeypatch.context() as there:
+        there.setattr(lease_module, "_BOOT_ID", str(tmp_path / "boot_id"))
+        (tmp_path / "boot_id").write_text("another boot\n")
+        first = Lease(location, 0.9, "a run that lives")
+    with first:
+        ends = threading.Timer(2.0, first.__exit__)
+        ends.start()
+        with Lease(location, 0.9, "me") as lease:
+            assert not ends.is_alive()
+            assert lease.generation == 2

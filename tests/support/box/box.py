@@ -119,7 +119,7 @@ class Box:
         return machine
 
     def ask_storage(self, question: str) -> str:
-        """Whatever `bucket.py` answers: `names?BUCKET`, `faults?0.05`, `counts`."""
+        """Whatever `bucket.py` answers: `names?BUCKET`, `faults?0.05`, `hold?WORD`."""
         url = f"http://127.0.0.1:{S3_PORT}/box/{question}"
         return self.outside(["wget", "-q", "-O-", url], self.storage, 60).stdout
 

@@ -2,11 +2,14 @@
 
 Run as a script: `bucket.py PORT BUCKET...`. Knows nothing of what is stored.
 `GET /box/faults?0.05` has that share of the requests answered with 503, as S3 does under load; a
-request that is refused has changed nothing.
+request that is refused has changed nothing. `GET /box/hold?WORD` keeps whoever writes a name with
+WORD in it waiting, until the next `hold` has those requests refused: what a test does meanwhile
+happens in the middle of that write. `GET /box/held` says how many wait.
 """
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,12 +29,13 @@ class Faulty:
         self._api = DomainDispatcherApplication(create_backend_app)
         self._random = random.Random(0)
         self._share, self._asked, self._refused = 0.0, 0, 0
+        self._word, self._held, self._let_go = "", 0, threading.Event()
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Answer:
         if environ["PATH_INFO"].startswith("/box/"):
             return self._told(environ, start)
         self._asked += 1
-        if self._random.random() < self._share:
+        if self._was_held(environ) or self._random.random() < self._share:
             self._refused += 1
             # The body is read first: else the client sees a broken connection, not the answer.
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
@@ -40,15 +44,33 @@ class Faulty:
         answer: Answer = self._api(environ, start)
         return answer
 
+    def _was_held(self, environ: dict[str, Any]) -> bool:
+        """Whether this request is one to hold; returns once it is let go."""
+        writes = environ["REQUEST_METHOD"] in ("PUT", "POST")
+        if not (writes and self._word and self._word in environ["PATH_INFO"]):
+            return False
+        let_go = self._let_go
+        self._held += 1
+        let_go.wait()
+        return True
+
+    def _hold(self, word: str) -> None:
+        self._let_go.set()
+        self._word, self._held, self._let_go = word, 0, threading.Event()
+
     def _told(self, environ: dict[str, Any], start: Callable[..., Any]) -> Answer:
         """What a test wants: another share of refusals, the counts, the names that are stored."""
         kind, value = environ["PATH_INFO"].split("/")[2], environ["QUERY_STRING"]
         if kind == "faults":
             self._share = float(value)
+        if kind == "hold":
+            self._hold(value)
         start("200 OK", [("Content-Type", "text/plain")])
         if kind == "names":
             buckets = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets
             return ["\n".join(buckets[value].keys.keys()).encode()]
+        if kind == "held":
+            return [str(self._held).encode()]
         return [f"{self._asked} {self._refused}".encode()]
 
 
