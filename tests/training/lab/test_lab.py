@@ -11,12 +11,14 @@ from support.runs import lines
 from support.stores import noise_store
 
 from clustering.config import KMeansConfig, PoolConfig
+from clustering.kmeans.label_table import NO_LABEL
 from clustering.rounds.files import load_round
 from clustering.rounds.local import LocalRounds
 from pipeline.config import FeatureSpec
 from pipeline.storage import Location
 from training.attempt import UNHELD
 from training.config import TrainingConfig
+from training.data.rows import few_of_each_class
 from training.lab.features import decode_store, open_features
 from training.lab.lab import Lab
 from training.run.checkpoints import WHOLE, Span, newest_checkpoint
@@ -124,3 +126,20 @@ def test_a_run_that_died_before_its_round_was_frozen_goes_on_with_the_labels_of_
     first, again = (load_round(str(tmp_path / run / "rounds"), 1) for run in ("whole", "killed"))
     for a, b in zip(first.heads, again.heads, strict=True):
         np.testing.assert_array_equal(a.labels_N, b.labels_N)
+
+
+@pytest.mark.parametrize("labels", ["true", "seeded"])
+def test_pretraining_from_two_labels_a_class(labels: str, data: Pinned, tmp_path: Path) -> None:
+    """Known clips teach their class; the others are left alone, or get a class by clustering."""
+    rounds = {**CONFIG.rounds.model_dump(), "labels": labels, "labels_per_class": 2}
+    _pretrain(data, tmp_path, rounds=rounds)
+    known = few_of_each_class(data.train.labels_N, 2)
+    others = np.setdiff1d(np.arange(len(data.train)), known)
+    for number in (1, 2):
+        [head] = load_round(str(tmp_path / "rounds"), number).heads
+        found_N = head.lookup(data.train.keys_N)
+        np.testing.assert_array_equal(found_N[known], data.train.labels_N[known])
+        assert set(found_N[others]) <= (
+            {NO_LABEL} if labels == "true" else set(range(len(data.train.classes)))
+        )
+    assert [line for line in lines(tmp_path / "metrics.jsonl") if line.get("loss_confusion", 0) > 0]
