@@ -1,14 +1,27 @@
 """Whole jobs on pods in a box: what a cluster does to them must not show in what they leave."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 from support.box.box import Box, images
 from support.box.job import RayCluster, RayJob
+from support.box.kills import Kill, Kills, head, of_group
 from support.box.node import why_not
-from support.box.smallest import INGEST, SECRETS, SMOKE, STORE, config, digests, group, put
+from support.box.smallest import (
+    INGEST,
+    SECRETS,
+    SMOKE,
+    STORE,
+    config,
+    digests,
+    get,
+    group,
+    put,
+)
+from support.stores import contents
 
 from deploy.config import ClusterConfig
 from deploy.render import render
@@ -19,30 +32,38 @@ pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
 
-OUT = "s3://bucket/run"
+N_TRAIN = 24
+READY_S = 300
+SHARDS = ("--ingest.shard-clips", "4")
 PRETRAIN = (
-    *("pretrain", "--config", SMOKE, "--store", STORE, "--out", OUT),
+    *("pretrain", "--config", SMOKE, "--store", STORE),
     *("--scale.num-workers", "2", "--scale.cpus-per-worker", "5"),
     *("--scale.threads-per-worker", "1", "--pretrain.batch-size", "8"),
+    # Three steps an epoch: every other checkpoint is in the middle of one.
+    *("--pretrain.epochs", "8", "--pretrain.checkpoint-every", "2"),
     *("--pretrain.log-every", "1", "--rounds.lead-steps", "1"),
 )
 
 
-def two_training_pods(*command: str, nodes: int = 2, **fields: object) -> ClusterConfig:
+def two_training_pods(*command: str, **fields: object) -> ClusterConfig:
     """A worker asks for more CPUs than the decode pod has, so each trains in a pod of its own."""
-    return config(*command, train=group(6, nodes), **fields)
+    return config(*command, train=group(6, 2), retries=1, **fields)
 
 
-def entrypoint(command: tuple[str, ...]) -> str:
+def entrypoint(command: Sequence[str]) -> str:
     """As the manifest that is rendered for the command has it."""
     job = yaml.safe_load(render(two_training_pods(*command))["rayjob.yaml"])
     return str(job["spec"]["entrypoint"])
 
 
+def pretrain_into(name: str) -> str:
+    return entrypoint((*PRETRAIN, "--out", f"s3://bucket/{name}"))
+
+
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("box") / "clips"
-    write_clips(folder, 24, 8, seed=0)
+    write_clips(folder, N_TRAIN, 8, seed=0)
     return folder
 
 
@@ -61,17 +82,94 @@ def job(box: Box) -> RayJob:
 
 @pytest.fixture(scope="module")
 def cluster(job: RayJob) -> RayCluster:
-    return job.start_cluster("stages", ready_s=300)
+    began = time.monotonic()
+    cluster = job.start_cluster("shared", READY_S)
+    print(f"\npods ready after {time.monotonic() - began:.0f} s", flush=True)
+    return cluster
+
+
+def succeed(job: RayJob, cluster: RayCluster, name: str, command: str, **options: object) -> str:
+    began = time.monotonic()
+    status, log = job.submit(cluster, name, entrypoint=command, **options)
+    assert status == "SUCCEEDED", log
+    print(f"\n{name}: {time.monotonic() - began:.0f} s", flush=True)
+    return log
+
+
+@pytest.fixture(scope="module")
+def store(job: RayJob, cluster: RayCluster) -> str:
+    succeed(job, cluster, "ingest", entrypoint((*INGEST, *SHARDS)))
+    return STORE
+
+
+def made(box: Box, name: str) -> dict[str, str]:
+    """Digests of what a run is for: weights, and the labels of every round."""
+    wanted = ("encoder.safetensors", "labels.parquet", "prototypes.npz")
+    return {n: d for n, d in digests(box, name).items() if n.endswith(wanted)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(box: Box, job: RayJob, cluster: RayCluster, store: str) -> dict[str, str]:
+    """What pretraining leaves that nothing happens to."""
+    succeed(job, cluster, "undisturbed", pretrain_into("undisturbed"))
+    return made(box, "undisturbed")
 
 
 def test_training_with_clustering_runs_on_pods_that_share_nothing(
-    box: Box, job: RayJob, cluster: RayCluster
+    undisturbed: dict[str, str],
 ) -> None:
     """Also: the pool's actors leave the training pods to the workers. Before they did, one of them
     took a tenth of a CPU there, and a worker waited for ever."""
-    for command in (INGEST, PRETRAIN):
-        status, log = job.submit(cluster, command[0], entrypoint=entrypoint(command))
-        assert status == "SUCCEEDED", log
-    files = digests(box, "run")
-    wanted = {"results.json", "metrics.jsonl", "encoder/encoder.safetensors"}
-    assert wanted | {"rounds/round-0001/labels.parquet"} <= set(files)
+    assert "encoder/encoder.safetensors" in undisturbed
+    assert len([name for name in undisturbed if name.endswith("labels.parquet")]) == 7
+
+
+KILLS = {
+    "training": [
+        Kill("rounds/bank-00000008/", of_group("train-gpu")),
+        Kill("rounds/bank-00000014/", of_group("train-gpu")),
+    ],
+    "clustering": [
+        Kill("round-0002/vectors/", of_group("decode-cpu")),  # freeze
+        Kill("-bank-0/segment", of_group("decode-cpu")),  # push
+        Kill("round-0004/state/", of_group("decode-cpu")),  # iteration
+        Kill("round-0006/labels.parquet", of_group("decode-cpu")),  # labelling
+    ],
+}
+
+
+@pytest.mark.parametrize("who", KILLS)
+def test_killed_pods_change_no_bit_of_a_run(
+    who: str, box: Box, job: RayJob, cluster: RayCluster, undisturbed: dict[str, str]
+) -> None:
+    kills = Kills(box, KILLS[who], f"killed-{who}/pretrain/checkpoint_")
+    log = succeed(job, cluster, who, pretrain_into(f"killed-{who}"), watch=kills)
+    assert len(kills.lost_s) == len(KILLS[who]), log
+    assert made(box, f"killed-{who}") == undisturbed
+
+
+def test_a_pod_that_dies_while_it_decodes_changes_no_feature(
+    box: Box, job: RayJob, cluster: RayCluster, store: str, tmp_path: Path
+) -> None:
+    kills = Kills(
+        box, [Kill("/killed-store/features/", of_group("decode-cpu"))], "killed-store/features/"
+    )
+    command = entrypoint([w.replace("/store", "/killed-store") for w in (*INGEST, *SHARDS)])
+    succeed(job, cluster, "ingest-killed", command, watch=kills)
+    assert len(kills.lost_s) == 1
+    for name in ("store", "killed-store"):
+        get(box, name, tmp_path / name)
+    assert contents(str(tmp_path / "killed-store")) == contents(str(tmp_path / "store"))
+
+
+def test_the_next_attempt_goes_on_where_a_killed_head_left_the_run(
+    box: Box, job: RayJob, cluster: RayCluster, undisturbed: dict[str, str]
+) -> None:
+    """The last one: the shared cluster dies of it."""
+    progress = "killed-head/pretrain/checkpoint_"
+    kills = Kills(box, [Kill("rounds/bank-00000008/", head)], progress)
+    ended = job.run(kills, READY_S, entrypoint=pretrain_into("killed-head"), first=cluster)
+    assert len(kills.lost_s) == 1
+    assert ended.status == "SUCCEEDED", ended.log
+    assert ended.attempts == 2
+    assert made(box, "killed-head") == undisturbed

@@ -27,6 +27,7 @@ class RayCluster:
         self._images = images
         self._numbers = itertools.count()
         self._ready: set[str] = set()
+        self._was_complete = False
         self._groups: dict[str, Manifest] = {}
         """Worker pods: the group of each."""
         self.replaced: list[str] = []
@@ -66,9 +67,10 @@ class RayCluster:
         return [pod for pod in self.workers if self._groups[pod.name]["groupName"] == name]
 
     def reconcile(self) -> None:
-        """Replace the workers that have ended since they were ready."""
+        """Replace the workers that have ended since they were ready; once all were, any: then it
+        is no mistake of the manifest, Ray gives up a start that takes half a minute."""
         for pod in self.workers:
-            if self._go_on(pod) and pod.name in self._ready:
+            if self._go_on(pod) and (self._was_complete or pod.name in self._ready):
                 self.replaced.append(pod.name)
                 group = self._groups[pod.name]
                 self.remove_worker(pod)
@@ -88,7 +90,8 @@ class RayCluster:
         self.reconcile()
         for pod in [self.head, *self.workers]:
             self.is_pod_ready(pod)
-        return len(self._ready) == 1 + len(self._groups)
+        self._was_complete = len(self._ready) == 1 + len(self._groups)
+        return self._was_complete
 
     def is_pod_ready(self, pod: Pod) -> bool:
         """Ask one pod's readiness probe, unless it has passed. Raises: BoxError if it ended."""
@@ -151,13 +154,25 @@ class RayJob:
         self._operator = box.add_machine("operator", "kuberay-system", labels)
 
     def run(
-        self, watch: Watch = lambda *_: None, ready_s: float = 120, run_s: float = 500
+        self,
+        watch: Watch = lambda *_: None,
+        ready_s: float = 120,
+        run_s: float = 500,
+        *,
+        entrypoint: str | None = None,
+        first: RayCluster | None = None,
     ) -> Ended:
-        """All attempts. Raises: BoxError if a cluster does not become ready or takes too long."""
+        """All attempts. Raises: BoxError if a cluster does not become ready or takes too long.
+
+        Args: entrypoint: another than the manifest's. first: a cluster that is there, for the first
+            attempt.
+        """
         began = time.monotonic()
         for attempt in range(1, self.spec["backoffLimit"] + 2):
-            cluster = self.start_cluster(f"{self.name}-{attempt}", ready_s)
-            status, log = self.submit(cluster, f"{self.name}-{attempt}", watch, run_s)
+            cluster = first if first and attempt == 1 else None
+            name = f"{self.name}-{attempt}"
+            cluster = cluster or self.start_cluster(name, ready_s)
+            status, log = self.submit(cluster, name, watch, run_s, entrypoint)
             cluster.delete()
             if status == "SUCCEEDED":
                 break
