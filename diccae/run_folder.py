@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -296,12 +297,22 @@ def _last_line(place: Location, name: str) -> dict[str, Any] | None:
     return newest
 
 
+class _Screen(logging.Handler):
+    """What stderr is when a line comes: a program or a test may have put another in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        print(self.format(record), file=sys.stderr)
+
+
+_SCREEN = _Screen()
+_SCREEN.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+
+
 def log_to_screen() -> None:
-    """Warnings of our packages on stderr, one line each."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    """Warnings of our packages on stderr, one line each, however often this is called."""
     for name in ("pipeline", "clustering", "training", "deploy", "diccae"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
-        logger.addHandler(handler)
+        logger.addHandler(_SCREEN)
         logger.propagate = False

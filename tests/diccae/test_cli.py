@@ -1,5 +1,6 @@
 """The `diccae` command: help without waiting, errors in one line, exit codes."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from support.stores import noise_store
 
 from diccae.cli import COMMANDS, main
+from diccae.run_folder import log_to_screen
 from pipeline.config import FeatureSpec
 
 _HEAVY = ("torch", "ray", "mlflow", "faiss", "deltalake", "pyarrow", "matplotlib", "sklearn", "av")
@@ -71,9 +73,17 @@ def test_storage_that_cannot_be_used_is_one_line(
     (tmp_path / "a_000001.mp4").touch()
     source = ["--clips", str(tmp_path / "clips.csv"), "--videos", str(tmp_path)]
     assert main(["ingest", *source, "--store", store]) == 1
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert said in err
+    *before, line = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert all("waiting for storage" in told for told in before)
+
+
+def test_a_warning_is_told_once_wherever_stderr_is_now(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command of one process added a handler of its own, to the stderr of its time."""
+    log_to_screen()
+    log_to_screen()
+    logging.getLogger("pipeline.anything").warning("hm")
+    assert capsys.readouterr().err == "WARNING pipeline.anything: hm\n"
 
 
 def test_a_number_that_cannot_be_is_one_line_and_removes_nothing(
