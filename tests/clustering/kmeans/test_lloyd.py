@@ -170,6 +170,24 @@ def test_a_few_known_rows_name_the_clusters_and_keep_their_labels(mixture, many_
     assert _agree(unknown, data.truth, data.keys).mean() < 0.5, "ids of clusters are no classes"
 
 
+def test_heavy_seeds_hold_their_centroids_and_light_ones_let_them_go(mixture, many_shares) -> None:
+    data = mixture(n=3000, k=12, noise=2.5)
+    few = np.sort(np.concatenate([np.flatnonzero(data.truth == c)[:2] for c in range(12)]))
+    few = few[np.argsort(data.keys[few])]
+    seeds = LabelTable(data.keys[few], data.truth[few].astype(np.int32))
+    means = np.stack([data.x[few][data.truth[few] == c].sum(0) for c in range(12)])
+    nearest = (data.x @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T).argmax(1)
+    nearest[few] = data.truth[few]
+    space = whole_rows(data.x.shape[1], spherical=True)
+    equal = []
+    for weight in (1, 10**6):
+        config = KMeansConfig(k=12, seed_weight=weight)
+        made = cluster(many_shares(data.keys, data.x, 1, 0), space, config, 0, seeds=seeds)
+        equal.append(_agree(made, nearest, data.keys).mean())
+    assert equal[1] > 0.999
+    assert equal[0] < 0.9
+
+
 def test_seeds_of_other_rows_are_refused(mixture, many_shares) -> None:
     data = mixture(n=200, k=4)
     seeds = LabelTable(np.array([7], np.uint64), np.array([1], np.int32))
