@@ -26,7 +26,7 @@ class Given(NamedTuple):
     table: LabelTable
     seeds: bool = False
     """Whether the other rows are clustered from them (`kmeans.lloyd.cluster`); else these have no
-    label: a control of an experiment."""
+    label."""
 
 
 class GivenLabels(NamedTuple):

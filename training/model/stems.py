@@ -63,7 +63,10 @@ def _conv(
     first: bool = False,
     pooled: bool = False,
 ) -> list[nn.Module]:
-    """Convolution, norm and ReLU. Args: first: of the stem, whose input is no ReLU's."""
+    """Convolution, norm and ReLU.
+
+    Args: first: of the stem, whose input is no ReLU's. pooled: half the map, by maxima.
+    """
     layers: list[nn.Module] = []
     if norm == "group":
         layers.append(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from clustering.kmeans.label_table import LabelTable
 from clustering.rounds.given import Given
 from training.config import RoundsConfig
-from training.data.rows import RowIndex, few_of_each_class
+from training.data.rows import RowIndex, few_of_each_class, with_labels
 from training.errors import TrainingError
 from training.evaluation.results import read_confusion
 
@@ -58,13 +58,8 @@ def _by_chance(keys_N: NDArray[np.uint64], k: int, seed: int) -> LabelTable:
 
 def _of_the_store(config: RoundsConfig, index: RowIndex) -> LabelTable:
     """The classes of the clips that have one, of few of them if so asked."""
-    known_N = index.labels_N >= 0
-    if not known_N.any():
-        raise TrainingError(
-            f"rounds.labels = {config.labels}, but no clip of the train split has a label; ingest "
-            "a list with labels, or take clusters"
-        )
-    keys_N, own_N = index.keys_N[known_N], index.labels_N[known_N].astype(np.int32)
+    known = with_labels(index, f"rounds.labels = {config.labels}")
+    keys_N, own_N = known.keys_N, known.labels_N.astype(np.int32)
     if config.labels_per_class is not None:
         few = few_of_each_class(own_N, config.labels_per_class)
         keys_N, own_N = keys_N[few], own_N[few]

@@ -1,5 +1,6 @@
 """True labels that are partly wrong: how many, which, and how they differ from share to share."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,3 +72,12 @@ def test_few_labels_are_those_the_probe_sees_true_or_by_chance() -> None:
     assert known("none") is None
     with pytest.raises(TrainingError, match="labels_per_class = 3, but"):
         known("clusters")
+
+
+@pytest.mark.parametrize("labels", ["true", "seeded"])
+def test_clips_of_which_none_has_a_label_are_refused_with_the_key(labels: str) -> None:
+    index = memory_index()
+    unlabelled = replace(index, labels_NL=np.full_like(index.labels_NL, -1))
+    rounds = RoundsConfig.model_validate({"labels": labels})
+    with pytest.raises(TrainingError, match=f"rounds.labels = {labels} needs labels, and none of"):
+        known_labels(rounds, unlabelled, 4, seed=0)
