@@ -188,7 +188,9 @@ def test_true_labels_as_a_control_are_refused_by_name(
 ) -> None:
     arguments = ["--config", SMOKE, "--store", str(tmp_path / "store"), "--out"]
     assert main(["pretrain", *arguments, str(tmp_path / "a"), "--rounds.labels", "true"]) == 1
-    assert "rounds.labels = true, but no clip of the train split has" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "rounds.labels = true needs labels, and none of the 64 clips of" in printed
+    assert printed.count("\n") == 1
     assert main(["ablate", *arguments, str(tmp_path / "b"), "--variants", "full"]) == 1
     printed = capsys.readouterr().err
     assert "evaluate (its probes learn from the train split) needs labels" in printed
