@@ -309,7 +309,7 @@ def push() -> None:
         spent = 1e3 * (time.process_time() - before) / 1000
         p50, p99, top = np.quantile(waits, [0.5, 0.99, 1.0])
         row(64, spent, float(p50), float(p99), float(top), "<= 1, <= 5")
-        print(f"dropped {client.stats().dropped} of 64,000 rows")
+        print(f"dropped {client.dropped} of 64,000 rows")
         made.close()
 
 

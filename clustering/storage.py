@@ -46,12 +46,15 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem and the path in it, as patient as `pipeline.patience` makes it: what is said
     there holds here."""
     options: dict[str, Any] = {"use_listings_cache": False}
-    if fsspec.utils.get_protocol(uri) in ("s3", "s3a"):
+    kind = fsspec.utils.get_protocol(uri)
+    if kind in ("s3", "s3a"):
         import s3fs
 
         s3fs.S3FileSystem.retries = ATTEMPTS
         s3fs.core.set_custom_error_handler(_may_pass)
         options["config_kwargs"] = copy.deepcopy(_ONE_REQUEST)  # botocore adds to it.
+    elif kind in ("gs", "gcs"):
+        _tell_what_google_repeats()
     filesystem, path = fsspec.core.url_to_fs(uri, **options)
     return filesystem, path
 
@@ -75,6 +78,22 @@ def _may_pass(error: BaseException) -> bool:
     if passes:
         _tell(error)
     return passes
+
+
+def _tell_what_google_repeats() -> None:
+    import gcsfs.retry
+
+    decide = gcsfs.retry.is_retriable
+    if decide.__module__ != gcsfs.retry.__name__:
+        return  # Told already, also where pipeline.patience was first.
+
+    def decide_and_tell(error: BaseException) -> bool:
+        passes = bool(decide(error))
+        if passes:
+            _tell(error)
+        return passes
+
+    gcsfs.retry.is_retriable = decide_and_tell
 
 
 _told_at = -_TOLD_EVERY_S

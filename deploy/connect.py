@@ -62,8 +62,9 @@ def connect(address: str, timeout_s: float = 20.0) -> Cluster:
     return Cluster(url, version, headers, _job_client(url, headers))
 
 
-def nodes_of(cluster: Cluster, timeout_s: float = 20.0) -> list[tuple[float, float]]:
-    """CPUs and GPUs of each node that is alive; those an autoscaler would add are not among them.
+def nodes_of(cluster: Cluster, timeout_s: float = 20.0) -> list[tuple[float, float, bool]]:
+    """CPUs and GPUs of each node that is alive, and whether it is labelled for training; those an
+    autoscaler would add are not among them.
 
     Raises: ClusterUnreachable if the server does not say.
     """
@@ -79,8 +80,13 @@ def nodes_of(cluster: Cluster, timeout_s: float = 20.0) -> list[tuple[float, flo
             f"{url} does not list the nodes ({type(error).__name__}: {error}); leave --address out "
             "to compare with this machine"
         ) from error
-    alive = [row["resources_total"] for row in rows if row["state"] == "ALIVE"]
-    return [(float(has.get("CPU", 0.0)), float(has.get("GPU", 0.0))) for has in alive]
+    found = []
+    for row in rows:
+        if row["state"] == "ALIVE":
+            has, labels = row["resources_total"], row.get("labels") or {}
+            sizes = float(has.get("CPU", 0.0)), float(has.get("GPU", 0.0))
+            found.append((*sizes, labels.get("diccae.io/role") == "train"))
+    return found
 
 
 def _http_url(address: str) -> str:

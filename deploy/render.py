@@ -101,11 +101,11 @@ def _values(config: ClusterConfig) -> list[tuple[str, Any]]:
     return list(values.items())
 
 
-def maxima(config: ClusterConfig) -> list[dict[str, int]]:
-    """The most that the autoscaler can start, decode and train: what a run is compared with."""
+def maxima(config: ClusterConfig) -> list[dict[str, Any]]:
+    """The most that the autoscaler can start: what a run is compared with."""
     return [
-        {"nodes": group.max_nodes, "cpus": group.cpus, "gpus": group.gpus}
-        for group in (config.decode, config.train)
+        {"role": role, "nodes": group.max_nodes, "cpus": group.cpus, "gpus": group.gpus}
+        for role, group in (("decode", config.decode), ("train", config.train))
     ]
 
 

@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import psutil
 
@@ -36,6 +36,8 @@ _NO_API_SERVER = "http://127.0.0.1:9"
 
 MAXIMA = "DICCAE_AUTOSCALING_GROUPS"
 """Variable in which a rendered manifest says what its cluster can grow to."""
+_ROLE, _TRAIN = "diccae.io/role", "train"
+"""Label of the nodes that train."""
 _POLL_NODES_S = 2.0
 _SAY_AGAIN_S = 60.0
 
@@ -170,6 +172,9 @@ class Demand(NamedTuple):
     n: int
     cpus: float
     gpus: float
+    keeps_off: bool = False
+    """Whether nodes that are labelled for training are not for it: actors of a clustering pool
+    (`FOREVER` in clustering.pool.compute)."""
 
 
 class Node(NamedTuple):
@@ -177,6 +182,8 @@ class Node(NamedTuple):
 
     cpus: float
     gpus: float
+    trains: bool = False
+    """Whether it is labelled for training, as a rendered manifest labels its group `train`."""
 
 
 def training_demands(config: TrainingConfig, pool: PoolGroups | None) -> list[Demand]:
@@ -188,29 +195,35 @@ def training_demands(config: TrainingConfig, pool: PoolGroups | None) -> list[De
         Demand("readers", workers * scale.reader_tasks, scale.reader_cpus, 0),
         Demand("Ray's own tasks", 1, 1.0, 0),
     ]
-    return demands + [Demand(*group) for group in pool or ()]
+    return demands + [Demand(*group, keeps_off=True) for group in pool or ()]
 
 
 def left_over(demands: list[Demand], nodes: list[Node]) -> list[Demand]:
     """What finds no place when the largest are placed first, each where least is left.
 
     One by one, because an actor lives on one node: four 4-CPU workers do not fit on eight nodes of
-    2 CPUs. Ray places in the order of arrival, so what fails here would wait there, too.
+    2 CPUs. Ray places in the order of arrival, so what fails here would wait there, too. Where
+    nodes are labelled, what keeps off some of them comes first, as pools start before workers.
     """
     free = list(nodes)
+    labelled = any(node.trains for node in nodes)
     missing: list[Demand] = []
-    for demand in sorted(demands, key=lambda d: (d.gpus, d.cpus), reverse=True):
+    first = sorted(demands, key=lambda d: (labelled and d.keeps_off, d.gpus, d.cpus), reverse=True)
+    for demand in first:
         for placed in range(demand.n):
             fitting = [
                 i
                 for i, node in enumerate(free)
-                if node.cpus + 1e-6 >= demand.cpus and node.gpus + 1e-6 >= demand.gpus
+                if node.cpus + 1e-6 >= demand.cpus
+                and node.gpus + 1e-6 >= demand.gpus
+                and not (demand.keeps_off and node.trains)
             ]
             if not fitting:
                 missing.append(demand._replace(n=demand.n - placed))
                 break
             best = min(fitting, key=lambda i: (free[i].gpus, free[i].cpus))
-            free[best] = Node(free[best].cpus - demand.cpus, free[best].gpus - demand.gpus)
+            cpus, gpus = free[best].cpus - demand.cpus, free[best].gpus - demand.gpus
+            free[best] = free[best]._replace(cpus=cpus, gpus=gpus)
     return missing
 
 
@@ -235,7 +248,11 @@ def nodes_up() -> list[Node]:
     import ray
 
     return [
-        Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        Node(
+            node["Resources"].get("CPU", 0.0),
+            node["Resources"].get("GPU", 0.0),
+            node["Labels"].get(_ROLE) == _TRAIN,
+        )
         for node in ray.nodes()
         if node["Alive"]
     ]
@@ -243,8 +260,16 @@ def nodes_up() -> list[Node]:
 
 def nodes_at_most() -> list[Node]:
     """The nodes that an autoscaler may start, as the rendered manifest says; none without one."""
-    groups = json.loads(os.environ.get(MAXIMA) or "[]")
-    return [Node(group["cpus"], group["gpus"]) for group in groups for _ in range(group["nodes"])]
+    return nodes_of(json.loads(os.environ.get(MAXIMA) or "[]"))
+
+
+def nodes_of(groups: list[dict[str, Any]]) -> list[Node]:
+    """The nodes of groups that have as many as they can; a group of before 0.2 names no role."""
+    return [
+        Node(group["cpus"], group["gpus"], group.get("role") == _TRAIN)
+        for group in groups
+        for _ in range(group["nodes"])
+    ]
 
 
 def _wait_for_nodes(demands: list[Demand]) -> None:
@@ -253,18 +278,19 @@ def _wait_for_nodes(demands: list[Demand]) -> None:
         return
     from ray.autoscaler.sdk import request_resources
 
+    each = [demand for demand in demands for _ in range(demand.n)]
     bundles = [
-        {"CPU": demand.cpus, **({"GPU": demand.gpus} if demand.gpus else {})}
-        for demand in demands
-        for _ in range(demand.n)
+        {"CPU": demand.cpus, **({"GPU": demand.gpus} if demand.gpus else {})} for demand in each
     ]
-    request_resources(bundles=bundles)
+    # Else room on a node that trains would do, and none is started for what keeps off it.
+    labels = [{_ROLE: f"!{_TRAIN}"} if demand.keeps_off else {} for demand in each]
+    request_resources(bundles=bundles, bundle_label_selectors=labels)
     said, said_at = "", 0.0
     try:
         while missing := left_over(demands, nodes_up()):
-            parts = ", ".join(f"{demand.n} of the {demand.part}" for demand in missing)
             up = nodes_up()
-            line = f"waiting   for nodes: no room yet for {parts}; {len(up)} node(s) are up"
+            no_room = f"no room yet for {named(missing, up)}"
+            line = f"waiting   for nodes: {no_room}; {len(up)} node(s) are up"
             if line != said or time.monotonic() - said_at > _SAY_AGAIN_S:
                 say(line)
                 said, said_at = line, time.monotonic()
@@ -288,9 +314,15 @@ def _too_small(
         f"{has} {sum(n.cpus for n in nodes):g} CPUs and {sum(n.gpus for n in nodes):g} "
         f"GPUs on {len(nodes)} node(s), the largest {largest.cpus:g} and {largest.gpus:g}; this "
         f"run needs {cpus:g} and {gpus:g}:\n{rows}\n"
-        f"No room for {', '.join(f'{d.n} of the {d.part}' for d in missing)}. "
+        f"No room for {named(missing, nodes)}. "
         f"Lower {lower}, or {'raise max_nodes of its groups' if grows else 'add nodes'}."
     )
+
+
+def named(missing: list[Demand], nodes: list[Node]) -> str:
+    """What found no place, and where only some of the nodes are for it."""
+    off = " off the nodes that train" if any(node.trains for node in nodes) else ""
+    return ", ".join(f"{d.n} of the {d.part}{off * d.keeps_off}" for d in missing)
 
 
 def scale_note(scale: ScaleConfig, say: Callable[[str], None]) -> None:

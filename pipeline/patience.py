@@ -8,7 +8,7 @@ All that is set for retries, and what is left as the libraries have it:
   s3://   `ATTEMPTS` over 29 s, each with the time-outs below; the library alone gives up after 2 s,
           and at once where nobody answers
   gs://   six attempts over 31 s, gcsfs's own
-  Delta   `DELTA_RETRIES`
+  Delta   `DELTA_RETRIES`, without a word: `Location.asked_if_slow` speaks for it
 With 2 s for each connection that is 51 s, less than after which another start may have taken the
 run over (`scale.lease_stale_s`, and a third of it): a write that is repeated comes before that.
 """
@@ -41,9 +41,12 @@ def open_filesystem(uri: Any) -> tuple[fsspec.AbstractFileSystem, str]:
     Raises: ImportError or ValueError for a kind of place that fsspec does not know or cannot load.
     """
     options: dict[str, Any] = {"use_listings_cache": False}
-    if fsspec.utils.get_protocol(str(uri)) in ("s3", "s3a"):
+    kind = fsspec.utils.get_protocol(str(uri))
+    if kind in ("s3", "s3a"):
         _repeat_for_longer()
         options["config_kwargs"] = copy.deepcopy(_ONE_REQUEST)  # botocore adds to it.
+    elif kind in ("gs", "gcs"):
+        _tell_what_google_repeats()
     filesystem, path = fsspec.core.url_to_fs(uri, **options)
     return filesystem, path
 
@@ -68,6 +71,23 @@ def _may_pass(error: BaseException) -> bool:
     if passes:
         _tell(error)
     return passes
+
+
+def _tell_what_google_repeats() -> None:
+    import gcsfs.retry
+
+    decide = gcsfs.retry.is_retriable
+    if decide.__module__ != gcsfs.retry.__name__:
+        return  # Told already, also where clustering.storage was first.
+
+    def decide_and_tell(error: BaseException) -> bool:
+        passes = bool(decide(error))
+        if passes:
+            _tell(error)
+        return passes
+
+    # gcsfs has no place for it: this is what it asks after each failure but the last.
+    gcsfs.retry.is_retriable = decide_and_tell
 
 
 _told_at = -_TOLD_EVERY_S

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator
 from datetime import datetime
@@ -23,6 +24,7 @@ from pipeline.patience import DELTA_RETRIES, open_filesystem
 _LIBRARIES = ("_internal", "aiohttp", "botocore", "deltalake", "gcsfs", "google")
 """`_internal` is where deltalake says that its errors are from."""
 _UNFINISHED = ".unfinished-"
+_SLOW_S = 2.0
 _BLOCK_BYTES = 2**16
 """Read at a time by `open`: a checkpoint's few numbers lie in two places of it."""
 
@@ -108,6 +110,25 @@ class Location:
                 return float(told)
         modified: datetime = self.fs.modified(entry["name"])
         return modified.timestamp()
+
+    @contextlib.contextmanager
+    def asked_if_slow(self) -> Iterator[None]:
+        """A block of a library that repeats its requests without a word: when it takes long, the
+        place is asked once more, in the way that says so if it is away."""
+        if self.is_local:
+            yield
+            return
+        asking = threading.Timer(_SLOW_S, self._ask)
+        asking.daemon = True
+        asking.start()
+        try:
+            yield
+        finally:
+            asking.cancel()
+
+    def _ask(self) -> None:
+        with storage_failures_ignored():  # The block raises its own.
+            self.entries()
 
     def read_bytes(self, name: str) -> bytes:
         """Content of a file.

@@ -82,10 +82,14 @@ class PoolClient:
         """See `Rounds.restore`."""
         unwrapped(lambda: ray.get([bank.restore.remote(uri) for bank in self._banks]))
 
+    @property
+    def dropped(self) -> int:
+        """See `Rounds.dropped`."""
+        return self._sender.dropped if self._sender else 0
+
     def stats(self) -> BankStats:
         """See `Rounds.stats`."""
-        ages = ray.get([bank.ages.remote() for bank in self._banks])
-        return stats_of(ages, self._sender.dropped if self._sender else 0)
+        return stats_of(ray.get([bank.ages.remote() for bank in self._banks]))
 
     def _sending(self) -> Sender:
         if self._sender is None:

@@ -61,15 +61,14 @@ class BankAges(NamedTuple):
     n_bytes: int
 
 
-def stats_of(banks: list[BankAges], dropped: int) -> BankStats:
-    """State of the banks of a run together. Args: dropped: rows this worker gave up."""
+def stats_of(banks: list[BankAges]) -> BankStats:
+    """State of the banks of a run together."""
     held = [ages for ages in banks if ages.n_rows]
     rows = sum(ages.n_rows for ages in held)
     newest = max((ages.newest for ages in held), default=0)
     oldest = min((ages.oldest for ages in held), default=0)
     return BankStats(
         rows=rows,
-        dropped=dropped,
         age_mean=newest - sum(ages.step_sum for ages in held) / rows if rows else 0.0,
         age_max=newest - oldest,
         bytes=sum(ages.n_bytes for ages in banks),

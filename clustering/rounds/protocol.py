@@ -91,8 +91,6 @@ class BankStats(NamedTuple):
 
     rows: int
     """Clips with a row."""
-    dropped: int
-    """Rows this worker dropped because the bank was slow."""
     age_mean: float
     """Mean of (newest step - step of the row)."""
     age_max: int
@@ -146,6 +144,11 @@ class Rounds(Protocol):
         """Replace the rows of the bank by saved ones."""
         ...
 
+    @property
+    def dropped(self) -> int:
+        """Rows this worker gave up because the bank was slow. Known here: the bank is not asked."""
+        ...
+
     def stats(self) -> BankStats:
-        """State of the bank."""
+        """State of the bank, which reads all its rows for the answer."""
         ...

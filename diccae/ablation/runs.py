@@ -230,13 +230,18 @@ def _pinned(config: RunConfig, plan: Plan, store: str, out: Location) -> dict[st
         "finetune": plan.finetune,
     }
     if known and known != pinned:
-        old = config_in(out) or config
+        old = config_in(out)
+        if old is not None and old.digest() == config.digest():
+            # An earlier version hashed fewer keys; those that came since have their defaults.
+            known = known | {"config_hash": config.digest()}
         changed = [f"{k}: {known[k]} -> {pinned[k]}" for k in pinned if known[k] != pinned[k]]
-        keys = [key for key in differing_keys(old, config) if not key.startswith(_NOT_PINNED)]
-        raise UsageError(
-            f"{out.uri} holds another ablation: {'; '.join(changed + keys)}. Use the old values or "
-            "another --out: what is compared is fixed before the first run."
-        )
+        if changed:
+            keys = differing_keys(old or config, config)
+            changed += [key for key in keys if not key.startswith(_NOT_PINNED)]
+            raise UsageError(
+                f"{out.uri} holds another ablation: {'; '.join(changed)}. Use the old values or "
+                "another --out: what is compared is fixed before the first run."
+            )
     return pinned
 
 

@@ -52,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
 
     def start() -> None:
         start_ray()
-        check_fits([Demand(*pool.groups(kmeans).compute)], "--actors or --pool.cpus-per-actor")
+        actors = Demand(*pool.groups(kmeans).compute, keeps_off=True)
+        check_fits([actors], "--actors or --pool.cpus-per-actor")
         check_reach({"--vectors": args.vectors})
 
     summary = cluster_vectors(

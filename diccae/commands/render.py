@@ -54,21 +54,21 @@ def refuse_what_never_fits(config: "ClusterConfig") -> None:
     Raises: ResourceError, in one line: the job would only say so after its cluster was built.
     """
     from deploy.render import maxima
-    from diccae.resources import Node, left_over
+    from diccae.resources import left_over, nodes_of
 
     demands = demands_of(config.command)
     if demands is None:
         say(f"not compared with the groups: {config.command[0]}, whose config is not known here")
         return
     groups = maxima(config)
-    nodes = [Node(g["cpus"], g["gpus"]) for g in groups for _ in range(g["nodes"])]
-    if missing := left_over(demands, nodes):
+    if missing := left_over(demands, nodes_of(groups)):
         lacking = ", ".join(
-            f"{d.n} of the {d.part} ({d.cpus:g} CPU, {d.gpus:g} GPU each)" for d in missing
+            f"{d.n} of the {d.part} ({d.cpus:g} CPU, {d.gpus:g} GPU each"
+            f"{', not on nodes that train' * d.keeps_off})"
+            for d in missing
         )
         has = " and ".join(
-            f"{name} {g['nodes']} x ({g['cpus']} CPU, {g['gpus']} GPU)"
-            for name, g in zip(("decode", "train"), groups, strict=True)
+            f"{g['role']} {g['nodes']} x ({g['cpus']} CPU, {g['gpus']} GPU)" for g in groups
         )
         raise ResourceError(
             f"{config.command[0]} can never run on these groups: at most {has}, and there is no "

@@ -43,6 +43,8 @@ class StoreArgs:
     """verify: mark damaged clips, so that the next ingest decodes them again."""
     retention_hours: float = 168.0
     """vacuum: keep unreferenced shards this long."""
+    dry_run: bool = False
+    """vacuum: list what would be removed, and remove nothing."""
     pin: str | None = None
     """unpin: the pin to let go of, as `status` names it; until then a run's version is kept."""
     out: str | None = None
@@ -78,7 +80,7 @@ def _change_or_copy(args: StoreArgs) -> int:
     if args.action == "compact":
         return _show(maintenance.compact(args.store), args.json)
     if args.action == "vacuum":
-        return _show(maintenance.vacuum(args.store, args.retention_hours), args.json)
+        return _vacuum(args)
     if args.action == "unpin":
         if args.pin is None:
             say("diccae store unpin: --pin NAME is needed; diccae store status names them")
@@ -88,6 +90,19 @@ def _change_or_copy(args: StoreArgs) -> int:
         say("diccae store export: --out DIR is needed")
         return 2
     return _show(maintenance.export(args.store, args.out, args.format), args.json)
+
+
+def _vacuum(args: StoreArgs) -> int:
+    from pipeline.ingest.maintenance import vacuum
+
+    result = vacuum(args.store, args.retention_hours, args.dry_run)
+    files = result.pop("files")
+    if args.dry_run and args.json:
+        result["files"] = files
+    elif args.dry_run:
+        for shard, size in files.items():
+            print(f"{shard}  {size:,} bytes")
+    return _show(result, args.json)
 
 
 def _show(result: dict[str, Any], as_json: bool) -> int:

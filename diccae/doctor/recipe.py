@@ -101,7 +101,7 @@ def _card(given_gib: float | None) -> _Card | None:
 def check_place(file: str, address: str | None) -> Check:
     """Workers, readers and actors find a place on the cluster, or on this machine."""
     from diccae.config import load_config
-    from diccae.resources import EMBEDDED_SPARE_CPUS, Node, embedded_cores, left_over
+    from diccae.resources import EMBEDDED_SPARE_CPUS, Node, embedded_cores, left_over, named
     from diccae.resources import training_demands as demands_of
 
     config = load_config(file)
@@ -123,7 +123,7 @@ def check_place(file: str, address: str | None) -> Check:
     missing = left_over(demands, nodes)
     if not missing:
         return Check("place", True, detail)
-    lacking = ", ".join(f"{d.n} of the {d.part}" for d in missing)
+    lacking = named(missing, nodes)
     hint = f"lower {_PER_NODE}, add nodes, or name the cluster it is for with --address"
     return Check("place", False, f"{detail}: no room for {lacking}", hint)
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from diccae.config import RunConfig
 from diccae.errors import UsageError
+from diccae.reach import check_reach
+from diccae.resources import embedded_cores, start_ray
 from diccae.run_folder import RunFolder, run_place
 from diccae.screen import clock
 from diccae.stages.evaluate import run_evaluate
@@ -42,11 +44,16 @@ def run_demo(config: RunConfig, out: str, data: Path | None, fresh: bool, say: S
 
     Args: data: a folder NAME with `videos/` and NAME.csv in VGGSound's columns; None writes
         synthetic clips first.
-    Raises: UsageError if `data` is no such folder; the errors of the stages.
+    Raises: UsageError if `data` is no such folder, or if not all nodes of the cluster that this
+        process joins reach it and `out`; the errors of the stages.
     """
     place = run_place(out)
     folder = RunFolder(place.uri_of("run"))
     with folder.held("demo", config.scale.lease_stale_s):
+        if embedded_cores() is None:
+            # Before clips are made. The ingest would name a --store, which nobody gave.
+            start_ray()
+            check_reach({"--data": None if data is None else str(data)}, place.uri)
         return _run_stages(folder, config, place, data=data, fresh=fresh, say=say)
 
 

@@ -184,14 +184,14 @@ def _point_at(rows: pa.Table, spec_hash: str, moved: list[tuple[str, str, int]])
 
 
 def vacuum(uri: str, retention_hours: float = 168.0, dry_run: bool = False) -> dict[str, Any]:
-    """Delete shards and log files that no kept version needs.
+    """Delete shards and log files that no kept version needs, those of killed runs among them.
 
     Kept are the newest version, pinned ones and all younger than the retention, which must be
     longer than a run lasts: younger files are never touched. A spec that was neither in force nor
     decoded for since then is forgotten: going back to it means to decode again.
 
-    Returns: {"shards", "bytes", "kept"}.
-    Raises: StoreLocked, StoreError.
+    Returns: {"shards", "bytes", "kept", "files"}, the last with the bytes of each shard.
+    Raises: StoreLocked while anybody may still commit; StoreError.
     """
     # A negative one would take the shards of a run under way for old ones.
     if not 0 <= retention_hours <= _MOST_RETENTION_HOURS:
@@ -222,7 +222,7 @@ def vacuum(uri: str, retention_hours: float = 168.0, dry_run: bool = False) -> d
             lease.check()
             store.location.remove_all(list(garbage))
             store.drop_log_files(retention_hours, kept)
-    return {"shards": len(garbage), "bytes": sum(garbage.values()), "kept": kept}
+    return {"shards": len(garbage), "bytes": sum(garbage.values()), "kept": kept, "files": garbage}
 
 
 def export(

@@ -139,7 +139,8 @@ class Snapshot:
     @cached_property
     def _keys(self) -> LogKeys:
         try:
-            return LogKeys.read(self._log.to_batches(columns=KEY_COLUMNS))
+            with self._store.location.asked_if_slow():
+                return LogKeys.read(self._log.to_batches(columns=KEY_COLUMNS))
         except Exception as error:
             raise self._unreadable(error) from error
 
@@ -151,12 +152,13 @@ class Snapshot:
         parts = []
         begin = 0
         try:
-            # In order, and of the same data set as the keys: positions mean the same rows.
-            for batch in self._log.to_batches(columns=there):
-                first, last = np.searchsorted(positions, (begin, begin + len(batch)))
-                if last > first:
-                    parts.append(batch.take(pa.array(positions[first:last] - begin)))
-                begin += len(batch)
+            with self._store.location.asked_if_slow():
+                # In order, and of the same data set as the keys: positions mean the same rows.
+                for batch in self._log.to_batches(columns=there):
+                    first, last = np.searchsorted(positions, (begin, begin + len(batch)))
+                    if last > first:
+                        parts.append(batch.take(pa.array(positions[first:last] - begin)))
+                    begin += len(batch)
         except Exception as error:
             raise self._unreadable(error) from error
         if not parts:

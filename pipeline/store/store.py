@@ -105,19 +105,20 @@ class FeatureStore:
         store = cls(uri)
         _refuse_place_without_tables(uri, store.uri)
         store.write_spec(spec)
-        DeltaTable.create(
-            store._table_uri,
-            CLIPS_SCHEMA,
-            mode="ignore",
-            configuration={
-                "delta.checkpointInterval": str(_CHECKPOINT_EVERY),
-                # Old versions are pinned by training runs; only `store vacuum` may drop them.
-                "delta.enableExpiredLogCleanup": "false",
-                SPEC_PROPERTY: spec.spec_hash(),
-            },
-            raise_if_key_not_exists=False,
-            storage_options=store._options,
-        )
+        with store.location.asked_if_slow():
+            DeltaTable.create(
+                store._table_uri,
+                CLIPS_SCHEMA,
+                mode="ignore",
+                configuration={
+                    "delta.checkpointInterval": str(_CHECKPOINT_EVERY),
+                    # Old versions are pinned by training runs; only `store vacuum` may drop them.
+                    "delta.enableExpiredLogCleanup": "false",
+                    SPEC_PROPERTY: spec.spec_hash(),
+                },
+                raise_if_key_not_exists=False,
+                storage_options=store._options,
+            )
         about = {"format": FORMAT, "id": uuid.uuid4().hex, "spec_hash": spec.spec_hash()}
         store.location.write_bytes(STORE_FILE, json.dumps(about).encode())
         return store
@@ -128,7 +129,8 @@ class FeatureStore:
 
     def _load(self, version: int | None = None) -> DeltaTable:
         try:
-            return DeltaTable(self._table_uri, version=version, storage_options=self._options)
+            with self.location.asked_if_slow():
+                return DeltaTable(self._table_uri, version=version, storage_options=self._options)
         except TableNotFoundError as error:
             raise StoreError(
                 f"{self._table_uri}: not a Delta table ({error}). The store is incomplete; "
@@ -140,7 +142,8 @@ class FeatureStore:
         if self._table is None:
             self._table = self._load()
         else:
-            self._table.update_incremental()
+            with self.location.asked_if_slow():
+                self._table.update_incremental()
         return self._table
 
     def snapshot(self, version: int | None = None) -> Snapshot:
@@ -263,7 +266,8 @@ class FeatureStore:
                 if check is not None:
                     check()
                 try:
-                    write(table, properties)
+                    with self.location.asked_if_slow():
+                        write(table, properties)
                 except CommitFailedError as error:
                     refused, self._table = error, None
                     continue

@@ -212,7 +212,7 @@ def test_words_of_the_command_and_env_arrive_as_given() -> None:
     env = {entry["name"]: entry["value"] for entry in head["env"]}
     maxima = json.loads(env.pop(MAXIMA))
     assert env == UNUSUAL.env
-    assert maxima[0] == {"nodes": 2, "cpus": 2, "gpus": 0}
+    assert maxima[0] == {"role": "decode", "nodes": 2, "cpus": 2, "gpus": 0}
     start = yaml.safe_load(render(UNUSUAL)["ray-cluster.yaml"])["head_start_ray_commands"][-1]
     assert f"{MAXIMA}={json.dumps(maxima)}" in shlex.split(start)
 

@@ -158,7 +158,7 @@ def test_the_nodes_of_a_cluster_are_known_before_a_job_is_sent(head: str) -> Non
     while not (nodes := nodes_of(cluster)):  # The head answers a second before it is a node.
         assert time.monotonic() < deadline, "the head never listed itself"
         time.sleep(0.2)
-    assert nodes == [(2.0, 0.0)]
+    assert nodes == [(2.0, 0.0, False)]
 
 
 @pytest.mark.usefixtures("token")

@@ -1,10 +1,13 @@
 """`diccae ablate` on a real cluster: a warm-up, a variant from it, and what is left behind."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from support.runs import N_TEST, N_TRAIN, SMOKE, lines
 
 from diccae.cli import main
@@ -80,6 +83,38 @@ def test_what_is_done_is_not_done_again_and_the_metric_stays(
     assert main([*same, "--optim.lr", "1e-3"]) == 2
     assert "optim.lr: 0.0002 -> 0.001" in capsys.readouterr().err
     assert not trained
+
+
+def test_an_ablation_of_a_version_with_fewer_keys_is_gone_on_with(
+    diccae: Diccae,
+    arguments: list[str],
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert (out / "ablation.json").exists(), "needs the tests above"
+    monkeypatch.setattr("diccae.ablation.runs.run_pretrain", pytest.fail)
+    kept = yaml.safe_load((out / "config.yaml").read_text())
+    table = json.loads((out / "ablation.json").read_text())
+    now = table["pinned"]["config_hash"]
+    assert _hash_of(kept) == now
+    assert kept["confusion"].pop("weights") == "degree"
+    (out / "config.yaml").write_text(yaml.safe_dump(kept))
+    table["pinned"]["config_hash"] = _hash_of(kept)
+    assert table["pinned"]["config_hash"] != now
+    (out / "ablation.json").write_text(json.dumps(table))
+    same = [*arguments, "--variants", "no_fusion", "--pretrain.log-every", "1"]
+    assert main([*same, "--confusion.weights", "shuffled"]) == 2
+    assert "confusion.weights: degree -> shuffled" in capsys.readouterr().err
+    assert "no_fusion" in diccae(*same)
+    assert json.loads((out / "ablation.json").read_text())["pinned"]["config_hash"] == now
+
+
+def _hash_of(kept: dict[str, Any]) -> str:
+    """Of a kept config: `RunConfig.digest` of the version whose keys those are."""
+    elsewhere = ("scale", "pool", "tracking", "ingest")
+    content = {section: keys for section, keys in kept.items() if section not in elsewhere}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def test_what_cannot_be_trained_is_said_before_anything_is(

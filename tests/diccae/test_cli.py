@@ -1,8 +1,11 @@
 """The `diccae` command: help without waiting, errors in one line, exit codes."""
 
+import json
 import logging
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +106,30 @@ def test_a_number_that_cannot_be_is_one_line_and_removes_nothing(
         assert said in printed
         assert printed.count("\n") == 1
     assert stray.exists(), "the shard of a run under way"
+
+
+def test_shards_of_a_killed_ingest_are_listed_and_then_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = noise_store(tmp_path / "store", FeatureSpec(n_frames=1, frame_size=16), 4)
+    left, young = (store.location.join("features", f"part-{n}-000000-0.parquet") for n in "xy")
+    for path in (left, young):  # Written, and not committed.
+        Path(path).write_bytes(bytes(1000))
+    long_ago = time.time() - 8 * 24 * 3600
+    os.utime(left, (long_ago, long_ago))
+    before = store.snapshot()
+    vacuum = ["store", "vacuum", "--store", store.uri]
+    with store.lease(60.0, "an ingest that goes on"):
+        assert main(vacuum) == 4
+    assert main([*vacuum, "--dry-run"]) == 0
+    assert "features/part-x-000000-0.parquet  1,000 bytes\n" in capsys.readouterr().out
+    assert Path(left).exists()
+    assert main([*vacuum, "--json"]) == 0
+    removed = json.loads(capsys.readouterr().out)
+    assert (removed["shards"], removed["bytes"]) == (1, 1000)
+    assert not Path(left).exists()
+    assert Path(young).exists()
+    assert store.snapshot().digest == before.digest
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from diccae.cli import main
 from diccae.errors import UsageError
 from diccae.reach import OtherNode, check_reach, compare
 
@@ -55,6 +56,20 @@ def test_a_path_that_another_node_lacks_is_refused_and_one_it_has_passes(
     with pytest.raises(UsageError, match=said):
         compare({option: str(own / name)}, NODES, _looks_from(str(own)))
     assert sorted(path.name for path in own.iterdir()) == ["store.json"], "the probe is gone"
+
+
+def test_a_demo_on_a_disk_of_the_drivers_own_is_refused_before_clips_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the cluster of a job; in this process it needs no other node."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("diccae.stages.demo.start_ray", lambda: None)
+    monkeypatch.setattr("diccae.reach.other_machines", lambda: NODES)
+    monkeypatch.setattr("diccae.reach._looks_from", lambda nodes, paths: [["" for _ in paths]])
+    monkeypatch.setattr("diccae.stages.demo.write_clips", pytest.fail)
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 2
+    said = capsys.readouterr().err
+    assert f"--out {tmp_path}/demo: node train-0 (10.0.0.7) of the cluster does not see" in said
 
 
 def test_a_node_that_is_gone_by_now_refuses_nothing(tmp_path: Path) -> None:

@@ -21,9 +21,12 @@ SPEC = load_config(SMOKE).features
 def cluster(monkeypatch: pytest.MonkeyPatch):
     """Say which nodes Ray is connected to; a run that would start is stopped."""
 
-    def give(*nodes: tuple[float, float]) -> None:
-        said = [{"Alive": True, "Resources": {"CPU": c, "GPU": g}} for c, g in nodes]
-        dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    def give(*nodes: tuple[float, float], roles: tuple[str, ...] = ()) -> None:
+        said = [
+            {"Alive": True, "Resources": {"CPU": c, "GPU": g}, "Labels": {"diccae.io/role": role}}
+            for (c, g), role in zip(nodes, roles or ("",) * len(nodes), strict=True)
+        ]
+        dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}, "Labels": {}}
         monkeypatch.setattr(ray, "nodes", lambda: [*said, dead])
 
     for command in ("stages.backend", "commands.cluster"):
@@ -53,14 +56,20 @@ def test_a_pretraining_waits_while_the_groups_grow_from_zero(
     monkeypatch.setattr("diccae.resources._POLL_NODES_S", 0.0)
     asked: list[list[dict[str, float]]] = []
 
-    def request_resources(bundles: list[dict[str, float]]) -> None:
+    def request_resources(
+        bundles: list[dict[str, float]], bundle_label_selectors: tuple[dict[str, str], ...] = ()
+    ) -> None:
         asked.append(bundles)
+        kept_off.append(
+            sum(labels == {"diccae.io/role": "!train"} for labels in bundle_label_selectors)
+        )
 
     def grow(seconds: float) -> None:
         cluster(*((head, decode) if len(asked) == 1 and not grown else (head, decode, train)))
         grown.append(seconds)
 
     grown: list[float] = []
+    kept_off: list[int] = []
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", request_resources)
     monkeypatch.setattr("diccae.resources.time.sleep", grow)
     cluster(head)
@@ -68,6 +77,7 @@ def test_a_pretraining_waits_while_the_groups_grow_from_zero(
         _pretrain(tmp_path, "--scale.num-workers", "2", "--scale.use-gpu")
     assert len(grown) == 2
     assert [bundle for bundle in asked[0] if bundle.get("GPU")] == [{"CPU": 1.0, "GPU": 1.0}] * 2
+    assert kept_off == [4, 0], "two compute actors, a bank and the coordinator"
     assert asked[1:] == [[]], "what was asked for is given back"
     said = [line for line in capsys.readouterr().err.splitlines() if "waiting" in line]
     assert "2 of the training workers" in said[0]
@@ -113,6 +123,27 @@ def test_a_pretraining_that_no_nodes_can_hold_is_refused(
     cluster(*nodes)
     assert _pretrain(tmp_path, *options) == 1
     assert f"No room for {said}" in capsys.readouterr().err
+
+
+def test_room_on_nodes_that_train_is_none_for_the_pool(
+    cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray would keep its actors waiting for ever: they are not placed there."""
+    sizes, options = (
+        [(2.0, 0.0), (64.0, 0.0)],
+        ["--pool.n-actors", "8", "--pool.cpus-per-actor", "1"],
+    )
+    cluster(*sizes, roles=("decode", "train"))
+    assert _pretrain(tmp_path, *options) == 1
+    said = capsys.readouterr().err
+    assert "No room for 6 of the clustering actors off the nodes that train" in said
+    cluster(*sizes)
+    with pytest.raises(ZeroDivisionError):
+        _pretrain(tmp_path, *options)
+    # By size the worker would come first, and take the CPUs of the pool.
+    cluster((8.0, 0.0), (8.0, 0.0), roles=("decode", "train"))
+    with pytest.raises(ZeroDivisionError):
+        _pretrain(tmp_path, *options[:1], "4", *options[2:], "--scale.cpus-per-worker", "6")
 
 
 def test_a_pretraining_that_fits_exactly_is_started(cluster, tmp_path: Path) -> None:
@@ -163,6 +194,11 @@ def test_what_the_groups_can_never_hold_is_refused_at_rendering(
     assert "no room for 4 of the training workers (4 CPU, 1 GPU each)" in said
     assert "train 1 x (32 CPU, 4 GPU)" in said
     assert not (tmp_path / "manifests").exists()
+
+    no_room_to_cluster = "decode: {cpus: 4, max_nodes: 1}"
+    assert _render(tmp_path, *recipe, groups=no_room_to_cluster) == 1
+    said = capsys.readouterr().err
+    assert "of the clustering actors (1 CPU, 0 GPU each, not on nodes that train)" in said
 
     fewer = ("--scale.num-workers", "4")
     assert _render(tmp_path, *recipe, *fewer, groups=too_small) == 0

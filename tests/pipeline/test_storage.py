@@ -4,14 +4,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from support.unsteady import Unsteady, unsteady_bucket
 
 import clustering.storage
+import pipeline.storage
 from pipeline import patience
+from pipeline.config import FeatureSpec
 from pipeline.storage import Location, place_of
+from pipeline.store.store import FeatureStore
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +89,21 @@ def test_a_file_that_was_created_counts_although_the_answer_was_lost(bucket: str
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "why"),
     [
-        ["store", "status", "--store", "s3://b/x"],
-        ["cluster", "--vectors", "s3://b/x", "--k", "2", "--out", "x"],
+        (["store", "status", "--store", "s3://b/x"], "Could not connect to the endpoint URL"),
+        (["cluster", "--vectors", "s3://b/x", "--k", "2", "--out", "x"], "Could not connect to"),
+        (["store", "status", "--store", "gs://b/x"], "Cannot connect to host 127.0.0.1:9"),
+        (["cluster", "--vectors", "gs://b/x", "--k", "2", "--out", "x"], "Cannot connect to host"),
     ],
 )
 def test_a_wrong_endpoint_is_told_while_it_is_tried_again(
-    command: list[str], monkeypatch: pytest.MonkeyPatch
+    command: list[str], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    # Else a gRPC endpoint is asked first for the kind of the bucket.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(key, "testing")
     command = [sys.executable, "-m", "diccae", *command]
@@ -108,9 +117,27 @@ def test_a_wrong_endpoint_is_told_while_it_is_tried_again(
         given_up.cancel()
         process.kill()
         process.communicate()
-    assert line.startswith(
-        'waiting for storage: Could not connect to the endpoint URL: "http://127'
-    )
+    assert line.startswith(f"waiting for storage: {why}")
+
+
+def test_a_table_in_a_bucket_that_is_away_is_told_while_it_is_tried_again(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Delta library repeats its requests without a word."""
+    store = FeatureStore.create(f"{bucket}/store", FeatureSpec())
+    monkeypatch.setattr(patience, "_told_at", -patience._TOLD_EVERY_S)
+    monkeypatch.setattr(pipeline.storage, "_SLOW_S", 0.2)
+    told = threading.Event()
+    monkeypatch.setattr(patience._log, "warning", lambda *_: told.set())
+    Unsteady.fail_every = 1
+    with ThreadPoolExecutor(1) as reader:
+        version = reader.submit(lambda: store.snapshot().version)
+        try:
+            assert told.wait(20), "half a minute of silence"
+            assert not version.done()
+        finally:
+            Unsteady.fail_every = 0
+        assert version.result() == 0
 
 
 def test_clustering_is_as_patient_as_the_rest() -> None:

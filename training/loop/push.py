@@ -59,5 +59,5 @@ class FeaturePush:
 
     def newly_dropped(self) -> int:
         """Rows of this worker that were dropped, since the last call, because the bank was slow."""
-        before, self._dropped = self._dropped, self.rounds.stats().dropped
+        before, self._dropped = self._dropped, self.rounds.dropped
         return self._dropped - before
