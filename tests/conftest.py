@@ -83,6 +83,15 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_process_for_fbanks() -> Iterator[None]:
+    """See `support.fbanks`."""
+    from support.fbanks import shared_process
+
+    with shared_process():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_filesystems() -> Iterator[None]:
     """Each test opens its filesystems itself.
