@@ -32,13 +32,14 @@ _RAY_ENV = {
 
 
 _LONGEST = [
-    "diccae/test_whole.py",
-    "diccae/test_ablate_command.py",
-    "on_ray/test_ray_training.py",
-    "ingest/test_faults.py",
-    "tracking/test_tracker.py",
-    "store/test_object_store.py",
     "clustering/pool/test_pool.py",
+    "on_ray/test_ray_training.py",
+    "diccae/test_whole.py",
+    "ingest/test_faults.py",
+    "store/test_object_store.py",
+    "deploy/test_submit.py",
+    "tracking/test_tracker.py",
+    "diccae/test_interrupt.py",
     "ingest/test_on_threads.py",
 ]
 """Files that take a minute of CPU or so: one that begins last would leave a process idle."""
@@ -81,6 +82,15 @@ def ray_session() -> Iterator[None]:
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_process_for_fbanks() -> Iterator[None]:
+    """See `support.fbanks`."""
+    from support.fbanks import shared_process
+
+    with shared_process():
+        yield
 
 
 @pytest.fixture(autouse=True)

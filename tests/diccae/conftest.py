@@ -1,9 +1,10 @@
-"""Commands run in this process, on the session's Ray, and one small store they share."""
+"""Commands run in this process, the lab they may compute in, and one small store they share."""
 
 import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
@@ -11,11 +12,14 @@ from support.runs import N_TEST, N_TRAIN, SMOKE
 
 from diccae.cli import main
 
+if TYPE_CHECKING:
+    from training.lab.lab import Lab
+
 Diccae = Callable[..., str]
 
 
 @pytest.fixture
-def diccae(ray_session: None, capsys: pytest.CaptureFixture[str]) -> Diccae:
+def diccae(capsys: pytest.CaptureFixture[str]) -> Diccae:
     """Runs a command that has to succeed; returns what it printed."""
 
     def run(*arguments: str) -> str:
@@ -55,26 +59,32 @@ def features(store: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def in_lab(features: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Stages of commands compute in this process, with the bits of Ray and without its start."""
+def lab(features: Path, store: str) -> Iterator["Lab"]:
+    """A lab over the clips of `store`; the threads of this process are as before afterwards."""
     import torch
 
-    from diccae.stages import evaluate, finetune, pretrain
-    from diccae.stages.backend import InLab
     from pipeline.store.store import FeatureStore
     from training.lab.features import open_features
     from training.lab.lab import Lab
 
-    lab = InLab(Lab(open_features(features, FeatureStore.open(store).snapshot().spec)))
+    n_threads = torch.get_num_threads()
+    yield Lab(open_features(features, FeatureStore.open(store).snapshot().spec))
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture
+def in_lab(lab: "Lab", monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages of commands compute in this process, with the bits of Ray and without its start."""
+    from diccae.stages import evaluate, finetune, pretrain
+    from diccae.stages.backend import InLab
+
     for stage, name in (
         (pretrain, "run_pretrain"),
         (finetune, "run_finetune"),
         (evaluate, "run_evaluate"),
     ):
-        monkeypatch.setattr(stage, name, functools.partial(getattr(stage, name), backend=lab))
-    n_threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(n_threads)
+        in_lab = functools.partial(getattr(stage, name), backend=InLab(lab))
+        monkeypatch.setattr(stage, name, in_lab)
 
 
 def _ingest(place: Path) -> None:

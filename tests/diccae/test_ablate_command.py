@@ -1,4 +1,7 @@
-"""`diccae ablate` on a real cluster: a warm-up, a variant from it, and what is left behind."""
+"""`diccae ablate`: a warm-up, a variant from it, and what is left behind.
+
+Computed in the lab; that Ray goes on from a warm-up with the same bits is tests/diccae/stages'.
+"""
 
 import hashlib
 import json
@@ -11,6 +14,8 @@ import yaml
 from support.runs import N_TEST, N_TRAIN, SMOKE, lines
 
 from diccae.cli import main
+from diccae.stages.backend import InLab, OnRay
+from training.lab.lab import Lab
 
 Diccae = Callable[..., str]
 
@@ -25,9 +30,16 @@ def arguments(store: str, out: Path) -> list[str]:
     return ["ablate", "--config", SMOKE, "--store", store, "--out", str(out), "--seeds", "1"]
 
 
+class TrackedLab(InLab):
+    """The lab, with an MLflow run for each run as on Ray."""
+
+    track = OnRay.track
+
+
 def test_a_variant_starts_where_the_warmup_ended(
-    diccae: Diccae, arguments: list[str], out: Path
+    diccae: Diccae, arguments: list[str], out: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("diccae.ablation.runs.ON_RAY", TrackedLab(lab))
     printed = diccae(*arguments, "--variants", "no_fusion", "--pretrain.log-every", "1")
     assert "no_fusion" in printed
     assert f"{N_TEST} test clips" in printed

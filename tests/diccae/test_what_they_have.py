@@ -198,6 +198,7 @@ def test_true_labels_as_a_control_are_refused_by_name(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 def test_unlabelled_clips_pretrain_and_their_vectors_are_embedded(
     unlabelled: str, diccae: Diccae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

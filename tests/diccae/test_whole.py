@@ -86,7 +86,7 @@ def _kill_after_checkpoint(arguments: list[str], place: Path, out: Path) -> None
 
 
 def test_killed_pretraining_goes_on_and_the_run_is_finished(
-    place: Path, store: str, diccae: Diccae, monkeypatch: pytest.MonkeyPatch
+    ray_session: None, place: Path, store: str, diccae: Diccae, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
     out = place / "run"
@@ -330,6 +330,7 @@ def test_a_new_metric_is_one_entry(
     assert "toy" not in metrics.names(with_classifier=False)
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_an_evaluation_that_cannot_fit_is_refused_at_once(
     place: Path,
     store: str,

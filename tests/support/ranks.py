@@ -1,10 +1,9 @@
-"""A function on several gloo ranks: forked processes, or tasks of the session's Ray.
+"""A function on several gloo ranks, which are forked processes.
 
 The forks come from a server that never ran autograd: forking pytest itself fails once any test has
 used it, and a fresh interpreter per rank would import torch each time.
 """
 
-import functools
 import multiprocessing
 import sys
 import tempfile
@@ -15,9 +14,9 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-_PRELOADED = ["torch.distributed", "numpy", "training.model.encoder", "training.losses.terms"]
-# The first optimizer of a process imports it, which takes longer than what the ranks compute.
-_PRELOADED += ["torch._dynamo"]
+# What ranks import, which takes longer than what they compute; the first optimizer of a process
+# imports torch._dynamo.
+_PRELOADED = ["torch._dynamo", "torch.distributed", "support.trainers", "training.data.reader"]
 
 
 def run_ranks(n_ranks: int, fn: Callable[[int, int], Any]) -> list[Any]:
@@ -39,18 +38,6 @@ def run_ranks(n_ranks: int, fn: Callable[[int, int], Any]) -> list[Any]:
             process.kill()
         assert codes == [0] * n_ranks, f"ranks ended with {codes}"
         return [torch.load(f"{folder}/{r}.pt", weights_only=False) for r in range(n_ranks)]
-
-
-def run_ray_ranks(n_ranks: int, fn: Callable[[int, int], Any]) -> list[Any]:
-    """The same in Ray's worker processes, without Ray Train."""
-    import ray
-
-    # A lambda travels by value: Ray's workers do not find the modules of tests.
-    task = ray.remote(num_cpus=0.3)(lambda pickled: cloudpickle.loads(pickled)())
-    payload = _pickled(fn)
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [functools.partial(_called, payload, r, n_ranks, folder) for r in range(n_ranks)]
-        return ray.get([task.remote(_pickled(rank)) for rank in ranks])
 
 
 def _pickled(fn: Callable[..., Any]) -> bytes:

@@ -29,6 +29,14 @@ def shared(request):
     kill(SERVICE)
 
 
+@pytest.fixture(scope="module")
+def living():
+    """A client of a service that stays for the tests that leave it alive."""
+    fbanks = SharedFbanks(SPEC, f"test-{os.getpid()}-living", os.urandom(16))
+    yield fbanks
+    kill(SERVICE)
+
+
 def test_one_service_for_all_who_share_its_name_and_it_ends_after_them(shared):
     ours = [shared() for _ in range(3)]
     answers = [fbanks(WAVEFORMS) for fbanks in ours]
@@ -53,17 +61,15 @@ def test_a_killed_service_is_started_again_and_gives_the_same_bits(shared):
         assert one.tobytes() == other.tobytes()
 
 
-def test_a_waveform_that_cannot_be_used_is_told_and_the_service_stays(shared):
-    fbanks = shared()
+def test_a_waveform_that_cannot_be_used_is_told_and_the_service_stays(living):
     with pytest.raises(PipelineError, match="the fbank service failed: TypeError"):
-        fbanks(["not a waveform"])
-    assert len(fbanks(WAVEFORMS)) == 3
+        living(["not a waveform"])
+    assert len(living(WAVEFORMS)) == 3
 
 
-def test_without_the_key_there_are_no_fbanks(shared):
-    fbanks = shared()
-    fbanks(WAVEFORMS[:1])
-    stranger = SharedFbanks(SPEC, fbanks._name, b"guessed")
+def test_without_the_key_there_are_no_fbanks(living):
+    living(WAVEFORMS[:1])
+    stranger = SharedFbanks(SPEC, living._name, b"guessed")
     with pytest.raises(PipelineError, match="refused the key"):
         stranger(WAVEFORMS[:1])
-    assert len(fbanks(WAVEFORMS)) == 3
+    assert len(living(WAVEFORMS)) == 3

@@ -129,10 +129,10 @@ def test_children_that_never_start_end_the_run_and_quarantine_next_to_nothing(so
 def test_a_shard_that_takes_longer_than_the_stall_timeout_is_no_stall(source, monkeypatch):
     source.store += "-again"
     monkeypatch.setenv("TEST_SLOW_S", "0.5")
-    source.csv.write_text("\n".join(source.csv.read_text().splitlines()[:16]))
-    # One shard of 16 clips takes eight seconds.
-    summary = source.ingest(source.spec, extractor=SLOW, stall_timeout_s=6.0)
-    assert summary.ok == 16
+    source.csv.write_text("\n".join(source.csv.read_text().splitlines()[:12]))
+    # One shard of 12 clips takes six seconds.
+    summary = source.ingest(source.spec, extractor=SLOW, stall_timeout_s=4.0)
+    assert summary.ok == 12
 
 
 def test_a_decoder_that_sees_another_store_or_none_is_refused(source, tmp_path):

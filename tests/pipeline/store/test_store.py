@@ -287,7 +287,7 @@ def test_commits_cost_the_same_however_many_there_were(store):
 def test_many_small_runs_leave_few_files_to_read(store):
     row = {"clip_id": "a", "status": "ok", "spec_hash": SPEC.spec_hash()}
     rows = pa.Table.from_pylist([row], CLIPS_SCHEMA)
-    for _ in range(150):
+    for _ in range(100):
         FeatureStore.open(store.uri).append(rows, {})
     assert len(store._load().file_uris()) < 70
     assert store.snapshot().clips["seq"].to_pylist() == [store.version()]

@@ -122,6 +122,10 @@ def run_both(uri: str, works: list[Callable], order: tuple[int, ...]) -> tuple[s
 ORDERS = sorted(set(itertools.permutations([0, 0, 0, 1, 1, 1])))
 ORDERS = [order for order in ORDERS if order[0] == 0]
 """Those in which the first of a pair begins: the others are these with the writers exchanged."""
+ON_S3 = [(0, 0, 1, 0, 1, 1), (0, 0, 1, 1, 0, 1), (0, 0, 1, 1, 1, 0), (0, 1, 0, 1, 0, 1)]
+"""Some of them, as a step there costs ten on a disk. In the first three one writer holds the lease
+when the other commits: with the library's rebase on, or a rewrite that does not ask for the
+version it has read, rows are lost in these and in no other."""
 PAIRS = {
     "append and append": [append, append],
     "append and rewrite": [append, rewrite],
@@ -161,7 +165,7 @@ def bucket() -> Iterator[str]:
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.usefixtures("all_look_dead")
 def test_no_order_of_steps_on_s3_loses_a_committed_row(pair, bucket):
-    for i, order in enumerate(ORDERS):
+    for i, order in enumerate(ON_S3):
         uri = f"{bucket}/{pair.replace(' ', '-')}/{i}"
         committed, found = run_both(uri, PAIRS[pair], order)
         assert committed <= found, order

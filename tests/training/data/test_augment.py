@@ -115,14 +115,8 @@ def _weights(at: int, sigma: float) -> list[float]:
 
 
 def _blurred(x_HW: Tensor, sigma: float) -> Tensor:
-    out = torch.zeros(SIZE, SIZE, dtype=torch.float64)
-    for i in range(SIZE):
-        for j in range(SIZE):
-            rows, columns = _weights(i, sigma), _weights(j, sigma)
-            out[i, j] = sum(
-                rows[a] * columns[b] * x_HW[a, b] for a in range(SIZE) for b in range(SIZE)
-            )
-    return out
+    weights = torch.tensor([_weights(i, sigma) for i in range(SIZE)], dtype=torch.float64)
+    return torch.einsum("ia,jb,ab->ij", weights, weights, x_HW)
 
 
 def _sigma_that_gives(ratio: float) -> float:

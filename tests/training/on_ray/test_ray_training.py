@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from support.processes import kill
-from support.ranks import run_ray_ranks
+from support.ranks import run_ranks
 from support.stores import noise_store
 
 from clustering.config import KMeansConfig, PoolConfig
@@ -153,7 +153,7 @@ class OneBank(LocalRounds):
 
 
 def _plain_ranks(store: str, folder: Path, rank: int, size: int) -> tuple[Any, Any]:
-    """The same run without Ray Train, its controller, its checkpoints or the pool."""
+    """The same run without Ray, its controller, its checkpoints or the pool."""
     index = pin(store, None, CONFIG).train
     metrics: list[dict[str, Any]] = []
     hooks = Hooks(lambda step, m: metrics.append({"step": step, **m}), lambda _: None, str)
@@ -202,7 +202,7 @@ def test_an_interrupt_ends_the_wait_and_not_only_the_training() -> None:
 def test_a_worker_that_dies_costs_no_bit_of_the_result(
     ray_session: None, store: str, tmp_path: Path
 ) -> None:
-    weights, metrics = run_ray_ranks(2, functools.partial(_plain_ranks, store, tmp_path))[0]
+    weights, metrics = run_ranks(2, functools.partial(_plain_ranks, store, tmp_path))[0]
     killed = threading.Event()
     out = tmp_path / "disturbed"
     killer = threading.Thread(target=_kill_a_worker, args=(out, killed), daemon=True)

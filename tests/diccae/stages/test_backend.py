@@ -1,0 +1,86 @@
+"""Ray and the lab: what goes on from a warm-up has the same bits in both."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.runs import lines
+from support.stores import noise_store
+
+from clustering.rounds.files import load_round
+from diccae.config import RunConfig
+from diccae.stages.backend import ON_RAY, Backend, InLab
+from pipeline.config import FeatureSpec
+from pipeline.storage import Location
+from training.attempt import UNHELD
+from training.lab.features import decode_store, open_features
+from training.lab.lab import Lab
+from training.run.checkpoints import Span, newest_checkpoint
+from training.run.edge import Written
+from training.run.pinned import Pinned, pin
+from training.tracking.copier import RunHandle
+
+SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
+CONFIG = RunConfig.model_validate(
+    {
+        "encoder": {"preset": "tiny", "dim": 32, "projection": 16},
+        "data": {"lanes": 3, "shuffle_window": 8, "fbank_mean": 0.0, "fbank_std": 1.0},
+        "loss": {"temperature": 0.1, "intra": 1.0, "intra_epochs": 1},
+        "rounds": {"warmup_epochs": 1, "margin_nats": -9.0, "lead_steps": 2},
+        "pretrain": {"epochs": 4, "batch_size": 18, "checkpoint_every": 2, "log_every": 1},
+        "clustering": {
+            "k": 4,
+            # Noise lies close together, which a real run would be stopped for.
+            "guard": {"max_mean_cosine": 1.0, "min_effective_frac": 0.0, "max_churn": 1.0},
+        },
+        "pool": {"n_actors": 2, "cpus_per_actor": 0.2, "cpus_per_bank": 0.1},
+        "scale": {"num_workers": 1, "cpus_per_worker": 0.3, "reader_cpus": 0.1},
+    }
+)
+N_CLIPS = 54
+PER_EPOCH = N_CLIPS // CONFIG.pretrain.batch_size
+TIMES = ("time", "clips_per_s", "clustering/seconds")
+
+
+def _trained(
+    backend: Backend, data: Pinned, out: Path, span: Span, **changes: Any
+) -> dict[str, torch.Tensor]:
+    config = CONFIG.model_copy(update=changes)
+    written = Written(Location(out), RunHandle("", "", str(out)), {}, UNHELD)
+    backend.pretrain(config, data, written, span)
+    return load_file(out / "encoder" / "encoder.safetensors")
+
+
+def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_from_a_warm_up_on_ray_has_the_bits_of_the_lab(tmp_path: Path) -> None:
+    """As every variant of an ablation begins, and ends before the config says so."""
+    store = noise_store(tmp_path / "store", SPEC, N_CLIPS)
+    decode_store(store.snapshot(), tmp_path / "features")
+    data = pin(str(store.uri), None, CONFIG)
+    lab = InLab(Lab(open_features(tmp_path / "features", SPEC)))
+    _trained(lab, data, tmp_path / "warm-up", Span(until_epoch=1))
+    newest = newest_checkpoint(Location(tmp_path / "warm-up"), "pretrain")
+    assert newest is not None
+    span = Span(start=newest[1], until_epoch=3)
+    on_ray, here = tmp_path / "ray", tmp_path / "lab"
+    weights = _trained(ON_RAY, data, on_ray, span)
+    assert _same(_trained(lab, data, here, span), weights)
+    assert not _same(_trained(lab, data, tmp_path / "other", span, seed=1), weights)
+    for number in (1, 2):
+        mine, theirs = (load_round(str(out / "rounds"), number).heads for out in (here, on_ray))
+        assert mine
+        for a, b in zip(mine, theirs, strict=True):
+            np.testing.assert_array_equal(a.labels_N, b.labels_N)
+            np.testing.assert_array_equal(a.confusion_KK, b.confusion_KK)
+    logged, of_lab = lines(on_ray / "metrics.jsonl"), lines(here / "metrics.jsonl")
+    assert [line["step"] for line in logged] == list(range(PER_EPOCH + 1, 3 * PER_EPOCH + 1))
+    for a, b in zip(of_lab, logged, strict=True):
+        same = {name for name in a if not name.startswith(TIMES)}
+        assert {name: a[name] for name in same} == {name: b[name] for name in same}
