@@ -8,20 +8,28 @@ bank written whole, as before it was kept in segments; both write the same log. 
 appear on storage at a checkpoint beyond the log of the pushed rows, seconds that training waits,
 and the seconds and bytes of reading the last state back. Rounds are not frozen in between, which
 would make a new base for nothing.
+
+A trainer's own checkpoint holds the confusion of K classes: `--k`, with 1 and with 4 workers. The
+peer is the sums of each worker, [workers, K, K] in float64, which stood in it before.
 """
 
 import argparse
+import multiprocessing
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from clustering.pool.bank_actor import BankActor
 from clustering.rounds.bank import BankRows
 from clustering.rounds.frozen import Owner, write_rows
 from clustering.rounds.saved import forget_saved, kept_files, read_saved, write_saved
+from training.config import ConfusionConfig
+from training.losses.confusion import ConfusionState
 
 _VSHARDS = 64
 _STEP_ROWS, _SYNC_ROWS = 256, 8192
@@ -83,12 +91,50 @@ def checkpoint(
     return step, Cost(pushed, written, whole.stat().st_size, segments_s, whole_s)
 
 
+def confusion_bytes(rank: int, n_ranks: int, store: str, ks: list[int]) -> None:
+    """Print, on rank 0, what the confusion of K classes is in a checkpoint of so many workers."""
+    torch.set_num_threads(1)
+    file = dist.FileStore(store, n_ranks)
+    dist.init_process_group("gloo", store=file, rank=rank, world_size=n_ranks)
+    for k in ks:
+        state = ConfusionState(torch.eye(k), ConfusionConfig())
+        state.accumulate(torch.full((_STEP_ROWS, k), 1 / k), torch.arange(_STEP_ROWS) % k)
+        size = sum(value.nbytes for value in state.state_dict().values())
+        began = time.perf_counter()
+        state.state_dict()
+        spent = time.perf_counter() - began
+        if rank == 0:
+            sums = 8 * n_ranks * k * k / 1e6
+            print(f"| {n_ranks} | {k} | {size / 1e6:.2f} MB, {spent:.3f} s | {sums:.2f} MB |")
+    dist.destroy_process_group()
+
+
+def confusions(ks: list[int]) -> None:
+    """Print what K costs a trainer's checkpoint, by number of workers."""
+    print("| workers | K | confusion in a trainer's checkpoint | sums of each worker |")
+    print("|---|---|---|---|", flush=True)
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        for n_ranks in (1, 4):
+            given = (n_ranks, f"{folder}/store-{n_ranks}", ks)
+            ranks = [
+                context.Process(target=confusion_bytes, args=(rank, *given))
+                for rank in range(n_ranks)
+            ]
+            for process in ranks:
+                process.start()
+            for process in ranks:
+                process.join()
+            assert not any(process.exitcode for process in ranks), "a rank failed"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--clips", type=int, default=183_730)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--checkpoints", type=int, default=20)
     parser.add_argument("--pushed", type=float, default=0.05)
+    parser.add_argument("--k", type=int, nargs="+", default=[100, 600])
     options = parser.parse_args()
     order = np.random.default_rng(0)
     keys = order.choice(2**60, options.clips, replace=False).astype(np.uint64)
@@ -136,6 +182,7 @@ def main() -> None:
     print(f"written / pushed: {total.segments_bytes / total.pushed_bytes:.2f}")
     print(f"waits / whole copy's: {total.segments_s / total.whole_s:.3f}")
     print(f"restore: {restore_s:.2f} s, {len(files)} files, {read / whole:.2f} x one pass")
+    confusions(options.k)
 
 
 if __name__ == "__main__":
