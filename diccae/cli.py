@@ -7,6 +7,7 @@ Invariant: every path out of here is one of the exit codes below.
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -115,6 +116,8 @@ def _outside(error: Exception) -> str:
 
 def run() -> NoReturn:
     """The console script: `main` on the command line, then the end of the process."""
+    # As Kubernetes and `ray job stop` end a process: a Ctrl-C, also to a command without Ray.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = main()
     if code == INTERRUPTED and "diccae.resources" in sys.modules:
         from diccae.resources import leave

@@ -25,6 +25,22 @@ def source(store: str, tmp_path: Path) -> list[str]:
     return ["--clips", str(some), "--videos", str(clips / "videos")]
 
 
+def test_a_terminated_ingest_without_ray_commits_what_is_done(
+    source: list[str], tmp_path: Path
+) -> None:
+    store = str(tmp_path / "store")
+    command = [sys.executable, "-m", "diccae", "ingest", *source, "--store", store]
+    command += ["--config", SMOKE, "--ingest.local-clips", "1000", "--ingest.shard-clips", "8"]
+    command += ["--ingest.commit-shards", "1000", "--ingest.commit-seconds", "3600"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert run.stderr
+    progress = next(line for line in run.stderr if "left" in line)
+    run.terminate()
+    assert "interrupted; run the same command again" in run.communicate(timeout=200)[1]
+    assert run.returncode == 130
+    assert int(progress.split(" ok ")[1].split()[0]) <= status(store)["ok"] < N_CLIPS
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_interrupted_ingest_commits_what_is_done(
     ray_session: None,
