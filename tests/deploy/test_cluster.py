@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.box.box import Box, images
+from support.box.box import Box, images, until
 from support.box.job import RayCluster, RayJob
-from support.box.kills import Kill, Kills, head, of_group
+from support.box.kills import Cut, Kill, Kills, head, of_group, writer
 from support.box.node import why_not
 from support.box.pod import ROOT
 from support.box.smallest import (
@@ -248,6 +248,30 @@ def test_a_pod_that_dies_while_it_decodes_changes_no_feature(
     for name in ("store", "killed-store"):
         get(box, name, tmp_path / name)
     assert contents(str(tmp_path / "killed-store")) == contents(str(tmp_path / "store"))
+
+
+def test_a_training_pod_that_was_cut_off_and_came_back_changes_no_bit(
+    box: Box, job: RayJob, cluster: RayCluster, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    """In the middle of a checkpoint, until the run goes on without it on another pod: each side has
+    taken the other for dead."""
+    (train,) = [g for g in cluster.spec["workerGroupSpecs"] if g["groupName"] == "train-gpu"]
+    spare = cluster.add_worker(train)
+    until(lambda: cluster.state(), cluster.is_ready, READY_S)
+    progress = "cut/pretrain/checkpoint_2"  # Its year; Ray's list of them begins like them.
+    cut = Cut(box, progress, writer, after="cut/rounds/bank-00000008/", sign=progress)
+    log = succeed(job, cluster, "cut", pretrain_into("cut"), watch=cut)
+    pod = cut.pod
+    assert pod is not None, log
+    assert cut.cut_s is not None, log
+    ray = pod.containers["ray-worker"]
+    # TCP asks ever more rarely whether anybody is there again.
+    until(ray.tail, lambda: ray.exit_code is not None, 200)
+    wrote = cut.written_since_by({pod.machine.address})
+    assert not [name for name in wrote if "/logs/" not in name]
+    assert made(box, "cut") == undisturbed
+    assert learned(box, "cut", tmp_path)[1] == learned(box, "undisturbed", tmp_path)[1]
+    cluster.remove_worker(spare)
 
 
 def test_the_next_attempt_goes_on_where_a_killed_head_left_the_run(
