@@ -86,6 +86,10 @@ class ClusterPool:
         )
 
     def close(self) -> None:
-        """Stop the actors and remove what the banks wrote, but for what saved states name."""
+        """Stop the actors and remove what the banks wrote, but for what saved states name.
+
+        Removes nothing, and raises what `may_write` does, where that is refused.
+        """
         stop([self.coordinator, *self.actors, *self.banks])
+        self._may_write()
         remove_unnamed(self._uri, kept_files(self._uri), [self._pool_id])

@@ -1,20 +1,24 @@
 """Whole jobs on pods in a box: what a cluster does to them must not show in what they leave."""
 
+import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
-from support.box.box import Box, images
+from support.box.box import Box, images, until
 from support.box.job import RayCluster, RayJob
-from support.box.kills import Kill, Kills, head, of_group
+from support.box.kills import Cut, Kill, Kills, head, of_group, writer
 from support.box.node import why_not
+from support.box.pod import ROOT
 from support.box.smallest import (
     INGEST,
     SECRETS,
     SMOKE,
     STORE,
+    TOKEN,
     config,
     digests,
     get,
@@ -37,16 +41,18 @@ READY_S = 300
 SHARDS = ("--ingest.shard-clips", "4")
 PRETRAIN = (
     *("pretrain", "--config", SMOKE, "--store", STORE),
-    *("--scale.num-workers", "2", "--scale.cpus-per-worker", "5"),
-    *("--scale.threads-per-worker", "1", "--pretrain.batch-size", "8"),
+    *("--scale.num-workers", "2", "--scale.threads-per-worker", "1", "--pretrain.batch-size", "8"),
     # Three steps an epoch: every other checkpoint is in the middle of one.
     *("--pretrain.epochs", "8", "--pretrain.checkpoint-every", "2"),
     *("--pretrain.log-every", "1", "--rounds.lead-steps", "1"),
 )
 
 
+APART, TOGETHER = (("--scale.cpus-per-worker", cpus) for cpus in ("5", "3"))
+"""Training pods have 6 CPUs, the decode pod 4."""
+
+
 def two_training_pods(*command: str, **fields: object) -> ClusterConfig:
-    """A worker asks for more CPUs than the decode pod has, so each trains in a pod of its own."""
     return config(*command, train=group(6, 2), retries=1, **fields)
 
 
@@ -56,8 +62,8 @@ def entrypoint(command: Sequence[str]) -> str:
     return str(job["spec"]["entrypoint"])
 
 
-def pretrain_into(name: str) -> str:
-    return entrypoint((*PRETRAIN, "--out", f"s3://bucket/{name}"))
+def pretrain_into(name: str, *more: str, where: tuple[str, ...] = APART) -> str:
+    return entrypoint((*PRETRAIN, *where, "--out", f"s3://bucket/{name}", *more))
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +130,77 @@ def test_training_with_clustering_runs_on_pods_that_share_nothing(
     assert len([name for name in undisturbed if name.endswith("labels.parquet")]) == 7
 
 
+def learned(box: Box, name: str, here: Path) -> tuple[set[str], list[dict[str, float]]]:
+    """In which pods a run trained, by its logs, and every loss of every step."""
+    run = here / name
+    get(box, name, run)
+    heads = {log.read_text().splitlines()[0] for log in run.glob("logs/attempt-1/train-*-worker-*")}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    wanted = ("step", "loss", "train_knn")
+    losses = [{n: v for n, v in line.items() if n.startswith(wanted)} for line in lines]
+    return {head.split(":")[0] for head in heads}, losses
+
+
+def test_two_workers_in_one_pod_and_in_two_learn_the_same_bits(
+    box: Box, job: RayJob, cluster: RayCluster, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    succeed(job, cluster, "one-pod", pretrain_into("one-pod", where=TOGETHER))
+    pods, losses = learned(box, "undisturbed", tmp_path)
+    pod, same = learned(box, "one-pod", tmp_path)
+    assert (len(pods), len(pod)) == (2, 1)
+    assert losses == same
+    assert made(box, "one-pod") == undisturbed
+
+
+STAGES = (("finetune", "--finetune.batch-size", "8"), ("evaluate",), ("report",))
+
+
+def applied(box: Box, name: str) -> dict[str, str]:
+    """Digests of what the later stages make of an encoder; a model's README has the run's name."""
+    wanted = ("classifier.safetensors", "measured.json", "predictions.parquet", ".npz")
+    found = digests(box, name).items()
+    return {
+        n: d
+        for n, d in found
+        if n.startswith(("classifier/", "evaluation/")) and n.endswith(wanted)
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(
+    box: Box, job: RayJob, cluster: RayCluster, undisturbed: dict[str, str]
+) -> dict[str, str]:
+    """What the stages after it leave, each by the entrypoint of its rendered job."""
+    for command in STAGES:
+        out = ("--out", "s3://bucket/undisturbed")
+        succeed(job, cluster, command[0], entrypoint((*command, *out)))
+    return applied(box, "undisturbed")
+
+
+def test_every_stage_runs_by_the_manifests_entrypoint(box: Box, finished: dict[str, str]) -> None:
+    assert "classifier/classifier.safetensors" in finished
+    assert "evaluation/predictions.parquet" in finished
+    assert {"results.json", "report.html"} <= digests(box, "undisturbed").keys()
+
+
+def test_submitted_to_the_cluster_every_stage_makes_the_same(
+    box: Box, cluster: RayCluster, undisturbed: dict[str, str], finished: dict[str, str]
+) -> None:
+    """Through what `kubectl port-forward` does: a connection from within the head's pod."""
+    began = time.monotonic()
+    for command in ((*PRETRAIN, *APART), *STAGES):
+        line = [*command, "--out", "s3://bucket/submitted"]
+        submit = ["submit", "--address", "http://127.0.0.1:8265", "--working-dir", str(ROOT)]
+        keys = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+        words = [sys.executable, "-m", "diccae", *submit, "--", *line]
+        done = box.outside(words, cluster.head.machine, 500, **keys)
+        assert done.returncode == 0, done.stdout + done.stderr
+    print(f"\nsubmitted: {time.monotonic() - began:.0f} s", flush=True)
+    assert made(box, "submitted") == undisturbed
+    assert applied(box, "submitted") == finished
+    assert "report.html" in digests(box, "submitted")
+
+
 KILLS = {
     "training": [
         Kill("rounds/bank-00000008/", of_group("train-gpu")),
@@ -148,6 +225,17 @@ def test_killed_pods_change_no_bit_of_a_run(
     assert made(box, f"killed-{who}") == undisturbed
 
 
+def test_another_seed_shows_in_what_is_compared(
+    box: Box, job: RayJob, cluster: RayCluster, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    succeed(job, cluster, "other", pretrain_into("other", "--seed", "1"))
+    found = made(box, "other")
+    assert found.keys() == undisturbed.keys()
+    assert not [name for name in found if found[name] == undisturbed[name]]
+    (_, losses), (_, others) = (learned(box, n, tmp_path) for n in ("undisturbed", "other"))
+    assert not [one for one, other in zip(losses, others, strict=True) if one == other]
+
+
 def test_a_pod_that_dies_while_it_decodes_changes_no_feature(
     box: Box, job: RayJob, cluster: RayCluster, store: str, tmp_path: Path
 ) -> None:
@@ -160,6 +248,30 @@ def test_a_pod_that_dies_while_it_decodes_changes_no_feature(
     for name in ("store", "killed-store"):
         get(box, name, tmp_path / name)
     assert contents(str(tmp_path / "killed-store")) == contents(str(tmp_path / "store"))
+
+
+def test_a_training_pod_that_was_cut_off_and_came_back_changes_no_bit(
+    box: Box, job: RayJob, cluster: RayCluster, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    """In the middle of a checkpoint, until the run goes on without it on another pod: each side has
+    taken the other for dead."""
+    (train,) = [g for g in cluster.spec["workerGroupSpecs"] if g["groupName"] == "train-gpu"]
+    spare = cluster.add_worker(train)
+    until(lambda: cluster.state(), cluster.is_ready, READY_S)
+    progress = "cut/pretrain/checkpoint_2"  # Its year; Ray's list of them begins like them.
+    cut = Cut(box, progress, writer, after="cut/rounds/bank-00000008/", sign=progress)
+    log = succeed(job, cluster, "cut", pretrain_into("cut"), watch=cut)
+    pod = cut.pod
+    assert pod is not None, log
+    assert cut.cut_s is not None, log
+    ray = pod.containers["ray-worker"]
+    # TCP asks ever more rarely whether anybody is there again.
+    until(ray.tail, lambda: ray.exit_code is not None, 200)
+    wrote = cut.written_since_by({pod.machine.address})
+    assert not [name for name in wrote if "/logs/" not in name]
+    assert made(box, "cut") == undisturbed
+    assert learned(box, "cut", tmp_path)[1] == learned(box, "undisturbed", tmp_path)[1]
+    cluster.remove_worker(spare)
 
 
 def test_the_next_attempt_goes_on_where_a_killed_head_left_the_run(

@@ -152,7 +152,7 @@ def test_after_a_kill_the_jobs_next_attempt_waits_and_a_person_is_refused_at_onc
     job = _ingest("killed", "--ingest.lease-stale-s", "60")
     box.ask_storage("hold?killed/features/")
     pod, first = _start(box, job, "first")
-    until(lambda: first.tail(), lambda: box.ask_storage("held") != "0", 300)
+    until(lambda: first.tail(), lambda: box.ask_storage("held") != "", 300)
     box.remove_pod(pod)
     box.ask_storage("hold?")
     refused, said = _finish(box, *_start(box, job, "person", by_hand=True))

@@ -11,13 +11,14 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.storage import Location, place_of
+from pipeline.storage import Location, place_of, storage_failures_ignored
 from training import errors
 from training.attempt import UNHELD, Attempt
 from training.cluster_config import ScaleConfig
@@ -34,6 +35,8 @@ from training.tracking.copier import RunHandle
 from training.weights.files import absolute_uri
 
 _CONTROLLER_POLL_S = "0.2"
+_ASK_S = 10.0
+"""How often the driver asks whether the run folder is still its own."""
 _RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
 
 
@@ -69,7 +72,7 @@ def fit(
         run_config=_storage(place, name, scale, attempt),
     )
     try:
-        result = interruptible(trainer.fit).return_value
+        result = interruptible(trainer.fit, attempt).return_value
     except ray.train.TrainingFailedError as error:
         attempt.check()
         raise _explained(error, place, said) from error
@@ -105,9 +108,13 @@ def for_workers(config: TrainingConfig) -> dict[str, Any]:
     return plain
 
 
-def interruptible(call: Callable[[], Any]) -> Any:
+def interruptible(call: Callable[[], Any], attempt: Attempt = UNHELD) -> Any:
     """The call's result. Ctrl-C raises KeyboardInterrupt here and leaves the call behind: in the
-    main thread Ray Train would take the signal over and end the process with a code of its own."""
+    main thread Ray Train would take the signal over and end the process with a code of its own.
+
+    Raises: RunTaken, soon after the attempt has lost the folder: what is called may wait for nodes
+        that the attempt after it has now.
+    """
     outcome: dict[str, Any] = {}
 
     def run() -> None:
@@ -118,8 +125,13 @@ def interruptible(call: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     thread.start()
+    asked_at = time.monotonic()
     while thread.is_alive():
         thread.join(0.5)
+        if time.monotonic() - asked_at >= _ASK_S:
+            with storage_failures_ignored():  # Workers have no storage either; they wait.
+                attempt.check()
+            asked_at = time.monotonic()
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]

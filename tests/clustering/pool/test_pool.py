@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -322,6 +323,31 @@ client.flush(60)
 client.start(RoundRequest(1, 100, 120, expected_rows=1500))
 client.wait(1, 120)
 """
+
+
+def test_the_pool_of_a_run_that_was_taken_over_removes_nothing_at_its_end(
+    features, push_all, streams, tmp_path: Path
+) -> None:
+    """What its banks wrote may be what the next attempt goes on with."""
+    taken = tmp_path / "taken"
+
+    def may_write() -> None:
+        if taken.exists():
+            raise ClusteringError("another holds the run")
+
+    home = tmp_path / "pool"
+    pool = ClusterPool(CONFIG, POOL, streams, str(home), seed=1, may_write=may_write)
+    client = pool.client()
+    push_all(client, features(noise=2.0, drift=1), 100)
+    client.flush(60)
+    client.save(str(home / "bank-0100"))
+    shutil.rmtree(home / "bank-0100")  # The state: nobody names the rows now.
+    taken.touch()
+    before = {path for path in home.rglob("*") if path.is_file()}
+    assert before
+    with pytest.raises(ClusteringError, match="another holds"):
+        pool.close()
+    assert before <= {*home.rglob("*")}
 
 
 def test_a_killed_driver_is_resumed_by_the_next_one(

@@ -4,7 +4,8 @@ Run as a script: `bucket.py PORT BUCKET...`. Knows nothing of what is stored.
 `GET /box/faults?0.05` has that share of the requests answered with 503, as S3 does under load; a
 request that is refused has changed nothing. `GET /box/hold?WORD` keeps whoever writes a name with
 WORD in it waiting, until the next `hold` has those requests refused: what a test does meanwhile
-happens in the middle of that write. `GET /box/held` says how many wait.
+happens in the middle of that write. `GET /box/held` says who waits, `GET /box/writes` who has
+written what, both by address.
 """
 
 import random
@@ -29,7 +30,9 @@ class Faulty:
         self._api = DomainDispatcherApplication(create_backend_app)
         self._random = random.Random(0)
         self._share, self._asked, self._refused = 0.0, 0, 0
-        self._word, self._held, self._let_go = "", 0, threading.Event()
+        self._word, self._let_go = "", threading.Event()
+        self._held: list[str] = []
+        self._writes: list[str] = []
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Answer:
         if environ["PATH_INFO"].startswith("/box/"):
@@ -41,8 +44,19 @@ class Faulty:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start("503 Slow Down", [("Content-Type", "application/xml")])
             return [_SLOW_DOWN]
-        answer: Answer = self._api(environ, start)
+        answer: Answer = self._api(environ, self._noting(environ, start))
         return answer
+
+    def _noting(self, environ: dict[str, Any], start: Callable[..., Any]) -> Callable[..., Any]:
+        """Keep who wrote, if the API says that it was done."""
+
+        def started(status: str, *more: Any) -> Any:
+            if status.startswith("2") and environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+                what = environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"]
+                self._writes.append(" ".join((environ["REMOTE_ADDR"], *what)))
+            return start(status, *more)
+
+        return started
 
     def _was_held(self, environ: dict[str, Any]) -> bool:
         """Whether this request is one to hold; returns once it is let go."""
@@ -50,13 +64,13 @@ class Faulty:
         if not (writes and self._word and self._word in environ["PATH_INFO"]):
             return False
         let_go = self._let_go
-        self._held += 1
+        self._held.append(environ["REMOTE_ADDR"])
         let_go.wait()
         return True
 
     def _hold(self, word: str) -> None:
         self._let_go.set()
-        self._word, self._held, self._let_go = word, 0, threading.Event()
+        self._word, self._held, self._let_go = word, [], threading.Event()
 
     def _told(self, environ: dict[str, Any], start: Callable[..., Any]) -> Answer:
         """What a test wants: another share of refusals, the counts, the names that are stored."""
@@ -70,7 +84,9 @@ class Faulty:
             buckets = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets
             return ["\n".join(buckets[value].keys.keys()).encode()]
         if kind == "held":
-            return [str(self._held).encode()]
+            return ["\n".join(self._held).encode()]
+        if kind == "writes":
+            return ["\n".join(self._writes).encode()]
         return [f"{self._asked} {self._refused}".encode()]
 
 

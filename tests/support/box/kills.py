@@ -1,11 +1,11 @@
-"""Kills: pods of a running job end in the middle of a write, and how long its work then rests.
+"""Kills and Cut: what is done to pods of a running job in the middle of a write.
 
-Knows nothing of what the job does. Invariant: the file of which a kill says the name is being
-written when the pod dies, and that very write comes to nothing.
+Knows nothing of what the job does. Invariant: the file of which a kill or cut says the name is
+being written when it comes, and that very request comes to nothing.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from support.box.box import Box
@@ -13,6 +13,8 @@ from support.box.job import RayCluster
 from support.box.pod import Pod
 
 _LOOK_S = 0.5
+_CUT_S = 30
+"""The least."""
 
 
 class Kill(NamedTuple):
@@ -31,6 +33,13 @@ def head(cluster: RayCluster) -> Pod:
 def of_group(name: str) -> Callable[[RayCluster], Pod]:
     """The oldest pod of a group: one that no kill has replaced yet, if there is one."""
     return lambda cluster: cluster.of_group(name)[0]
+
+
+def writer(cluster: RayCluster) -> Pod:
+    """The pod whose write is held."""
+    (address,) = set(cluster.box.ask_storage("held").splitlines())
+    (pod,) = [pod for pod in cluster.workers if pod.machine.address == address]
+    return pod
 
 
 class Kills:
@@ -57,7 +66,7 @@ class Kills:
         """Kill if it is time, or see whether the work goes on."""
         if self._killed_at is not None:
             self._see()
-        elif self._waiting and self.box.ask_storage("held") != "0":
+        elif self._waiting and self.box.ask_storage("held") != "":
             kill = self._waiting.pop(0)
             pod = kill.pod(cluster)
             pod.kill()
@@ -66,8 +75,7 @@ class Kills:
             self.box.ask_storage("hold?")
 
     def _files(self) -> set[str]:
-        names = self.box.ask_storage("names?bucket").splitlines()
-        return {name for name in names if self._progress in name}
+        return _names(self.box, self._progress)
 
     def _see(self) -> None:
         assert self._killed_at is not None
@@ -80,3 +88,56 @@ class Kills:
             print(f"\n{self._what}: {self.lost_s[self._what]:.0f} s lost", flush=True)
             self._killed_at = None
             self._arm()
+
+
+class Cut:
+    """A `Watch` that pulls a pod's cable, and puts it in again after half a minute or more, once
+    others have done what shows that they take it for dead."""
+
+    def __init__(
+        self, box: Box, word: str, pod: Callable[[RayCluster], Pod], *, after: str, sign: str
+    ) -> None:
+        """Args: word, pod: as of a Kill. after: in the name of an object that is there before.
+        sign: in the name of a new one, after which the cable is put in again."""
+        self.box, self._word, self._pod = box, word, pod
+        self._after, self._sign = after, sign
+        self._is_armed = False
+        self._seen: set[str] = set()
+        self._cut_at = 0.0
+        self.pod: Pod | None = None
+        """Once it was cut."""
+        self.cut_s: float | None = None
+        """How long, once it is healed."""
+        self._n_writes = 0
+
+    def __call__(self, cluster: RayCluster, log: str) -> None:
+        """Arm, cut or heal, if it is time."""
+        if self.pod is not None:
+            self._heal(self.pod)
+        elif not self._is_armed and _names(self.box, self._after):
+            self.box.ask_storage(f"hold?{self._word}")
+            self._is_armed = True
+        elif self._is_armed and self.box.ask_storage("held") != "":
+            self.pod = self._pod(cluster)
+            self._seen = _names(self.box, self._sign)
+            self.box.node.cut(self.pod.machine)
+            self._cut_at = time.monotonic()
+            self.box.ask_storage("hold?")
+
+    def _heal(self, pod: Pod) -> None:
+        cut_s = time.monotonic() - self._cut_at
+        if self.cut_s is None and cut_s >= _CUT_S and _names(self.box, self._sign) - self._seen:
+            self._n_writes = len(self.box.ask_storage("writes").splitlines())
+            self.box.node.heal(pod.machine)
+            self.cut_s = cut_s
+            print(f"\n{pod.name}: {cut_s:.0f} s cut off", flush=True)
+
+    def written_since_by(self, addresses: Collection[str]) -> list[str]:
+        """Names that these have written or removed after the cut was healed, in order."""
+        writes = [w.split(" ") for w in self.box.ask_storage("writes").splitlines()]
+        return [name for address, _, name, _ in writes[self._n_writes :] if address in addresses]
+
+
+def _names(box: Box, word: str) -> set[str]:
+    """Of the objects in the bucket, those with the word."""
+    return {name for name in box.ask_storage("names?bucket").splitlines() if word in name}

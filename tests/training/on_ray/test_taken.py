@@ -1,5 +1,6 @@
 """A worker whose run folder was taken over ends for good, and leaves no word for the next one."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from pipeline.storage import Location
 from pipeline.store.lease import Lease
 from training.attempt import Attempt
 from training.errors import RunTaken, WeightsError
-from training.on_ray.fit import _Failure, _Given, _told, report_state
+from training.on_ray import fit
+from training.on_ray.fit import _Failure, _Given, _told, interruptible, report_state
 
 
 def _no_actor(settings: dict[str, Any]) -> None:
@@ -38,3 +40,18 @@ def test_a_worker_says_that_the_folder_was_taken_and_not_what_came_of_it(tmp_pat
             report_state({"step": 1}, 0, first)
         with pytest.raises(WeightsError):  # The words of the first are not those of the second.
             _told(_given(tmp_path, second))
+
+
+def test_a_driver_that_waits_for_workers_ends_once_the_folder_was_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its workers' nodes may be those of the next attempt now: they would never start."""
+    monkeypatch.setattr(fit, "_ASK_S", 0.0)
+    let_go = threading.Event()
+    location = Location(str(tmp_path))
+    with Lease(location, 30.0, "the first") as lease:
+        first = Attempt(str(tmp_path), lease.generation)
+        location.create_bytes(f"lease/{lease.generation + 1:08d}.json", b"{}")
+        with pytest.raises(RunTaken, match="lost its lease"):
+            interruptible(lambda: let_go.wait(10), first)
+    let_go.set()
