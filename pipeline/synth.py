@@ -1,11 +1,13 @@
 """Labelled clips of two seconds in confusable pairs, as real H.264 + AAC files.
 
 Knows nothing of the store. Invariant: equal arguments give equal pictures and sounds; classes come
-in pairs that differ in one modality only, so that a model needs both.
+in pairs that differ in one modality only, so that a model needs both; within a class a clip's
+colour tells its pitch roughly, red low and violet high: a sound can find its own picture.
 
 Shapes: F frames, H = W = size, S samples.
 """
 
+import colorsys
 import csv
 import math
 import os
@@ -21,6 +23,8 @@ _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"
 _RATE_HZ = 16000
 _FPS = 12
 _SECONDS = 2.0
+_LOOSE = 0.25
+"""How far the colour may be from the pitch: where it tells more, classes are learned less."""
 
 CLASSES = (
     # (label, look, voice): pairs (0,1) and (2,3) look alike, pairs (4,5) and (6,7) sound alike.
@@ -69,7 +73,10 @@ def write_clips(
 def _write_clip(job: tuple[str, str, str, int, int]) -> None:
     path, look, voice, size, seed = job
     rng = np.random.default_rng(seed)
-    write_video(path, picture(look, size, rng), sound(voice, rng), fps=_FPS, rate_hz=_RATE_HZ)
+    tone = rng.uniform()
+    hue = np.clip(tone + rng.uniform(-_LOOSE, _LOOSE), 0, 1)
+    frames_FHW3, samples_S = picture(look, size, hue, rng), sound(voice, tone, rng)
+    write_video(path, frames_FHW3, samples_S, fps=_FPS, rate_hz=_RATE_HZ)
 
 
 def write_video(
@@ -98,11 +105,14 @@ def write_video(
         container.mux(audio.encode(None))
 
 
-def picture(look: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Frames uint8 [F, H, W, 3] of a shape that moves as `look` says, all else drawn at random."""
+def picture(look: str, size: int, hue: float, rng: np.random.Generator) -> np.ndarray:
+    """Frames uint8 [F, H, W, 3] of a shape that moves as `look` says, all else drawn at random.
+
+    Args: hue: of the shape, from 0 for red to 1 for violet.
+    """
     n_frames = int(_SECONDS * _FPS)
     y_HW, x_HW = (np.mgrid[0:size, 0:size] / size - 0.5).astype(np.float32)
-    back, fore = _two_colours(rng)
+    back, fore = _two_colours(hue, rng)
     slope = rng.normal(0, 0.25, 2).astype(np.float32)
     ground_HW3 = back + 255 * (slope[0] * x_HW + slope[1] * y_HW)[..., None]
     noise = rng.uniform(4, 18)
@@ -118,9 +128,12 @@ def picture(look: str, size: int, rng: np.random.Generator) -> np.ndarray:
     return frames
 
 
-def _two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _two_colours(hue: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """RGB of a ground of any colour, and of a shape of that hue, which stands out."""
     while True:
-        back, fore = rng.uniform(20, 235, (2, 3)).astype(np.float32)
+        back = rng.uniform(20, 235, 3).astype(np.float32)
+        full, bright = rng.uniform(0.7, 1.0, 2)
+        fore = 255 * np.array(colorsys.hsv_to_rgb(0.75 * hue, full, bright), np.float32)
         if np.abs(back - fore).mean() > 60:
             return back, fore
 
@@ -161,10 +174,13 @@ def _shape(look: str, x_HW: Floats, y_HW: Floats, t: float, motion: _Motion) -> 
     return from_middle_HW < radius * scale
 
 
-def sound(voice: str, rng: np.random.Generator) -> np.ndarray:
-    """Waveform float32 [S] in (-1, 1) of what `voice` says, pitch, level and noise at random."""
+def sound(voice: str, tone: float, rng: np.random.Generator) -> np.ndarray:
+    """Waveform float32 [S] in (-1, 1) of what `voice` says, its level and noise at random.
+
+    Args: tone: pitch, from 0 to 1 over one and a half octaves.
+    """
     t_S = np.arange(int(_SECONDS * _RATE_HZ)) / _RATE_HZ
-    pitch_hz = rng.uniform(350, 700)
+    pitch_hz = 300 * 2 ** (1.5 * tone)
     if voice in ("slow beeps", "fast beeps"):
         beeps_hz = (2.0 if voice == "slow beeps" else 5.5) * rng.uniform(0.85, 1.15)
         gate_S = (t_S * beeps_hz + rng.uniform()) % 1.0 < 0.4
@@ -178,8 +194,16 @@ def sound(voice: str, rng: np.random.Generator) -> np.ndarray:
         overtones_4S = [np.sin(2 * np.pi * k * base_hz * t_S) / k for k in (1, 2, 3, 4)]
         wave_S = np.sum(overtones_4S, axis=0) / 2
     else:
-        wave_S = rng.normal(0, 0.4, len(t_S))
-        wave_S = np.diff(wave_S, prepend=0.0) * (1 + 0.5 * np.sin(2 * np.pi * 3 * t_S))
+        wave_S = _band(rng.normal(0, 0.4, len(t_S)), 4 * pitch_hz)
+        wave_S = wave_S * (1 + 0.5 * np.sin(2 * np.pi * 3 * t_S))
     level = rng.uniform(0.15, 0.5)
     noise_S = rng.normal(0, 10 ** rng.uniform(-3.0, -1.7), len(t_S))
     return np.clip(level * wave_S + noise_S, -0.99, 0.99).astype(np.float32)
+
+
+def _band(noise_S: Floats, middle_hz: float) -> Floats:
+    """What of white noise lies within about half an octave of `middle_hz`, as loud as before."""
+    frequency_hz = np.fft.rfftfreq(len(noise_S), 1 / _RATE_HZ)
+    octaves = np.log2(np.maximum(frequency_hz, 1) / middle_hz)
+    kept_S = np.fft.irfft(np.fft.rfft(noise_S) * np.exp(-2 * octaves**2), len(noise_S))
+    return kept_S * (noise_S.std() / kept_S.std())
