@@ -17,10 +17,10 @@ def text(value: object) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A fraction as a percentage; a dash for nothing."""
+    """A fraction as a percentage that no line break parts; a dash for nothing."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{100 * value:.{digits}f} %"
+    return f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def number(value: object) -> str:

@@ -5,6 +5,7 @@ import pytest
 from support.predicted import STREAMS, predictions
 
 from training.report.label_noise import label_noise
+from training.report.markup import percent
 from training.vggsounder.labels import read_labels
 from training.vggsounder.noise import split_errors
 
@@ -28,7 +29,7 @@ def test_every_stream_shows_its_errors_by_kind_and_names_become_no_markup(
     shown = label_noise(results)
     for stream in STREAMS:
         for kind in split[stream]["kinds"].values():
-            assert f"{100 * kind['share']:.1f} %" in shown
+            assert percent(kind["share"]) in shown
     assert "vggsounder 1.0" in shown
     assert "&lt;b&gt;horn" in shown
     assert "<b>horn" not in shown

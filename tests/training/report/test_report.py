@@ -232,7 +232,7 @@ def run(whole_run: Path, tmp_path: Path) -> Path:
 def _text(page: str) -> str:
     """What a reader sees without scripts."""
     body = page[page.index("<body>") : page.index("<script")]
-    return html.unescape(re.sub(r"<[^>]+>", " ", body))
+    return html.unescape(re.sub(r"<[^>]+>", " ", body)).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def test_page_is_whole_and_fetches_nothing(whole_page: str) -> None:

@@ -182,7 +182,7 @@ def test_retrieval_shows_the_first_clip_of_each_class_and_its_true_rank() -> Non
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        (percent(0.91254), "91.3 %"),
+        (percent(0.91254), "91.3\N{NO-BREAK SPACE}%"),
         (percent(None), "–"),
         (percent(float("nan")), "–"),
         (number(1234567), "1\u2009234\u2009567"),
