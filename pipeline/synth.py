@@ -206,4 +206,5 @@ def _band(noise_S: Floats, middle_hz: float) -> Floats:
     frequency_hz = np.fft.rfftfreq(len(noise_S), 1 / _RATE_HZ)
     octaves = np.log2(np.maximum(frequency_hz, 1) / middle_hz)
     kept_S = np.fft.irfft(np.fft.rfft(noise_S) * np.exp(-2 * octaves**2), len(noise_S))
-    return kept_S * (noise_S.std() / kept_S.std())
+    louder: Floats = kept_S * (noise_S.std() / kept_S.std())
+    return louder
