@@ -8,7 +8,7 @@ import asyncio
 import functools
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -43,9 +43,10 @@ class Coordinator:
     """Makes the rounds of a pool in one thread, while its event loop answers who waits."""
 
     def __init__(
-        self, maker: RoundMaker, config: PoolConfig, folder: str, names: ActorNames
+        self, held: Sequence[Any], config: PoolConfig, folder: str, names: ActorNames
     ) -> None:
-        """Args: folder: where this pool keeps its own state."""
+        """Args: held: [reference of the RoundMaker]; folder: of this pool's own state."""
+        maker: RoundMaker = ray.get(held[0])
         self._maker, self._uri, self._config = maker, maker.uri, config
         # By name: handles among the arguments of an actor that restarts make Ray complain.
         self._banks = [ray.get_actor(name) for name in names.banks]

@@ -56,13 +56,17 @@ class ClusterPool:
             banks=[f"{pool_id}-bank-{i}" for i in range(groups.banks.n)],
             compute=[f"{pool_id}-compute-{i}" for i in range(groups.compute.n)],
         )
-        maker = RoundMaker(kmeans, self._streams, uri, seed, given, may_write=may_write)
+        # Held here: given labels of many clips are no argument that Ray keeps for a restart
+        # (ray-project/ray issue 53727).
+        self._maker = ray.put(
+            RoundMaker(kmeans, self._streams, uri, seed, given, may_write=may_write)
+        )
         self.banks = [self._bank(i, names.banks, groups.banks.cpus) for i in range(groups.banks.n)]
         self.actors = compute_actors(kmeans, groups.compute, names.compute)
         self.coordinator = (
             ray.remote(Coordinator)
             .options(num_cpus=groups.coordinator.cpus, **FOREVER)
-            .remote(maker, config, folder, names)
+            .remote([self._maker], config, folder, names)
         )
 
     def _bank(self, index: int, names: list[str], cpus: float) -> Any:
