@@ -21,6 +21,8 @@ from training.config import TrainingConfig
 
 SHIPPED = Path(__file__).resolve().parents[1] / "configs"
 """The recipes: beside the packages in a checkout, and in a wheel, too."""
+_NOT_DECIDING = ("scale", "pool", "tracking", "ingest")
+"""Sections that say how many workers there are, where, or what is logged."""
 
 
 class RunConfig(TrainingConfig):
@@ -41,9 +43,18 @@ class RunConfig(TrainingConfig):
         return self
 
     def digest(self) -> str:
-        """SHA-256 of what decides the result: not how many workers, where or how it is logged."""
-        content = self.model_dump(mode="json", exclude={"scale", "pool", "tracking", "ingest"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        """SHA-256 of what decides the result."""
+        return _digest(self.model_dump(mode="json"))
+
+
+def digest_of_text(text: str) -> str:
+    """The digest that the version which wrote a config as YAML gave it: of the keys it knew."""
+    return _digest(yaml.safe_load(text))
+
+
+def _digest(content: dict[str, Any]) -> str:
+    deciding = {k: v for k, v in content.items() if k not in _NOT_DECIDING}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_config(path: str | Path | None) -> RunConfig:

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diccae.config import RunConfig, config_text, differing_keys, parse_config
+from diccae.config import RunConfig, config_text, differing_keys, digest_of_text, parse_config
 from diccae.errors import UsageError
 from diccae.resources import job_id
 from diccae.screen import ProgressLine, clock
@@ -126,6 +126,14 @@ class RunFolder:
                 f"{self.uri}: no config.yaml, so no run; start one with diccae pretrain --out"
             )
         return config
+
+    def digests(self) -> list[str]:
+        """Of its config: as this version has it, and as the version had it that wrote it down.
+
+        They differ where keys were added since. Raises: UsageError if this is no run folder.
+        """
+        config = self.config()
+        return [config.digest(), digest_of_text(self.place.read_bytes("config.yaml").decode())]
 
     def open(self, config: RunConfig, fresh: bool, pretraining: bool = False) -> bool:
         """Take the folder for this run. Returns: whether a run is being taken up again.

@@ -17,9 +17,11 @@ def predictions_of(folder: RunFolder, config_hash: str | None = None) -> Predict
     """
     file = folder.place.uri_of("evaluation", FILE)
     predictions = read_predictions(file)
-    if config_hash not in (None, predictions.about.config_hash):
+    found = predictions.about.config_hash
+    # An earlier version hashed fewer keys; those that came since have their defaults in the run.
+    if config_hash not in (None, found) and [config_hash, found] != folder.digests():
         raise UsageError(
-            f"{file}: of config {predictions.about.config_hash}, and the run's is {config_hash} "
+            f"{file}: of config {found}, and the run's is {config_hash} "
             "now (it was fine-tuned or evaluated otherwise since): leave out --reuse"
         )
     return predictions

@@ -13,7 +13,9 @@ import pytest
 from support.predicted import STREAMS, predicted_run, predictions, softmax
 
 from diccae.cli import main
+from diccae.config import RunConfig, digest_of_text
 from training.evaluation.predictions import FILE, Predictions, read_predictions
+from training.report.markup import percent
 from training.vggsounder.exchange import write_pickle
 from training.vggsounder.labels import read_labels
 
@@ -111,7 +113,7 @@ def test_runs_are_compared_by_name_as_table_json_and_page(
     assert found["pairs_chosen_on"] == "the clips compared"
     page = Path("c.html").read_text()
     assert not re.search(r"(src|href)=|@import|url\((?!data)", page)
-    assert all(f"{100 * found['streams'][s]['all']['b']:.1f} %" in page for s in STREAMS)
+    assert all(percent(found["streams"][s]["all"]["b"]) in page for s in STREAMS)
     assert main(["compare", "a", "b"]) == 0
     assert "600 clips of" in capsys.readouterr().out
 
@@ -141,6 +143,20 @@ def test_clips_of_one_model_alone_are_listed(
     assert found["only_a"] == CLIPS[:5]
     assert found["only_b"] == ["elsewhere__000000"]
     assert list(found["streams"]) == ["audio"]
+
+
+def test_predictions_of_a_version_that_knew_fewer_keys_are_reused(runs: Path) -> None:
+    text = (runs / "a" / "config.yaml").read_text()
+    earlier = text.replace(f"  few_labels: {RunConfig().evaluate.few_labels}\n", "")
+    assert earlier != text
+    about = _predictions(1).about._replace(config_hash=digest_of_text(earlier))
+    given = _predictions(1)._replace(about=about)
+    (predicted_run(runs / "old", given) / "config.yaml").write_text(earlier)
+    assert main(["evaluate", "--out", "old", "--reuse", "--vggsounder"]) == 0
+    assert main(["evaluate", "--out", "old", "--reuse", "--evaluate.few-labels", "3"]) == 2
+    # Not any config of an earlier version: of these keys another value.
+    (runs / "old" / "config.yaml").write_text(earlier.replace("knn_k: ", "knn_k: 1"))
+    assert main(["evaluate", "--out", "old", "--reuse", "--vggsounder"]) == 2
 
 
 @pytest.mark.parametrize(
