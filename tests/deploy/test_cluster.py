@@ -274,6 +274,41 @@ def test_a_training_pod_that_was_cut_off_and_came_back_changes_no_bit(
     cluster.remove_worker(spare)
 
 
+def test_an_attempt_that_was_cut_off_and_came_back_writes_nothing_any_more(
+    box: Box, job: RayJob, cluster: RayCluster, undisturbed: dict[str, str]
+) -> None:
+    """Its head, until the attempt after it has taken the run over; the other pods go on."""
+    cut = Cut(
+        box,
+        "cut-head/pretrain/checkpoint_2",
+        head,
+        after="cut-head/rounds/bank-00000008/",
+        sign="cut-head/lease/00000002",
+    )
+    command = pretrain_into("cut-head")
+    ended: list[tuple[str, str]] = []
+
+    def and_start_another(cluster: RayCluster, log: str) -> None:
+        cut(cluster, log)
+        if cut.pod is not None and not ended:
+            another = job.start_cluster("another", READY_S)
+            ended.append(job.submit(another, "another", cut, entrypoint=command))
+            another.delete()
+
+    began = time.monotonic()
+    addresses = {pod.machine.address for pod in [cluster.head, *cluster.workers]}
+    status, log = job.submit(cluster, "cut-head", and_start_another, 900, command)
+    print(f"\ncut-head: {time.monotonic() - began:.0f} s", flush=True)
+    addresses |= {pod.machine.address for pod in cluster.workers}
+    ((status_2, log_2),) = ended
+    assert status_2 == "SUCCEEDED", log_2
+    assert status == "FAILED", log
+    assert "lost its lease" in log
+    late = [name for name in cut.written_since_by(addresses) if "/logs/attempt-1/" not in name]
+    assert set(late) <= {"/bucket/cut-head/lease/00000001.json"}
+    assert made(box, "cut-head") == undisturbed
+
+
 def test_the_next_attempt_goes_on_where_a_killed_head_left_the_run(
     box: Box, job: RayJob, cluster: RayCluster, undisturbed: dict[str, str]
 ) -> None:
