@@ -29,7 +29,8 @@ import wave
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"
+# As an fbank service is started.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE"}
 
 import av
 import imageio_ffmpeg

@@ -8,7 +8,6 @@ the clip are zeros.
 Shapes: N frames, H = W = frame_size, T fbank_frames, M n_mels.
 """
 
-import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -63,15 +62,12 @@ def fbank_function(spec: FeatureSpec) -> Fbank:
     Source: CAV-MAE's data loader (YuanGongND/cav-mae, dataloader.py): waveform mean removed, then
     Kaldi fbank with a hanning window, htk_compat, no energy, no dither.
     Where a mel bin holds little energy its logarithm is rounding noise of the FFT: another FFT
-    (numpy, or MKL on another CPU) moves it by up to 7e-3. MKL's COMPATIBLE branch is the same on
-    every x86-64 CPU; it has to be chosen before torch is imported in the process.
+    (numpy, or MKL on another CPU) moves it by up to 7e-3. The bits of a store are those of a
+    process that was started with `fbank_service.ENVIRONMENT`; this function chooses nothing for
+    the process it is called in.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
     import torch
     from torchaudio.compliance import kaldi
-
-    torch.set_num_threads(1)
 
     def fbank(waveform: np.ndarray) -> np.ndarray:
         samples = torch.from_numpy(waveform)

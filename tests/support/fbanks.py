@@ -8,6 +8,7 @@ tests/pipeline/decode.
 
 import functools
 import multiprocessing
+import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -16,14 +17,19 @@ import numpy as np
 import pytest
 
 from pipeline.config import FeatureSpec
-from pipeline.decode.fbank_service import SharedFbanks
+from pipeline.decode.fbank_service import ENVIRONMENT, SharedFbanks
 from pipeline.decode.payload import fbanks_function
 
 
 @functools.cache
 def _process() -> ProcessPoolExecutor:
     # Spawned: MKL's branch is chosen before torch is imported, which this process has done.
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, spawn, _as_a_service)
+
+
+def _as_a_service() -> None:
+    os.environ.update(ENVIRONMENT)
 
 
 def _made(spec: FeatureSpec, waveforms: list[np.ndarray]) -> list[np.ndarray]:

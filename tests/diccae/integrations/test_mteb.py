@@ -1,5 +1,6 @@
 """A run's encoder through mteb's protocol, without mteb: batches as its collator makes them."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,6 +98,18 @@ def test_sound_is_normalised_with_what_the_card_says(run: Path) -> None:
     before = _encode(model, _rows(2, "audio"))
     model.data = model.data.model_copy(update={"fbank_mean": 0.0})
     assert np.abs(_encode(model, _rows(2, "audio")) - before).max() > 1e-3
+
+
+def test_the_process_of_the_caller_stays_as_it_was(run: Path) -> None:
+    """Threads of torch, and what the processes that are started later inherit."""
+    before, n_threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        _encode(DiccaeEncoder(str(run), device="cpu", collate=_collate), _rows(2, "audio"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(n_threads)
+    assert dict(os.environ) == before
 
 
 def test_what_it_cannot_encode_is_refused_by_name(run: Path) -> None:

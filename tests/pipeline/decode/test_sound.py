@@ -1,5 +1,6 @@
 """The waveform starts with the picture, lasts as long as the sound, and gives CAV-MAE's fbank."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from pipeline.config import FeatureSpec
 from pipeline.decode.clip import Clip, extract
+from pipeline.decode.fbank_service import ENVIRONMENT
 from pipeline.decode.payload import decode_jpegs
 from pipeline.reasons import Reason, Rejected
 
@@ -155,7 +157,9 @@ def test_fbank_equals_the_formula_of_cavmae(tmp_path):
     wave = (0.3 * np.sin(2 * np.pi * 440 * t) + 0.05 * rng.normal(size=len(t))).astype(np.float32)
     np.save(tmp_path / "wave.npy", wave + np.float32(0.05))
     subprocess.run(
-        [sys.executable, "-c", _FBANK, tmp_path / "wave.npy", tmp_path / "fbank.npy"], check=True
+        [sys.executable, "-c", _FBANK, tmp_path / "wave.npy", tmp_path / "fbank.npy"],
+        check=True,
+        env=os.environ | ENVIRONMENT,
     )
     made = np.load(tmp_path / "fbank.npy")
     assert made.shape == (998, 128)
