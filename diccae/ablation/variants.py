@@ -1,4 +1,4 @@
-"""read_variants and swept: which ways to train an ablation compares, and the config of each.
+"""chosen_variants: which ways to train an ablation compares, and the config of each.
 
 Knows nothing of how they are trained. Invariant: every change is refused by the config's own rules,
 with the key named, before anything is trained.
@@ -14,25 +14,34 @@ from pydantic import ValidationError
 
 from diccae.config import RunConfig, explain
 from diccae.errors import UsageError
-from training.evaluation.variants import VARIANTS, Variant
+from training.evaluation.variants import DEFAULT_VARIANTS, VARIANTS, Variant
 
 WARMUP = "warmup"
 """Folder of a seed's warm-up, beside those of its variants."""
 
 
-def read_variants(names: Sequence[str], file: str | None) -> dict[str, Variant]:
-    """Variants by name, those of a YAML file (`name: {section: {key: value}}`) among them.
+def chosen_variants(
+    names: Sequence[str], file: str | None, sweeps: Sequence[str], sweep_of: Sequence[str]
+) -> dict[str, Variant]:
+    """Variants by name: the named ones, then those of the file, then the points of the sweeps.
 
+    Args: names: if none, with neither a file nor a sweep, DEFAULT_VARIANTS. file: a YAML file of
+    `name: {section: {key: value}}`; all of it unless some of it is named. sweeps, sweep_of: see
+    `swept`.
     Raises: UsageError for an unknown name, or a file that does not hold variants.
     """
     own = {} if file is None else _own_variants(file)
-    unknown = [name for name in names if name not in VARIANTS]
+    known = {**VARIANTS, **own}
+    unknown = [name for name in (*names, *sweep_of) if name not in known]
     if unknown:
-        raise UsageError(
-            f"no variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}, and those of "
-            "--variants-file"
-        )
-    return {name: VARIANTS[name] for name in dict.fromkeys(names)} | own
+        where = "; --variants-file can hold others" if file is None else ""
+        raise UsageError(f"no variant {', '.join(unknown)}; there are {', '.join(known)}{where}")
+    if not names and file is None and not sweeps:
+        names = DEFAULT_VARIANTS
+    if own.keys().isdisjoint(names):
+        names = [*names, *own]
+    swept_variants = {name: known[name] for name in sweep_of}
+    return {name: known[name] for name in names} | swept(sweeps, swept_variants)
 
 
 def _own_variants(file: str) -> dict[str, Variant]:
@@ -65,10 +74,10 @@ def variant_config(config: RunConfig, name: str, variant: Variant, seed: int) ->
         raise UsageError(f"variant {name}: {explain(error, RunConfig)}") from None
 
 
-def swept(sweeps: Sequence[str], names: Sequence[str]) -> dict[str, Variant]:
+def swept(sweeps: Sequence[str], variants: Mapping[str, Variant]) -> dict[str, Variant]:
     """One variant for each value of each sweep and each variant that is swept.
 
-    Args: sweeps: `section.key=value,value,...`. names: of variants whose other changes stay.
+    Args: sweeps: `section.key=value,value,...`. variants: their other changes stay.
     Raises: UsageError for a sweep that is not one.
     """
     made: dict[str, Variant] = {}
@@ -80,9 +89,9 @@ def swept(sweeps: Sequence[str], names: Sequence[str]) -> dict[str, Variant]:
                 f"--sweep {sweep}: expected section.key=value,value,... such as "
                 "confusion.gamma=0,0.5,1,2"
             )
-        for name in names:
+        for name, variant in variants.items():
             for value in values.split(","):
-                changes = _with(VARIANTS[name].changes, path, yaml.safe_load(value))
+                changes = _with(variant.changes, path, yaml.safe_load(value))
                 question, dose = f"{name}, {key} = {value}", (name, key, value)
                 made[point_name(name, key, value)] = Variant(question, changes, dose)
     return made

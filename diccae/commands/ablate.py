@@ -33,7 +33,8 @@ class AblateArgs:
     variants: tuple[str, ...] = ()
     """Variants to run; all but `cavmae` if none is named."""
     variants_file: str | None = None
-    """YAML of variants of your own: NAME: {section: {key: value}}."""
+    """YAML of variants of your own: NAME: {section: {key: value}}; all of them run unless
+    --variants names some."""
     sweep: tuple[str, ...] = ()
     """Dose and response: `section.key=value,value,...` is a variant for each value."""
     sweep_of: tuple[str, ...] = ("full",)
@@ -121,12 +122,9 @@ def _check(args: AblateArgs) -> None:
 def _plan(args: AblateArgs) -> "Plan":
     """What to run. Raises: UsageError."""
     from diccae.ablation.runs import Plan
-    from diccae.ablation.variants import read_variants, swept
-    from training.evaluation.variants import DEFAULT_VARIANTS
+    from diccae.ablation.variants import chosen_variants
 
-    own = args.variants_file or args.sweep
-    variants = read_variants(args.variants or (() if own else DEFAULT_VARIANTS), args.variants_file)
-    read_variants(args.sweep_of, None)
+    variants = chosen_variants(args.variants, args.variants_file, args.sweep, args.sweep_of)
     metric = args.metric or ("top1/fusion" if args.finetune else "probe/audio_video")
     seeds = tuple(range(args.run.seed, args.run.seed + args.seeds))
-    return Plan(variants | swept(args.sweep, args.sweep_of), seeds, metric, args.finetune)
+    return Plan(variants, seeds, metric, args.finetune)

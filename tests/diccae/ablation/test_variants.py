@@ -1,14 +1,46 @@
 """Sweeps: a variant for each value, on top of whatever is swept."""
 
+from pathlib import Path
+
 import pytest
 
-from diccae.ablation.variants import swept, variant_config
+from diccae.ablation.variants import chosen_variants, swept, variant_config
 from diccae.config import RunConfig
 from diccae.errors import UsageError
+from training.evaluation.variants import DEFAULT_VARIANTS, VARIANTS
+
+FULL = {"full": VARIANTS["full"]}
+
+
+def test_variants_of_a_file_are_named_and_swept_like_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("wide: {loss: {confusion: 2.0}}\nnarrow: {loss: {confusion: 0.1}}\n")
+
+    def names(*chosen: str, sweeps: tuple[str, ...] = (), of: tuple[str, ...] = ("full",)) -> list:
+        return list(chosen_variants(chosen, str(file), sweeps, of))
+
+    assert names() == ["wide", "narrow"]
+    assert names("full") == ["full", "wide", "narrow"]
+    assert names("full", "narrow") == ["full", "narrow"]
+    points = chosen_variants(["wide"], str(file), ["confusion.gamma=0,3"], ["wide"])
+    assert list(points) == ["wide", "wide@confusion.gamma=0", "wide@confusion.gamma=3"]
+    config = variant_config(RunConfig(), "x", points["wide@confusion.gamma=3"], 0)
+    assert (config.loss.confusion, config.confusion.gamma) == (2.0, 3.0)
+    with pytest.raises(UsageError, match=r"no variant wied; there are instance.* wide, narrow$"):
+        names("wied")
+
+
+def test_without_names_the_shipped_ones_run_unless_a_sweep_is_asked_for() -> None:
+    assert list(chosen_variants([], None, [], ["full"])) == list(DEFAULT_VARIANTS)
+    swept_only = chosen_variants([], None, ["confusion.gamma=1"], ["full"])
+    assert list(swept_only) == ["confusion.gamma=1"]
+    with pytest.raises(UsageError, match="--variants-file can hold others"):
+        chosen_variants([], None, ["confusion.gamma=1"], ["fool"])
 
 
 def test_a_sweep_is_a_variant_for_each_value() -> None:
-    made = swept(["confusion.gamma=0,0.5", "rounds.label_noise=0.2"], ["full", "true_labels"])
+    variants = {name: VARIANTS[name] for name in ("full", "true_labels")}
+    made = swept(["confusion.gamma=0,0.5", "rounds.label_noise=0.2"], variants)
     assert list(made) == [
         "confusion.gamma=0",
         "confusion.gamma=0.5",
@@ -21,18 +53,17 @@ def test_a_sweep_is_a_variant_for_each_value() -> None:
     name = "true_labels@rounds.label_noise=0.2"
     rounds = variant_config(RunConfig(), name, made[name], 3).rounds
     assert (rounds.labels, rounds.label_noise) == ("true", 0.2)
-    assert not swept(["optim.lr=0.1"], ["full"])["optim.lr=0.1"].shares_warmup
+    assert not swept(["optim.lr=0.1"], FULL)["optim.lr=0.1"].shares_warmup
 
 
 @pytest.mark.parametrize("sweep", ["gamma=1", "confusion.gamma", "confusion.gamma="])
 def test_what_is_no_sweep_is_refused(sweep: str) -> None:
     with pytest.raises(UsageError, match=r"expected section\.key=value,value"):
-        swept([sweep], ["full"])
+        swept([sweep], FULL)
 
 
 def test_weights_can_be_those_of_each_seed() -> None:
     config = RunConfig.model_validate({"encoder": {"init": "out/seed-{seed}/encoder"}})
-    made = variant_config(
-        config, "x", swept(["confusion.gamma=1"], ["full"])["confusion.gamma=1"], 2
-    )
+    variant = swept(["confusion.gamma=1"], FULL)["confusion.gamma=1"]
+    made = variant_config(config, "x", variant, 2)
     assert made.encoder.init == "out/seed-2/encoder"
