@@ -52,6 +52,7 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
         s3fs.S3FileSystem.retries = ATTEMPTS
         s3fs.core.set_custom_error_handler(_may_pass)
+        s3fs.core.S3_RETRYABLE_ERRORS = ()
         options["config_kwargs"] = copy.deepcopy(_ONE_REQUEST)  # botocore adds to it.
     elif kind in ("gs", "gcs"):
         _tell_what_google_repeats()
@@ -69,12 +70,17 @@ def opened(uri: str) -> Iterator[IO[bytes]]:
 
 def _may_pass(error: BaseException) -> bool:
     import botocore.exceptions as botocore
+    from aiohttp import ClientPayloadError
+    from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import IncompleteRead
 
     if isinstance(error, botocore.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         passes = bool(status >= 500 or status == 429)
     else:
-        passes = isinstance(error, botocore.ConnectionError)
+        unheard = botocore.ConnectionError, botocore.HTTPClientError, TimeoutError
+        cut_short = ClientPayloadError, IncompleteRead, ResponseParserError
+        passes = isinstance(error, (*unheard, *cut_short))
     if passes:
         _tell(error)
     return passes
@@ -103,7 +109,7 @@ def _tell(error: BaseException) -> None:
     global _told_at
     if time.monotonic() - _told_at >= _TOLD_EVERY_S:
         _told_at = time.monotonic()
-        _log.warning("waiting for storage: %s; trying again for half a minute", error)
+        _log.warning("waiting for storage: %s; trying again", error)
 
 
 def write_bytes(uri: str, payload: bytes | memoryview) -> None:

@@ -10,7 +10,9 @@ All that is set for retries, and what is left as the libraries have it:
   gs://   six attempts over 31 s, gcsfs's own
   Delta   `DELTA_RETRIES`, without a word: `Location.asked_if_slow` speaks for it
 With 2 s for each connection that is 51 s, less than after which another start may have taken the
-run over (`scale.lease_stale_s`, and a third of it): a write that is repeated comes before that.
+run over (`scale.lease_stale_s`, and a third of it): a write that is repeated comes before that. A
+server that takes requests and answers none costs 30 s more each time, and so may keep a writer for
+longer than its lease.
 """
 
 import copy
@@ -57,17 +59,24 @@ def _repeat_for_longer() -> None:
 
     s3fs.S3FileSystem.retries = ATTEMPTS
     s3fs.core.set_custom_error_handler(_may_pass)
+    # What it repeats unasked (a time-out, an answer that stops half-way), it repeats silently.
+    s3fs.core.S3_RETRYABLE_ERRORS = ()
 
 
 def _may_pass(error: BaseException) -> bool:
     """Asked by s3fs after each failure, before it waits."""
     import botocore.exceptions as botocore
+    from aiohttp import ClientPayloadError
+    from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import IncompleteRead
 
     if isinstance(error, botocore.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         passes = bool(status >= 500 or status == 429)
     else:
-        passes = isinstance(error, botocore.ConnectionError)
+        unheard = botocore.ConnectionError, botocore.HTTPClientError, TimeoutError
+        cut_short = ClientPayloadError, IncompleteRead, ResponseParserError
+        passes = isinstance(error, (*unheard, *cut_short))
     if passes:
         _tell(error)
     return passes
@@ -98,4 +107,4 @@ def _tell(error: BaseException) -> None:
     global _told_at
     if time.monotonic() - _told_at >= _TOLD_EVERY_S:
         _told_at = time.monotonic()
-        _log.warning("waiting for storage: %s; trying again for half a minute", error)
+        _log.warning("waiting for storage: %s; trying again", error)

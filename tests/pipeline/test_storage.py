@@ -68,16 +68,21 @@ def test_a_folder_is_removed_whole(place: Location) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nobody answers", "503"])
-def test_requests_that_fail_seven_times_are_made_an_eighth_time(bucket: str, kind: str) -> None:
-    """botocore alone gives a server's error up after five."""
+def test_requests_that_fail_seven_times_are_made_an_eighth_time_and_said(
+    bucket: str, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """botocore alone gives a server's error up after five; s3fs repeats a cut answer silently."""
     place = Location(f"{bucket}/errs")
     place.write_bytes("file", b"before")
+    monkeypatch.setattr(patience, "_told_at", -patience._TOLD_EVERY_S)
     if kind == "503":
         Unsteady.lose = 7
     else:
         Unsteady.drop = 7
     place.write_bytes("file", b"after")
     assert Unsteady.lose == Unsteady.drop == 0
+    told = [line.message for line in caplog.records if line.name == patience.__name__]
+    assert [line.partition(":")[0] for line in told] == ["waiting for storage"]
     assert place.read_bytes("file") == b"after"
 
 
