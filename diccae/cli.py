@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from diccae import __version__
+
 OK, ERROR, USAGE, TOO_MANY_FAILURES, LOCKED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 COMMANDS = {
@@ -65,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OK if args else USAGE
     name = args[0]
     if name in ("--version", "version"):
-        from importlib.metadata import version
-
-        print(version("diccae"))
+        print(__version__)
         return OK
     if name not in COMMANDS:
         import difflib

@@ -14,10 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from diccae import __version__
 from diccae.config import RunConfig, config_text, differing_keys, digest_of_text, parse_config
 from diccae.errors import UsageError
 from diccae.resources import job_id
@@ -29,7 +30,9 @@ from training.attempt import UNHELD, Attempt
 from training.errors import ConfigMismatch
 from training.tracking.spool import PUBLISH_S
 
-_VERSIONS = ("diccae", "torch", "torchaudio", "ray", "faiss-gpu", "mlflow", "pyarrow", "deltalake")
+_LIBRARIES = (
+    *("torch", "torchaudio", "ray", "faiss-gpu", "faiss-cpu", "mlflow", "pyarrow", "deltalake"),
+)
 _NOT_PINNED = ("scale.", "pool.", "tracking.", "ingest.", "finetune.", "evaluate.", "features.")
 """Sections that may change between the stages of a run; its features are pinned with the store."""
 
@@ -185,7 +188,7 @@ class RunFolder:
         record = {
             "name": self.place.name,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {name: version(name) for name in _VERSIONS},
+            "versions": _versions(),
             **self.record,
             **fields,
         }
@@ -222,6 +225,16 @@ def config_in(place: Location) -> RunConfig | None:
     except FileNotFoundError:
         return None
     return parse_config(text, place.uri_of("config.yaml"))
+
+
+def _versions() -> dict[str, str]:
+    """Of what decides results: faiss comes in one of two packages; code that was submitted to a
+    cluster is installed in none."""
+    found = {"diccae": __version__}
+    for name in _LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _with_statistics_of(old: RunConfig, new: RunConfig) -> RunConfig:

@@ -6,8 +6,9 @@ of them is at hand.
 """
 
 import base64
+import contextlib
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ REQUIREMENTS = (
     *("av", "decord", "simplejpeg", "safetensors", "fsspec", "s3fs", "gcsfs", "psutil"),
 )
 """What loading a model and answering imports; not Ray, faiss or what else training needs."""
+_ONLY_ON = {"decord": "; platform_machine == 'x86_64'"}
 _DESCRIPTION_CHARS = 4000
 """MLflow's database refuses 5,000."""
 
@@ -107,8 +109,17 @@ def save_pyfunc(folder: str, target: Path) -> None:
             code_paths=[str(Path(p.__path__[0])) for p in (pipeline, clustering, training)],
             signature=_signature(kind),
             input_example=pd.DataFrame({"content": [content]}),
-            pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
+            pip_requirements=_requirements(),
         )
+
+
+def _requirements() -> list[str]:
+    """At the versions that are installed; what this machine lives without, another can, too."""
+    found = []
+    for name in REQUIREMENTS:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name}=={version(name)}{_ONLY_ON.get(name, '')}")
+    return found
 
 
 def _signature(kind: str) -> Any:

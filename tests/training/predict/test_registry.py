@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -11,6 +12,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from support.models import CLASSES, evaluated, saved_models
 from diccae.cli import main
 from pipeline.synth import write_clips
 from training.cluster_config import TrackingConfig
+from training.predict import registry
 from training.predict.find import find_models
 from training.predict.pyfunc import ClipModel
+from training.predict.registry import save_pyfunc
 from training.tracking.tracker import create_run
 from training.weights.files import read_card
 
@@ -116,6 +120,30 @@ def _check_found_by_name(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().err
     assert "models:/gone@champion: MLflow at sqlite:///" in printed
     assert printed.count("\n") == 1
+
+
+def test_a_machine_without_decord_saves_a_model_that_asks_for_none(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on aarch64; one with decord asks for it on x86-64 alone."""
+
+    def asked_for(folder: Path) -> str:
+        save_pyfunc(str(place / "run" / "classifier"), folder)
+        return (folder / "requirements.txt").read_text()
+
+    assert re.search(
+        r"decord==0\.6\.0 ?; platform_machine == .x86_64", asked_for(tmp_path / "with")
+    )
+
+    def installed(name: str) -> str:
+        if name == "decord":
+            raise metadata.PackageNotFoundError(name)
+        return metadata.version(name)
+
+    monkeypatch.setattr(registry, "version", installed)
+    without = asked_for(tmp_path / "without")
+    assert "torch==" in without
+    assert "decord" not in without
 
 
 def test_a_run_that_mlflow_does_not_know_is_one_line(
