@@ -20,18 +20,19 @@ class EmbedArgs:
     """Parquet file to write, a path or URI: columns id, label, audio, video, fusion, embedding."""
     split: str = "train"
     """Split of the store."""
-    space: Literal["z", "h"] = "h"
-    """`h`: class-head embeddings; `z`: the trunk's features."""
+    space: Literal["z", "h"] | None = None
+    """`h`: class-head embeddings; `z`: the trunk's features; None: whichever was trained to match
+    across modalities."""
     version: int | None = None
     """Version of the store; None: the newest."""
     config: str | None = None
-    """YAML config of the run the encoder comes from (its `data` section)."""
+    """YAML config with a `data` and an `evaluate` section; None: frames as the encoder says."""
     run: RunConfig = field(default_factory=RunConfig)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("embed", EmbedArgs, argv, ("data", "evaluate", "scale"))
+    args = parse("embed", EmbedArgs, argv, ("data", "evaluate", "scale"), _as_trained)
     from diccae.reach import check_reach
     from diccae.resources import check_fits, start_ray
     from diccae.stages.evaluate import inference_demands
@@ -40,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
     from training.data.rows import index_rows
     from training.on_ray.inference import Job, run_jobs, write_vectors
     from training.predict.apply import Models
+    from training.weights.card import Applied
+    from training.weights.files import read_card
 
     snapshot = FeatureStore.open(args.store).snapshot(args.version)
     run = for_embedding(args.run, args.encoder, snapshot.spec)
@@ -47,8 +50,22 @@ def main(argv: Sequence[str]) -> int:
     start_ray()
     check_fits(inference_demands(run.scale))
     check_reach({"--store": args.store, "--encoder": args.encoder})
-    job = Job(index, run.evaluate.frames, (args.space,))
+    space = args.space or Applied.of(run, read_card(args.encoder, "encoder")[0].space).space
+    job = Job(index, run.evaluate.frames, (space,))
     [outputs] = run_jobs([job], Models(args.encoder), run.data, run.scale, run.evaluate)
-    write_vectors(index, outputs, args.space, args.out)
-    print(f"{args.out}: {len(index):,} clips of {args.store} version {snapshot.version}")
+    write_vectors(index, outputs, space, args.out)
+    print(f"{args.out}: {space} of {len(index):,} clips of {args.store} version {snapshot.version}")
     return 0
+
+
+def _as_trained(args: EmbedArgs) -> RunConfig | None:
+    """The defaults with the frames that the encoder is evaluated on, if it says so."""
+    from training.weights.files import read_card
+
+    applied = read_card(args.encoder, "encoder")[0].applied
+    if args.config is not None or applied is None:
+        return None
+    defaults = RunConfig()
+    data = defaults.data.model_copy(update={"frames_per_clip": applied.frames_per_clip})
+    evaluate = defaults.evaluate.model_copy(update={"frames": applied.frames})
+    return defaults.model_copy(update={"data": data, "evaluate": evaluate})

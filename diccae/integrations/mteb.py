@@ -10,7 +10,6 @@ Shapes: B clips, F frames of a clip, T fbank rows, M mel bins, P embedding width
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
 from typing import Any
 
 import av
@@ -20,6 +19,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diccae import __version__
 from diccae.run_folder import RunFolder
 from pipeline.config import FeatureSpec
 from pipeline.decode.frames import to_square
@@ -33,8 +33,8 @@ from pipeline.decode.payload import (
 from training.config import DataConfig
 from training.data.augment import normalise_fbank, normalise_frames
 from training.errors import TrainingError
-from training.on_ray.evaluate import embedding_space
 from training.predict.apply import test_passes
+from training.weights.card import Applied
 from training.weights.files import load_encoder
 
 Rows = Mapping[str, Any]
@@ -71,7 +71,7 @@ class DiccaeEncoder:
         self.spec = FeatureSpec.model_validate(card.feature_spec)
         mean, std = card.statistics
         self.data = DataConfig(**{**config.data.model_dump(), "fbank_mean": mean, "fbank_std": std})
-        self.space = embedding_space(config)
+        self.space = Applied.of(config, card.space).space
         self.passes = test_passes(
             self.spec.n_frames, config.data.frames_per_clip, config.evaluate.frames
         )
@@ -184,7 +184,7 @@ class DiccaeEncoder:
                 "modalities": ["audio", "video"],
                 "framework": ["PyTorch"],
                 "n_parameters": sum(p.numel() for p in self.encoder.parameters()),
-                "reference": f"diccae {version('diccae')}",
+                "reference": f"diccae {__version__}",
             }
         )
 

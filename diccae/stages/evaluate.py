@@ -21,11 +21,10 @@ from training.data.validation import groups_of
 from training.evaluation.class_confusions import class_confusions
 from training.evaluation.metrics import present
 from training.evaluation.results import read_confusion
-from training.on_ray.evaluate import evaluate
+from training.on_ray.evaluate import applied_by, evaluate
 from training.run.pinned import Pinned
 from training.tracking import tracker as tracking
 from training.weights.beside import write_readme
-from training.weights.card import Applied
 from training.weights.files import read_card
 from training.weights.measured import Measured, write_measured
 
@@ -82,7 +81,7 @@ def tell_the_classifier(folder: RunFolder, config: RunConfig, found: Mapping[str
         n_clips=found["n_test"],
         store=folder.record["store"],
         results={m.name: found[m.name] for m in present(found) if m.needs == "classifier"},
-        applied=Applied.of(config)._asdict(),
+        applied=applied_by(config, folder.place.uri_of("encoder"))._asdict(),
         confusions=class_confusions(confusion),
     )
     write_measured(uri, measured)

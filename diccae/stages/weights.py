@@ -44,7 +44,9 @@ def import_weights(
     if label_list is None:
         report = load_weights(encoder, uri)
     else:
-        classifier = Classifier(encoder, len(train.classes), config.finetune.mode)
+        tuning, n_classes = config.finetune, len(train.classes)
+        multi_label = tuning.loss == "bce"
+        classifier = Classifier(encoder, n_classes, tuning.mode, multi_label=multi_label)
         report = load_weights(classifier, uri, train.classes, read_class_names(label_list))
         if any(key.startswith("mlp_head.") for key in report.missing):
             raise WeightsError(f"{uri}: no class head in it; leave --classes out, then finetune")
@@ -55,7 +57,7 @@ def import_weights(
     made_from = provenance(folder, config) | {"weights": uri}
     saved = (train.classes, train.spec.model_dump(mode="json"), made_from)
     known: dict[str, Any] = {
-        "statistics": config.data.statistics, "applied": Applied.of(config),
+        "statistics": config.data.statistics, "applied": Applied.of(config, report.space),
     }  # fmt: skip
     save_encoder(encoder, folder.place.uri_of("encoder"), *saved, **known)
     if classifier is not None:

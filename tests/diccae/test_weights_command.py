@@ -87,6 +87,31 @@ def test_without_a_label_list_the_encoder_alone_is_taken_into_a_new_folder(
     assert Path("run/encoder/encoder.json").read_bytes() == before
 
 
+def test_heads_that_nothing_trained_embed_nothing_whatever_the_config_trains(place: Path) -> None:
+    Path("run.yaml").write_text(json.dumps({"encoder": SIZES, "rounds": {"labels": "none"}}))
+    assert main(["weights", "export", "--model", "trunk", "--out", "cavmae.pth"]) == 0
+    for model, space in (("cavmae.pth", "z"), ("trunk", "h")):  # The second brings its heads.
+        assert _import("--model", model, "--out", f"of-{model}") == 0
+        applied = load_encoder(f"of-{model}/encoder")[1].applied
+        assert applied is not None
+        assert applied.space == space
+
+
+def test_a_multi_label_classifier_is_one_after_its_import(place: Path) -> None:
+    assert main(["weights", "export", "--model", "model", "--out", "cavmae.pth"]) == 0
+    arguments = ["--model", "cavmae.pth", "--classes", "cavmae.pth.csv"]
+    assert _import(*arguments, "--out", "one") == 0
+    config = json.loads(Path("run.yaml").read_text())
+    Path("run.yaml").write_text(
+        json.dumps({**config, "finetune": {"loss": "bce", "confusion": 0.0}})
+    )
+    assert _import(*arguments, "--out", "several") == 0
+    logits = torch.randn(3, 4)
+    several, one = (load_classifier(f"{out}/classifier")[0] for out in ("several", "one"))
+    torch.testing.assert_close(several.probabilities(logits), logits.sigmoid())
+    torch.testing.assert_close(one.probabilities(logits), logits.softmax(1))
+
+
 @pytest.mark.parametrize(
     ("labels", "said"),
     [

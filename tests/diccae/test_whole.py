@@ -111,6 +111,11 @@ def test_killed_pretraining_goes_on_and_the_run_is_finished(
     shutil.copytree(out, place / "finished")  # Later tests fine-tune the run again.
 
 
+def _space(out: Path) -> str:
+    """The embeddings of a run's encoder that evaluation compares."""
+    return str(json.loads((out / "encoder" / "encoder.json").read_text())["applied"]["space"])
+
+
 def _sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -164,8 +169,12 @@ def test_another_encoder_is_fine_tuned_in_a_new_folder_and_evaluated(
     place: Path, store: str, diccae: Diccae, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = place / "other"
-    arguments = ["finetune", "--out", str(out), "--store", store, "--config", SMOKE]
+    in_z = yaml.safe_load(Path(SMOKE).read_text())
+    in_z["loss"]["instance_on"] = "z"
+    (place / "in-z.yaml").write_text(yaml.safe_dump(in_z))
+    arguments = ["finetune", "--out", str(out), "--store", store, "--config", f"{place}/in-z.yaml"]
     diccae(*arguments, "--encoder", str(place / "run" / "encoder"))
+    assert _space(out) == "h", "as it was trained, not as this config would"
     diccae("evaluate", "--out", str(out))
     results = json.loads((out / "results.json").read_text())
     assert set(results["top1"]) == {"audio", "video", "fusion"}
@@ -175,6 +184,7 @@ def test_another_encoder_is_fine_tuned_in_a_new_folder_and_evaluated(
     )
     untrained = place / "untrained"
     diccae("finetune", "--out", str(untrained), "--store", store, "--config", SMOKE)
+    assert _space(untrained) == "z", "heads that nothing trained"
     again = ["finetune", "--out", str(out), "--encoder", str(untrained / "encoder")]
     assert main(again) == 2
     assert "other settings: encoder: " in capsys.readouterr().err
@@ -225,7 +235,7 @@ def _check_confusions(found: list[dict[str, Any]], confusion: dict[str, Any]) ->
 
 def _check_vectors(diccae: Diccae, store: str, out: Path) -> None:
     """`embed` writes the embeddings that `evaluate` kept, each of length 1."""
-    arguments = ["--store", store, "--encoder", str(out / "encoder"), "--config", SMOKE]
+    arguments = ["--store", store, "--encoder", str(out / "encoder")]
     diccae("embed", *arguments, "--split", "test", "--out", "vectors.parquet")
     table = pq.read_table("vectors.parquet")
     kept = np.load(out / "evaluation" / "embeddings.npz")

@@ -26,8 +26,9 @@ from training.evaluation.results import Evaluation, count_confusion, write_evalu
 from training.evaluation.retrieval import subset_per_class, unit_rows
 from training.evaluation.scores import ConfusedPair, most_confused_pairs
 from training.on_ray.inference import Apply, Job, paged_array, run_jobs
-from training.predict.apply import ByStream, Models, Outputs, Space, test_passes
-from training.weights.card import Applied
+from training.predict.apply import ByStream, Models, Outputs, test_passes
+from training.weights.card import Applied, Space
+from training.weights.files import read_card
 
 _PAIR_CLIPS = 50
 """Training clips of a class that are asked for their neighbours to find these pairs."""
@@ -53,7 +54,9 @@ def evaluate(
         config_hash: stands in the file of predictions. may_write: asked before files are written.
     Raises: TrainingError if the run folder has no encoder, or no training clip a label.
     """
-    given = _evidence(config, train, test, _models(out), clusters, apply=apply)
+    models = _models(out)
+    space = applied_by(config, out.uri_of("encoder")).space
+    given = _evidence(config, train, test, models, space, clusters, apply=apply)
     confusion, split = count_confusion(given, test.classes), config.evaluate.split
     may_write()
     about = About(test.classes, given.scorer, config_hash, split)
@@ -74,13 +77,13 @@ def _evidence(
     train: RowIndex,
     test: RowIndex,
     models: Models,
+    space: Space,
     clusters: dict[str, int],
     *,
     apply: Apply,
 ) -> Evidence:
-    of_test, of_train, middle = _outputs(config, models, train, test, apply)
+    of_test, of_train, middle = _outputs(config, models, space, train, test, apply)
     probed = _probe(config, train, test, of_train, of_test)
-    space = embedding_space(config)
     return Evidence(
         clip_ids_M=test.clip_ids_N.tolist(),
         labels_ML=test.labels_NL,
@@ -94,9 +97,9 @@ def _evidence(
     )
 
 
-def embedding_space(config: TrainingConfig) -> Space:
-    """Embeddings that were trained to match across modalities: `h`, or `z` without heads."""
-    return Applied.of(config).space
+def applied_by(config: TrainingConfig, encoder_uri: str) -> Applied:
+    """How evaluation applies an encoder: as the config says, in the space it was trained in."""
+    return Applied.of(config, read_card(encoder_uri, "encoder")[0].space)
 
 
 def _models(out: Location) -> Models:
@@ -107,10 +110,15 @@ def _models(out: Location) -> Models:
 
 
 def _outputs(
-    config: TrainingConfig, models: Models, train: RowIndex, test: RowIndex, apply: Apply
+    config: TrainingConfig,
+    models: Models,
+    space: Space,
+    train: RowIndex,
+    test: RowIndex,
+    apply: Apply,
 ) -> tuple[Outputs, Outputs, Outputs]:
     """Of the test clips, of the training clips, and of the test clips' middle frames."""
-    frames, space = config.evaluate.frames, embedding_space(config)
+    frames = config.evaluate.frames
     jobs = [
         Job(test, frames, ("z", "h", "p") if models.classifier else ("z", "h")),
         # Only what probes are fitted on: heads and probabilities of 200,000 clips are gigabytes.

@@ -24,8 +24,9 @@ from training.config import DataConfig, EvaluateConfig
 from training.data.order import FrameDraw, window_of
 from training.data.reader import read_window
 from training.data.rows import RowIndex
-from training.predict.apply import ByStream, Model, Models, Outputs, Space, test_passes
+from training.predict.apply import ByStream, Model, Models, Outputs, test_passes
 from training.predict.vectors import vectors_table
+from training.weights.card import Space
 from training.weights.files import absolute_uri
 
 

@@ -19,9 +19,9 @@ from training.config import DataConfig
 from training.data.augment import normalise_fbank, normalise_frames
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
+from training.weights.card import Space
 from training.weights.files import load_classifier, load_encoder
 
-Space = Literal["z", "h"]
 ByStream = dict[str, NDArray[np.float32]]
 
 

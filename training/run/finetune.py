@@ -57,18 +57,20 @@ def starting_encoder(
     own = place.uri_of("encoder")
     if place.exists("encoder/encoder.json"):
         return own if uri is None else uri
-    known: dict[str, Any] = {
-        "statistics": config.data.statistics, "applied": Applied.of(config),
-    }  # fmt: skip
+    statistics = config.data.statistics
     if uri is not None:
         encoder, card = load_encoder(uri)
-        save_encoder(encoder, own, card.classes, card.feature_spec, card.provenance, **known)
+        known = (card.classes, card.feature_spec, card.provenance)
+        applied = Applied.of(config, card.space)
+        save_encoder(encoder, own, *known, statistics=statistics, applied=applied)
         return uri
-    encoder = make_encoder(config, index.spec)
+    encoder, space = make_encoder(config, index.spec), None
     if config.encoder.init is not None:
-        load_weights(encoder, config.encoder.init)
-    spec = index.spec.model_dump(mode="json")
-    save_encoder(encoder, own, index.classes, spec, provenance, **known)
+        space = load_weights(encoder, config.encoder.init).space
+    # Fine-tuning trains no class heads: of an encoder that begins at random `z` is all there is.
+    applied = Applied.of(config, space or "z")
+    known = (index.classes, index.spec.model_dump(mode="json"), provenance)
+    save_encoder(encoder, own, *known, statistics=statistics, applied=applied)
     return own
 
 
@@ -129,7 +131,7 @@ def finetune_at(
 ) -> dict[str, Any] | None:
     """Train; save the classifier. Args: decides: of `deciding`. Returns: metrics, on rank 0."""
     out, attempt = written.out, written.attempt
-    encoder, _ = load_encoder(encoder_uri)
+    encoder, card = load_encoder(encoder_uri)
     classifier = make_classifier(config, encoder, len(index.classes))
     tracker = written.tracker("finetune.jsonl", edge, edge.state)
 
@@ -152,7 +154,7 @@ def finetune_at(
     attempt.check()
     features, statistics = index.spec.model_dump(mode="json"), config.data.statistics
     known = (index.classes, features, written.provenance)
-    applied, target = Applied.of(config), out.uri_of("classifier")
+    applied, target = Applied.of(config, card.space), out.uri_of("classifier")
     save_classifier(classifier, target, *known, statistics=statistics, applied=applied)
     tracker.close()
     return {"metrics": last}

@@ -12,6 +12,9 @@ from training.config import EncoderConfig, FbankStatistics, TrainingConfig
 from training.model.encoder import InputShape
 from training.weights.layouts import Layout
 
+Space = Literal["z", "h"]
+"""Embeddings: the trunk's features, or those behind the class heads."""
+
 CAVMAE_STATISTICS = FbankStatistics(-5.081, 4.4849)
 """What CAV-MAE's published weights were trained with (YuanGongND/cav-mae, egs/vggsound)."""
 
@@ -23,14 +26,14 @@ class Applied(NamedTuple):
     """Frames a pass sees."""
     frames: int | None
     """Frames averaged over, see EvaluateConfig.frames."""
-    space: Literal["z", "h"]
+    space: Space
     """The embeddings that were trained to match across modalities: `h`, or `z` without heads."""
 
     @classmethod
-    def of(cls, config: TrainingConfig) -> "Applied":
-        """As this config evaluates."""
-        space: Literal["z", "h"] = "z" if config.loss.instance_on == "z" else "h"
-        return cls(config.data.frames_per_clip, config.evaluate.frames, space)
+    def of(cls, config: TrainingConfig, space: Space | None = None) -> "Applied":
+        """As this config evaluates. Args: space: of the weights; None: as this config trains."""
+        trained: Space = "z" if config.loss.instance_on == "z" else "h"
+        return cls(config.data.frames_per_clip, config.evaluate.frames, space or trained)
 
 
 class ModelCard(NamedTuple):
@@ -55,6 +58,11 @@ class ModelCard(NamedTuple):
     applied: Applied | None
     """How it is applied to a clip; None as above."""
 
+    @property
+    def space(self) -> Space | None:
+        """The embeddings that its training made match across modalities, as far as it says."""
+        return self.applied and self.applied.space
+
     @classmethod
     def parse(cls, stored: Mapping[str, Any]) -> "ModelCard":
         """From the content of the card's file.
@@ -77,14 +85,15 @@ class ModelCard(NamedTuple):
 
 
 class MadeWith(NamedTuple):
-    """The features a model was trained on, as far as its file says."""
+    """The features a model was trained on and what it makes of them, as far as its file says."""
 
     statistics: FbankStatistics | None = None
     feature_spec: Mapping[str, Any] = MappingProxyType({})
+    space: Space | None = None
 
     @classmethod
     def of(cls, layout: Layout, card: ModelCard | None) -> "MadeWith":
         """What a card says, or is known of a published layout."""
         if card is not None:
-            return cls(card.statistics, card.feature_spec)
+            return cls(card.statistics, card.feature_spec, card.space)
         return cls(CAVMAE_STATISTICS if layout == "cavmae" else None)

@@ -33,7 +33,7 @@ from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.weights import layouts
 from training.weights.beside import write_readme
-from training.weights.card import Applied, MadeWith, ModelCard
+from training.weights.card import Applied, MadeWith, ModelCard, Space
 from training.weights.matching import fill, fit_positions, take_heads
 
 _OPTIONAL = ("class_heads.", "decoder.", "mlp_head.", "auxiliary_heads.")
@@ -59,6 +59,12 @@ class WeightsReport(NamedTuple):
     """Position tables that were interpolated to another grid."""
     made_with: MadeWith
     """What the file says of the features it was trained on."""
+
+    @property
+    def space(self) -> Space | None:
+        """The embeddings that match across modalities: not those of heads that nothing trained."""
+        untrained = any(key.startswith("class_heads.") for key in self.missing)
+        return "z" if untrained else self.made_with.space
 
 
 def by_part(keys: list[str]) -> str:

@@ -203,7 +203,7 @@ def test_saved_encoder_comes_back_whole(folder, stem):
             assert torch.equal(loaded(*_clips()).h[stream], h)
     other = _encoder(2, config)
     report = load_weights(other, f"{folder}/encoder")
-    assert report == ("diccae", [], [], [], (statistics, spec))
+    assert report == ("diccae", [], [], [], (statistics, spec, None))
     assert torch.equal(
         other.class_heads["audio"].fc1.weight, encoder.class_heads["audio"].fc1.weight
     )
