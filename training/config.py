@@ -329,11 +329,16 @@ class FinetuneConfig(Frozen):
     """Optimiser of fine-tuning."""
 
     @model_validator(mode="after")
-    def _weights_need_one_class(self) -> "FinetuneConfig":
+    def _weights_need_clips_of_one_class(self) -> "FinetuneConfig":
         if self.loss == "bce" and self.confusion > 0:
             raise ValueError(
                 f"loss = bce with confusion = {self.confusion:g}: confusion weights stand between "
                 "the one class of a clip and all others; set finetune.confusion to 0"
+            )
+        if self.mixup == 1 and self.confusion > 0:
+            raise ValueError(
+                f"mixup = 1 with confusion = {self.confusion:g}: confusion is counted over clips "
+                "that are not mixed; set finetune.mixup below 1 (CAV-MAE: 0.5) or confusion to 0"
             )
         return self
 

@@ -9,6 +9,7 @@ from diccae.config import RunConfig
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import Say, open_run, pin_for, provenance, tracking_handle
 from diccae.stages.statistics import settle
+from training.data.rows import RowIndex
 from training.errors import WeightsError
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
@@ -39,17 +40,7 @@ def import_weights(
     """
     data = pin_for(folder, config, store)
     train = data.train
-    encoder = Encoder(config.encoder, input_shape(train.spec))
-    classifier = None
-    if label_list is None:
-        report = load_weights(encoder, uri)
-    else:
-        tuning, n_classes = config.finetune, len(train.classes)
-        multi_label = tuning.loss == "bce"
-        classifier = Classifier(encoder, n_classes, tuning.mode, multi_label=multi_label)
-        report = load_weights(classifier, uri, train.classes, read_class_names(label_list))
-        if any(key.startswith("mlp_head.") for key in report.missing):
-            raise WeightsError(f"{uri}: no class head in it; leave --classes out, then finetune")
+    encoder, classifier, report = _filled(config, train, uri, label_list)
     config, statistics = settle(folder, config, data, say, uri, report.made_with)
     open_run(folder, config, store)
     folder.write_record(statistics=statistics)
@@ -65,3 +56,18 @@ def import_weights(
         save_classifier(classifier, target, *saved, **known)
     tracking.finish(tracking_handle(folder), "FINISHED")
     return report
+
+
+def _filled(
+    config: RunConfig, train: RowIndex, uri: str, label_list: str | None
+) -> tuple[Encoder, Classifier | None, WeightsReport]:
+    encoder = Encoder(config.encoder, input_shape(train.spec))
+    if label_list is None:
+        return encoder, None, load_weights(encoder, uri)
+    tuning, n_classes = config.finetune, len(train.classes)
+    multi_label = tuning.loss == "bce"
+    classifier = Classifier(encoder, n_classes, tuning.mode, multi_label=multi_label)
+    report = load_weights(classifier, uri, train.classes, read_class_names(label_list))
+    if any(key.startswith("mlp_head.") for key in report.missing):
+        raise WeightsError(f"{uri}: no class head in it; leave --classes out, then finetune")
+    return encoder, classifier, report

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clustering.kmeans.label_table import NO_LABEL
 from training.config import TrainingConfig
 from training.data.augment import augment_fbank, augment_frames, normalise_frames
 from training.data.device import DeviceBatch, on_device
@@ -133,7 +134,9 @@ class Finetuner:
         logits_nC = logits[self._main].detach()
         if not self.classifier.multi_label:
             posteriors_nC = self.classifier.probabilities(logits_nC)
-            self.confusion.accumulate(posteriors_nC, batch.labels_nL[:, 0])
+            # Half of a clip that met another is right to be taken for the other's class.
+            own_n = batch.labels_nL[:, 0].masked_fill(~inputs.is_alone_n, NO_LABEL)
+            self.confusion.accumulate(posteriors_nC, own_n)
         is_hit_n = (logits_nC.argmax(1, keepdim=True) == batch.labels_nL).any(1)
         hits = is_hit_n.float().mean() * self.share.weight
         self.meter.add({"loss": loss.detach(), "grad_norm": norm, "accuracy": hits})
@@ -164,7 +167,8 @@ class Finetuner:
             mixed = mix(batch, targets, met, self.share)
         else:
             frames = normalise_frames(batch.frames_nFHWC)
-            mixed = Mixed(batch.fbank_nTM.float(), frames, targets)
+            alone_n = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+            mixed = Mixed(batch.fbank_nTM.float(), frames, targets, alone_n)
         augment, b = self.tuning.augment, self.plan.lane_size
         fbanks, pictures = [], []
         for i, lane in enumerate(self.lanes):
@@ -177,7 +181,7 @@ class Finetuner:
                 augment_fbank(mixed.fbank_nTM[rows], augment, self.config.data, generator)
             )
             pictures.append(augment_frames(mixed.frames_nFCHW[rows], augment, generator))
-        return Mixed(torch.cat(fbanks), torch.cat(pictures), mixed.targets_nC)
+        return mixed._replace(fbank_nTM=torch.cat(fbanks), frames_nFCHW=torch.cat(pictures))
 
     def _after_step(self) -> None:
         at_epoch_end = self.step % self.steps_per_epoch == 0

@@ -38,6 +38,8 @@ class Mixed(NamedTuple):
     frames_nFCHW: Tensor
     """float32, normalised."""
     targets_nC: Tensor
+    is_alone_n: Tensor
+    """Which of them met nobody, bool."""
 
 
 def meeting(n_clips: int, chance: float, *seeds: int) -> Meeting:
@@ -72,6 +74,7 @@ def mix(batch: DeviceBatch, targets_nC: Tensor, met: Meeting, share: RankShare) 
         mix_fbanks(batch.fbank_nTM, fbank, own_n),
         pictures,
         own_n1 * targets_nC + (1 - own_n1) * targets,
+        own_n == 1,
     )
 
 

@@ -13,7 +13,9 @@ from torch import nn
 
 from training.config import OptimConfig
 
-_HEAD_PREFIXES = ("mlp_head", "auxiliary_heads")
+_HEADS = ("mlp_head", "auxiliary_heads", "class_heads")
+_ONE_RATE = ("mlp_head", "auxiliary_heads")
+"""Heads with groups of their own where all rates are one, too: checkpoints keep their groups."""
 
 
 def make_optimizer(
@@ -24,9 +26,10 @@ def make_optimizer(
     Weights that are frozen now are among them: a later phase may thaw them. Args: fused: one kernel
     for all weights, which can leave a step out on the device (FiniteSteps).
     """
+    heads = _ONE_RATE if config.head_lr_scale == 1 else _HEADS
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
-        is_head = name.startswith(_HEAD_PREFIXES)
+        is_head = name.startswith(heads)
         decays = parameter.ndim > 1 and "pos_embed" not in name and "modality" not in name
         groups.setdefault((is_head, decays), []).append(parameter)
     return torch.optim.AdamW(
@@ -67,6 +70,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], fused: bool) -> None:
     """Take over a `state_dict`, perhaps of another kind of device."""
-    optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
-        group["fused"] = fused
+    # Before it is loaded: where its counters of steps belong is read from it.
+    groups = [{**group, "fused": fused} for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups})

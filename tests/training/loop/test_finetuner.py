@@ -19,6 +19,7 @@ from training.data.rows import RowIndex
 from training.errors import TrainingError
 from training.loop.finetuner import Finetuner
 from training.loop.hooks import World
+from training.loop.mixup import meeting
 
 _CPU = torch.device("cpu")
 
@@ -106,6 +107,19 @@ def test_confusion_weights_apply_after_their_epoch() -> None:
     assert any(not torch.equal(a, b) for a, b in pairs)
 
 
+def test_confusion_is_counted_over_clips_that_met_nobody() -> None:
+    """A mixed clip is taken for either class, which confuses nobody."""
+    tuner = make_tuner(finetune_config(mixup=0.5))
+    frames = EpochReads(0, 0, FrameDraw(tuner.config.data.frames_per_clip))
+    tuner._train_step(next(on_device(tuner.reader.stream([frames]), _CPU)))
+    met = meeting(tuner.plan.batch_size, 0.5, tuner.config.seed, 0, 0)
+    n_alone = int((met.own_B == 1).sum())
+    assert 0 < n_alone < tuner.plan.batch_size
+    assert int(tuner.confusion.sums_KK1[:, -1].sum()) == n_alone
+    with pytest.raises(ValidationError, match=r"mixup = 1 with confusion = 1: .*not mixed"):
+        finetune_config(mixup=1.0)
+
+
 def test_clips_without_a_label_are_refused() -> None:
     tuner = make_tuner(finetune_config())
     index = memory_index()
@@ -123,7 +137,7 @@ def test_clips_without_a_label_are_refused() -> None:
 
 
 def _mixing_worker(rank: int, size: int) -> list[float]:
-    tuner = make_tuner(finetune_config(mixup=1.0, epochs=1), world=World(rank, size))
+    tuner = make_tuner(finetune_config(mixup=1.0, confusion=0.0, epochs=1), world=World(rank, size))
     losses = []
     tuner.hooks = tuner.hooks._replace(log=lambda _, metrics: losses.append(metrics["loss"]))
     tuner.run()
