@@ -6,22 +6,27 @@ needs no model. Invariant: predictions of other settings are refused, not mixed 
 
 from diccae.errors import UsageError
 from diccae.run_folder import RunFolder
-from training.evaluation.predictions import FILE, Predictions, read_predictions
+from training.evaluation.predictions import FILE, Predictions, models_of, read_predictions
 
 
 def predictions_of(folder: RunFolder, config_hash: str | None = None) -> Predictions:
     """What the last evaluation of a run said of each clip.
 
     Args: config_hash: what the run is evaluated with now; None takes any.
-    Raises: TrainingError without predictions; UsageError if they are of other settings.
+    Raises: TrainingError without predictions; UsageError if they are of other settings or weights.
     """
     file = folder.place.uri_of("evaluation", FILE)
     predictions = read_predictions(file)
-    found = predictions.about.config_hash
+    found, models = predictions.about.config_hash, predictions.about.models
     # An earlier version hashed fewer keys; those that came since have their defaults in the run.
     if config_hash not in (None, found) and [config_hash, found] != folder.digests():
         raise UsageError(
             f"{file}: of config {found}, and the run's is {config_hash} "
             "now (it was fine-tuned or evaluated otherwise since): leave out --reuse"
+        )
+    if config_hash is not None and models not in (None, models_of(folder.place)):
+        raise UsageError(
+            f"{file}: of other weights than the run has now (it was fine-tuned "
+            "since): leave out --reuse"
         )
     return predictions

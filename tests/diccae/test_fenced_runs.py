@@ -19,7 +19,10 @@ from diccae.run_folder import RunFolder
 from pipeline.errors import StoreLocked
 from pipeline.storage import Location
 from training.attempt import Attempt
+from training.cluster_config import TrackingConfig
 from training.errors import RunTaken
+from training.tracking.copier import mlflow_client
+from training.tracking.tracker import Tracker, create_run
 
 STALE_S = "2"
 HOLDER = """
@@ -126,6 +129,25 @@ def test_a_start_that_was_taken_for_dead_writes_nothing_any_more(
             return False
 
     _until("the stopped start was taken for dead", taken, 60)
+
+
+def test_a_second_attempt_runs_in_mlflow_although_the_first_left_no_checkpoint(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    handle = create_run(TrackingConfig(), folder.uri, {}, {}, {})
+    client, path = mlflow_client(handle.uri), folder.place.uri_of("metrics.jsonl")
+    client.set_terminated(handle.run_id, "FAILED")
+    for copied_by_a_report in (True, False):
+        if copied_by_a_report:
+            Tracker(handle, path).close()
+        else:
+            with folder.held("pretrain"):
+                tracker = Tracker(handle, path, attempt=folder.attempt)
+                tracker.log(1, {"loss": 1.0})
+                assert tracker.close()
+        status = client.get_run(handle.run_id).info.status
+        assert status == ("FAILED" if copied_by_a_report else "RUNNING")
 
 
 def test_a_fresh_start_does_not_give_the_folder_back_to_the_one_before(tmp_path: Path) -> None:

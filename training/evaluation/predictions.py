@@ -17,7 +17,7 @@ p_fusion          probability of `pred_fusion` (of the only stream, where there 
 cluster           last pseudo-label, -100 where the clip was never clustered
 
 Its schema's metadata `diccae` is JSON: `classes`, `scorer` (classifier, or the probe that stood in
-for one) and `config_hash` of the evaluation.
+for one), `config_hash` of the evaluation, and the digests of the `models`.
 
 Shapes: M clips, C classes.
 """
@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.storage import fetched
+from pipeline.storage import Location, fetched
 from training.config import STREAMS
 from training.errors import TrainingError
 from training.evaluation.scores import label_ranks
@@ -49,6 +49,8 @@ class About(NamedTuple):
     scorer: str
     config_hash: str
     split: str
+    models: Mapping[str, str] | None = None
+    """`models_of` the run; None in the file of a version that did not write it."""
 
 
 class Predictions(NamedTuple):
@@ -66,6 +68,16 @@ class Predictions(NamedTuple):
     def n_clips(self) -> int:
         """M."""
         return len(self.labels_M)
+
+
+def models_of(run: Location) -> dict[str, str]:
+    """SHA-256 of the tensors of a run's encoder and classifier, as far as they are there."""
+    cards = {kind: f"{kind}/{kind}.json" for kind in ("encoder", "classifier")}
+    return {
+        kind: json.loads(run.read_bytes(card))["sha256"]
+        for kind, card in cards.items()
+        if run.exists(card)
+    }
 
 
 def write_predictions(file: Path, given: Predictions) -> None:
@@ -113,7 +125,7 @@ def read_predictions(file: str | Path) -> Predictions:
             clip_ids=table["clip_id"].to_pylist(),
             groups=table["group"].to_pylist(),
             labels_M=table["label"].to_numpy().astype(np.int64),
-            about=About(about["classes"], about["scorer"], about["config_hash"], split),
+            about=About(**about, split=split),
             scores={
                 s: _scores(table, s) for s in STREAMS if f"probabilities_{s}" in table.schema.names
             },

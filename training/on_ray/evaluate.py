@@ -20,7 +20,7 @@ from training.config import STREAMS, EvaluateConfig, TrainingConfig
 from training.data.rows import RowIndex
 from training.errors import TrainingError
 from training.evaluation.metrics import BOTH_SIDES, Evidence, measure
-from training.evaluation.predictions import About
+from training.evaluation.predictions import About, models_of
 from training.evaluation.probes import PROBES, knn_probe
 from training.evaluation.results import Evaluation, count_confusion, write_evaluation
 from training.evaluation.retrieval import subset_per_class, unit_rows
@@ -59,7 +59,7 @@ def evaluate(
     given = _evidence(config, train, test, models, space, clusters, apply=apply)
     confusion, split = count_confusion(given, test.classes), config.evaluate.split
     may_write()
-    about = About(test.classes, given.scorer, config_hash, split)
+    about = About(test.classes, given.scorer, config_hash, split, models_of(out))
     write_evaluation(out.below("evaluation"), given, confusion, groups, about)
     return Evaluation(
         n_train=len(train),

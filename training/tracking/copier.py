@@ -191,9 +191,11 @@ class MetricsCopier:
         run = client.get_run(run_id)
         if self._attempt.number:
             client.set_tag(run_id, "attempt", str(self._attempt.number))
-        if self._resume_step and run.info.status != "FINISHED":  # a later stage ends nothing
-            client.set_tag(run_id, "resumed_from_step", str(self._resume_step))
-            client.update_run(run_id, status="RUNNING")
+        if run.info.status != "FINISHED":  # A later stage ends nothing.
+            if self._resume_step:
+                client.set_tag(run_id, "resumed_from_step", str(self._resume_step))
+            if self._resume_step or self._attempt.number:  # Neither: a report's copy.
+                client.update_run(run_id, status="RUNNING")
         # Those of the nodes are no lines of the file, and many.
         names = [name for name in run.data.metrics if not name.startswith("system/")]
         return {key: {m.step for m in client.get_metric_history(run_id, key)} for key in names}

@@ -159,6 +159,20 @@ def test_predictions_of_a_version_that_knew_fewer_keys_are_reused(runs: Path) ->
     assert main(["evaluate", "--out", "old", "--reuse", "--vggsounder"]) == 2
 
 
+def test_predictions_from_before_a_fine_tuning_are_not_reused(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The config is the same; the probe that stood in for a classifier is not what is asked for."""
+    about = _predictions(1).about._replace(models={"encoder": "1" * 64})
+    run = predicted_run(runs / "tuned", _predictions(1)._replace(about=about))
+    reuse = ["evaluate", "--out", "tuned", "--reuse", "--vggsounder"]
+    for kind, digest in (("encoder", "1" * 64), ("classifier", "2" * 64)):
+        (run / kind).mkdir()
+        (run / kind / f"{kind}.json").write_text(json.dumps({"sha256": digest}))
+        assert main(reuse) == (0 if kind == "encoder" else 2)
+    assert "of other weights than the run has now" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
