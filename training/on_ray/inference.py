@@ -137,12 +137,13 @@ def precision_of(evaluate: EvaluateConfig, scale: ScaleConfig) -> Literal["fp32"
 def paged_array(n_rows: int, width: int) -> NDArray[np.float32]:
     """An array in a file without a name: it is gone with the last reference to it.
 
+    A plain view of it: Ray would copy a memmap into its message, and so into memory, as a whole.
     Raises: OSError if the folder of temporary files (TMPDIR) has no room for it.
     """
     with tempfile.TemporaryFile() as file:
         # Else a full disk is a SIGBUS at some write, and the process is gone without a word.
         os.posix_fallocate(file.fileno(), 0, n_rows * width * np.float32().nbytes)
-        return np.memmap(file, np.float32, "w+", shape=(n_rows, width))
+        return np.memmap(file, np.float32, "w+", shape=(n_rows, width)).view(np.ndarray)
 
 
 class Gathered:

@@ -123,12 +123,22 @@ def _file_backed() -> int:
 def test_probes_are_fitted_on_a_workers_gpu_where_training_has_some(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The driver's node has no GPU: the fit is a task that reserves one."""
+    """The driver's node has no GPU: the fit is a task that reserves one. Features are gigabytes,
+    which Ray shares only if they are no part of the message itself."""
     asked: list[dict[str, Any]] = []
+    messages: list[bytes] = []
 
     def remote(**resources: Any) -> Callable[[Callable[..., Any]], Any]:
         asked.append(resources)
-        return lambda call: SimpleNamespace(remote=call)
+
+        def task(call: Callable[..., Any]) -> Any:
+            def sent(*args: Any, **settings: Any) -> Any:
+                messages.append(pickle.dumps(args, protocol=5, buffer_callback=lambda _: None))
+                return call(*args, **settings)
+
+            return SimpleNamespace(remote=sent)
+
+        return task
 
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(remote=remote, get=lambda x: x))
     index = memory_index()
@@ -150,3 +160,4 @@ def test_probes_are_fitted_on_a_workers_gpu_where_training_has_some(
     evaluate._probe(config, index, index, outputs, outputs)
     assert devices == ["cuda"] * 5
     assert asked == [{"num_gpus": 1}] * 5
+    assert max(map(len, messages)) < 1000
