@@ -126,9 +126,11 @@ class _Looker:
             why = "gone"
             try:
                 for fetched in fetch_all([dict(clip) for clip in left], IngestConfig()):
-                    returned.add(fetched.clip["clip_id"])
                     n_failures = 0
-                    yield self._probe(fetched, by_id[fetched.clip["clip_id"]])
+                    looked = self._probe(fetched, by_id[fetched.clip["clip_id"]])
+                    # Not before it has a row: a clip that failed meanwhile would have none.
+                    returned.add(looked.clip["clip_id"])
+                    yield looked
             except Exception as error:
                 if not is_storage_failure(error):
                     raise
@@ -161,6 +163,9 @@ class _Looker:
         except Rejected as rejected:
             gone = rejected.reason == Reason.MISSING
             return _Looked(clip, "gone" if gone else "unreadable", nothing)
+        except OSError:
+            # A folder that may not be entered, or whose disk is away: of this clip alone.
+            return _Looked(clip, "unreachable", nothing)
         finally:
             fetched.release()
 
@@ -222,8 +227,10 @@ def _by_processes(
 
 
 def _next_result(results: Any, workers: list[Any]) -> pa.Table:
-    """Raises: what a worker raised; PipelineError if one died."""
+    """Raises: what a worker raised; PipelineError if one died, or all ended before their work."""
     while True:
+        # Asked before the queue is: a process that has ended has put all its results there.
+        ended = all(worker.exitcode is not None for worker in workers)
         try:
             result = results.get(timeout=0.5)
         except queue.Empty:
@@ -232,6 +239,11 @@ def _next_result(results: Any, workers: list[Any]) -> pa.Table:
                 raise PipelineError(
                     f"a process that measured clips ended with code {dead[0]}: is there memory "
                     "for one per core? What was measured is kept; run the same again."
+                ) from None
+            if ended:
+                raise PipelineError(
+                    "the processes that measured clips ended and left some out; this is a fault "
+                    "of diccae. What was measured is kept; run the same again."
                 ) from None
             continue
         if isinstance(result, BaseException):

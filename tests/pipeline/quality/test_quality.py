@@ -144,6 +144,36 @@ def test_what_needs_a_source_that_is_gone_is_said_to_be_unjudged(copy, quality, 
     assert f"truncated {n_clips}" in shown
 
 
+@pytest.mark.parametrize("fewest_for_processes", [512, 1], ids=["here", "processes"])
+@pytest.mark.timeout(60)  # Processes that owed rows were waited for without end.
+def test_clips_whose_folder_cannot_be_entered_are_unreachable_and_have_their_rows(
+    fewest_for_processes, copy, quality, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.quality.scan._FEWEST_FOR_PROCESSES", fewest_for_processes)
+    store = FeatureStore.open(copy.store)
+    states = store.snapshot().clips
+    loop = copy.folder / "loop"
+    loop.symlink_to(loop)  # Refuses everybody, unlike a mode that root does not mind.
+    at = states.column_names.index("uri")
+    below = pa.array([f"{loop}/{Path(uri).name}" for uri in states["uri"].to_pylist()])
+    store.append(states.set_column(at, states.schema.field(at), below), {})
+    told = quality(copy.store)
+    assert told["sources"] == {"unreachable": len(states) - 1, "gone": 1}
+    rows = _table(copy.store)
+    assert len(rows) == len(states)
+    assert rows["still"]["still"]
+
+
+@pytest.mark.timeout(60)
+def test_processes_that_end_before_their_work_are_not_waited_for(
+    copy, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.quality.scan._FEWEST_FOR_PROCESSES", 1)
+    monkeypatch.setattr("pipeline.quality.scan._work", print)  # Ends at once, with code 0.
+    assert main(["store", "quality", "--store", copy.store]) != 0
+    assert "ended and left some out" in capsys.readouterr().err
+
+
 def test_sources_can_be_left_alone_and_looked_at_later(copy, quality) -> None:
     assert set(quality(copy.store, "--stored-only")["sources"]) == {"not asked"}
     assert _table(copy.store)["clipped"]["clipped"] is None
