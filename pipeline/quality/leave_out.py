@@ -1,7 +1,8 @@
 """LeftOut: the clips that rules of the quality table keep out of a run or of an ingest.
 
 Knows nothing of how a verdict came about. Invariant: a clip is left out only for what was measured
-of the very content it has now, and which rules of which version did it is said with the result.
+of the very content it has now, and which rules of which version did it is said with the result; of
+equal clips one that is there now is never left out as a duplicate.
 """
 
 import hashlib
@@ -11,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import StoreError
-from pipeline.quality.rules import rules_named
+from pipeline.quality.kept import TWIN_COLUMNS, judged_anew
+from pipeline.quality.rules import DUPLICATE, rules_named
 from pipeline.quality.table import hits, read_about, read_table
 from pipeline.storage import Location
 from pipeline.store.store import Snapshot
@@ -40,20 +42,23 @@ def left_out(snapshot: Snapshot, split: str, names: tuple[str, ...]) -> LeftOut:
     """
     location = Location(snapshot.uri)
     rules = _current_rules(location, names)
-    columns = ["clip_id", "row_key", *rules]
-    table = read_table(location, columns)
+    table = read_table(location, ["clip_id", "row_key", *_judged_by(rules)])
     assert table is not None
-    states = snapshot.states(["clip_id", "row_key"])
-    live = snapshot.rows(split)["clip_id"]
-    mine = states.filter(pc.is_in(states["clip_id"], value_set=live.combine_chunks()))
-    position = pc.index_in(mine["row_key"], value_set=table["row_key"].combine_chunks())
-    n_unknown = position.null_count
-    if n_unknown:
+    states = snapshot.states(["clip_id", "row_key", "split"])
+    ids = snapshot.rows(None)["clip_id"].combine_chunks()
+    live = states.filter(pc.is_in(states["clip_id"], value_set=ids))
+    mine = live.filter(pc.equal(live["split"], split))
+    known = pc.is_in(mine["row_key"], value_set=table["row_key"].combine_chunks())
+    if n_unknown := len(mine) - (pc.sum(known).as_py() or 0):
         raise StoreError(
             f"{snapshot.uri}: {n_unknown} of {len(mine)} clips of split {split!r} were not looked "
             f"at as they are now; run {_command(snapshot.uri)}, then this again"
         )
-    found = hits(table.take(position), list(rules))
+    # Clips of other splits do not go, and keep their duplicates of this one out.
+    at = pc.index_in(table["row_key"], value_set=live["row_key"].combine_chunks())
+    splits = live["split"].take(at).to_pylist()
+    may_go = [one == split for one in splits]
+    found = _hits_now(table, pc.is_valid(at).to_pylist(), splits, may_go, rules)
     return LeftOut(found.select(["clip_id", "rule"]), rules)
 
 
@@ -63,13 +68,57 @@ def without_left_out(location: Location, sources: pa.Table, names: tuple[str, ..
     Raises: as left_out; clips that were never looked at stay.
     """
     rules = _current_rules(location, names)
-    identity = ["clip_id", "start_s", "end_s", "size", "mtime_ns"]
-    table = read_table(location, [*identity, *rules])
+    table = read_table(location, ["clip_id", *_FILE, *_judged_by(rules)])
     assert table is not None
-    hit = hits(table, list(rules)).select(identity).to_pylist()
-    out = {tuple(row.values()) for row in hit if row["size"] is not None}
-    rows = sources.select(identity).to_pylist()
-    return sources.filter(pa.array([tuple(row.values()) not in out for row in rows], pa.bool_()))
+    at = pc.index_in(table["clip_id"], value_set=sources["clip_id"].combine_chunks())
+    now = sources.take(at)
+    is_there = [
+        _is_same_file(measured, listed)
+        for measured, listed in zip(
+            table.select(_FILE).to_pylist(), now.select(_FILE).to_pylist(), strict=True
+        )
+    ]
+    out = _hits_now(table, is_there, now["split"].to_pylist(), is_there, rules)["clip_id"]
+    return sources.filter(pc.invert(pc.is_in(sources["clip_id"], value_set=out.combine_chunks())))
+
+
+_FILE = ["start_s", "end_s", "size", "mtime_ns", "fp_kind", "fp"]
+
+
+def _is_same_file(measured: dict[str, Any], listed: dict[str, Any]) -> bool:
+    """Whether a listed clip (columns _FILE; nulls: not listed) is what was measured."""
+    if listed["size"] is None:
+        return False
+    names = ["start_s", "end_s", "size", "mtime_ns"]
+    # A listing holds no content hash; where the store has one, the stat speaks for it.
+    if measured["fp_kind"] != "sha256":
+        names.append("fp")  # On object stores mtime_ns is 0, whatever was written there.
+    return all(measured[name] == listed[name] for name in names)
+
+
+def _judged_by(rules: dict[str, int]) -> list[str]:
+    """Columns of the table that `_hits_now` needs."""
+    return [*rules, *(TWIN_COLUMNS if DUPLICATE in rules else [])]
+
+
+def _hits_now(
+    table: pa.Table,
+    is_there: list[bool],
+    splits: list[str | None],
+    may_go: list[bool],
+    rules: dict[str, int],
+) -> pa.Table:
+    """Rows that may go and hit any of the rules, with the first one in the column `rule`.
+
+    Of equal clips one stays among those that are there and that no other of the rules takes.
+    """
+    going = pa.array(may_go, pa.bool_())
+    if DUPLICATE in rules:
+        others = hits(table.filter(going), [name for name in rules if name != DUPLICATE])
+        taken = pc.is_in(table["clip_id"], value_set=others["clip_id"].combine_chunks())
+        stays = pc.and_not(pa.array(is_there, pa.bool_()), taken)
+        table = judged_anew(table, splits, stays.to_pylist())
+    return hits(table.filter(going), list(rules))
 
 
 def _current_rules(location: Location, names: tuple[str, ...]) -> dict[str, int]:

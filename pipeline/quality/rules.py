@@ -41,6 +41,9 @@ class Rule(NamedTuple):
         return f"{self.name}-{self.version}"
 
 
+DUPLICATE = "duplicate"
+"""The one rule whose verdict depends on other clips, and on which of them are there."""
+
 RULES = (
     Rule("still", 1, "motion", "most", 0.7, "features", "no part of the picture ever changes"),
     Rule("black_borders", 1, "border_frac", "least", 0.06, "features", "black bars, both sides"),
@@ -50,7 +53,7 @@ RULES = (
     Rule("edit_list", 1, "edit_list_ms", "least", 1.0, "source", "pictures that must not be shown"),
     Rule("truncated", 1, "lost_frac", "least", 0.001, "source", "the file ends before its content"),
     Rule("missing", 1, "is_missing", "least", 1.0, "catalogue", "listed, but no file was there"),
-    Rule("duplicate", 1, "sameness", "least", 0.4, "features", "shows and sounds like another"),
+    Rule(DUPLICATE, 1, "sameness", "least", 0.4, "features", "shows and sounds like another"),
 )
 """All rules, in the order they are shown."""
 

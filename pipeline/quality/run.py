@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import StoreError
 from pipeline.quality.duplicates import Prints, find_twins
+from pipeline.quality.kept import choose_kept
 from pipeline.quality.rules import RULES
 from pipeline.quality.scan import MEASURED_BY, ScanSettings, scan
 from pipeline.quality.table import (
@@ -251,7 +252,7 @@ def _judged(measured: pa.Table, fresh_ids: pa.ChunkedArray, states: pa.Table) ->
     is_new = np.array([new or clip_id in fresh for clip_id, new in zip(ids, never, strict=True)])
     twins = _all_twins(measured, is_new)
     splits = measured["split"].to_pylist()
-    kept_of, sameness = _kept(ids, splits, in_store, twins)
+    kept_of, sameness = choose_kept(ids, splits, in_store, twins)
     has_print = pc.is_valid(measured["picture"]).to_pylist()
     columns = {
         "twins": [sorted(twins[i]) for i in ids],
@@ -293,37 +294,6 @@ def _all_twins(measured: pa.Table, is_new: np.ndarray) -> dict[str, dict[str, fl
         first, second = ids[at[pair.first]], ids[at[pair.second]]
         twins[first][second] = twins[second][first] = pair.sameness
     return twins
-
-
-def _kept(
-    ids: list[str], splits: list[str], in_store: list[bool], twins: dict[str, dict[str, float]]
-) -> tuple[dict[str, str], dict[str, float]]:
-    """For all but one of several equal clips: the one that is kept, and the best sameness.
-
-    Kept is a clip of another split than train (a test set stays whole, what leaked into training
-    goes), then the first by id; clips that are not in the store any more keep nothing.
-    """
-    rank = {
-        clip_id: (not there, split == "train", clip_id)
-        for clip_id, split, there in zip(ids, splits, in_store, strict=True)
-    }
-    kept_of: dict[str, str] = {}
-    sameness: dict[str, float] = {}
-    seen: set[str] = set()
-    for clip_id in ids:
-        if clip_id in seen or not twins[clip_id]:
-            continue
-        group, open_ids = {clip_id}, [clip_id]
-        while open_ids:
-            for other in twins[open_ids.pop()]:
-                if other not in group:
-                    group.add(other)
-                    open_ids.append(other)
-        seen |= group
-        kept = min(group, key=rank.__getitem__)
-        for other in group - {kept}:
-            kept_of[other], sameness[other] = kept, max(twins[other].values())
-    return kept_of, sameness
 
 
 def _count(table: pa.Table, name: str, stamp: str) -> RuleCount:

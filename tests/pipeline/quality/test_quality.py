@@ -18,6 +18,8 @@ from pipeline.quality.table import read_about
 from pipeline.source.listing import list_sources
 from pipeline.storage import Location
 from pipeline.store.store import FeatureStore
+from training.config import TrainingConfig
+from training.run.pinned import pin
 
 EXPECTED = {
     "still": {"still"},
@@ -223,6 +225,74 @@ def test_an_ingest_drops_what_a_rule_names_and_takes_it_back_without_it(copy, qu
     assert run("still", "silent").removed == 0
     assert snapshot._table.history(1)[0]["left_out"] == "still-1 silent-1"
     assert plan_ingest(*source, copy.store, None, IngestConfig()).counts["new"] == 2
+
+
+_EQUAL = {"dup_coded_000000", "dup_shift_000000", "good0_000000"}
+"""Clips of the train split that equal each other, and dup_scale of the test split."""
+
+
+def _left_to_train(store: str) -> set[str]:
+    """Those of `_EQUAL` that pretraining without duplicates reads."""
+    config = TrainingConfig.model_validate({"data": {"leave_out": ["duplicate"]}})
+    return _EQUAL & set(pin(store, None, config).train.clip_ids_N)
+
+
+def _removed(store: str, clip_id: str) -> None:
+    target = FeatureStore.open(store)
+    states = target.snapshot().clips
+    row = states.filter(pc.equal(states["clip_id"], clip_id))
+    at = row.column_names.index("status")
+    target.append(row.set_column(at, row.schema.field(at), pa.array(["removed"])), {})
+
+
+def test_one_of_equal_clips_is_trained_on_when_the_one_that_was_kept_is_gone(copy, quality) -> None:
+    quality(copy.store)
+    assert _left_to_train(copy.store) == set()
+    _removed(copy.store, "dup_scale_000000")
+    assert _left_to_train(copy.store) == {"dup_coded_000000"}
+    quality(copy.store)
+    assert _left_to_train(copy.store) == {"dup_coded_000000"}
+
+
+def test_of_equal_clips_one_stays_that_no_other_rule_takes(copy, quality) -> None:
+    """The clip that the table keeps may be a damaged copy."""
+    quality(copy.store)
+    path = Path(copy.store, "quality", "table.parquet")
+    table = pq.read_table(path)
+    at = table.column_names.index("truncated")
+    bad = pc.equal(table["clip_id"], "dup_coded_000000")
+    damaged = table.set_column(at, table.schema.field(at), pc.or_kleene(bad, table["truncated"]))
+    pq.write_table(damaged, path)
+    _removed(copy.store, "dup_scale_000000")
+    config = TrainingConfig.model_validate({"data": {"leave_out": ["truncated", "duplicate"]}})
+    read = _EQUAL & set(pin(copy.store, None, config).train.clip_ids_N)
+    assert read == {"dup_shift_000000"}
+
+
+def test_an_ingest_brings_a_duplicate_back_when_the_clip_that_was_kept_is_gone(
+    copy, quality
+) -> None:
+    quality(copy.store)
+    videos = str(copy.clips.folder / "videos")
+    listed = (copy.clips.folder / "clips.csv").read_text()
+    config = IngestConfig(leave_out=("duplicate",), allow_mass_delete=True, workers=1)
+
+    def run(lines: str) -> set[str]:
+        """Those of `_EQUAL` in the store after an ingest of a list."""
+        csv = copy.folder / "clips.csv"
+        csv.write_text(lines)
+        source = (str(csv), videos, copy.store, None, config)
+        ingest(*source, start_ray=_no_ray, on_progress=lambda progress: None)
+        rows = FeatureStore.open(copy.store).snapshot().rows(None)
+        return _EQUAL & set(rows["clip_id"].to_pylist())
+
+    assert run(listed) == set()
+    quality(copy.store)
+    unlisted = "".join(x for x in listed.splitlines(True) if not x.startswith("dup_scale"))
+    for _ in range(2):
+        assert run(unlisted) == {"dup_coded_000000"}
+        quality(copy.store)
+    assert run(listed) == set()
 
 
 def _no_ray() -> None:

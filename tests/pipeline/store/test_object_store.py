@@ -21,6 +21,8 @@ from pipeline.ingest.maintenance import status as store_status
 from pipeline.ingest.run import ingest, plan_ingest
 from pipeline.ingest.shard_decoder import ShardDecoder
 from pipeline.ingest.verify import verify
+from pipeline.quality.rules import RULES
+from pipeline.quality.run import check_quality
 from pipeline.source.listing import list_sources
 from pipeline.storage import Location
 from pipeline.store.identity import store_id
@@ -270,3 +272,22 @@ def test_temporary_downloads_are_gone(s3, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     run("s3://data/store6")
     assert os.listdir(Path(tmp_path)) == []
+
+
+def test_an_object_replaced_by_one_of_its_size_is_no_longer_left_out(copied, s3, monkeypatch):
+    """Objects have no time of modification: only the etag tells them apart."""
+    client, folder = s3
+    store = copied("judged")
+    first = RULES[0]
+    everything = first._replace(threshold=float("inf"))
+    monkeypatch.setattr("pipeline.quality.run.RULES", (everything, *RULES[1:]))
+    check_quality(store.uri, reads_sources=False)
+    key = f"videos/{sorted((folder / 'videos').iterdir())[0].name}"
+    content = client.get_object(Bucket="data", Key=key)["Body"].read()
+    try:
+        client.put_object(Bucket="data", Key=key, Body=content[:-1] + bytes([content[-1] ^ 1]))
+        config = CONFIG.model_copy(update={"leave_out": (first.name,), "allow_mass_delete": True})
+        plan = plan_ingest("s3://data/clips.csv", "s3://data/videos", store.uri, None, config)
+    finally:
+        client.put_object(Bucket="data", Key=key, Body=content)
+    assert (plan.counts["changed"], plan.counts["removed"]) == (1, 11)
