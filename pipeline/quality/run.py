@@ -247,6 +247,7 @@ def _judged(measured: pa.Table, fresh_ids: pa.ChunkedArray, states: pa.Table) ->
         now.get(clip_id) == identity
         for clip_id, identity in zip(ids, _identity(measured), strict=True)
     ]
+    measured = _restated(measured, in_store, states)
     never = pc.is_null(measured["twins"]).to_pylist()
     fresh = set(fresh_ids.to_pylist())
     is_new = np.array([new or clip_id in fresh for clip_id, new in zip(ids, never, strict=True)])
@@ -269,6 +270,18 @@ def _judged(measured: pa.Table, fresh_ids: pa.ChunkedArray, states: pa.Table) ->
     for rule in RULES:
         table = table.append_column(rule.name, rule.verdicts(table))
     return table.select(TABLE_SCHEMA.names)
+
+
+def _restated(measured: pa.Table, in_store: list[bool], states: pa.Table) -> pa.Table:
+    """Measured rows with what the store says of a clip by now: a list may give it another split,
+    and its file another place or time, without any change of what was measured."""
+    at = pc.index_in(measured["clip_id"], value_set=states["clip_id"].combine_chunks())
+    now = states.take(at)
+    for name in ("uri", "split", "mtime_ns"):
+        # Another content of the clip is for its own look to describe.
+        column = pc.if_else(pa.array(in_store, pa.bool_()), now[name], measured[name])
+        measured = measured.set_column(measured.column_names.index(name), name, column)
+    return measured
 
 
 def _all_twins(measured: pa.Table, is_new: np.ndarray) -> dict[str, dict[str, float]]:

@@ -295,5 +295,26 @@ def test_an_ingest_brings_a_duplicate_back_when_the_clip_that_was_kept_is_gone(
     assert run(listed) == set()
 
 
+def test_duplicates_follow_the_split_that_a_list_gives_a_clip_now(copy, quality) -> None:
+    quality(copy.store)
+    source = copy.clips.folder
+    moved = (source / "clips.csv").read_text()
+    moved = moved.replace("dup_scale,0,one,test", "dup_scale,0,one,train")
+    csv = copy.folder / "clips.csv"
+    csv.write_text(moved.replace("good0,0,one,train", "good0,0,one,test"))
+    config = IngestConfig()
+    arguments = (str(csv), str(source / "videos"), copy.store, None, config)
+    ingest(*arguments, start_ray=_no_ray, on_progress=lambda progress: None)
+    # No copy of a clip that is tested on now is trained on, looked at again or not.
+    for _ in range(2):
+        assert _left_to_train(copy.store) == set()
+        told = quality(copy.store, "--split", "test")
+    assert (told["looked_at"], told["clips"]) == (0, 1)
+    rows = _table(copy.store)
+    assert [name for name, row in rows.items() if row["split"] == "test"] == ["good0"]
+    assert rows["dup_scale"]["duplicate_of"] == "good0_000000"
+    assert not rows["good0"]["duplicate"]
+
+
 def _no_ray() -> None:
     raise AssertionError("nothing was to be decoded")
