@@ -7,6 +7,7 @@ deleted; a failure half-way leaves every version as readable as before.
 import io
 import itertools
 import json
+import logging
 import re
 import tarfile
 import time
@@ -27,6 +28,8 @@ from pipeline.storage import Location
 from pipeline.store.schema import CLIPS_SCHEMA, ROW_GROUP_ROWS, SHARD_SCHEMA
 from pipeline.store.shards import ShardWriter, read_rows
 from pipeline.store.store import FeatureStore, Snapshot
+
+_log = logging.getLogger(__name__)
 
 _LEASE_STALE_S = 60.0
 _SPARSE_FRAC = 0.5
@@ -202,9 +205,9 @@ def vacuum(uri: str, retention_hours: float = 168.0, dry_run: bool = False) -> d
     store = FeatureStore.open(uri)
     with store.lease(_LEASE_STALE_S, "store vacuum") as lease:
         oldest = time.time() - 3600 * retention_hours
-        young, pinned = store.versions_since(oldest), set(store.pins().values())
+        young, pinned = _young_versions(store, oldest), set(store.pins().values())
         newest = store.snapshot()
-        needed = [newest, *(store.snapshot(version) for version in {young[0], *pinned})]
+        needed = [newest, *(store.snapshot(version) for version in {*young[:1], *pinned})]
         # What a version in between has in force was put in force since: its spec is younger.
         specs = {snapshot.spec_hash for snapshot in needed} | store.specs_since(oldest)
         # A shard that only a version in between needs is younger than the retention.
@@ -223,6 +226,25 @@ def vacuum(uri: str, retention_hours: float = 168.0, dry_run: bool = False) -> d
             store.location.remove_all(list(garbage))
             store.drop_log_files(retention_hours, kept)
     return {"shards": len(garbage), "bytes": sum(garbage.values()), "kept": kept, "files": garbage}
+
+
+def _young_versions(store: FeatureStore, oldest: float) -> list[int]:
+    """Versions that the retention keeps, but for the first ones if their log files are gone.
+
+    A vacuum of a shorter retention took those, and what only they needed; that is no reason to
+    refuse every vacuum until they are old. Asked of the files, since a log that cannot be read may
+    as well be storage that refuses for a moment.
+    """
+    young = store.versions_since(oldest)
+    there = {entry["name"].rsplit("/", 1)[-1] for entry in store.location.ls("clips")}
+    kept = list(itertools.dropwhile(lambda one: not store.snapshot(one).log_files <= there, young))
+    if gone := young[: len(young) - len(kept)]:
+        _log.warning(
+            "%s: nothing is kept for %d of the versions up to %d, which are younger than the "
+            "retention: an earlier vacuum of a shorter one took files of theirs",
+            store.uri, len(gone), gone[-1],
+        )  # fmt: skip
+    return kept
 
 
 def export(

@@ -64,6 +64,11 @@ class Snapshot:
         return set(pc.unique(rows["shard"]).to_pylist()) - {None}
 
     @property
+    def log_files(self) -> set[str]:
+        """Names of the files below clips/ that this version is read from."""
+        return {uri.rpartition("/")[2] for uri in self._table.file_uris()}
+
+    @property
     def specs(self) -> set[str]:
         """Hashes of specs that the log has rows of."""
         return set(self._keys.specs)

@@ -208,6 +208,60 @@ def test_vacuum_keeps_what_is_pinned_and_young_and_drops_the_rest(store):
     assert store.pins() == {}
 
 
+def _grow_old(store: FeatureStore, days: float) -> None:
+    for path in Path(store.uri).rglob("*"):
+        moment = path.stat().st_mtime - days * 86400
+        os.utime(path, (moment, moment))
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_vacuum_works_after_one_of_a_shorter_retention(dry_run, store, caplog):
+    commit(store, ["a", "b"])
+    commit(store, ["a"], shard="features/part-x-000001-0.parquet")
+    _grow_old(store, days=10)
+    compact(store.uri)  # The log of before is superseded, and needed for a week.
+    newest = store.version()
+    vacuum(store.uri, retention_hours=0.0)
+    caplog.clear()
+    assert vacuum(store.uri, dry_run=dry_run)["kept"][0] == newest
+    (record,) = caplog.records
+    said = f"{store.uri}: nothing is kept for 1 of the versions up to {newest - 1}, which"
+    assert record.getMessage().startswith(said)
+    assert live(store) == {"a", "b"}
+
+
+def test_vacuum_keeps_what_a_young_version_needs_behind_one_whose_files_are_gone(store):
+    gone = commit(store, ["a"])
+    _grow_old(store, days=10)
+    compact(store.uri)
+    young = store.version()
+    digest = store.snapshot(young).digest
+    store.pin(young, "run-1")
+    commit(store, ["a"], shard="features/part-x-000001-0.parquet")
+    compact(store.uri)
+    vacuum(store.uri, retention_hours=0.0)
+    store.unpin("run-1")
+    vacuumed = vacuum(store.uri)
+    assert vacuumed["shards"] == 0
+    assert gone not in vacuumed["kept"]
+    assert young in vacuumed["kept"]
+    (shard,) = store.snapshot(young).shards()
+    assert Path(store.uri, shard).exists()
+    assert store.snapshot(young).digest == digest
+
+
+def test_vacuum_refuses_where_a_pinned_version_cannot_be_read(store):
+    pinned = commit(store, ["a"])
+    commit(store, ["b"])
+    _grow_old(store, days=10)
+    compact(store.uri)
+    vacuum(store.uri, retention_hours=0.0)
+    store.pin(pinned, "run-1")
+    for dry_run in (True, False):
+        with pytest.raises(StoreError, match=f"version {pinned} cannot be read"):
+            vacuum(store.uri, dry_run=dry_run)
+
+
 def test_verify_finds_a_row_of_another_clip_and_forgets_it_on_demand(store):
     commit(store, ["a", "b"])
     commit(store, ["c"], shard="features/part-x-000009-0.parquet", row=5)
