@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -40,16 +41,22 @@ class Listing(NamedTuple):
         nothing could be read: whether they changed or went is not known."""
         if not self.unreadable or not len(states):
             return self.clips, states
-        prefixes = tuple(f"{path}/" for path in self.unreadable)
+        unreadable = set(self.unreadable)
         known_uris = states["uri"].fill_null("").to_pylist()
-        paths = [
-            {uri.removeprefix("file://"), (part_of(uri) or uri).removeprefix("file://")}
-            for uri in known_uris
-        ]
-        hidden = np.array([any(f"{p}/".startswith(prefixes) for p in both) for both in paths], bool)
+        hidden = np.array([not unreadable.isdisjoint(_places(uri)) for uri in known_uris], bool)
         ids = states["clip_id"].filter(pa.array(hidden)).combine_chunks()
         known = pc.is_in(self.clips["clip_id"], value_set=ids)
         return self.clips.filter(pc.invert(known)), states.filter(pa.array(~hidden))
+
+
+def _places(uri: str) -> Iterator[str]:
+    """Where a clip lies, as unreadable places are spelled: its file, its tar part, the folders
+    above. Few, however many places there are to look for them in."""
+    for place in {uri, part_of(uri) or uri}:
+        path = place.removeprefix("file://")
+        while path:
+            yield path
+            path = path.rpartition("/")[0]
 
 
 def list_sources(
@@ -183,14 +190,19 @@ def _find_manifest_files(entries: list[Entry], base: str) -> _Files:
     """Folders of object stores are listed once, not asked per file."""
     folders: dict[str, dict[str, File]] = {}
     unreadable: list[str] = []
+    warnings: list[str] = []
     found: list[tuple[File | None, float | None]] = []
     for entry in entries:
         uri = _uri_below(base, entry.uri)
         if "://" not in uri or uri.startswith("file://"):
-            file = _stat(uri.removeprefix("file://"), unreadable)
+            file = _stat(uri.removeprefix("file://"), unreadable, warnings)
         else:
             file = _look_up(uri, folders)
         found.append((file, entry.start_s))
+    for warning in warnings[:_MOST_TOLD]:
+        _log.warning("%s", warning)
+    if len(warnings) > _MOST_TOLD:
+        _log.warning("%s: ... and %d more", base, len(warnings) - _MOST_TOLD)
     return found, unreadable
 
 
@@ -200,18 +212,19 @@ def _uri_below(base: str, uri: str) -> str:
     return f"{base.rstrip('/')}/{uri}" if is_relative else uri
 
 
-def _stat(path: str, unreadable: list[str]) -> File | None:
+def _stat(path: str, unreadable: list[str], warnings: list[str]) -> File | None:
+    """A local file. Args: unreadable, warnings: what is added to where it cannot be looked at."""
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
             # Whoever opens a pipe waits for its other end.
-            _log.warning("%s: not a file; it counts as missing", path)
+            warnings.append(f"{path}: not a file; it counts as missing")
             return None
         return local_file(path, found)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        _log.warning("%s: skipped: %s; its clips in the store stay as they are", path, error)
+        warnings.append(f"{path}: skipped: {error}; its clips in the store stay as they are")
         unreadable.append(path)
         return None
 
