@@ -1,7 +1,8 @@
 """The decode child: a process with a deadline and a memory limit around native decoders.
 
 Knows nothing of what it runs but a name. Invariant: a call returns or raises within its deadline,
-whatever the native code below does: hang (also while holding the GIL), crash, abort, leak.
+whatever the native code below does: hang (also while holding the GIL), crash, abort, leak; and no
+call is given the answer of another.
 Run as `python -m pipeline.decode.sandbox FD MODULE:FUNCTION` it is the child itself.
 """
 
@@ -34,7 +35,8 @@ _PR_SET_PDEATHSIG = 1
 class Sandbox:
     """Runs `function(*args)` in a child that is kept alive, replaced when needed.
 
-    One call is in flight at a time: `submit`, then `result`.
+    One call is in flight at a time: `submit`, then `result`. Whoever gives a call up had
+    better end its child (`close`): else the next call waits for that one, on its own time.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Sandbox:
         self._max_memory = max_memory_mb << 20
         self._child: subprocess.Popen[bytes] | None = None
         self._n_calls = 0
+        self._call = 0
         self._submitted = 0.0
         self._n_failed_starts = 0
         self._not_started: Rejected | None = None
@@ -54,6 +57,7 @@ class Sandbox:
 
     def submit(self, *args: Any) -> None:
         """Start a call; its time runs from now. That no child starts is for `result` to say."""
+        self._call += 1
         self._not_started = None
         if self._child is None or self._child.poll() is not None:
             try:
@@ -65,7 +69,7 @@ class Sandbox:
             self._n_failed_starts = 0
         self._submitted = time.monotonic()
         try:
-            self._pipe.send_bytes(pickle.dumps(args, pickle.HIGHEST_PROTOCOL))
+            self._pipe.send_bytes(pickle.dumps((self._call, args), pickle.HIGHEST_PROTOCOL))
         except (BrokenPipeError, ConnectionResetError):
             return  # The child died idle: result() sees it.
 
@@ -85,12 +89,14 @@ class Sandbox:
             raise Rejected(
                 self._not_started.reason, f"while it started: {self._not_started.detail}"
             )
-        payload = self._receive(self._timeout_s)
-        self._n_calls += 1
+        call = None
+        while call != self._call:  # A call that was given up is still answered, and first.
+            payload = self._receive(self._timeout_s)
+            self._n_calls += 1
+            call, outcome, value = pickle.loads(payload)
         too_large = self._resident() > self._max_memory
         if self._n_calls >= self._max_calls or too_large:
             self.close()
-        outcome, value = pickle.loads(payload)
         if outcome == "rejected":
             raise Rejected(Reason(value[0]), value[1])
         return value
@@ -171,13 +177,13 @@ def main(fd: int, function_name: str) -> None:
     pipe.send_bytes(b"ready")
     while True:
         try:
-            args = pickle.loads(pipe.recv_bytes())
+            call, args = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         try:
-            answer = ("ok", function(*args))
+            answer = (call, "ok", function(*args))
         except Rejected as rejected:
-            answer = ("rejected", (rejected.reason.value, rejected.detail))
+            answer = (call, "rejected", (rejected.reason.value, rejected.detail))
         pipe.send_bytes(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
         if os.fstat(2).st_size > _STDERR_LIMIT:
             os.ftruncate(2, 0)

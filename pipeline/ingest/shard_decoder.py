@@ -145,6 +145,10 @@ class ShardDecoder:
             if before is not None:
                 shard.add(*before)
             shard.close()
+        except BaseException:
+            # It may be at a clip of this shard, whose time would be that of the next one's first.
+            self._sandbox.close()
+            raise
         finally:
             shard.writer.discard()
         yield pa.Table.from_pylist(shard.states, CLIPS_SCHEMA)

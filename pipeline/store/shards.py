@@ -80,8 +80,10 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Give up and delete what was written; nothing happens after `publish`."""
-        self._writer.close()
-        Path(self._scratch).unlink(missing_ok=True)
+        try:
+            self._writer.close()  # Writes a footer, for which a full disk has no room.
+        finally:
+            Path(self._scratch).unlink(missing_ok=True)
 
     def _flush(self) -> None:
         self._writer.write_table(

@@ -89,6 +89,15 @@ def test_crash_is_one_rejected_call_with_its_cause(what, told, sandbox):
     assert call(box, "fine")[0] == "fine"
 
 
+def test_answer_to_a_call_that_was_given_up_is_not_taken_for_the_next(sandbox):
+    box = sandbox()
+    box.submit("given up")
+    box.submit("reject")
+    with pytest.raises(Rejected, match="no sound"):
+        box.result()
+    assert call(box, "fine")[0] == "fine"
+
+
 def test_leaking_child_is_replaced_between_calls(sandbox):
     box = sandbox(max_memory_mb=128)
     pids = {call(box, "leak")[1] for _ in range(12)}

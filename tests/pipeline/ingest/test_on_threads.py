@@ -1,5 +1,6 @@
 """Small work is done here, without Ray: the same bytes, the same faults, and at once."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from pipeline.ingest.run import plan_ingest
 from pipeline.ingest.shard_decoder import ShardDecoder
 from pipeline.ingest.verify import verify
 from pipeline.reasons import Reason
+from pipeline.store.shards import ShardWriter
 
 SLOW = "tests.pipeline.slow_decoder:extract"
 
@@ -97,6 +99,28 @@ def test_storage_that_fails_is_told_as_through_ray(source):
 
     with pytest.raises(PipelineError, match="shards in a row could not be written"):
         source.ingest(source.spec, block, shard_clips=4)
+
+
+def test_a_disk_full_in_mid_shard_gives_no_clip_the_features_of_another(
+    source, undisturbed, monkeypatch
+):
+    """The child is at the next clip when a row of this one cannot be written."""
+    source.store += "-again"
+    # Else a shard of 16 writes nothing before its last clip was decoded.
+    monkeypatch.setattr("pipeline.ingest.shard_decoder._FBANKS_AT_ONCE", 2)
+    monkeypatch.setattr("pipeline.ingest.shard_decoder._PAUSE_S", 0.0)
+    add, tried = ShardWriter.add, []
+
+    def full_at_first(writer, row):
+        tried.append(row["clip_id"])
+        if len(tried) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return add(writer, row)
+
+    monkeypatch.setattr(ShardWriter, "add", full_at_first)
+    summary = source.ingest(source.spec)
+    assert (summary.ok, summary.failed) == (48, 0)
+    assert contents(source.store) == undisturbed
 
 
 def test_a_child_that_dies_while_it_starts_costs_its_clip(source, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The clips table pins data sets; compact and vacuum lose nothing that anybody needs."""
 
+import errno
 import importlib
 import io
 import json
@@ -171,6 +172,20 @@ def test_shards_without_a_clips_row_do_not_exist(store):
     writer = ShardWriter(store.location, "features/part-dead-000000-0.parquet", SPEC)
     writer.publish()
     assert status(store.uri)["shards"] == 1
+
+
+def test_a_shard_given_up_on_a_full_disk_leaves_no_file_behind(store, monkeypatch):
+    """Its bytes are what the disk is full of."""
+    writer = ShardWriter(store.location, "features/part-dead-000000-0.parquet", SPEC)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pyarrow.parquet.ParquetWriter.close", full)
+        with pytest.raises(OSError, match="No space"):
+            writer.discard()
+    assert not list(Path(store.uri, "features").iterdir())
 
 
 def test_compact_keeps_every_live_row_and_the_digest(store):
