@@ -40,7 +40,8 @@ class StoreArgs:
     sample: int = 64
     """verify: clips that are read back and compared."""
     repair: bool = False
-    """verify: mark damaged clips, so that the next ingest decodes them again."""
+    """verify: mark clips whose stored features are damaged, so that the next ingest decodes them
+    again; a source that is gone, or does not decode any more, costs no features."""
     retention_hours: float = 168.0
     """vacuum: keep unreferenced shards this long."""
     dry_run: bool = False
@@ -120,7 +121,7 @@ def _show(result: dict[str, Any], as_json: bool) -> int:
 
 
 def _verify(args: StoreArgs) -> int:
-    from pipeline.ingest.verify import verify
+    from pipeline.ingest.verify import SOURCE, verify
 
     result = verify(args.store, sample=args.sample, repair=args.repair)
     if args.json:
@@ -129,7 +130,8 @@ def _verify(args: StoreArgs) -> int:
         _show({**result, "problems": len(result["problems"])}, False)
         for problem in result["problems"]:
             say(f"{problem['clip_id']}  {problem['shard']}  {problem['problem']}")
-    return 1 if result["problems"] and not args.repair else 0
+    left = [p for p in result["problems"] if not args.repair or p["found_in"] == SOURCE]
+    return 1 if left else 0
 
 
 def _quality(args: StoreArgs) -> int:

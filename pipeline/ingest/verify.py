@@ -1,11 +1,12 @@
 """verify: does a store hold what it says? Every shard is opened, a sample is decoded again.
 
 Reads the store and the source clips; knows nothing of Ray. Invariant: without `repair` nothing is
-changed; with it, the clips of bad rows are forgotten, so that the next ingest makes them anew.
+changed; with it, the clips of bad rows are forgotten, so that the next ingest makes them anew. What
+became of a source is no reason to forget good features: they may be all that is left of it.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -18,8 +19,9 @@ from pipeline.decode.frames import frames_in_order, pixel_aspect, to_square
 from pipeline.decode.payload import decode_jpegs, fbank_array
 from pipeline.decode.timeline import read_timeline
 from pipeline.errors import DamagedShard
-from pipeline.reasons import Rejected
-from pipeline.source.fetch import fetch_all
+from pipeline.reasons import Reason, Rejected
+from pipeline.source.fetch import Fetched, fetch_all
+from pipeline.storage import is_storage_failure
 from pipeline.store.schema import CLIPS_SCHEMA
 from pipeline.store.shards import read_rows, shard_spec_hash
 from pipeline.store.store import FeatureStore, Snapshot
@@ -28,13 +30,25 @@ _LEASE_STALE_S = 60.0
 # Mean absolute difference of two 8-bit pictures: JPEG at quality 95 and another scaler make 1-4,
 # the neighbouring frame of a moving scene more.
 _MOST_DIFFERENCE = 8.0
+STORE, SOURCE = "store", "source"
+"""Where a problem was found: in what is stored, which can be made anew, or in the source alone."""
+
+
+class _Checked(NamedTuple):
+    """What is wrong with a clip."""
+
+    of_row: list[str]
+    of_source: str = ""
+    n_compared: int = 0
+    """Frames compared with the source."""
 
 
 def verify(uri: str, sample: int = 32, seed: int = 0, repair: bool = False) -> dict[str, Any]:
     """Check all shards, and `sample` clips in depth.
 
     Returns: {"clips", "shards", "sampled", "compared" (frames against their source),
-        "problems": [{"clip_id", "shard", "problem"}], "repaired", "version"}.
+        "problems": [{"clip_id", "shard", "problem", "found_in": STORE or SOURCE}],
+        "repaired" (clips forgotten: of problems in the store), "version"}.
     Raises: StoreError if there is no store, or the storage refuses to give a shard, which says
         nothing of its clips: nothing is forgotten then; StoreLocked with `repair` if it is being
         written.
@@ -49,9 +63,11 @@ def verify(uri: str, sample: int = 32, seed: int = 0, repair: bool = False) -> d
     drawn = np.sort(rng.permutation(len(good))[:sample])
     n_compared = 0
     for clip in good.take(drawn).to_pylist():
-        found, n_frames = _check_clip(snapshot, clip)
-        problems += [{**_where(clip), "problem": problem} for problem in found]
-        n_compared += n_frames
+        checked = _check_clip(snapshot, clip)
+        problems += [_problem(clip, told) for told in checked.of_row]
+        if checked.of_source:
+            problems.append(_problem(clip, checked.of_source, SOURCE))
+        n_compared += checked.n_compared
     report: dict[str, Any] = {
         "clips": len(live),
         "shards": len(pc.unique(live["shard"])),
@@ -61,13 +77,19 @@ def verify(uri: str, sample: int = 32, seed: int = 0, repair: bool = False) -> d
         "repaired": 0,
         "version": snapshot.version,
     }
-    if repair and problems:
-        report |= _forget(store, {problem["clip_id"] for problem in problems})
+    bad |= {problem["clip_id"] for problem in problems if problem["found_in"] == STORE}
+    if repair and bad:
+        report |= _forget(store, bad)
     return report
 
 
-def _where(clip: dict[str, Any]) -> dict[str, str]:
-    return {"clip_id": clip["clip_id"], "shard": clip["shard"]}
+def _problem(clip: dict[str, Any], told: str, found_in: str = STORE) -> dict[str, str]:
+    return {
+        "clip_id": clip["clip_id"],
+        "shard": clip["shard"],
+        "problem": told,
+        "found_in": found_in,
+    }
 
 
 def _check_shards(snapshot: Snapshot, live: pa.Table) -> Iterator[dict[str, str]]:
@@ -81,22 +103,21 @@ def _check_shards(snapshot: Snapshot, live: pa.Table) -> Iterator[dict[str, str]
             stored = read_rows(snapshot.uri, shard, None, ["clip_id", "row_key"]).to_pylist()
             spec_hash = shard_spec_hash(snapshot.uri, shard)
         except DamagedShard as error:
-            yield from ({**_where(clip), "problem": str(error)} for clip in mine)
+            yield from (_problem(clip, str(error)) for clip in mine)
             continue
         if spec_hash != snapshot.spec_hash:
             problem = f"features of spec {spec_hash} in place of {snapshot.spec_hash}"
-            yield from ({**_where(clip), "problem": problem} for clip in mine)
+            yield from (_problem(clip, problem) for clip in mine)
             continue
         for clip in mine:
             row = stored[clip["row"]] if clip["row"] < len(stored) else {}
             if (row.get("clip_id"), row.get("row_key")) != (clip["clip_id"], clip["row_key"]):
                 found = row.get("clip_id", "the end of the file")
-                problem = f"row {clip['row']} should be of this clip and is {found}"
-                yield {**_where(clip), "problem": problem}
+                yield _problem(clip, f"row {clip['row']} should be of this clip and is {found}")
 
 
-def _check_clip(snapshot: Snapshot, clip: dict[str, Any]) -> tuple[list[str], int]:
-    """Problems of one clip's payload, and how many frames were compared with the source."""
+def _check_clip(snapshot: Snapshot, clip: dict[str, Any]) -> _Checked:
+    """One clip's payload, by itself and beside the source."""
     spec = snapshot.spec
     columns = ["frames", "frame_ts_ms", "fbank", "fbank_frames"]
     try:
@@ -105,7 +126,7 @@ def _check_clip(snapshot: Snapshot, clip: dict[str, Any]) -> tuple[list[str], in
         images_NHW3 = decode_jpegs(row["frames"])
         fbank_TM = fbank_array(row["fbank"], spec)
     except (DamagedShard, ValueError) as error:
-        return [f"cannot be read: {error}"], 0
+        return _Checked([f"cannot be read: {error}"])
     problems = []
     expected = (spec.n_frames, spec.frame_size, spec.frame_size, 3)
     if images_NHW3.shape != expected:
@@ -115,27 +136,22 @@ def _check_clip(snapshot: Snapshot, clip: dict[str, Any]) -> tuple[list[str], in
     if row["frame_ts_ms"] != sorted(row["frame_ts_ms"]):
         problems.append(f"frame times do not rise: {row['frame_ts_ms']}")
     if problems:
-        return problems, 0
-    wrong, n_compared = _compare_with_source(snapshot, clip, images_NHW3, row["frame_ts_ms"])
-    return wrong, n_compared
+        return _Checked(problems)
+    return _compare_with_source(snapshot, clip, images_NHW3, row["frame_ts_ms"])
 
 
 def _compare_with_source(
     snapshot: Snapshot, clip: dict[str, Any], images_NHW3: np.ndarray, times_ms: list[int]
-) -> tuple[list[str], int]:
+) -> _Checked:
     """Stored frames against FFmpeg's sequential decode, one frame to either side allowed."""
     states = snapshot.clips
     state = states.filter(pc.equal(states["clip_id"], clip["clip_id"])).to_pylist()[0]
-    planned = state["fp"]
-    fetched = next(fetch_all([state], IngestConfig()))
     try:
-        if fetched.rejected or fetched.changed() or state["fp"] != planned:
-            return [], 0  # Not the bytes the features were made from: nothing to compare with.
-        source = _decode_all(fetched.path, state, snapshot.spec)
-    except Rejected as rejected:
-        return [f"the source does not decode any more: {rejected}"], 0
-    finally:
-        fetched.release()
+        source = _source_frames(state, snapshot.spec)
+    except (Rejected, av.FFmpegError) as error:
+        return _Checked([], f"the source does not decode any more ({error}); its features stay")
+    if source is None:
+        return _Checked([])
     source_ms = np.array([time_ms for time_ms, _ in source])
     problems = []
     for image, time_ms in zip(images_NHW3, times_ms, strict=True):
@@ -144,7 +160,38 @@ def _compare_with_source(
         difference = min(float(np.abs(image.astype(int) - square).mean()) for square in near)
         if difference > _MOST_DIFFERENCE:
             problems.append(f"the frame stored for {time_ms} ms is {difference:.0f} levels off")
-    return problems, len(times_ms)
+    return _Checked(problems, n_compared=len(times_ms))
+
+
+def _source_frames(
+    state: dict[str, Any], spec: FeatureSpec
+) -> list[tuple[float, np.ndarray]] | None:
+    """As _decode_all; None if the bytes that the features were made from are not to be had.
+
+    Raises: Rejected or av.FFmpegError if they are, and do not decode.
+    """
+    planned = state["fp"]
+    try:
+        fetched = next(fetch_all([state], IngestConfig()))
+        try:
+            if fetched.rejected or _is_replaced(fetched) or state["fp"] != planned:
+                return None
+            return _decode_all(fetched.path, state, spec)
+        finally:
+            fetched.release()
+    except Exception as error:
+        # A part that is gone, a folder that is not mounted: also where the decoder says so.
+        if is_storage_failure(error):
+            return None
+        raise
+
+
+def _is_replaced(fetched: Fetched) -> bool:
+    """Whether a clip's file is another one now, or none."""
+    try:
+        return fetched.changed()
+    except Rejected:
+        return True
 
 
 def _decode_all(
@@ -155,10 +202,13 @@ def _decode_all(
     with av.open(path, metadata_errors="replace") as container:
         timeline = read_timeline(container, state["start_s"] or 0.0, spec.duration_s)
         aspect = pixel_aspect(timeline.video.stream)
-        return [
+        frames = [
             (1000 * time_s, to_square(frame, reformatter, aspect, spec))
             for time_s, frame in frames_in_order(timeline)
         ]
+    if not frames:
+        raise Rejected(Reason.VIDEO_DECODE, "no frame in the window")
+    return frames
 
 
 def _forget(store: FeatureStore, clip_ids: set[str]) -> dict[str, int]:
