@@ -110,11 +110,13 @@ class IngestConfig(Frozen):
     retry_reasons: tuple[str, ...] = ()
     """Like retry_failed, for these reason codes only."""
     max_failed_frac: float = Field(0.10, ge=0, le=1)
-    """Above this share of failed decodes the run ends with exit code 3 (after committing)."""
+    """Above this share of failed decodes the run ends with exit code 3 (after committing), and
+    another spec is not put in force."""
     allow_mass_delete: bool = False
-    """Let a run remove more than max_removed_frac of the store."""
+    """Let a run remove more than max_removed_frac of the store, or of the clips it decodes."""
     max_removed_frac: float = Field(0.20, ge=0, le=1)
-    """Above this share of vanished clips the source is taken for unmounted."""
+    """Above this share of vanished clips (of those in the store, and of two or more of those to
+    decode while they are decoded) the source is taken for unmounted."""
     leave_out: tuple[str, ...] = ()
     """Rules of `diccae store quality` (such as still, duplicate): clips that hit one, and whose
     file is still the one that was looked at, count as not listed."""

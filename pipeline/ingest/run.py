@@ -2,7 +2,8 @@
 
 Knows nothing of containers or codecs. Invariant: clips rows are committed only for shards that are
 written whole, so that killing any process at any time loses at most the work not yet committed, and
-nothing is ever there twice; another spec comes into force when all of its clips were decoded.
+nothing is ever there twice; another spec comes into force when all of its clips were decoded, and
+not if too many of them failed. That a clip vanished is believed at the end, if few others did.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.decode.choice import spec_for_this_machine
-from pipeline.errors import TooManyFailures
+from pipeline.ingest.limits import FAILURE_COLUMNS, Failures, refuse_failures, refuse_vanished
 from pipeline.ingest.plan import STATE_COLUMNS, Plan, content_known, make_plan
 from pipeline.quality.leave_out import without_left_out
 from pipeline.quality.rules import rules_named
@@ -179,8 +180,8 @@ def ingest(
 
     Args: clips, videos, label_from_folder: as list_sources takes them; spec: None: the one in
         force, FeatureSpec() for a new store; start_ray: called above config.local_clips clips.
-    Raises: SourceError, MassRemoval, StoreError, StoreLocked; TooManyFailures and KeyboardInterrupt
-        when all that is good, or done, is committed.
+    Raises: SourceError, MassRemoval, StoreError, StoreLocked; TooManyFailures, KeyboardInterrupt,
+        and MassRemoval if clips vanish meanwhile, when all that is good, or done, is committed.
     """
     started = time.monotonic()
     known = FeatureStore.open(store).snapshot() if FeatureStore.exists(store) else None
@@ -231,7 +232,12 @@ class _Run:
     by_reason: Counter[str] = field(default_factory=Counter)
     """Failed decodes, and files that vanished before theirs."""
     _first_decoded: datetime | None = None
+    _withheld: Failures | None = None
+    """Why the spec was not put in force."""
     _waiting: list[pa.Table] = field(default_factory=list)
+    _vanished: list[pa.Table] = field(default_factory=list)
+    """Rows of clips whose file went meanwhile. They end what all specs hold of a clip, so they wait
+    until it is known that the folder did not go."""
     _last_commit: float = field(default_factory=time.monotonic)
 
     def carry_out(self, plan: Plan, planned: Snapshot) -> None:
@@ -241,6 +247,15 @@ class _Run:
             self.decode(plan.todo)
         if plan.puts_in_force:
             # Last: a run that is stopped leaves the data set of the old spec as it was.
+            self._put_in_force()
+
+    def _put_in_force(self) -> None:
+        newest, spec_hash = self.store.snapshot(), self.spec.spec_hash()
+        # Of all runs under this spec: the same again, which finds nothing to do, is no way around.
+        failures = Failures.of_spec(newest.states(FAILURE_COLUMNS, spec_hash), spec_hash)
+        if failures.are_too_many(self.config) and newest.spec_hash != spec_hash:
+            self._withheld = failures
+        else:
             self.store.put_in_force(self.spec, {"run_id": self.run_id}, self.lease.check)
 
     def settle(self, plan: Plan, planned: Snapshot) -> None:
@@ -294,6 +309,8 @@ class _Run:
             for states in self._decoded(todo):
                 self._take(states)
                 self._report()
+                refuse_vanished(self.by_reason[Reason.MISSING], self.n_todo, self.config)
+            self._waiting += self._vanished
         finally:
             self._commit()
             discard_unfinished(self.store.location)
@@ -315,7 +332,10 @@ class _Run:
         return self.by_reason.total() - self.by_reason[Reason.MISSING]
 
     def _take(self, states: pa.Table) -> None:
-        self._waiting.append(states)
+        is_gone = pc.equal(states["reason"], Reason.MISSING.value).fill_null(False)
+        for rows, place in ((is_gone, self._vanished), (pc.invert(is_gone), self._waiting)):
+            if len(some := states.filter(rows)):
+                place.append(some)
         if self._first_decoded is None:
             self._first_decoded = pc.min(states["decoded_at"]).as_py()
         failed = states.filter(pc.equal(states["status"], "failed"))
@@ -355,14 +375,10 @@ class _Run:
 
     def refuse_too_many_failures(self, summary: IngestSummary) -> None:
         """Raises: TooManyFailures."""
-        if self.n_failed <= self.config.max_failed_frac * self.n_done:
-            return
-        reasons = ", ".join(f"{name} {n}" for name, n in self.by_reason.most_common())
-        raise TooManyFailures(
-            f"{self.n_failed} of {self.n_done} clips failed ({reasons}), more than "
-            f"{self.config.max_failed_frac:.0%}. The {self.n_ok} good ones are committed. See "
-            f'"diccae store failures --store {self.store.uri}".',
-            summary.to_json(),
+        failed = Counter({r: n for r, n in self.by_reason.items() if r != Reason.MISSING})
+        failures = self._withheld or Failures(failed, self.n_ok + self.n_failed)
+        refuse_failures(
+            failures, self.config, self.store.uri, summary.to_json(), withheld=bool(self._withheld)
         )
 
 

@@ -123,6 +123,8 @@ def _local(clip: dict[str, Any], config: IngestConfig) -> Fetched:
     try:
         if hashes:
             clip |= {"fp": sha256_of(path), "fp_kind": "sha256"}
+    except FileNotFoundError:
+        return Fetched(clip, path, Rejected(Reason.MISSING, "the file vanished before it was read"))
     except OSError as error:
         rejected = Rejected(Reason.OPEN_FAILED, error.strerror or str(error))
         return Fetched(clip, path, rejected)

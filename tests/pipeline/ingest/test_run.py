@@ -1,5 +1,6 @@
 """An ingest of real clips, without Ray: exact counts, pinned versions, nothing done twice."""
 
+import hashlib
 import os
 import shutil
 import tarfile
@@ -160,6 +161,45 @@ def test_empty_source_changes_nothing(source):
         source.ingest()
     assert source.snapshot().version == before.version
     assert source.snapshot().digest == before.digest
+
+
+@pytest.mark.parametrize("fingerprint", ["stat", "sha256"])
+def test_a_source_that_is_unmounted_while_it_is_decoded_ends_no_data_set(
+    source, undisturbed, fingerprint
+):
+    spec = source.spec.model_copy(update={"n_frames": 2})
+    away = source.videos.with_name("away")
+
+    def unmount(progress):
+        if not away.exists():
+            source.videos.rename(away)
+            source.videos.mkdir()
+
+    options = {"shard_clips": 4, "commit_shards": 1, "fingerprint": fingerprint}
+    with pytest.raises(MassRemoval, match="vanished since the run began") as caught:
+        source.ingest(spec, unmount, **options)
+    assert caught.value.exit_code == 2
+    about = status(source.store)
+    assert (about["ok"], about["failed"], about["missing"]) == (48, 0, 0)
+    assert contents(source.store) == undisturbed
+    source.videos.rmdir()
+    away.rename(source.videos)
+    again = source.ingest(spec, **options)
+    assert 0 < again.ok < 48, "what was decoded before is kept"
+    assert (again.ok + again.unchanged, source.snapshot().spec) == (48, spec)
+    assert source.counts(source.ingest(source.spec)) == {"unchanged": 48}
+
+
+def test_one_file_that_vanishes_while_others_are_decoded_is_missing(source):
+    source.store += "-again"
+    # Decoded last: shards are in the order of a hash of the ids.
+    *_, last = sorted(
+        source.files(), key=lambda file: hashlib.blake2b(file.stem.encode(), digest_size=8).digest()
+    )
+    summary = source.ingest(source.spec, lambda progress: last.unlink(True), shard_clips=4)
+    assert (summary.ok, summary.failed) == (47, 0)
+    assert failures(source.store)["missing"]["examples"][0]["clip_id"] == last.stem
+    assert source.counts(source.ingest()) == {"unchanged": 48}
 
 
 def test_plan_says_what_would_be_done_and_changes_nothing(source):

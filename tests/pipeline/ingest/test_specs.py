@@ -160,6 +160,19 @@ def test_missing_clips_are_no_failed_decodes(tmp_path, monkeypatch):
         source.ingest(max_failed_frac=0.1)
 
 
+def test_a_spec_under_which_too_many_fail_is_not_put_in_force(source):
+    for clip in source.clips[:5]:
+        source.file(clip).write_text("bad")
+    for n_decoded in (10, 0):
+        with pytest.raises(TooManyFailures, match=r"5 of 10 clips failed .*in force stays"):
+            source.ingest(NEW, max_failed_frac=0.1)
+        assert len(source.decoded) == n_decoded, "the same again is no way around"
+        assert FeatureStore.open(source.store).snapshot().spec == OLD
+        assert stored(source) == of(OLD, source.clips)
+    source.ingest(NEW, max_failed_frac=0.5)
+    assert stored(source) == of(NEW, source.clips[5:])
+
+
 def test_mass_removal_counts_neither_way_what_was_missing_before(tmp_path, monkeypatch):
     source = CheapSource(tmp_path, 60, monkeypatch)
     for clip in source.clips[20:]:

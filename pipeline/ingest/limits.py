@@ -1,0 +1,98 @@
+"""Limits: shares of vanished and of failed clips above which an ingest is refused, and its words.
+
+Pure; knows nothing of decoding or commits. Invariant: a clip that vanished is no failure, and
+one alone ends no run.
+"""
+
+from collections import Counter
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config import IngestConfig
+from pipeline.errors import MassRemoval, TooManyFailures
+from pipeline.reasons import Reason
+
+FAILURE_COLUMNS = ["clip_id", "reason", "detail", "spec_hash"]
+"""Columns of the clips table that `Failures.of_spec` needs."""
+
+
+def refuse_vanished(n_vanished: int, n_todo: int, config: IngestConfig) -> None:
+    """What the plan refuses when it looks, while the clips are decoded: n_vanished of the n_todo
+    had a file then and have none now.
+
+    Raises: MassRemoval.
+    """
+    # Of the clips to do, not of all: the end of another spec that was stopped has few of them.
+    # One file that went is no mount that did.
+    if config.allow_mass_delete or n_vanished <= max(1.0, config.max_removed_frac * n_todo):
+        return
+    raise MassRemoval(
+        f"{n_vanished} of the {n_todo} clips to decode vanished since the run began, more than "
+        f"{config.max_removed_frac:.0%}. Is the folder still mounted? Clips decoded before are "
+        "committed, none is written down as missing, and the spec in force stays as it is. Mount "
+        "it and run the same again; use --allow-mass-delete if they are meant to go."
+    )
+
+
+class Failures(NamedTuple):
+    """How many of some clips failed to decode."""
+
+    by_reason: Counter[str]
+    n_clips: int
+    example: str = ""
+
+    @classmethod
+    def of_spec(cls, states: pa.Table, spec_hash: str) -> "Failures":
+        """Of all clips decoded under a spec, by whatever run. Args: states: FAILURE_COLUMNS of the
+        clips under it."""
+        is_there = pc.not_equal(states["reason"], Reason.MISSING.value).fill_null(True)
+        own = states.filter(pc.and_(pc.equal(states["spec_hash"], spec_hash), is_there))
+        failed = own.filter(pc.is_valid(own["reason"]))
+        first = next(iter(failed.slice(0, 1).to_pylist()), None)
+        example = f"{first['clip_id']}: {first['detail'] or first['reason']}" if first else ""
+        return cls(Counter(failed["reason"].to_pylist()), len(own), example)
+
+    @property
+    def n_failed(self) -> int:
+        """Clips that failed."""
+        return self.by_reason.total()
+
+    def are_too_many(self, config: IngestConfig) -> bool:
+        """Whether the config allows fewer."""
+        return self.n_failed > config.max_failed_frac * self.n_clips
+
+
+def refuse_failures(
+    failures: Failures,
+    config: IngestConfig,
+    store_uri: str,
+    summary: dict[str, int | float],
+    *,
+    withheld: bool,
+) -> None:
+    """Args: summary: as TooManyFailures takes it; withheld: whether they are why another spec was
+    not put in force.
+
+    Raises: TooManyFailures.
+    """
+    if not failures.are_too_many(config):
+        return
+    reasons = ", ".join(f"{name} {n}" for name, n in failures.by_reason.most_common())
+    example = f"; such as {failures.example}" if failures.example else ""
+    said = (
+        f"{failures.n_failed} of {failures.n_clips} clips failed ({reasons}{example}), more than "
+        f"{config.max_failed_frac:.0%}. "
+    )
+    if withheld:
+        said += (
+            "The spec in force stays as it was; the good ones are kept for this one. To put it in "
+            "force all the same, run it again with a higher --ingest.max-failed-frac."
+        )
+    else:
+        said += (
+            f"The {failures.n_clips - failures.n_failed} good ones are committed. See "
+            f'"diccae store failures --store {store_uri}".'
+        )
+    raise TooManyFailures(said, summary)
