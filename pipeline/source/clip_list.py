@@ -7,6 +7,7 @@ split are names that a folder may have, and no entry reaches outside the folder 
 import csv
 import difflib
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -217,9 +218,9 @@ def _manifest_entries(
 
 def _manifest_entry(line: int, row: dict[str, Any], base: str) -> Entry:
     """Raises: ValueError."""
-    uri, group, clip_id = (str(row.get(name) or "") for name in ("uri", "group", "clip_id"))
+    uri, group, clip_id = (_text(row.get(name)) for name in ("uri", "group", "clip_id"))
     labels = _labels(row)
-    split = str(row["split"] or "") if "split" in row else TRAIN
+    split = _text(row["split"]) if "split" in row else TRAIN
     for name, value in (("uri", uri), ("split", split)):
         if not value:
             raise ValueError(f"the {name} is empty")
@@ -250,13 +251,28 @@ def _labels(row: dict[str, Any]) -> list[str]:
     """The classes of a manifest's clip, none twice: `label`, or `labels`, which Parquet may hold as
     a list."""
     if "labels" not in row:
-        return [str(row["label"])] if row.get("label") else []
-    given = row["labels"] or []
-    parts = given.split(LABEL_SEPARATOR) if isinstance(given, str) else map(str, given)
+        label = _text(row.get("label"))
+        return [label] if label else []
+    given = row["labels"]
+    is_list = isinstance(given, list)
+    parts = map(_text, given) if is_list else _text(given).split(LABEL_SEPARATOR)
     labels = list(dict.fromkeys(label for part in parts if (label := part.strip())))
     if wrong := [label for label in labels if LABEL_SEPARATOR in label]:
         raise ValueError(f"label {wrong[0]!r} holds {LABEL_SEPARATOR}, which stands between labels")
     return labels
+
+
+def _text(value: Any) -> str:
+    """A cell as a CSV would hold it; "" where there is none. Parquet has numbers as such: 0 is one,
+    and whole ones of which some are missing come out of pandas as floats."""
+    if _is_missing(value):
+        return ""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def _is_missing(value: Any) -> bool:
+    """None, or the NaN that pandas has for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _is_safe(name: str) -> bool:
@@ -265,7 +281,7 @@ def _is_safe(name: str) -> bool:
 
 
 def _seconds(name: str, value: Any) -> float | None:
-    if value is None or value == "":
+    if _is_missing(value) or value == "":
         return None
     try:
         seconds = float(value)

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.config import IngestConfig
 from pipeline.errors import SourceError
+from pipeline.ingest.run import plan_ingest
 from pipeline.source.fetch import fetch_all
 from pipeline.source.listing import list_sources
 from pipeline.storage import Location
@@ -233,6 +234,37 @@ def test_a_manifest_gives_a_clip_several_labels(videos, tmp_path):
         list_sources(str(tmp_path / "m.parquet"), str(videos))
     with pytest.raises(SourceError, match="columns label and labels: keep one"):
         manifest("uri,label,labels\nuntrimmed00.mkv,a,b\n", videos)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("columns", "as_csv"),
+    [
+        ({"label": [0, 1], "group": [0, 7], "split": [0, 1], "clip_id": [0, 1]}, "0,0,0,0 1,7,1,1"),
+        # As pandas has whole numbers of which some are missing.
+        ({"label": [0.0, NAN], "group": [NAN, 0.0], "clip_id": [0.0, NAN]}, "0,,0 ,0,"),
+        ({"labels": [[0, 1], [0]], "start_s": [NAN, 2.0]}, "0|1, 0,2"),
+        ({"labels": [0.0, NAN], "end_s": [NAN, 2.5]}, "0, ,2.5"),
+    ],
+)
+def test_numbers_in_a_parquet_manifest_are_what_they_are_in_a_csv(
+    columns, as_csv, videos, tmp_path
+):
+    """Class 0 is a class, and group 0 a group."""
+    uris = ["untrimmed00.mkv", "-abc_def_12_000030.mp4"]
+    pq.write_table(pa.table({"uri": uris, **columns}), tmp_path / "m.parquet")
+    lines = [f"{uri},{row}" for uri, row in zip(uris, as_csv.split(" "), strict=True)]
+    (tmp_path / "m.csv").write_text("\n".join([",".join(["uri", *columns]), *lines]))
+    todo = {
+        kind: plan_ingest(
+            str(tmp_path / f"m.{kind}"), str(videos), str(tmp_path / "no"), None, IngestConfig()
+        ).todo
+        for kind in ("parquet", "csv")
+    }
+    assert todo["parquet"].to_pylist() == todo["csv"].to_pylist()
+    assert todo["csv"]["label"][0].as_py() == "0"
 
 
 def test_group_is_the_column_or_the_video_of_a_vggsound_name_or_the_uri(videos):
