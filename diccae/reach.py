@@ -17,6 +17,8 @@ from pipeline.storage import Location
 
 _END_BYTES = 2**16
 _ANSWER_S = 120.0
+_MOST_FOLDERS = 1000
+"""Opened to find a file: those of classes, however deep, but no link to a folder above for ever."""
 
 
 class OtherNode(NamedTuple):
@@ -54,6 +56,12 @@ def compare(local: Mapping[str, str], nodes: Sequence[OtherNode], looks_from: Lo
     with contextlib.ExitStack() as stack:
         shown = [stack.enter_context(_shown(o, Path(path))) for o, path in local.items()]
         here = look(shown)
+        for (option, path), mine in zip(local.items(), here, strict=True):
+            if not mine:
+                raise UsageError(
+                    f"{option} {path}: there is no file that this node can read, to ask the other "
+                    "nodes of the cluster for. Name a place that has some"
+                )
         for node, there in zip(nodes, looks_from(nodes, shown), strict=True):
             seen = here if there is None else there
             for (option, path), mine, theirs in zip(local.items(), here, seen, strict=True):
@@ -70,8 +78,7 @@ def _shown(option: str, path: Path) -> Iterator[str]:
     """A file that is there; in a run folder one that no other folder can have by chance, for as
     long as the block lasts."""
     if option != "--out":
-        files = (f.path for f in os.scandir(path) if f.is_file()) if path.is_dir() else iter(())
-        yield next(files, str(path))
+        yield next(_files(path), str(path))
         return
     probe = path / f".seen-{uuid.uuid4().hex}"
     probe.write_text(uuid.uuid4().hex)
@@ -79,6 +86,19 @@ def _shown(option: str, path: Path) -> Iterator[str]:
         yield str(probe)
     finally:
         probe.unlink(missing_ok=True)
+
+
+def _files(path: Path) -> Iterator[str]:
+    """Files of a folder that may be read, then those of the folders in it."""
+    folders = [str(path)] if path.is_dir() else []
+    for folder in folders:  # Grows meanwhile.
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_file():
+                    if os.access(entry.path, os.R_OK):
+                        yield entry.path
+                elif entry.is_dir() and len(folders) < _MOST_FOLDERS:
+                    folders.append(entry.path)
 
 
 def look(paths: Sequence[str]) -> list[str]:

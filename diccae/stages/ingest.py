@@ -15,6 +15,7 @@ from diccae.resources import embedded_cores, start_ray
 from diccae.screen import ProgressLine, clock
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.ingest.run import IngestSummary, Progress, ingest
+from pipeline.source.listing import local_clip
 from training.cluster_config import TrackingConfig
 from training.tracking import tracker as tracking
 from training.tracking.copier import RunHandle
@@ -53,7 +54,7 @@ def run_ingest(
             store,
             spec,
             config,
-            start_ray=partial(_start_cluster, store, videos),
+            start_ray=partial(_start_cluster, clips, videos, store),
             on_progress=show,
             label_from_folder=label_from_folder,
         )
@@ -61,9 +62,10 @@ def run_ingest(
     return summary
 
 
-def _start_cluster(store: str, videos: str | None) -> None:
+def _start_cluster(clips: str | None, videos: str | None, store: str) -> None:
     start_ray()
-    check_reach({"--store": store, "--videos": videos})
+    listed = None if clips is None else local_clip(clips, videos)
+    check_reach({"--store": store, "--videos": videos, "--clips, which names": listed})
 
 
 def _in_words(progress: Progress) -> str:

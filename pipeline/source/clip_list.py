@@ -93,7 +93,6 @@ def read_entries(clips: str, base: str) -> tuple[list[Entry], bool]:
         raise SourceError(f"{clips}: cannot be read as UTF-8 CSV or Parquet: {error}") from error
     problems += _twice(entries, clips)
     refuse(problems)
-    _warn_of_unknown_labels(clips, entries)
     return entries, is_manifest
 
 
@@ -122,7 +121,7 @@ def refuse(problems: list[str]) -> None:
         raise SourceError("\n".join(shown))
 
 
-def _warn_of_unknown_labels(clips: str, entries: list[Entry]) -> None:
+def warn_of_unknown_labels(clips: str, entries: list[Entry]) -> None:
     """A label that no training clip has is most likely misspelt; the clips are kept."""
     known = {label for entry in entries if entry.split == TRAIN for label in entry.all_labels}
     unknown: dict[str, int] = {}

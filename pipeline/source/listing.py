@@ -17,7 +17,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import SourceError
-from pipeline.source.clip_list import TRAIN, Entry, clip_id_of, group_of, read_entries
+from pipeline.source.clip_list import (
+    TRAIN,
+    Entry,
+    clip_id_of,
+    group_of,
+    read_entries,
+    warn_of_unknown_labels,
+)
 from pipeline.source.files import File, Found, find_videos, local_file, remote_file
 from pipeline.source.tar_parts import part_of
 from pipeline.storage import Location
@@ -81,11 +88,11 @@ def list_sources(
         return _list_folder(videos, cache, label_from_folder)
     if label_from_folder:
         raise SourceError(f"{clips}: labels come from the list; leave out --label-from-folder")
-    # As a path is spelled there: --videos may be relative where a manifest is not.
-    base = Location(videos).uri if videos is not None else Location(clips).uri.rpartition("/")[0]
+    base = _base(clips, videos)
     entries, is_manifest = read_entries(clips, base)
     if not entries:
         raise SourceError(f"{clips}: no clips listed")
+    warn_of_unknown_labels(clips, entries)
     if is_manifest:
         found, unreadable = _find_manifest_files(entries, base)
     else:
@@ -99,6 +106,24 @@ def list_sources(
             f"{expected}). Is it mounted, and the right folder?"
         )
     return Listing(_as_table(entries, found), unreadable)
+
+
+def local_clip(clips: str, videos: str | None) -> str | None:
+    """The first clip of a manifest that is a file on this machine's file system, if there is one.
+
+    Args: as list_sources. Raises: SourceError.
+    """
+    base = _base(clips, videos)
+    entries, is_manifest = read_entries(clips, base)
+    places = (_uri_below(base, entry.uri) for entry in entries if is_manifest)
+    paths = (place.removeprefix("file://") for place in places)
+    return next((path for path in paths if "://" not in path and os.path.isfile(path)), None)
+
+
+def _base(clips: str, videos: str | None) -> str:
+    """The folder that a manifest's relative paths lie below."""
+    # As a path is spelled there: --videos may be relative where a manifest is not.
+    return Location(videos).uri if videos is not None else Location(clips).uri.rpartition("/")[0]
 
 
 def _list_folder(videos: str, cache: Location | None, label_from_folder: bool) -> Listing:

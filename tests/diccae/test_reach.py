@@ -11,7 +11,10 @@ import pytest
 
 from diccae.cli import main
 from diccae.errors import UsageError
-from diccae.reach import OtherNode, check_reach, compare
+from diccae.reach import OtherNode, check_reach, compare, look
+from diccae.stages.ingest import run_ingest
+from pipeline.config import IngestConfig
+from pipeline.ingest.run import _Run
 
 NODES = [OtherNode("1", "train-0 (10.0.0.7)")]
 LOOK = """
@@ -56,6 +59,43 @@ def test_a_path_that_another_node_lacks_is_refused_and_one_it_has_passes(
     with pytest.raises(UsageError, match=said):
         compare({option: str(own / name)}, NODES, _looks_from(str(own)))
     assert sorted(path.name for path in own.iterdir()) == ["store.json"], "the probe is gone"
+
+
+@pytest.mark.parametrize("named", ["--videos", "--clips"])
+def test_clips_that_another_node_lacks_are_refused_before_one_is_decoded(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In folders of their classes, or named by a list; the node sees the store and the list."""
+    clip = tmp_path / "videos" / "dog" / "barking" / "a.mp4"
+    clip.parent.mkdir(parents=True)
+    clip.write_text("a clip")
+    (tmp_path / "list.csv").write_text(f"uri\ns3://bucket/b.mp4\n{clip}\n")
+
+    def looks_from(nodes: Sequence[OtherNode], paths: Sequence[str]) -> list[list[str] | None]:
+        here = zip(paths, look(paths), strict=True)
+        seen = ["" if "videos" in path else one for path, one in here]
+        return [seen for _ in nodes]
+
+    monkeypatch.setattr("diccae.stages.ingest.start_ray", lambda: None)
+    monkeypatch.setattr("diccae.reach.other_machines", lambda: NODES)
+    monkeypatch.setattr("diccae.reach._looks_from", looks_from)
+    monkeypatch.setattr("pipeline.source.listing._look_up", lambda uri, folders: None)
+    monkeypatch.setattr(
+        _Run, "_decoded", lambda run, todo: run.start_ray() or pytest.fail("decoded")
+    )
+    source = {
+        "--videos": (None, str(tmp_path / "videos")),
+        "--clips": (str(tmp_path / "list.csv"), None),
+    }
+    place = tmp_path / "videos" if named == "--videos" else clip
+    with pytest.raises(UsageError, match=rf"{named}.* {place}: node train-0 .* does not see"):
+        run_ingest(*source[named], str(tmp_path / "store"), None, IngestConfig(workers=1))
+
+
+def test_a_folder_without_a_file_is_seen_by_nobody(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    with pytest.raises(UsageError, match=rf"--videos {tmp_path}: there is no file"):
+        compare({"--videos": str(tmp_path)}, NODES, lambda nodes, paths: [look(paths)])
 
 
 def test_a_demo_on_a_disk_of_the_drivers_own_is_refused_before_clips_are_made(
