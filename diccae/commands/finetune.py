@@ -49,10 +49,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _finetune(folder: RunFolder, args: FinetuneArgs) -> None:
     from diccae.stages.finetune import run_finetune
-    from diccae.stages.run_record import open_run
+    from diccae.stages.run_record import begin_another_tracking_run, open_run
     from diccae.stages.statistics import with_store_features
     from training.run.finetune import forget_finetuning, refuse_other_settings
 
+    is_again = args.fresh and folder.place.exists("finetune.jsonl")
     if args.fresh:
         forget_finetuning(folder.place)
     # Before the folder takes the config over: config.yaml tells of the classifier that is there.
@@ -62,6 +63,8 @@ def _finetune(folder: RunFolder, args: FinetuneArgs) -> None:
         run = with_store_features(folder, run, args.config, args.store)
     folder.open(run, fresh=False)
     open_run(folder, run, args.store)
+    if is_again:
+        begin_another_tracking_run(folder, run)
     run_finetune(folder, run, args.encoder, say)
 
 

@@ -1,7 +1,8 @@
 """What the stages of one run share: the store version it pinned, its MLflow run, its provenance.
 
 Knows nothing of what a stage computes. Invariant: a run reads one version of one store for its
-whole life, and is one MLflow run however often it is started.
+whole life, and is one MLflow run however often it is started; a classifier trained anew begins
+another, which has the curves of pretraining, too.
 """
 
 from collections.abc import Callable, Mapping
@@ -117,6 +118,16 @@ def tracking_run(
     )
     folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
     return handle
+
+
+def begin_another_tracking_run(folder: RunFolder, config: RunConfig) -> None:
+    """For a classifier that is trained anew: of a metric and a step MLflow keeps the point it has,
+    so in the same run the curve would stay the old classifier's."""
+    old = folder.record.get("mlflow")
+    if not old or not old["run_id"]:
+        return
+    folder.write_record(mlflow=None)
+    tracking_run(folder, config, pin_for(folder, config), {"fine_tuned_again_after": old["run_id"]})
 
 
 def tracking_handle(folder: RunFolder) -> RunHandle:

@@ -159,8 +159,10 @@ def test_fine_tuning_with_other_settings_trains_or_is_refused_by_key(
     assert (out / "config.yaml").read_text() == config
     diccae("finetune", "--out", "run")
     assert _sha(model) == before, "the same command changes nothing"
+    first = json.loads((out / "run.json").read_text())["mlflow"]
     diccae(*changed, "--fresh")
     assert _sha(model) != before
+    _check_mlflow_of_another_fine_tuning(out, first)
     assert yaml.safe_load((out / "config.yaml").read_text())["finetune"]["optim"]["lr"] == 0.003
 
 
@@ -283,6 +285,21 @@ def _check_mlflow(out: Path) -> None:
     assert run.data.params["clustering.k"] == "8"
     history = [m.step for m in client.get_metric_history(run.info.run_id, "loss")]
     assert sorted(history) == list(range(1, N_STEPS + 1)), "gaps or doubles"
+
+
+def _check_mlflow_of_another_fine_tuning(out: Path, first: dict[str, str]) -> None:
+    from mlflow.tracking import MlflowClient
+
+    _check_mlflow(out)
+    again = json.loads((out / "run.json").read_text())["mlflow"]
+    client, losses = MlflowClient(first["uri"]), []
+    for run in (again, first):
+        history = client.get_metric_history(run["run_id"], "finetune/loss")
+        losses.append([point.value for point in sorted(history, key=lambda point: point.step)])
+    assert losses[0] == [line["finetune/loss"] for line in lines(out / "finetune.jsonl")]
+    assert losses[0] != losses[1] != []
+    tags = client.get_run(again["run_id"]).data.tags
+    assert tags["fine_tuned_again_after"] == first["run_id"]
 
 
 def _copied(run: Path, to: Path) -> Path:
