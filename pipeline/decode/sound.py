@@ -123,7 +123,11 @@ def _resample(frames: list[Any], spec: FeatureSpec) -> np.ndarray:
     for frame in frames:
         frame.pts = None
         fifo.write(frame)
-    resampler = av.AudioResampler(format="fltp", rate=spec.sample_rate_hz)
+    # Interleaved: PyAV takes planes until a null pointer, and after eight of them there is none,
+    # so that planar sound of eight channels (7.1) ended the process.
+    resampler = av.AudioResampler(format="flt", rate=spec.sample_rate_hz)
     resampled = [*resampler.resample(fifo.read()), *resampler.resample(None)]
-    samples_CT = np.concatenate([frame.to_ndarray() for frame in resampled], axis=1)
+    interleaved = np.concatenate([frame.to_ndarray() for frame in resampled], axis=1)
+    # A copy by channels, which the mean adds up in their order: the bits of a store depend on it.
+    samples_CT = np.ascontiguousarray(interleaved.reshape(-1, resampled[0].layout.nb_channels).T)
     return np.asarray(samples_CT[0] if spec.audio_channel == "first" else samples_CT.mean(0))

@@ -12,6 +12,7 @@ from pipeline.config import FeatureSpec
 from pipeline.decode.clip import Clip, extract
 from pipeline.decode.fbank_service import ENVIRONMENT
 from pipeline.decode.payload import decode_jpegs
+from pipeline.decode.sandbox import Sandbox
 from pipeline.reasons import Reason, Rejected
 
 FLASH_S, CLIP_S = 3.4, 5.0
@@ -52,6 +53,14 @@ def flash_and_beep(ffmpeg, tmp_path_factory):
         return made[name]
 
     return make
+
+
+@pytest.fixture
+def child():
+    """A process that decodes: sound that ends it costs one answer, not the tests."""
+    sandbox = Sandbox("pipeline.decode.clip:extract", timeout_s=60)
+    yield sandbox
+    sandbox.close()
 
 
 def flash_and_beep_times(clip: Clip) -> tuple[float, float]:
@@ -112,6 +121,31 @@ def test_channels_are_averaged_or_the_first_is_taken(moving_clip, ffmpeg, tmp_pa
     tone = 0.5 * np.sin(2 * np.pi * 200 * np.arange(len(first)) / 16000)
     assert np.abs(first - tone).max() < 1e-3
     assert np.abs(mean - (tone + 0.25) / 2).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "n_channels"),
+    [(".mkv", "pcm_f32le", 8), (".mov", "pcm_s24le", 8), (".mkv", "wavpack", 8),
+     (".mkv", "pcm_s16le", 12), (".mov", "pcm_s16le", 12)],
+)  # fmt: skip
+def test_sound_of_many_channels_is_averaged_or_the_first_is_taken(
+    container, codec, n_channels, child, moving_clip, ffmpeg, tmp_path
+):
+    """Every channel has a tone of its own: one that is left out, or mixed in, is seen."""
+    path = tmp_path / f"clip{container}"
+    tones = "|".join(f"0.5*sin(2*PI*{200 + 100 * i}*t)" for i in range(n_channels))
+    layout = "7.1" if n_channels == 8 else f"{n_channels}c"
+    ffmpeg("-i", moving_clip, "-f", "lavfi", "-i", f"aevalsrc='{tones}':s=16000:d=2:c={layout}",
+           "-map", "0:v", "-map", "1:a", "-t", "2", "-c:v", "copy", "-c:a", codec,
+           path)  # fmt: skip
+    time_s = np.arange(32000) / 16000
+    tones_CT = [0.5 * np.sin(2 * np.pi * (200 + 100 * i) * time_s) for i in range(n_channels)]
+    spec = FeatureSpec(n_frames=2, frame_size=16)
+    for rule, expected in (("mean", np.mean(tones_CT, axis=0)), ("first", tones_CT[0])):
+        child.submit(str(path), None, None, spec.model_copy(update={"audio_channel": rule}))
+        waveform = child.result().waveform
+        assert len(waveform) == len(expected)
+        assert np.abs(waveform - expected).max() < 1e-3
 
 
 def test_a_gap_in_the_sound_is_silence_of_the_right_length(moving_clip, ffmpeg, tmp_path):
