@@ -19,6 +19,8 @@ from pipeline.reasons import Reason, Rejected
 # Times of frames are rounded to the container's clock (1 ms in Matroska): a smaller gap is none.
 _GAP_S = 0.04
 _SHORT_FRAC = 0.9
+# In bytes from within a frame, one in some ten pieces decodes, as noise; hardly three in a row.
+_IN_STEP_FRAMES = 3
 _SILENT_RMS = 1e-5
 
 
@@ -88,32 +90,59 @@ def _refuse_short(timeline: Timeline, seconds: float, end_s: float, spec: Featur
 
 def _runs(timeline: Timeline) -> Iterator[tuple[float, list[Any]]]:
     """Decoded frames without gaps between them, with the window time of the first one."""
-    context = timeline.audio.stream.codec_context
-    context.thread_count = 1
     run: list[Any] = []
     begin_s = next_s = 0.0
+    for frame in _frames(timeline):
+        time_s = next_s
+        if frame.pts is not None:
+            time_s = frame.pts * timeline.audio.tick_s - timeline.window_origin_s
+        same = run and (frame.sample_rate, frame.layout.name, frame.format.name) == (
+            run[0].sample_rate,
+            run[0].layout.name,
+            run[0].format.name,
+        )
+        if run and (not same or abs(time_s - next_s) > _GAP_S):
+            yield begin_s, run
+            run = []
+        if not run:
+            begin_s = next_s = time_s
+        run.append(frame)
+        next_s += frame.samples / frame.sample_rate
+    if run:
+        yield begin_s, run
+
+
+def _frames(timeline: Timeline) -> Iterator[Any]:
+    """Decoded frames of the packets that begin before the window ends.
+
+    Raises: av.FFmpegError from a packet after the first frames, or if there are no frames.
+    Before them, packets are pieces of what was cut off: a seek in MPEG-PS ends within a frame, and
+    the search for the next one stops at what looks like its head, of which some even decode. Damage
+    there is left to the comparison with what the packets promise.
+    """
+    context = timeline.audio.stream.codec_context
+    context.thread_count = 1
     tick_s = timeline.audio.tick_s
     end_s = timeline.origin_s + timeline.end_s
     packets = [p for p in timeline.audio.packets if p.pts is None or p.pts * tick_s < end_s]
+    n_frames = 0
+    waiting: list[Any] = []
+    failure: av.FFmpegError | None = None
     for packet in (*packets, None):
-        for frame in context.decode(packet):
-            time_s = next_s
-            if frame.pts is not None:
-                time_s = frame.pts * tick_s - timeline.window_origin_s
-            same = run and (frame.sample_rate, frame.layout.name, frame.format.name) == (
-                run[0].sample_rate,
-                run[0].layout.name,
-                run[0].format.name,
-            )
-            if run and (not same or abs(time_s - next_s) > _GAP_S):
-                yield begin_s, run
-                run = []
-            if not run:
-                begin_s = next_s = time_s
-            run.append(frame)
-            next_s += frame.samples / frame.sample_rate
-    if run:
-        yield begin_s, run
+        try:
+            waiting += context.decode(packet)
+        except av.FFmpegError as error:
+            if n_frames:
+                raise
+            failure = error
+            waiting.clear()
+            continue
+        if n_frames or len(waiting) >= _IN_STEP_FRAMES or packet is None:
+            n_frames += len(waiting)
+            yield from waiting
+            waiting = []
+    if failure is not None and n_frames == 0:
+        raise failure
 
 
 def _resample(frames: list[Any], spec: FeatureSpec) -> np.ndarray:

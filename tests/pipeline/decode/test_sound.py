@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -87,6 +88,26 @@ def test_flash_and_beep_stay_together_in_a_window(name, flash_and_beep):
     flash_s, beep_s = flash_and_beep_times(clip)
     assert abs(flash_s - beep_s) < 0.04
     assert abs(beep_s - 0.5) < 0.06
+
+
+def test_a_window_of_a_program_stream_has_its_sound(moving_clip, ffmpeg, tmp_path):
+    """A seek there ends within a frame of the sound, whose tail cannot be decoded."""
+    path = tmp_path / "moving.mpg"
+    ffmpeg("-i", moving_clip, "-c:v", "mpeg1video", "-q:v", "3", "-c:a", "mp2", path)
+    for start_s in (2.0, 2.6, 3.3, 4.2, 5.0):
+        clip = extract(str(path), start_s, start_s + 1.5, FeatureSpec(n_frames=2, frame_size=16))
+        assert clip.audio_s == pytest.approx(1.5, abs=1e-3)
+        assert np.abs(clip.waveform[:1600]).max() > 0.1  # the tone, from the window's start on
+
+
+def test_a_program_stream_that_begins_within_a_frame_is_decoded(flash_and_beep, tmp_path):
+    """As a recording of a broadcast does: the first packets are tails of what was cut off."""
+    data = flash_and_beep("mpg").read_bytes()
+    cut = tmp_path / "cut.mpg"
+    cut.write_bytes(data[len(data) // 5 // 2048 * 2048 :])  # 2048: a packet of the container
+    flash_s, beep_s = flash_and_beep_times(extract(str(cut), None, None, SPEC))
+    assert abs(flash_s - beep_s) < 0.04
+    assert 1.5 < beep_s < FLASH_S - 0.5
 
 
 def test_the_check_sees_sound_that_is_late(flash_and_beep):
@@ -172,6 +193,34 @@ def test_sound_that_ends_early_is_refused(moving_clip, ffmpeg, tmp_path):
     with pytest.raises(Rejected) as caught:
         extract(str(cut), None, None, FeatureSpec(n_frames=2, frame_size=16))
     assert caught.value.reason in (Reason.AUDIO_SHORT, Reason.AUDIO_DECODE)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "reason"),
+    [(slice(0, 1), None), (slice(0, 30), Reason.AUDIO_SHORT), (slice(30, 31), Reason.AUDIO_DECODE),
+     (slice(None), Reason.AUDIO_DECODE)],
+    ids=["first", "first_third", "middle", "all"],
+)  # fmt: skip
+def test_sound_that_is_damaged_is_refused_but_for_its_first_packets(
+    damaged, reason, moving_clip, ffmpeg, tmp_path
+):
+    path = tmp_path / "damaged.mkv"
+    ffmpeg("-i", moving_clip, "-t", "3", "-c:v", "copy", "-c:a", "ac3", path)
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = [bytes(packet) for packet in container.demux(audio=0) if packet.size]
+    assert len(packets) > 80
+    for packet in packets[damaged]:
+        at = data.index(packet)
+        data[at : at + len(packet)] = bytes(len(packet))
+    path.write_bytes(data)
+    spec = FeatureSpec(n_frames=2, frame_size=16)
+    if reason is None:
+        assert extract(str(path), None, None, spec).audio_s > 2.9
+        return
+    with pytest.raises(Rejected) as caught:
+        extract(str(path), None, None, spec)
+    assert caught.value.reason is reason
 
 
 _FBANK = """
