@@ -95,8 +95,13 @@ class _BoundedTar(tarfile.TarFile):
 
 def part_of(uri: str) -> str | None:
     """The tar part a clip lies in, if it does."""
-    part, separator, _ = uri.rpartition(SEPARATOR)
-    return part if separator and is_part(part) else None
+    # Folders above it and names of members hold the separator, too.
+    end = uri.find(SEPARATOR)
+    while end >= 0:
+        if is_part(uri[:end]):
+            return uri[:end]
+        end = uri.find(SEPARATOR, end + 1)
+    return None
 
 
 def is_part(name: str) -> bool:

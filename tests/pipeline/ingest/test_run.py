@@ -17,7 +17,7 @@ from pipeline.decode.clip import extract
 from pipeline.decode.payload import decode_jpegs, fbank_array
 from pipeline.errors import MassRemoval, PipelineError, SourceError, StoreError, TooManyFailures
 from pipeline.ingest.maintenance import failures, status
-from pipeline.ingest.run import Progress, _Run, plan_ingest
+from pipeline.ingest.run import Progress, _Run, ingest, plan_ingest
 from pipeline.ingest.verify import verify
 from pipeline.store.lease import Lease
 from pipeline.store.schema import CLIPS_SCHEMA
@@ -234,6 +234,22 @@ def test_file_replaced_while_it_is_read_is_stored_with_what_was_read(source):
     source.ingest(source.spec, extractor="tests.pipeline.poison:extract_and_replace")
     assert verify(source.store, sample=48)["problems"] == []
     assert source.counts(source.ingest()) == {"unchanged": 48}
+
+
+def test_clips_of_a_part_whose_names_hold_its_separator_are_read(source, tmp_path):
+    folder = tmp_path / "set #1"
+    folder.mkdir()
+    names = ("plain.mp4", "take #2.mp4", "#3.mp4", "old.tar#4.mp4")
+    with tarfile.open(folder / "part_00.tar", "w") as tar:
+        for name, path in zip(names, source.files(), strict=False):
+            tar.add(path, name)
+    where = (None, str(folder), str(tmp_path / "in_parts"), source.spec)
+    plan = plan_ingest(*where, source.config.model_copy(update={"probe": True}))
+    assert (plan.counts["new"], plan.timelines["in_parts"]) == (4, 4)
+    ingest(*where, source.config, start_ray=lambda: None, on_progress=source.progress.append)
+    clips = FeatureStore.open(where[2]).snapshot().clips.to_pylist()
+    assert {clip["uri"].removeprefix(f"{folder}/part_00.tar#") for clip in clips} == set(names)
+    assert {clip["clip_id"]: clip["reason"] for clip in clips if clip["status"] != "ok"} == {}
 
 
 def test_probe_counts_timelines_that_frame_counting_gets_wrong(moving_clip, ffmpeg, tmp_path):
