@@ -85,6 +85,11 @@ class ClusterConfig(Frozen):
     """Kubernetes namespace of all objects."""
     operator_namespace: Name = "kuberay-system"
     """Namespace the KubeRay operator runs in."""
+    operator_labels: dict[str, str] = Field(
+        {"app.kubernetes.io/component": "kuberay-operator"}, min_length=1
+    )
+    """Labels of the operator's pod: whom the network policy lets ask for the state of the job. The
+    default is what Helm's chart and kustomize both give it, unless `componentOverride` is set."""
     command: tuple[str, ...] = ("pretrain", "--config", "/app/configs/vggsound.yaml")
     """What runs: the words after `diccae`; the images hold the configs in /app/configs."""
     cpu_image: Image = "diccae:cpu"

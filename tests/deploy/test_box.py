@@ -13,6 +13,7 @@ import pytest
 from support.box import kuberay
 from support.box.box import S3_URL, Box, images, until
 from support.box.errors import BoxError
+from support.box.kuberay import OPERATORS
 from support.box.node import why_not
 from support.box.pod import Pod
 from support.box.smallest import SECRETS, config
@@ -135,9 +136,10 @@ LISTEN = [
 def test_the_network_policy_lets_in_the_cluster_and_the_operator_at_its_port(box: Box) -> None:
     head, other = _head(box, "one"), _head(box, "two")
     stranger = _head(box, "three", lambda t: t["metadata"].update(labels={}))
-    operator = box.add_machine(
-        "operator", "kuberay-system", {"app.kubernetes.io/name": "kuberay-operator"}
-    )
+    operators = [
+        box.add_machine(name, "kuberay-system", labels) for name, labels in OPERATORS.items()
+    ]
+    elsewhere = box.add_machine("elsewhere", "default", OPERATORS["helm"])
     container = {**head.spec["containers"][0], "command": LISTEN, "args": []}
     head.start(container, IMAGES[container["image"]])
     at = head.machine.address
@@ -145,11 +147,15 @@ def test_the_network_policy_lets_in_the_cluster_and_the_operator_at_its_port(box
     assert "in" in _run(other, CONNECT.format(at, 6379))
     for port in (6379, 8265):
         assert "out" in _run(stranger, CONNECT.format(at, port))
-    asked = [
-        box.outside(["sh", "-c", CONNECT.format(at, port)], operator, 30).stdout.strip()
-        for port in (6379, 8265)
-    ]
-    assert asked == ["out", "in"]
+    asked = {
+        machine: [
+            box.outside(["sh", "-c", CONNECT.format(at, port)], machine, 30).stdout.strip()
+            for port in (6379, 8265)
+        ]
+        for machine in (*operators, elsewhere)
+    }
+    assert [asked[operator] for operator in operators] == [["out", "in"], ["out", "in"]]
+    assert asked[elsewhere] == ["out", "out"]
     box.node.cut(head.machine)
     assert "out" in _run(other, CONNECT.format(at, 6379))
     box.node.heal(head.machine)

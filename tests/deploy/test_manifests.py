@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 import yaml
 from pydantic import ValidationError
+from support.box.kuberay import OPERATORS
 
 from deploy.__main__ import main
 from deploy.config import ClusterConfig, GroupConfig
@@ -328,6 +329,25 @@ def test_every_ray_pod_is_behind_the_network_policy() -> None:
     for rule in policy["spec"]["ingress"]:
         assert rule["from"]
         assert all("ipBlock" not in peer for peer in rule["from"])
+
+
+@pytest.mark.parametrize("installed", OPERATORS)
+def test_the_operator_is_let_in_however_it_was_installed(installed: str) -> None:
+    """Without its answer a job that succeeded is marked failed, and done again."""
+    assert _operator_labels(ClusterConfig()).items() <= OPERATORS[installed].items()
+
+
+def test_an_operator_of_other_labels_can_be_named_and_not_every_pod() -> None:
+    own = {"team.example/app": "ray: operator", "tier": "1"}
+    assert _operator_labels(ClusterConfig(operator_labels=own)) == own
+    with pytest.raises(ValidationError, match="operator_labels"):
+        ClusterConfig(operator_labels={})
+
+
+def _operator_labels(config: ClusterConfig) -> dict[str, str]:
+    policy = _documents(config)[1]
+    (peer,) = [rule["from"][0] for rule in policy["spec"]["ingress"] if "ports" in rule]
+    return peer["podSelector"]["matchLabels"]
 
 
 def test_no_secret_is_written_and_none_can_be() -> None:

@@ -150,7 +150,7 @@ class RayJob:
         self.spec = self.manifest["spec"]
         self.name = self.manifest["metadata"]["name"]
         self.namespace = self.manifest["metadata"]["namespace"]
-        labels = {"app.kubernetes.io/name": "kuberay-operator"}
+        labels = kuberay.OPERATORS["kustomize"]
         self._operator = box.add_machine("operator", "kuberay-system", labels)
 
     def run(

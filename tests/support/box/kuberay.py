@@ -14,6 +14,19 @@ from support.box.pod import quantity
 Manifest = dict[str, Any]
 
 GCS_PORT, DASHBOARD_PORT, AGENT_PORT = 6379, 8265, 52365
+OPERATORS: dict[str, dict[str, str]] = {
+    "helm": {
+        "app.kubernetes.io/name": "kuberay-operator",
+        "app.kubernetes.io/instance": "kuberay-operator",
+        "app.kubernetes.io/component": "kuberay-operator",
+    },
+    "kustomize": {
+        "app.kubernetes.io/name": "kuberay",
+        "app.kubernetes.io/component": "kuberay-operator",
+    },
+}
+"""Labels of the operator's pod, by how it was installed (helm-chart/kuberay-operator and
+ray-operator/config/manager there)."""
 _WGET = "wget --tries 1 -T 2 -q -O- http://localhost:{}/api/{} | grep success"
 READY_HEAD = " && ".join(
     [_WGET.format(AGENT_PORT, "local_raylet_healthz"), _WGET.format(DASHBOARD_PORT, "gcs_healthz")]
