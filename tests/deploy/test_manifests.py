@@ -319,6 +319,65 @@ def test_nothing_listens_for_the_world_and_the_token_is_required() -> None:
     assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
 
 
+def _pods(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every pod that comes of a document, the head with the container that KubeRay adds."""
+    spec = document["spec"]
+    if document["kind"] == "Deployment":
+        yield spec["template"]["spec"]
+    if document["kind"] == "RayJob":
+        cluster = spec["rayClusterSpec"]
+        yield spec["submitterPodTemplate"]["spec"]
+        yield from (group["template"]["spec"] for group in cluster["workerGroupSpecs"])
+        head = copy.deepcopy(cluster["headGroupSpec"]["template"]["spec"])
+        # KubeRay gives it a securityContext only from here.
+        head["containers"].append({"name": "autoscaler", **cluster["autoscalerOptions"]})
+        yield head
+
+
+def _unrestricted(pod: dict[str, Any]) -> Iterator[str]:
+    """What the pod security profile `restricted` forbids in a pod, for the fields used here."""
+    of_pod = pod.get("securityContext", {})
+    if {"hostNetwork", "hostPID", "hostIPC"} & set(pod):
+        yield "a namespace of the host"
+    for volume in pod.get("volumes", []):
+        if not {"emptyDir", "persistentVolumeClaim", "secret", "configMap"} & set(volume):
+            yield f"volume {volume['name']}"
+    for container in [*pod.get("initContainers", []), *pod["containers"]]:
+        own = container.get("securityContext", {})
+        both = of_pod | own
+        allowed = {
+            "escalation": own.get("allowPrivilegeEscalation") is False,
+            "privileged": not own.get("privileged"),
+            "capabilities": own.get("capabilities") == {"drop": ["ALL"]},
+            "root": both.get("runAsNonRoot") is True and both.get("runAsUser") != 0,
+            "seccomp": both.get("seccompProfile", {}).get("type") == "RuntimeDefault",
+        }
+        yield from (f"{container['name']}: {what}" for what, is_so in allowed.items() if not is_so)
+
+
+def test_every_container_satisfies_the_restricted_profile() -> None:
+    """In a namespace that enforces it a pod with another container is refused."""
+    pods = [pod for document in _documents(ClusterConfig()) for pod in _pods(document)]
+    names = [container["name"] for pod in pods for container in pod["containers"]]
+    assert sorted(names) == [
+        "autoscaler", "mlflow", "ray-head", "ray-worker", "ray-worker", "submit",
+    ]  # fmt: skip
+    assert [fault for pod in pods for fault in _unrestricted(pod)] == []
+
+
+def test_the_check_of_the_profile_finds_planted_faults() -> None:
+    job = _rayjob(ClusterConfig())
+    cluster = job["spec"]["rayClusterSpec"]
+    cluster["autoscalerOptions"]["securityContext"] = {"privileged": True}
+    cluster["workerGroupSpecs"][0]["template"]["spec"]["securityContext"] = {"runAsUser": 0}
+    volume = {"name": "host", "hostPath": {"path": "/"}}
+    cluster["workerGroupSpecs"][1]["template"]["spec"]["volumes"].append(volume)
+    assert [fault for pod in _pods(job) for fault in _unrestricted(pod)] == [
+        "ray-worker: root", "ray-worker: seccomp", "volume host", "autoscaler: escalation",
+        "autoscaler: privileged", "autoscaler: capabilities",
+    ]  # fmt: skip
+
+
 def test_every_ray_pod_is_behind_the_network_policy() -> None:
     job, policy = _documents(ClusterConfig())[:2]
     spec = job["spec"]
