@@ -43,17 +43,18 @@ class FeatureSpec(Frozen):
     audio_channel: Literal["mean", "first"] = "mean"
     """Mean of the channels, or the first one as CAV-MAE takes it."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
-    """`auto`: decord on a clean timeline of many key frames, else PyAV; a store made on a machine
-    without decord (aarch64) says `pyav`. A forced `decord` fails clips whose timeline is not
-    clean."""
+    """`auto`: decord for MP4 and Matroska with a clean timeline of many key frames, each the start
+    of what is shown after it, else PyAV; a store made on a machine without decord (aarch64) says
+    `pyav`. A forced `decord` fails all other clips."""
     min_audio_s: float = Field(0.5, ge=0.025)
     """Clips with less sound than this fail with `audio_short`."""
     min_video_s: float = Field(0.0, ge=0)
     """Clips with less picture than this fail with `video_short`."""
     max_clip_s: float = Field(600.0, gt=0)
     """A file that lasts longer and has no time window fails with `too_long`."""
-    version: int = Field(1, ge=1)
-    """Raised when the code that computes features changes what it computes."""
+    version: int = Field(2, ge=1)
+    """Raised when the code that computes features changes what it computes. 2: frames that are
+    those of their times in every container."""
 
     def spec_hash(self) -> str:
         """16 hex digits that are equal exactly for equal specs."""

@@ -62,25 +62,14 @@ def decode_frames(path: str, timeline: Timeline, spec: FeatureSpec) -> Frames:
     shown = _Shown(timeline, spec.n_frames)
     if shown.seconds < spec.min_video_s or shown.seconds <= 0:
         raise Rejected(Reason.VIDEO_SHORT, f"{shown.seconds:.3f} s of picture in the window")
-    because = timeline.unclean_because()
-    if spec.decoder == "decord" and (because or not timeline.is_whole):
-        raise Rejected(Reason.TIMELINE_UNCLEAN, because or "the clip is a part of its file")
-    stream = timeline.video.stream
-    countable = timeline.is_whole and not because
-    frames = None
-    if spec.decoder == "decord" or (
-        spec.decoder == "auto" and countable and shown.frac_decoded_by_jumps() < _DECORD_MOST_FRAC
-    ):
-        from pipeline.decode.decord_reader import decode_with_decord
-
-        frames = decode_with_decord(path, timeline, shown.ranks_N, spec)
-        if frames is None and spec.decoder == "decord":
-            raise Rejected(Reason.VIDEO_DECODE, "decord met errors or counts other frames")
-    if frames is not None:
-        images_NHW3, times_s, rotation = frames, shown.expected_s.tolist(), 0
+    images_NHW3 = _decode_by_jumps(path, timeline, shown, spec)
+    if images_NHW3 is not None:
+        decoder, times_s, rotation = "decord", shown.expected_s.tolist(), 0
     else:
+        decoder = "pyav"
         images_NHW3, times_s, rotation = _decode_with_pyav(timeline, shown, spec)
-    flags = (FLAG_UNCLEAN if because else 0) | (FLAG_ROTATED if rotation else 0)
+    stream = timeline.video.stream
+    is_unclean = bool(timeline.unclean_because())
     return Frames(
         images_NHW3,
         times_s,
@@ -89,9 +78,33 @@ def decode_frames(path: str, timeline: Timeline, spec: FeatureSpec) -> Frames:
         stream.height,
         float(stream.average_rate or 0),
         stream.codec_context.codec.canonical_name,
-        "pyav" if frames is None else "decord",
-        flags,
+        decoder,
+        (FLAG_UNCLEAN if is_unclean else 0) | (FLAG_ROTATED if rotation else 0),
     )
+
+
+def _decode_by_jumps(
+    path: str, timeline: Timeline, shown: "_Shown", spec: FeatureSpec
+) -> list[np.ndarray] | None:
+    """The frames by decord, or None where PyAV is asked for, is faster, or alone is right.
+
+    Raises: Rejected if decord is asked for and cannot be trusted with the file.
+    """
+    if spec.decoder == "pyav":
+        return None
+    is_forced = spec.decoder == "decord"
+    if because := timeline.uncountable_because():
+        if is_forced:
+            raise Rejected(Reason.TIMELINE_UNCLEAN, because)
+        return None
+    if not is_forced and shown.frac_decoded_by_jumps() >= _DECORD_MOST_FRAC:
+        return None
+    from pipeline.decode.decord_reader import decode_with_decord
+
+    images_NHW3 = decode_with_decord(path, timeline, shown.ranks_N, spec)
+    if images_NHW3 is None and is_forced:
+        raise Rejected(Reason.VIDEO_DECODE, "decord met errors or counts other frames")
+    return images_NHW3
 
 
 class _Shown:

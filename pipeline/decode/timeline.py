@@ -19,6 +19,10 @@ _SEEKS_BACK_S = (1.0, 5.0, 20.0, 1e6)
 # Streams are interleaved: packets of one may follow this much later than those of the other. It
 # also lets a clip that is a little longer than the window be read whole.
 _INTERLEAVE_S = 1.5
+# What libavformat calls the containers that index every frame. In the others decord's jumps land on
+# other frames than it counts, by seconds: MPEG-PS and -TS have no index, ASF one by time, AVI no
+# presentation times. FLV's is made while it is read.
+_INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
 
 @dataclass
@@ -122,6 +126,24 @@ class Timeline:
             steps.min() <= 0 or abs(steps - np.median(steps)).max() > _jitter(steps)
         ):
             return "the frame rate varies"
+        return ""
+
+    def uncountable_because(self) -> str:
+        """Why a decoder that jumps by counting frames could err here; empty if it could not."""
+        video = self.video
+        if not self.is_whole:
+            return "the clip is a part of its file"
+        if because := self.unclean_because():
+            return because
+        container = video.stream.container.format.name
+        if container not in _INDEXED:
+            return f"{container} has no index of frames"
+        # After a jump decord counts from the key frame on as if it were the first one shown, but
+        # pictures that lean on an open GOP's neighbour are decoded after the key frame and shown
+        # before. A clean timeline has a time for each packet.
+        ranks_are_off = np.argsort(video.pts, kind="stable") != np.arange(len(video.pts))
+        if ranks_are_off[[packet.is_keyframe for packet in video.packets]].any():
+            return "pictures are shown before the key frame that they are decoded after"
         return ""
 
 

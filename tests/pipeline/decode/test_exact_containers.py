@@ -1,0 +1,98 @@
+"""Each stored frame is the very one that ffmpeg shows at its time, in every kind of container.
+
+The frames of the clips here are numbered: their number is written into them, a bit a block.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config import FeatureSpec
+from pipeline.decode.clip import Clip, extract
+from pipeline.decode.payload import decode_jpegs
+from pipeline.reasons import Reason, Rejected
+
+N_FRAMES, SIZE = 250, 96
+# decord fails at pictures whose rows are no multiple of 32 bytes: 64 pixels, not 48.
+SPEC = FeatureSpec(n_frames=8, frame_size=64, duration_s=10.0)
+
+_OPEN_X265 = "log-level=0:keyint=12:min-keyint=12:open-gop=1:bframes=4:scenecut=0:pools=none"
+_X265 = ["-c:v", "libx265", "-preset", "ultrafast", "-x265-params", _OPEN_X265, "-c:a", "aac"]
+_MPEG2 = ["-c:v", "mpeg2video", "-g", "12", "-bf", "2", "-q:v", "2", "-c:a", "mp2"]
+_H264 = ["-c:v", "libx264", "-g", "12", "-bf", "3", "-c:a", "aac"]
+
+COUNTABLE = {
+    "h264.mp4": _H264,
+    "h264.mkv": _H264,
+    "vp9.webm": ["-c:v", "libvpx-vp9", "-g", "12", "-cpu-used", "8", "-c:a", "libopus"],
+}
+"""Clips of many key frames that decord jumps between."""
+
+UNCOUNTABLE = {
+    "mpeg2.mpg": [*_MPEG2, "-f", "vob"],
+    "mpeg2.ts": _MPEG2,
+    "mpeg2.m2ts": _MPEG2,
+    "no_b_frames.ts": ["-c:v", "libx264", "-g", "12", "-bf", "0", "-c:a", "aac"],
+    "wmv.wmv": ["-c:v", "wmv2", "-g", "12", "-q:v", "2", "-c:a", "wmav2"],
+    "open_gop_hevc.mkv": _X265,
+    "open_gop_mpeg2.mkv": _MPEG2,
+    "open_gop_mpeg2.mp4": _MPEG2,
+    "open_gop_mpeg4.mp4": ["-c:v", "mpeg4", "-g", "12", "-bf", "2", "-q:v", "2", "-c:a", "aac"],
+}
+"""Such clips in which decord's jumps land elsewhere, by up to 9 s."""
+
+
+@pytest.fixture(scope="module")
+def numbered_clip(ffmpeg, tmp_path_factory) -> Path:
+    """10 s of numbered frames, lossless, and sound."""
+    folder = tmp_path_factory.mktemp("numbered")
+    bits = np.arange(N_FRAMES)[:, None] >> np.arange(8) & 1
+    blocks = np.where(bits, 235, 16).astype(np.uint8).reshape(-1, 2, 4)
+    blocks.repeat(SIZE // 2, 1).repeat(SIZE // 4, 2).tofile(folder / "grey")
+    path = folder / "numbered.mkv"
+    ffmpeg(
+        "-f", "rawvideo", "-pix_fmt", "gray", "-s", f"{SIZE}x{SIZE}", "-r", 25,
+        "-i", folder / "grey", "-f", "lavfi", "-i", "sine=f=440:r=44100:d=10",
+        "-c:v", "ffv1", "-pix_fmt", "yuv420p", "-c:a", "pcm_s16le", path,
+    )  # fmt: skip
+    return path
+
+
+def numbers(images: list[np.ndarray] | np.ndarray) -> np.ndarray:
+    """What is written in frames, of any size."""
+    means = [
+        block.mean()
+        for image in images
+        for row in np.array_split(image, 2)
+        for block in np.array_split(row, 4, axis=1)
+    ]
+    return (np.reshape(means, (-1, 8)) > 125) @ (1 << np.arange(8))
+
+
+def stored_and_shown(
+    clip: Clip, shown: tuple[np.ndarray, np.ndarray], start_s: float = 0.0
+) -> list[tuple[int, int]]:
+    """The number of each stored frame, and of what ffmpeg shows at its time."""
+    times_s, frames = shown
+    at_s = start_s + np.array(clip.frame_ts_ms) / 1000
+    ranks = np.searchsorted(times_s, at_s + 0.002, side="right") - 1
+    stored = numbers(decode_jpegs(clip.frames))
+    return list(zip(stored.tolist(), numbers(frames[ranks]).tolist(), strict=True))
+
+
+@pytest.mark.parametrize("name", COUNTABLE | UNCOUNTABLE)
+def test_a_frame_of_many_key_frames_is_the_one_of_its_time(
+    name, numbered_clip, ffmpeg, ffmpeg_frames, tmp_path
+):
+    path = tmp_path / name
+    ffmpeg("-i", numbered_clip, "-pix_fmt", "yuv420p", *(COUNTABLE | UNCOUNTABLE)[name], path)
+    clip = extract(str(path), None, None, SPEC)
+    pairs = stored_and_shown(clip, ffmpeg_frames(path))
+    assert [stored - shown for stored, shown in pairs] == [0] * 8
+    assert clip.decoder == ("decord" if name in COUNTABLE else "pyav")
+    if name in UNCOUNTABLE:
+        forced = SPEC.model_copy(update={"decoder": "decord"})
+        with pytest.raises(Rejected) as caught:
+            extract(str(path), None, None, forced)
+        assert caught.value.reason == Reason.TIMELINE_UNCLEAN
