@@ -17,7 +17,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from pipeline.config import FeatureSpec
-from pipeline.decode.timeline import Timeline
+from pipeline.decode.timeline import Timeline, Track
 from pipeline.reasons import Reason, Rejected
 
 FLAG_UNCLEAN = 1
@@ -116,7 +116,7 @@ class _Shown:
         order = np.argsort(video.pts, kind="stable")
         pts_s = np.asarray(video.pts)[order] * tick_s - timeline.window_origin_s
         ends_s = np.asarray(video.ends)[order] * tick_s - timeline.window_origin_s
-        step_s = float(np.median(np.diff(pts_s))) if len(pts_s) > 1 else 0.0
+        step_s = video.step() * tick_s
         last_s = max(float(ends_s.max()), float(pts_s[-1]) + step_s)
         length_s = timeline.end_s - timeline.start_s
         begin_s = min(max(float(pts_s[0]), 0.0), length_s)
@@ -214,11 +214,12 @@ def frames_in_order(timeline: Timeline) -> Iterator[tuple[float, Any]]:
     Raises: Rejected if the decoder fails after the first frame (before it, packets may lean on
     what was cut off).
     """
-    context = timeline.video.stream.codec_context
+    video = timeline.video
+    context = video.stream.codec_context
     context.thread_count = 1
     context.thread_type = "NONE"
-    n_frames = 0
-    for packet in (*timeline.video.packets, None):
+    n_frames, before = 0, None
+    for packet in (*video.packets, None):
         try:
             frames = context.decode(packet)
         except av.FFmpegError as error:
@@ -228,11 +229,24 @@ def frames_in_order(timeline: Timeline) -> Iterator[tuple[float, Any]]:
                 ) from error
             continue
         for frame in frames:
-            if frame.pts is None:
+            time = _presented_at(frame, video, before)
+            if time is None:
                 raise Rejected(Reason.VIDEO_DECODE, "a frame has no presentation time")
-            n_frames += 1
+            n_frames, before = n_frames + 1, time
             # Not frame.time: frames that the end of the stream flushes out have no time base.
-            yield frame.pts * timeline.video.tick_s - timeline.window_origin_s, frame
+            yield time * video.tick_s - timeline.window_origin_s, frame
+
+
+def _presented_at(frame: Any, video: Track, before: float | None) -> float | None:
+    """Ticks at which a frame is shown, after one that is shown at `before`; None if unknown."""
+    pts: float | None = frame.pts
+    dts: float | None = frame.dts
+    if not video.is_timed_by_dts:
+        return pts
+    if dts is None and before is not None:
+        # The end of the stream flushed it out, with no packet.
+        return before + video.step()
+    return pts if dts is None else dts
 
 
 def pixel_aspect(stream: Any) -> float:

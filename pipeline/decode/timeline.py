@@ -37,10 +37,15 @@ class Track:
     n_without_pts: int = 0
     tick_s: float = field(init=False)
     """Seconds per tick of this stream."""
+    is_timed_by_dts: bool = field(init=False)
+    """The pts are made up, and ffmpeg shows a frame at the dts of the packet it comes out with: AVI
+    stores no times, and with B-frames the made-up ones run backwards."""
 
     def __post_init__(self) -> None:
         # Not a Fraction: arithmetic with those took a third of the probe.
         self.tick_s = float(self.stream.time_base)
+        is_avi = self.stream.container.format.name == "avi"
+        self.is_timed_by_dts = is_avi and self.stream.type == "video"
 
     def add(self, packet: Any) -> None:
         """Take a packet in; its times count only if it is presented.
@@ -55,10 +60,14 @@ class Track:
             return
         if packet.pts is None:
             self.n_without_pts += 1
-        pts = packet.pts if packet.pts is not None else packet.dts
+        pts = packet.dts if packet.pts is None or self.is_timed_by_dts else packet.pts
         if pts is not None:
             self.pts.append(pts)
             self.ends.append(pts + (packet.duration or 0))
+
+    def step(self) -> float:
+        """Ticks from a presentable packet to the next one, as a rule; 0 if there is but one."""
+        return float(np.median(np.diff(np.sort(self.pts)))) if len(self.pts) > 1 else 0.0
 
     def start_s(self) -> float:
         """Container time of the first presentable packet."""

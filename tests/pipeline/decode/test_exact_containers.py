@@ -34,6 +34,7 @@ UNCOUNTABLE = {
     "mpeg2.ts": _MPEG2,
     "mpeg2.m2ts": _MPEG2,
     "no_b_frames.ts": ["-c:v", "libx264", "-g", "12", "-bf", "0", "-c:a", "aac"],
+    "h264.avi": [*_H264[:-1], "mp3"],
     "wmv.wmv": ["-c:v", "wmv2", "-g", "12", "-q:v", "2", "-c:a", "wmav2"],
     "open_gop_hevc.mkv": _X265,
     "open_gop_mpeg2.mkv": _MPEG2,
@@ -96,3 +97,15 @@ def test_a_frame_of_many_key_frames_is_the_one_of_its_time(
         with pytest.raises(Rejected) as caught:
             extract(str(path), None, None, forced)
         assert caught.value.reason == Reason.TIMELINE_UNCLEAN
+
+
+@pytest.mark.parametrize("window_s", [(0.0, 2.0), (0.05, 2.0), (4.3, 6.3), (8.7, 10.0)])
+def test_b_frames_in_avi_are_shown_in_windows_as_from_the_start(
+    window_s, numbered_clip, ffmpeg, ffmpeg_frames, tmp_path
+):
+    """AVI stores no presentation times."""
+    path = tmp_path / "h264.avi"
+    ffmpeg("-i", numbered_clip, "-pix_fmt", "yuv420p", *UNCOUNTABLE[path.name], path)
+    clip = extract(str(path), *window_s, SPEC)
+    pairs = stored_and_shown(clip, ffmpeg_frames(path), window_s[0])
+    assert [stored - shown for stored, shown in pairs] == [0] * 8
