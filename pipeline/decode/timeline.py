@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.reasons import Reason, Rejected
 
-_SEEKS_BACK_S = (1.0, 5.0, 20.0, 1e6)
+_SEEKS_BACK_S = (1.0, 5.0, 20.0)
 # Streams are interleaved: packets of one may follow this much later than those of the other. It
 # also lets a clip that is a little longer than the window be read whole.
 _INTERLEAVE_S = 1.5
@@ -60,10 +60,15 @@ class Track:
             return
         if packet.pts is None:
             self.n_without_pts += 1
-        pts = packet.dts if packet.pts is None or self.is_timed_by_dts else packet.pts
+        pts = self._ticks(packet)
         if pts is not None:
             self.pts.append(pts)
             self.ends.append(pts + (packet.duration or 0))
+
+    def _ticks(self, packet: Any) -> int | None:
+        """When a packet is presented, as far as the container says."""
+        ticks: int | None = packet.pts
+        return packet.dts if ticks is None or self.is_timed_by_dts else ticks
 
     def step(self) -> float:
         """Ticks from a presentable packet to the next one, as a rule; 0 if there is but one."""
@@ -72,6 +77,12 @@ class Track:
     def start_s(self) -> float:
         """Container time of the first presentable packet."""
         return min(self.pts) * self.tick_s
+
+    def decodable_from_s(self) -> float:
+        """Container time of the first packet, a key frame: what is shown before it leans on what
+        is lacking, though in an open GOP it is decoded later."""
+        ticks = self._ticks(self.packets[0])
+        return (min(self.pts) if ticks is None else ticks) * self.tick_s
 
     def end_s(self) -> float:
         """Container time at which the last presentable packet ends."""
@@ -194,18 +205,27 @@ def _first_real_video(container: Any) -> Any:
 def _collect_from(
     container: Any, video: Track, audio: Track, origin_s: float, start_s: float, end_s: float
 ) -> tuple[Track, Track]:
-    """The tracks from a key frame before start_s on.
+    """The tracks from a key frame at or before start_s on; from the first packet if there is none.
 
     Containers without an index seek to any packet: go back further until a key frame is there.
     """
     for back_s in _SEEKS_BACK_S:
-        video, audio = Track(video.stream), Track(audio.stream)
         target_s = origin_s + max(0.0, start_s - back_s)
         container.seek(int(target_s * av.time_base), backward=True)
+        video, audio = Track(video.stream), Track(audio.stream)
         _collect(container, video, audio, end_s)
-        begins_s = [track.start_s() - origin_s for track in (video, audio) if track.pts]
-        if len(begins_s) == 2 and max(begins_s) <= start_s:
-            break
+        if video.pts and audio.pts:
+            begin_s = max(video.decodable_from_s(), audio.start_s()) - origin_s
+            if begin_s <= start_s:
+                return video, audio
+    # By opening the file again. A seek to time 0 passes over what is decoded before it, and without
+    # an index that is the first picture and all up to the next key frame; a seek to before it is
+    # refused for AVI, and in MP4 leaves out the sound that comes before a late picture. The streams
+    # of the tracks keep the container open.
+    container = av.open(container.name, metadata_errors="replace")
+    video = Track(container.streams[video.stream.index])
+    audio = Track(container.streams[audio.stream.index])
+    _collect(container, video, audio, end_s)
     return video, audio
 
 

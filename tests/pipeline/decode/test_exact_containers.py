@@ -109,3 +109,34 @@ def test_b_frames_in_avi_are_shown_in_windows_as_from_the_start(
     clip = extract(str(path), *window_s, SPEC)
     pairs = stored_and_shown(clip, ffmpeg_frames(path), window_s[0])
     assert [stored - shown for stored, shown in pairs] == [0] * 8
+
+
+@pytest.mark.parametrize("gop", [25, 50, 150, 250])
+def test_windows_of_a_transport_stream_lose_no_picture(
+    gop, numbered_clip, ffmpeg, ffmpeg_frames, tmp_path
+):
+    """It has no index, and its first picture is decoded before the time it starts at."""
+    path = tmp_path / "clip.ts"
+    ffmpeg("-i", numbered_clip, "-pix_fmt", "yuv420p", *_H264, "-g", gop, path)
+    shown = ffmpeg_frames(path)
+    for start_s in (0.1, 0.5, 1.0, 1.5, 2.5, 4.5, 7.7):
+        end_s = min(start_s + 3, 10)
+        clip = extract(str(path), start_s, end_s, SPEC)
+        pairs = stored_and_shown(clip, shown, start_s)
+        assert [stored - shown for stored, shown in pairs] == [0] * 8
+        assert clip.video_s == pytest.approx(end_s - start_s, abs=0.1)
+
+
+def test_a_window_before_a_late_picture_has_the_sound_that_precedes_it(
+    numbered_clip, ffmpeg, tmp_path
+):
+    """A seek in MP4 goes to the first picture, and sound before it is passed over."""
+    prompt, path = tmp_path / "prompt.mp4", tmp_path / "late.mp4"
+    ffmpeg("-i", numbered_clip, "-pix_fmt", "yuv420p", *_H264, "-t", "3", prompt)
+    ffmpeg(
+        "-itsoffset", "0.7", "-i", prompt, "-i", prompt, "-map", "0:v", "-map", "1:a",
+        "-c", "copy", path,
+    )  # fmt: skip
+    clip = extract(str(path), 0.1, 2.0, SPEC)
+    assert clip.audio_s == pytest.approx(1.9, abs=0.03)
+    assert clip.video_s == pytest.approx(1.3, abs=0.05)
