@@ -17,13 +17,14 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from pipeline.config import FeatureSpec
+from pipeline.decode.display import display_matrix, upright
 from pipeline.decode.timeline import Timeline, Track
 from pipeline.reasons import Reason, Rejected
 
 FLAG_UNCLEAN = 1
 """The timeline has an edit list, negative or missing times, or a varying frame rate."""
 FLAG_ROTATED = 2
-"""A display matrix turned the frames."""
+"""A display matrix turned or mirrored the frames."""
 FLAG_SILENT = 4
 """The sound is digital silence (rms < 1e-5)."""
 
@@ -64,10 +65,10 @@ def decode_frames(path: str, timeline: Timeline, spec: FeatureSpec) -> Frames:
         raise Rejected(Reason.VIDEO_SHORT, f"{shown.seconds:.3f} s of picture in the window")
     images_NHW3 = _decode_by_jumps(path, timeline, shown, spec)
     if images_NHW3 is not None:
-        decoder, times_s, rotation = "decord", shown.expected_s.tolist(), 0
+        decoder, times_s, is_turned = "decord", shown.expected_s.tolist(), False
     else:
         decoder = "pyav"
-        images_NHW3, times_s, rotation = _decode_with_pyav(timeline, shown, spec)
+        images_NHW3, times_s, is_turned = _decode_with_pyav(timeline, shown, spec)
     stream = timeline.video.stream
     is_unclean = bool(timeline.unclean_because())
     return Frames(
@@ -79,7 +80,7 @@ def decode_frames(path: str, timeline: Timeline, spec: FeatureSpec) -> Frames:
         float(stream.average_rate or 0),
         stream.codec_context.codec.canonical_name,
         decoder,
-        (FLAG_UNCLEAN if is_unclean else 0) | (FLAG_ROTATED if rotation else 0),
+        (FLAG_UNCLEAN if is_unclean else 0) | (FLAG_ROTATED if is_turned else 0),
     )
 
 
@@ -99,12 +100,29 @@ def _decode_by_jumps(
         return None
     if not is_forced and shown.frac_decoded_by_jumps() >= _DECORD_MOST_FRAC:
         return None
+    if _is_turned(timeline):
+        if is_forced:
+            raise Rejected(Reason.TIMELINE_UNCLEAN, "a display matrix turns or mirrors the frames")
+        return None
     from pipeline.decode.decord_reader import decode_with_decord
 
     images_NHW3 = decode_with_decord(path, timeline, shown.ranks_N, spec)
     if images_NHW3 is None and is_forced:
         raise Rejected(Reason.VIDEO_DECODE, "decord met errors or counts other frames")
     return images_NHW3
+
+
+def _is_turned(timeline: Timeline) -> bool:
+    """Whether a display matrix, which only decoded frames tell of, turns or mirrors the first."""
+    context = _single_threaded(timeline)
+    first, end = timeline.video.packets[0], None
+    try:
+        frames = [frame for packet in (first, end) for frame in context.decode(packet)]
+    except av.FFmpegError:
+        return False
+    finally:
+        context.flush_buffers()
+    return any(display_matrix(frame) is not None for frame in frames)
 
 
 class _Shown:
@@ -178,10 +196,10 @@ class _Shown:
 
 def _decode_with_pyav(
     timeline: Timeline, shown: _Shown, spec: FeatureSpec
-) -> tuple[list[np.ndarray], list[float], int]:
+) -> tuple[list[np.ndarray], list[float], bool]:
     """Decode in order and convert only the frames that are kept: the last one before each time.
 
-    Returns: images, their times, and the rotation of the display matrix in degrees.
+    Returns: images, their times, and whether a display matrix turns or mirrors them.
     """
     reformatter = VideoReformatter()
     aspect = pixel_aspect(timeline.video.stream)
@@ -189,12 +207,12 @@ def _decode_with_pyav(
     images: list[np.ndarray] = []
     times_s: list[float] = []
     before: tuple[float, Any] | None = None
-    first_s, rotation = 0.0, 0
+    first_s, is_turned = 0.0, False
     for time_s, frame in chain(frames_in_order(timeline), [(np.inf, None)]):
         if before is None:
             if frame is None:
                 raise Rejected(Reason.VIDEO_DECODE, "no frame of the window could be decoded")
-            first_s, rotation = time_s, frame.rotation
+            first_s, is_turned = time_s, display_matrix(frame) is not None
         else:
             n_passed = int(np.searchsorted(shown.wanted_s, time_s - half_tick_s))
             n_here = n_passed - len(images)
@@ -205,7 +223,7 @@ def _decode_with_pyav(
                 break
         before = time_s, frame
     shown.check(times_s, first_s)
-    return images, times_s, rotation
+    return images, times_s, is_turned
 
 
 def frames_in_order(timeline: Timeline) -> Iterator[tuple[float, Any]]:
@@ -214,10 +232,7 @@ def frames_in_order(timeline: Timeline) -> Iterator[tuple[float, Any]]:
     Raises: Rejected if the decoder fails after the first frame (before it, packets may lean on
     what was cut off).
     """
-    video = timeline.video
-    context = video.stream.codec_context
-    context.thread_count = 1
-    context.thread_type = "NONE"
+    video, context = timeline.video, _single_threaded(timeline)
     n_frames, before = 0, None
     for packet in (*video.packets, None):
         try:
@@ -235,6 +250,15 @@ def frames_in_order(timeline: Timeline) -> Iterator[tuple[float, Any]]:
             n_frames, before = n_frames + 1, time
             # Not frame.time: frames that the end of the stream flushes out have no time base.
             yield time * video.tick_s - timeline.window_origin_s, frame
+
+
+def _single_threaded(timeline: Timeline) -> Any:
+    """The decoder of the timeline's packets, on the caller's thread alone."""
+    context = timeline.video.stream.codec_context
+    if not context.is_open:
+        context.thread_count = 1
+        context.thread_type = "NONE"
+    return context
 
 
 def _presented_at(frame: Any, video: Track, before: float | None) -> float | None:
@@ -288,5 +312,4 @@ def to_square(
     small = reformatter.reformat(
         frame, width=width, height=height, format="rgb24", interpolation="BILINEAR", threads=1
     )
-    upright = np.rot90(small.to_ndarray(), round(frame.rotation / 90))
-    return centre_square(upright, spec.frame_size)
+    return centre_square(upright(small.to_ndarray(), display_matrix(frame)), spec.frame_size)
