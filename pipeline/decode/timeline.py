@@ -211,7 +211,10 @@ def _collect_from(
     """
     for back_s in _SEEKS_BACK_S:
         target_s = origin_s + max(0.0, start_s - back_s)
-        container.seek(int(target_s * av.time_base), backward=True)
+        try:
+            container.seek(int(target_s * av.time_base), backward=True)
+        except av.FFmpegError:
+            continue  # In some places of an MPEG-PS with AC-3, where further back it can.
         video, audio = Track(video.stream), Track(audio.stream)
         _collect(container, video, audio, end_s)
         if video.pts and audio.pts:

@@ -1,5 +1,6 @@
 """The waveform starts with the picture, lasts as long as the sound, and gives CAV-MAE's fbank."""
 
+import math
 import os
 import subprocess
 import sys
@@ -98,6 +99,20 @@ def test_a_window_of_a_program_stream_has_its_sound(moving_clip, ffmpeg, tmp_pat
         clip = extract(str(path), start_s, start_s + 1.5, FeatureSpec(n_frames=2, frame_size=16))
         assert clip.audio_s == pytest.approx(1.5, abs=1e-3)
         assert np.abs(clip.waveform[:1600]).max() > 0.1  # the tone, from the window's start on
+
+
+def test_a_place_that_a_program_stream_cannot_seek_to_is_reached_from_before(ffmpeg, tmp_path):
+    """Of a still picture and AC-3 FFmpeg refuses every fifth place, with EPERM."""
+    path = tmp_path / "still.mpg"
+    beeps = "aevalsrc=0.8*sin(6283*t)*lt(mod(t\\,1)\\,0.04):d=10:s=48000"
+    picture = ("-f", "lavfi", "-i", "color=s=320x240:r=25:d=10")
+    made_as = ("-c:v", "mpeg2video", "-q:v", "3", "-c:a", "ac3", "-f", "vob")
+    ffmpeg(*picture, "-f", "lavfi", "-i", beeps, "-t", "10", *made_as, path)
+    for start_s in (2.1, 2.6, 2.9, 4.2):
+        clip = extract(str(path), start_s, start_s + 3, FeatureSpec(n_frames=2, frame_size=16))
+        assert clip.audio_s == pytest.approx(3.0, abs=1e-3)
+        loud_s = np.flatnonzero(np.abs(clip.waveform) > 0.2) / 16_000 + start_s
+        assert loud_s[0] == pytest.approx(math.ceil(start_s), abs=0.04)
 
 
 def test_a_program_stream_that_begins_within_a_frame_is_decoded(flash_and_beep, tmp_path):
