@@ -17,7 +17,7 @@ from training.loop.hooks import Hooks, World
 from training.model.make import make_classifier, make_encoder
 from training.run.checkpoints import failure_writer, newest_checkpoint, state_in
 from training.run.edge import Edge, Written, kept
-from training.weights.card import Applied
+from training.weights.card import Applied, Space
 from training.weights.files import (
     encoder_digest,
     load_encoder,
@@ -64,11 +64,12 @@ def starting_encoder(
         applied = Applied.of(config, card.space)
         save_encoder(encoder, own, *known, statistics=statistics, applied=applied)
         return uri
-    encoder, space = make_encoder(config, index.spec), None
+    encoder = make_encoder(config, index.spec)
+    # Fine-tuning trains no class heads: of an encoder that begins at random `z` is all there is.
+    space: Space | None = "z"
     if config.encoder.init is not None:
         space = load_weights(encoder, config.encoder.init).space
-    # Fine-tuning trains no class heads: of an encoder that begins at random `z` is all there is.
-    applied = Applied.of(config, space or "z")
+    applied = Applied.of(config, space)
     known = (index.classes, index.spec.model_dump(mode="json"), provenance)
     save_encoder(encoder, own, *known, statistics=statistics, applied=applied)
     return own
