@@ -31,7 +31,14 @@ from training.errors import ConfigMismatch
 from training.tracking.spool import PUBLISH_S
 
 _LIBRARIES = (
-    *("torch", "torchaudio", "ray", "faiss-gpu", "faiss-cpu", "mlflow", "pyarrow", "deltalake"),
+    "torch",
+    "torchaudio",
+    "ray",
+    "faiss-gpu",
+    "faiss-cpu",
+    "mlflow",
+    "pyarrow",
+    "deltalake",
 )
 _NOT_PINNED = ("scale.", "pool.", "tracking.", "ingest.", "finetune.", "evaluate.", "features.")
 """Sections that may change between the stages of a run; its features are pinned with the store."""
