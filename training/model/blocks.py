@@ -7,7 +7,9 @@ its weights load without translation; only norms that some pass uses exist.
 Shapes: B clips, L tokens, D token width, H rows and W columns of a patch grid.
 """
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +91,36 @@ class Block(nn.Module):
         return x_BLD + changed
 
 
+class Cells(NamedTuple):
+    """The part of a picture that each token of a stem stands for, row-major."""
+
+    grid: tuple[int, int]
+    """Rows and columns of cells."""
+    size: tuple[int, int]
+    """Height and width of a cell."""
+
+    def cut(self, x_BCHW: Tensor) -> Tensor:
+        """Picture -> flat cells [B, n, C * height * width], each in C, row, column.
+
+        What lies beyond the last cell is left out; where the last one is not full it has zeros.
+        """
+        (rows, cols), (height, width) = self
+        missing = (0, cols * width - x_BCHW.shape[3], 0, rows * height - x_BCHW.shape[2])
+        if any(missing):
+            x_BCHW = F.pad(x_BCHW, missing)  # negative: cropped
+        cells = x_BCHW.unflatten(3, (cols, width)).unflatten(2, (rows, height))
+        flat = torch.flatten(cells.permute(0, 2, 4, 1, 3, 5), 3)
+        return torch.flatten(flat, 1, 2)
+
+    def only(self, x_BCHW: Tensor, kept_Bn: Tensor) -> Tensor:
+        """The picture with zeros wherever `kept_Bn`, of the picture's dtype, is 0 and not 1."""
+        (height, width), (H, W) = self.size, x_BCHW.shape[2:]
+        kept = kept_Bn.unflatten(1, (1, *self.grid))
+        kept = kept.repeat_interleave(height, 2).repeat_interleave(width, 3)
+        only_BCHW: Tensor = x_BCHW * kept[..., :H, :W]
+        return only_BCHW
+
+
 class PatchStem(nn.Module):
     """16x16 patches through one linear map, stored as the convolution that CAV-MAE stores.
 
@@ -103,18 +135,10 @@ class PatchStem(nn.Module):
                 f"input of {height} x {width} is smaller than one {PATCH} x {PATCH} patch; "
                 "use stem: conv or larger features"
             )
-        self.grid = (height // PATCH, width // PATCH)
-        self.n_tokens = self.grid[0] * self.grid[1]
+        self.cells = Cells((height // PATCH, width // PATCH), (PATCH, PATCH))
+        self.n_tokens = math.prod(self.cells.grid)
         self.proj = nn.Conv2d(channels, dim, PATCH, PATCH)
         nn.init.xavier_uniform_(self.proj.weight.view(dim, -1))
-
-    def cut(self, x_BCHW: Tensor) -> Tensor:
-        """Picture -> flat patches [B, n_tokens, C*16*16], row-major, each in C, row, column."""
-        rows, cols = self.grid
-        x_BCHW = x_BCHW[..., : rows * PATCH, : cols * PATCH]
-        patches = x_BCHW.unflatten(3, (cols, PATCH)).unflatten(2, (rows, PATCH))
-        flat = torch.flatten(patches.permute(0, 2, 4, 1, 3, 5), 3)
-        return torch.flatten(flat, 1, 2)
 
     def forward(self, patches_BLC: Tensor) -> Tensor:
         """Embed flat patches: [B, L, C*16*16] -> [B, L, D]."""

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from training.config import STREAMS, EncoderConfig
 from training.model.blocks import (
     Block,
+    Cells,
     PatchStem,
     frame_positions,
     full_precision,
@@ -86,17 +87,12 @@ class ClassHead(nn.Module):
 class Encoder(nn.Module):
     """CAV-MAE's trunk with class heads (docs/design.md, "The encoder").
 
-    Args: decoder: build the reconstruction decoder (patch stems only).
+    Args: decoder: build the reconstruction decoder.
     Raises: ValueError where config and input shape do not go together.
     """
 
     def __init__(self, config: EncoderConfig, shape: InputShape, decoder: bool = False) -> None:
         super().__init__()
-        if decoder and config.stem != "patch":
-            raise ValueError(
-                "encoder.stem = conv has no patches to predict: set loss.reconstruction = 0 "
-                "or encoder.stem = patch"
-            )
         self.config, self.shape = config, InputShape(*shape)
         dim = config.dim
         self.patch_embed_a, self.patch_embed_v = _stems(config, self.shape)
@@ -111,10 +107,8 @@ class Encoder(nn.Module):
         self.class_heads = nn.ModuleDict(
             {stream: ClassHead(dim, config.projection) for stream in STREAMS}
         )
-        self.decoder: Decoder | None = None
-        if isinstance(self.patch_embed_a, PatchStem) and isinstance(self.patch_embed_v, PatchStem):
-            grids = (self.patch_embed_a.grid, self.patch_embed_v.grid)
-            self.decoder = Decoder(config, *grids) if decoder else None
+        cells = (self.patch_embed_a.cells, self.patch_embed_v.cells)
+        self.decoder = Decoder(config, *cells) if decoder else None
         self.train_only(STREAMS)
 
     def forward(
@@ -238,14 +232,12 @@ class Encoder(nn.Module):
     ) -> dict[str, Tensor]:
         assert self.decoder is not None and hide_a is not None and hide_v is not None  # noqa: PT018
         assert fbank_BTM is not None and frames_BFCHW is not None  # noqa: PT018
-        assert isinstance(self.patch_embed_a, PatchStem)
-        assert isinstance(self.patch_embed_v, PatchStem)
-        patches_a = _cut(self.patch_embed_a, fbank_BTM)
-        patches_v = _cut(self.patch_embed_v, frames_BFCHW)
+        cells_a = _cut(self.patch_embed_a.cells, fbank_BTM)
+        cells_v = _cut(self.patch_embed_v.cells, frames_BFCHW)
         audio, video = self.decoder(x_BND, hide_a, hide_v, n_frames=frames_BFCHW.shape[1])
         return {
-            "audio": reconstruction_loss(audio, patches_a, hide_a.hidden),
-            "video": reconstruction_loss(video, patches_v, hide_v.hidden),
+            "audio": reconstruction_loss(audio, cells_a, hide_a.hidden, channels=1),
+            "video": reconstruction_loss(video, cells_v, hide_v.hidden, channels=3),
         }
 
 
@@ -256,26 +248,44 @@ def of_stream(tokens: Mapping[str, Tensor], stream: str) -> Tensor:
     return tokens[stream]
 
 
-def _cut(stem: PatchStem, x: Tensor) -> Tensor:
-    """Flat patches of each clip: [B, tokens, C*16*16]; mel bins are the rows of a fbank."""
+def _cut(cells: Cells, x: Tensor) -> Tensor:
+    """Flat cells of each clip: [B, tokens, values]; mel bins are the rows of a fbank."""
     if x.ndim == 3:
-        return stem.cut(x.transpose(1, 2).unsqueeze(1))
-    by_frame = stem.cut(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return cells.cut(x.transpose(1, 2).unsqueeze(1))
+    by_frame = cells.cut(x.flatten(0, 1)).unflatten(0, x.shape[:2])
     return torch.flatten(by_frame, 1, 2)
 
 
+def _only_kept(cells: Cells, x: Tensor, masking: Masking) -> Tensor:
+    """Clips with zeros, the mean of normalised input, in every hidden cell.
+
+    A convolution sees beyond its token's cell; like this nothing hidden is in what is kept
+    (masked convolution, ConvMAE, Gao et al. 2022, arXiv 2205.03892).
+    """
+    n_tokens = masking.keep.shape[1] + masking.hidden.shape[1]
+    kept_BL = x.new_zeros(len(x), n_tokens).scatter(1, masking.keep, 1)
+    if x.ndim == 3:
+        return cells.only(x.transpose(1, 2).unsqueeze(1), kept_BL).squeeze(1).transpose(1, 2)
+    by_frame = kept_BL.unflatten(1, (x.shape[1], -1)).flatten(0, 1)
+    frames_BFCHW: Tensor = cells.only(x.flatten(0, 1), by_frame).unflatten(0, x.shape[:2])
+    return frames_BFCHW
+
+
 def _embed(stem: Stem, x: Tensor, place_1LD: Tensor, masking: Masking | None) -> Tensor:
-    """Tokens of each clip with their place added; patches that are hidden are never embedded."""
+    """Tokens of each clip with their place added; what is hidden is never embedded."""
+    if masking is not None:
+        found, expected = masking.keep.shape[1] + masking.hidden.shape[1], place_1LD.shape[1]
+        if found != expected:
+            raise ValueError(f"masks: noise for {found} tokens, there are {expected}")
+        if not isinstance(stem, PatchStem):
+            x = _only_kept(stem.cells, x, masking)
     if isinstance(stem, PatchStem):
-        features = _cut(stem, x)
+        features = _cut(stem.cells, x)
     elif x.ndim == 3:
         features = stem(x)
     else:
         features = stem(x.flatten(0, 1)).unflatten(0, x.shape[:2]).flatten(1, 2)
     if masking is not None:
-        found = masking.keep.shape[1] + masking.hidden.shape[1]
-        if found != features.shape[1]:
-            raise ValueError(f"masks: noise for {found} tokens, there are {features.shape[1]}")
         features = take_tokens(features, masking.keep)
         place_1LD = take_tokens(place_1LD, masking.keep)
     return (stem(features) if isinstance(stem, PatchStem) else features) + place_1LD
@@ -302,7 +312,7 @@ def _stems(config: EncoderConfig, shape: InputShape) -> tuple[Stem, Stem]:
 def _positions(stem: Stem, dim: int) -> nn.Parameter:
     """Fixed sine-cosine of the patch grid, or small random values to learn."""
     if isinstance(stem, PatchStem):
-        return nn.Parameter(sincos_2d(dim, *stem.grid)[None], requires_grad=False)
+        return nn.Parameter(sincos_2d(dim, *stem.cells.grid)[None], requires_grad=False)
     return nn.Parameter(torch.randn(1, stem.n_tokens, dim) * 0.02)
 
 

@@ -1,13 +1,14 @@
-"""Decoder and masking: masked reconstruction, L_rec, as in CAV-MAE, of patches that were hidden.
+"""Decoder and masking: masked reconstruction, L_rec, as in CAV-MAE, of cells that were hidden.
 
 Pure modules: knows nothing of how noise is drawn or how the loss is weighted.
 Invariant: masks come from explicit noise, so a chunk of a batch can be run again; the loss is
 CAV-MAE's although the decoder keeps tokens in shuffled order (attention does not see the order)
-and predicts hidden patches only.
+and predicts hidden cells only; a cell is a patch, or what a conv stem's token stands for.
 
 Shapes: B clips, L tokens of a modality, N kept tokens of both, D / E encoder / decoder width.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from training.config import EncoderConfig
 from training.model.blocks import (
-    PATCH,
     Block,
+    Cells,
     frame_positions,
     full_precision,
     initialise_linears,
@@ -53,11 +54,9 @@ def take_tokens(x_BLD: Tensor, index_BN: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Fusion tokens of what was kept -> patches of what was hidden."""
+    """Fusion tokens of what was kept -> cells of what was hidden."""
 
-    def __init__(
-        self, config: EncoderConfig, audio_grid: tuple[int, int], video_grid: tuple[int, int]
-    ) -> None:
+    def __init__(self, config: EncoderConfig, audio: Cells, video: Cells) -> None:
         super().__init__()
         decoder_dim = config.decoder_dim
         self.embed = nn.Linear(config.dim, decoder_dim)
@@ -65,18 +64,18 @@ class Decoder(nn.Module):
         self.modality_a = nn.Parameter(torch.randn(1, 1, decoder_dim) * 0.02)
         self.modality_v = nn.Parameter(torch.randn(1, 1, decoder_dim) * 0.02)
         self.pos_embed_a = nn.Parameter(
-            sincos_2d(decoder_dim, *audio_grid)[None], requires_grad=False
+            sincos_2d(decoder_dim, *audio.grid)[None], requires_grad=False
         )
         self.pos_embed_v = nn.Parameter(
-            sincos_2d(decoder_dim, *video_grid)[None], requires_grad=False
+            sincos_2d(decoder_dim, *video.grid)[None], requires_grad=False
         )
         self.blocks = nn.ModuleList(
             Block(decoder_dim, config.decoder_heads, config.mlp_ratio)
             for _ in range(config.decoder_depth)
         )
         self.norm = nn.LayerNorm(decoder_dim)
-        self.pred_a = nn.Linear(decoder_dim, PATCH * PATCH)
-        self.pred_v = nn.Linear(decoder_dim, PATCH * PATCH * 3)
+        self.pred_a = nn.Linear(decoder_dim, math.prod(audio.size))
+        self.pred_v = nn.Linear(decoder_dim, math.prod(video.size) * 3)
         initialise_linears(self)
 
     def train_weights(self) -> None:
@@ -88,10 +87,11 @@ class Decoder(nn.Module):
     def forward(
         self, x_BND: Tensor, audio: Masking, video: Masking, n_frames: int
     ) -> tuple[Tensor, Tensor]:
-        """Predict hidden patches, in the order of `hidden` of each masking.
+        """Predict hidden cells, in the order of `hidden` of each masking.
 
         Args: x_BND: kept tokens after the fusion pass, audio first.
-        Returns: [B, hidden audio, 256] and [B, hidden video, 768] (row, column, channel).
+        Returns: [B, hidden audio, values of a cell] and [B, hidden video, values of a cell] (row,
+            column, channel); of patches 256 and 768.
         """
         audio_place = self.pos_embed_a + self.modality_a
         frames = frame_positions(n_frames, self.pos_embed_v)
@@ -108,17 +108,22 @@ class Decoder(nn.Module):
 
 
 def reconstruction_loss(
-    prediction_BNC: Tensor, patches_BLC: Tensor, hidden_BN: Tensor, normalise: bool = True
+    prediction_BNC: Tensor,
+    cells_BLC: Tensor,
+    hidden_BN: Tensor,
+    channels: int,
+    normalise: bool = True,
 ) -> Tensor:
-    """Mean squared error over hidden patches, computed in at least float32.
+    """Mean squared error over hidden cells, computed in at least float32.
 
-    Args: patches_BLC: all flat patches of the input, channel first; the prediction has channels
-        last. normalise: compare with patches of mean 0 and variance 1 (CAV-MAE's norm_pix).
+    Args: cells_BLC: all flat cells of the input, channel first; the prediction has channels last.
+        channels: of the input. normalise: compare with cells of mean 0 and variance 1 (CAV-MAE's
+        norm_pix).
     Raises: ValueError if nothing is hidden.
     """
     if not hidden_BN.shape[1]:
         raise ValueError("nothing is hidden, so nothing can be reconstructed: raise mask_ratio")
-    target = take_tokens(patches_BLC, hidden_BN).unflatten(-1, (-1, PATCH * PATCH))
+    target = take_tokens(cells_BLC, hidden_BN).unflatten(-1, (channels, -1))
     target = full_precision(target.transpose(-1, -2).flatten(-2))
     if normalise:
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.model.blocks import PATCH, Cells
 from training.model.numerics import convolution_numerics
 
 _AUDIO_CHANNELS = (32, 64, 128)
@@ -103,7 +104,8 @@ class AudioConvStem(nn.Module):
         for a, b in itertools.pairwise(_AUDIO_CHANNELS):
             layers += _conv(a, b, norm, stride=2)
         self.norm, self.blocks = norm, nn.Sequential(*layers)
-        self.n_tokens = math.ceil(fbank_frames / 16)
+        self.n_tokens = math.ceil(fbank_frames / PATCH)
+        self.cells = Cells((1, self.n_tokens), (n_mels, PATCH))
         self.proj = nn.Linear(_AUDIO_CHANNELS[-1] * math.ceil(n_mels / 16), dim)
 
     def forward(self, fbank_BTM: Tensor) -> Tensor:
@@ -124,7 +126,9 @@ class VideoConvStem(nn.Module):
             layers += _conv(a, b, norm, first=not layers, pooled=True)
         layers += _conv(*_VIDEO_CHANNELS[-2:], norm, stride=2)
         self.norm, self.blocks = norm, nn.Sequential(*layers)
-        self.n_tokens = math.ceil(frame_size // 16 / 2) ** 2
+        side = math.ceil(frame_size // 16 / 2)
+        self.n_tokens = side**2
+        self.cells = Cells((side, side), (32, 32))
         self.proj = nn.Linear(_VIDEO_CHANNELS[-1], dim)
 
     def forward(self, frames_BCHW: Tensor) -> Tensor:

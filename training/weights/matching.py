@@ -51,15 +51,9 @@ def fit_positions(encoder: Encoder, state: dict[str, Tensor], audio_rows: int) -
         for key in (f"pos_embed_{side}", f"decoder.pos_embed_{side}"):
             if key not in state:
                 continue
-            length = state[key].shape[1]
-            if isinstance(stem, PatchStem):
-                rows = audio_rows if side == "a" else layouts.square_rows(length)
-                grid = stem.grid
-            else:
-                rows = 1 if side == "a" else layouts.square_rows(length)
-                own_rows = 1 if side == "a" else layouts.square_rows(stem.n_tokens)
-                grid = (own_rows, stem.n_tokens // own_rows)
-            fitted = layouts.resize_positions(state[key], rows, grid)
+            of_audio = audio_rows if isinstance(stem, PatchStem) else 1
+            rows = of_audio if side == "a" else layouts.square_rows(state[key].shape[1])
+            fitted = layouts.resize_positions(state[key], rows, stem.cells.grid)
             if fitted is not state[key]:
                 state[key] = fitted
                 resized.append(key)

@@ -181,6 +181,62 @@ def test_masked_reconstruction_equals_its_literal_definition():
     torch.testing.assert_close(list(errors.values()), expected, atol=1e-10, rtol=0)
 
 
+def _hidden_cells(encoder, fbank, frames, noise):
+    """What a conv stem's decoder should say: each hidden cell, cut by hand, mean 0, variance 1."""
+    found = []
+    for name, values in (("audio", noise.audio_BL), ("video", noise.video_BL)):
+        order = values.sort(dim=1).indices
+        n_kept = int(order.shape[1] * (1 - noise.mask_ratio))
+        cells = []
+        for clip in range(len(fbank)):
+            for place in order[clip, n_kept:].tolist():
+                if name == "audio":
+                    cell = fbank[clip, place * 16 : place * 16 + 16].T[..., None]
+                else:
+                    frame, rest = divmod(place, 4)
+                    rows, columns = (slice(32 * i, 32 * i + 32) for i in divmod(rest, 2))
+                    whole = torch.zeros(3, 64, 64, dtype=frames.dtype)  # 48 pixels fill 1.5 cells
+                    whole[:, :48, :48] = frames[clip, frame]
+                    cell = whole[:, rows, columns].permute(1, 2, 0)
+                cells.append((cell - cell.mean()) / (cell.var() + 1e-6).sqrt())
+        found.append(torch.stack([cell.flatten() for cell in cells]).unflatten(0, (len(fbank), -1)))
+    return found
+
+
+def test_a_conv_stems_decoder_is_asked_for_the_pixels_of_hidden_cells():
+    encoder = _perturbed(_CONV, decoder=True)
+    clips, noise = _clips(n_frames=2), _noise(encoder, n_frames=2)
+    expected = _hidden_cells(encoder, *clips, noise)
+    assert encoder(*clips, STREAMS, noise, reconstruct=True).reconstruction["video"] > 0.5
+    encoder.decoder.forward = lambda *_, **__: expected
+    errors = encoder(*clips, STREAMS, noise, reconstruct=True).reconstruction
+    assert max(errors.values()) < 1e-20
+
+
+@pytest.mark.parametrize("norm", ["group", "weights"])
+def test_nothing_of_a_hidden_cell_is_in_what_a_conv_stem_keeps(norm):
+    encoder = _perturbed(_CONV.model_copy(update={"norm": norm}), decoder=True)
+    (fbank, frames), noise = _clips(n_frames=2), _noise(encoder, n_frames=2)
+    with torch.no_grad():
+        kept = encoder(fbank, frames, masks=noise).z
+        hidden = masking_from_noise(noise.audio_BL, noise.mask_ratio).hidden
+        for clip in range(len(fbank)):
+            for place in hidden[clip].tolist():
+                fbank[clip, place * 16 : place * 16 + 16] += 5
+        same = encoder(fbank, frames, masks=noise).z
+        hidden = masking_from_noise(noise.video_BL, noise.mask_ratio).hidden
+        for clip in range(len(frames)):
+            for place in hidden[clip].tolist():
+                frame, rest = divmod(place, 4)
+                rows, columns = (slice(32 * i, 32 * i + 32) for i in divmod(rest, 2))
+                frames[clip, frame, :, rows, columns] += 5
+        still = encoder(fbank, frames, masks=noise).z
+        assert not torch.equal(encoder(fbank, frames).z["audio"], kept["audio"])
+    for stream in STREAMS:
+        assert torch.equal(same[stream], kept[stream])
+        assert torch.equal(still[stream], kept[stream])
+
+
 @pytest.mark.parametrize("config", [_PATCH, _CONV], ids=["patch", "conv"])
 @pytest.mark.parametrize("stream", STREAMS)
 def test_one_stream_alone_equals_that_stream_among_all(config, stream):
@@ -266,18 +322,17 @@ def test_every_trainable_weight_has_a_gradient(config, streams, heads):
     assert (idle, frozen) == ([], [])
 
 
-def test_reconstruction_gives_every_decoder_weight_a_gradient_but_no_position():
-    encoder = _perturbed(_PATCH, decoder=True)
+@pytest.mark.parametrize("config", [_PATCH, _CONV], ids=["patch", "conv"])
+def test_reconstruction_gives_every_decoder_weight_a_gradient_but_no_position(config):
+    encoder = _perturbed(config, decoder=True)
     encoder.train_only(STREAMS, class_heads=False)
     encoding = encoder(*_clips(), STREAMS, _noise(encoder), reconstruct=True)
     (sum(encoding.reconstruction.values()) + sum(z.sum() for z in encoding.z.values())).backward()
     idle = {n for n, p in encoder.named_parameters() if p.grad is None}
-    assert {n for n in idle if "class_heads" not in n} == {
-        "pos_embed_a",
-        "pos_embed_v",
-        "decoder.pos_embed_a",
-        "decoder.pos_embed_v",
-    }
+    fixed = {f"decoder.pos_embed_{side}" for side in "av"}
+    if config.stem == "patch":
+        fixed |= {f"pos_embed_{side}" for side in "av"}
+    assert {n for n in idle if "class_heads" not in n} == fixed
 
 
 def test_positions_tell_the_column_then_the_row():
@@ -321,8 +376,6 @@ def test_inputs_of_another_shape_are_refused_by_name():
         encoder(fbank, None, ("fusion",))
     with pytest.raises(ValueError, match=r"smaller than one 16 x 16 patch"):
         Encoder(_PATCH, InputShape(8, 32, 48))
-    with pytest.raises(ValueError, match=r"no patches to predict"):
-        Encoder(_CONV, _SHAPE, decoder=True)
     with pytest.raises(ValueError, match=r"noise for 8 tokens, there are 4"):
         encoder(fbank, frames, masks=_noise(Encoder(_PATCH, _SHAPE)))
     with pytest.raises(ValueError, match=r"needs masks"):
