@@ -12,8 +12,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
@@ -72,13 +72,29 @@ def fit(
         run_config=_storage(place, name, scale, attempt),
     )
     try:
-        result = interruptible(trainer.fit, attempt).return_value
+        done = interruptible(trainer.fit, attempt)
     except ray.train.TrainingFailedError as error:
         attempt.check()
         raise _explained(error, place, said) from error
-    if isinstance(result, _Failure):
-        raise result.error
-    return result
+    if isinstance(done.return_value, _Failure):
+        raise done.return_value.error
+    _drop_uncounted(place.below(name), done.best_checkpoints or [], attempt)
+    return done.return_value
+
+
+def _drop_uncounted(folder: Location, counted: Sequence[tuple[Any, Any]], attempt: Attempt) -> None:
+    """Remove checkpoints of workers that were killed or cut off before they had told of them.
+
+    Ray removes those it was told of alone, so these would stay for ever.
+    """
+    names = {PurePosixPath(checkpoint.path).name for checkpoint, _ in counted}
+    if not names:
+        return
+    with storage_failures_ignored():  # The run is done; room on storage is not worth its failure.
+        attempt.check()
+        for found in folder.entries():
+            if found.startswith("checkpoint_") and found not in names:
+                folder.remove_tree(found)
 
 
 def _storage(place: Location, name: str, scale: ScaleConfig, attempt: Attempt) -> Any:

@@ -205,11 +205,16 @@ def test_a_worker_that_dies_costs_no_bit_of_the_result(
     weights, metrics = run_ranks(2, functools.partial(_plain_ranks, store, tmp_path))[0]
     killed = threading.Event()
     out = tmp_path / "disturbed"
+    # As a worker leaves it that is killed between its upload and the report of it.
+    uncounted = out / "pretrain" / "checkpoint_1999-12-31_23-59-59.000000"
+    uncounted.mkdir(parents=True)
     killer = threading.Thread(target=_kill_a_worker, args=(out, killed), daemon=True)
     killer.start()
     again, resumed = _pretrain(store, out)
     killer.join()
     assert killed.is_set(), "no worker was there to be killed"
+    assert not uncounted.exists()
+    assert len(list((out / "pretrain").glob("checkpoint_*/state.pt"))) == 2
     assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
     assert any("clustering/inertia" in line for line in metrics)
     for a, b in zip(metrics, resumed, strict=True):
