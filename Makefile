@@ -35,7 +35,7 @@ test: $(STAMP) browser box lint types
 test-cluster: $(STAMP) box
 	@command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && \
 	  apt-get install -qq -y --no-install-recommends postgresql python3-psycopg2 >/dev/null 2>&1; true
-	$(BIN)/python -m pytest -m cluster tests/deploy $(ARGS)
+	$(BIN)/python -m pytest -m cluster -s tests/deploy $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -92,8 +92,10 @@ def _drop_uncounted(folder: Location, counted: Sequence[tuple[Any, Any]], attemp
         return
     with storage_failures_ignored():  # The run is done; room on storage is not worth its failure.
         attempt.check()
-        for found in folder.entries():
-            if found.startswith("checkpoint_") and found not in names:
+        # Ray's own list is a file beside them, whose name begins like theirs.
+        files = {PurePosixPath(entry["name"]).name for entry in folder.ls()}
+        for found in set(folder.entries()) - names - files:
+            if found.startswith("checkpoint_"):
                 folder.remove_tree(found)
 
 

@@ -215,6 +215,7 @@ def test_a_worker_that_dies_costs_no_bit_of_the_result(
     assert killed.is_set(), "no worker was there to be killed"
     assert not uncounted.exists()
     assert len(list((out / "pretrain").glob("checkpoint_*/state.pt"))) == 2
+    assert (out / "pretrain" / "checkpoint_manager_snapshot.json").exists(), "Ray's list of them"
     assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
     assert any("clustering/inertia" in line for line in metrics)
     for a, b in zip(metrics, resumed, strict=True):
