@@ -207,6 +207,9 @@ class ConfusionConfig(Frozen):
     """Exponent on the relative confusion degree; 0 turns weighting off (plain cross-entropy)."""
     w_max: float = Field(10.0, ge=1)
     """Largest weight of a confused pair."""
+    pseudo_counts: float = Field(0.0, ge=0)
+    """Confusions added to every pair of classes: how many it takes to believe in any (additive
+    smoothing)."""
     ramp_epochs: float = Field(2.0, ge=0)
     """Epochs after the first labels over which gamma grows to its value."""
     ema_per_epoch: float = Field(0.5, ge=0, lt=1)
@@ -313,6 +316,9 @@ class FinetuneConfig(Frozen):
     """Weight of the loss of the audio and video streams (0: CAV-MAE's recipe)."""
     confusion: float = Field(1.0, ge=0)
     """gamma of the confusion-aware cross-entropy over true classes; 0: plain cross-entropy."""
+    confusion_pseudo_counts: float = Field(1.0, ge=0)
+    """`confusion.pseudo_counts` of fine-tuning: with few clips a class, or once they are no longer
+    confused, weights go to 1."""
     confusion_after_epochs: int = Field(1, ge=0)
     """Epochs before the confusion weights apply."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)

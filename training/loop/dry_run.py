@@ -140,4 +140,6 @@ def _labels(config: TrainingConfig, n: int, k: int, device: torch.device) -> Lab
     }
     uniform_KK = torch.full((k, k), 1.0 / k, device=device)
     labels_B = torch.randint(0, k, (n,), device=device)
-    return Labels(labels_B, prototypes, streams, ConfusionState(uniform_KK, config.confusion))
+    clips_K = torch.ones(k, device=device)
+    state = ConfusionState(uniform_KK, clips_K, config.confusion)
+    return Labels(labels_B, prototypes, streams, state)

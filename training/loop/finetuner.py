@@ -77,18 +77,22 @@ class Finetuner:
             keep=lambda content: self.hooks.failed(content),
             state=self.state_dict,
         )
-        self.confusion = self._uniform_confusion()
+        self.confusion = self._uniform_confusion(index)
         self.confusion_step = 0
         """Of the last update of the confusion matrix."""
         self.averages: dict[str, Tensor] = {}
         self.n_averaged = 0
 
-    def _uniform_confusion(self) -> ConfusionState:
+    def _uniform_confusion(self, index: RowIndex) -> ConfusionState:
         shape = (self.n_classes, self.n_classes)
         uniform_CC = torch.full(shape, 1.0 / self.n_classes, device=self.world.device)
-        gamma = {"gamma": self.tuning.confusion}
-        confusion = self.config.confusion.model_copy(update=gamma)
-        return ConfusionState(uniform_CC, confusion, self.config.seed)
+        clips_C = torch.bincount(torch.from_numpy(index.labels_N), minlength=self.n_classes)
+        own = {
+            "gamma": self.tuning.confusion,
+            "pseudo_counts": self.tuning.confusion_pseudo_counts,
+        }
+        confusion = self.config.confusion.model_copy(update=own)
+        return ConfusionState(uniform_CC, clips_C, confusion, self.config.seed)
 
     def run(self, state: dict[str, Any] | None = None) -> dict[str, float]:
         """Train to the end, from `state` if given. Returns: the metrics of the last log."""

@@ -175,7 +175,9 @@ class Labelling:
     def _enforce(self, head: HeadLabels) -> Labels:
         prototypes = {s: self._on_device(m) for s, m in head.prototypes.items()}
         confusion_KK = self._on_device(head.confusion_KK)
-        state = ConfusionState(confusion_KK, self.config.confusion, self.config.seed)
+        labels_N = torch.from_numpy(head.labels_N[head.labels_N >= 0].astype(np.int64))
+        clips_K = torch.bincount(labels_N, minlength=len(confusion_KK))
+        state = ConfusionState(confusion_KK, clips_K, self.config.confusion, self.config.seed)
         nobody = torch.empty(0, dtype=torch.int64, device=self.world.device)
         labels = Labels(nobody, prototypes, head.teaches, state)
         self.heads.append(head)

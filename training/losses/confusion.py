@@ -79,12 +79,17 @@ class ConfusionState:
     """The running confusion matrix of one clustering head, and its weights.
 
     Args: confusion_KK: the estimate published with the round, from the whole bank under the new
-        prototypes; it stands until training has seen enough to move it. seed: of the control
-        `shuffled`.
+        prototypes; it stands until training has seen enough to move it. clips_K: clips that have
+        each label, which the estimate rests on. seed: of the control `shuffled`.
     """
 
-    def __init__(self, confusion_KK: Tensor, config: ConfusionConfig, seed: int = 0) -> None:
+    def __init__(
+        self, confusion_KK: Tensor, clips_K: Tensor, config: ConfusionConfig, seed: int = 0
+    ) -> None:
         self.config, self.seed = config, seed
+        self.prior_K1 = (
+            config.pseudo_counts / clips_K.to(confusion_KK).double().clamp_min(1)[:, None]
+        )
         self.confusion_KK = confusion_KK.detach().double().clone()
         n_classes = confusion_KK.shape[0]
         # sums of posteriors by label, the last column counts clips: one tensor, one all-reduce
@@ -127,7 +132,9 @@ class ConfusionState:
         self.sums_KK1.zero_()
         ramp = since_labels_epochs / self.config.ramp_epochs if self.config.ramp_epochs else 1.0
         gamma = self.config.gamma * min(max(ramp, 0.0), 1.0)
-        weights_KK = confusion_weights(self.confusion_KK, gamma, self.config.w_max)
+        # Without evidence all pairs are as confused as another, and every weight is 1.
+        smoothed_KK = self.confusion_KK + self.prior_K1
+        weights_KK = confusion_weights(smoothed_KK, gamma, self.config.w_max)
         if self.config.weights != "degree":
             weights_KK = control_weights(weights_KK, self.config.weights, self.seed)
         self.weights_KK = weights_KK.float()

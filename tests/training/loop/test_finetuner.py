@@ -107,6 +107,21 @@ def test_confusion_weights_apply_after_their_epoch() -> None:
     assert any(not torch.equal(a, b) for a, b in pairs)
 
 
+def test_few_clips_of_a_class_are_little_evidence_of_whom_it_is_confused_with() -> None:
+    """As they are in the train split, not as often as a balanced draw shows them."""
+    index = memory_index()
+    labels_NL = index.labels_NL.copy()
+    labels_NL[np.flatnonzero(index.labels_N == 0)[1:]] = 1
+    uneven = replace(index, labels_NL=labels_NL)
+    tuner = make_tuner(finetune_config(balanced=True, confusion_pseudo_counts=3), index=uneven)
+    clips_C = np.bincount(uneven.labels_N)
+    assert clips_C[0] == 1
+    assert tuner.confusion.prior_K1[:, 0].tolist() == (3 / clips_C).tolist()
+    doubting = make_tuner(finetune_config(confusion_pseudo_counts=1e6))
+    doubting.run()
+    assert 1.0 <= float(doubting.confusion.weights_KK.max()) < 1.001
+
+
 def test_confusion_is_counted_over_clips_that_met_nobody() -> None:
     """A mixed clip is taken for either class, which confuses nobody."""
     tuner = make_tuner(finetune_config(mixup=0.5))

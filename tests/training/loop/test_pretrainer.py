@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.memory import N_CLIPS, memory_index
@@ -361,3 +362,14 @@ def test_labels_that_are_gone_are_missed_at_once(tmp_path: Path) -> None:
         refuse_lost_labels(state, uri)
     with pytest.raises(TrainingError, match=r"diccae 0\.1"):
         refuse_lost_labels({**state, "labelling": {"heads": []}}, uri)
+
+
+def test_small_clusters_are_little_evidence_of_whom_they_are_confused_with(tmp_path: Path) -> None:
+    config = pretrain_config(confusion={"pseudo_counts": 2.0})
+    trainer, _ = make_trainer(config, tmp_path)
+    trainer.run()
+    for head, labels in zip(trainer.labelling.heads, trainer.labelling.in_force, strict=True):
+        clips_K = np.bincount(head.labels_N, minlength=len(labels.confusion.weights_KK))
+        expected = 2.0 / np.maximum(clips_K, 1)
+        assert labels.confusion.prior_K1[:, 0].tolist() == expected.tolist()
+    assert trainer.labelling.heads

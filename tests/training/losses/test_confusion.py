@@ -14,6 +14,7 @@ from training.losses.confusion import (
 )
 
 _K = 5
+_CLIPS = torch.full((_K,), 20)
 
 
 def _matrix(seed: int = 0, n_classes: int = _K) -> torch.Tensor:
@@ -71,7 +72,7 @@ def test_gamma_and_w_max_out_of_range_are_refused():
 
 def test_one_epoch_leaves_the_configured_share_of_the_old_estimate():
     old, new = _matrix(1), _matrix(2)
-    state = ConfusionState(old, ConfusionConfig(ema_per_epoch=0.25))
+    state = ConfusionState(old, _CLIPS, ConfusionConfig(ema_per_epoch=0.25))
     state.accumulate(new, torch.arange(_K))
     state.update(1.0, since_labels_epochs=1)
     torch.testing.assert_close(state.confusion_KK, 0.25 * old + 0.75 * new)
@@ -80,7 +81,7 @@ def test_one_epoch_leaves_the_configured_share_of_the_old_estimate():
 @pytest.mark.parametrize("updates", [2, 7, 50])
 def test_an_epoch_counts_the_same_however_often_it_is_updated(updates):
     old, new = _matrix(1), _matrix(2)
-    state = ConfusionState(old, ConfusionConfig(ema_per_epoch=0.5))
+    state = ConfusionState(old, _CLIPS, ConfusionConfig(ema_per_epoch=0.5))
     for _ in range(updates):
         state.accumulate(new, torch.arange(_K))
         state.update(1 / updates, since_labels_epochs=1)
@@ -89,7 +90,7 @@ def test_an_epoch_counts_the_same_however_often_it_is_updated(updates):
 
 def test_a_class_seen_late_catches_up_on_the_epochs_it_missed():
     old, new = _matrix(1), _matrix(2)
-    state = ConfusionState(old, ConfusionConfig(ema_per_epoch=0.5))
+    state = ConfusionState(old, _CLIPS, ConfusionConfig(ema_per_epoch=0.5))
     state.accumulate(new[:2], torch.tensor([0, 1]))
     state.update(1.0, since_labels_epochs=1)
     torch.testing.assert_close(state.confusion_KK[2:], old[2:])
@@ -101,7 +102,7 @@ def test_a_class_seen_late_catches_up_on_the_epochs_it_missed():
 
 def test_rows_are_means_over_clips_and_ignore_unlabelled_ones():
     posteriors = torch.softmax(torch.randn(6, _K).double(), 1)
-    state = ConfusionState(_matrix(), ConfusionConfig(ema_per_epoch=0))
+    state = ConfusionState(_matrix(), _CLIPS, ConfusionConfig(ema_per_epoch=0))
     state.accumulate(posteriors[:4], torch.tensor([3, -100, 3, 0]))
     state.accumulate(posteriors[4:], torch.tensor([3, -100]))
     state.update(1.0, since_labels_epochs=1)
@@ -112,7 +113,7 @@ def test_rows_are_means_over_clips_and_ignore_unlabelled_ones():
 
 
 def test_static_keeps_the_published_matrix():
-    state = ConfusionState(_matrix(1), ConfusionConfig(update="static", ramp_epochs=0))
+    state = ConfusionState(_matrix(1), _CLIPS, ConfusionConfig(update="static", ramp_epochs=0))
     state.accumulate(_matrix(2), torch.arange(_K))
     state.update(1.0, since_labels_epochs=1)
     assert torch.equal(state.confusion_KK, _matrix(1))
@@ -121,10 +122,29 @@ def test_static_keeps_the_published_matrix():
 
 @pytest.mark.parametrize(("since", "gamma"), [(0.0, 0.0), (1.0, 1.0), (2.0, 2.0), (9.0, 2.0)])
 def test_gamma_ramps_in_after_the_first_labels(since, gamma):
-    state = ConfusionState(_matrix(), ConfusionConfig(gamma=2, ramp_epochs=2, update="static"))
+    state = ConfusionState(
+        _matrix(), _CLIPS, ConfusionConfig(gamma=2, ramp_epochs=2, update="static")
+    )
     state.update(0.1, since_labels_epochs=since)
     expected = confusion_weights(_matrix(), gamma, 10.0).float()
     torch.testing.assert_close(state.weights_KK, expected)
+
+
+def test_pseudo_counts_need_as_many_confusions_before_a_weight_leaves_one() -> None:
+    """Of 10 clips of class 0, four are taken for class 1; twice as many clips are twice the
+    evidence."""
+    confused = torch.eye(3).double()
+    confused[0] = torch.tensor([0.6, 0.4, 0.0])
+    found = {}
+    for n in (10, 20, 10**9):
+        config = ConfusionConfig(pseudo_counts=2, ramp_epochs=0, update="static")
+        state = ConfusionState(confused, torch.full((3,), n), config)
+        state.update(0.1, since_labels_epochs=1)
+        found[n] = float(state.weights_KK[0, 1])
+    # D_01 = 0.4 / 2 + 2 / n, D_02 = 2 / n; the weight is D_01 over their mean
+    assert found[10] == pytest.approx(0.4 / 0.3)
+    assert found[20] == pytest.approx(0.3 / 0.2)
+    assert found[10**9] == pytest.approx(2.0)
 
 
 def test_mean_confusion_degree_is_the_mass_on_wrong_classes():
@@ -134,11 +154,11 @@ def test_mean_confusion_degree_is_the_mass_on_wrong_classes():
 
 def test_a_restored_state_goes_on_exactly():
     config = ConfusionConfig()
-    state = ConfusionState(_matrix(1), config)
+    state = ConfusionState(_matrix(1), _CLIPS, config)
     state.accumulate(_matrix(2)[:2], torch.tensor([0, 1]))
     state.update(0.3, since_labels_epochs=0.3)
     state.accumulate(_matrix(3), torch.arange(_K))
-    restored = ConfusionState(_matrix(9), config)
+    restored = ConfusionState(_matrix(9), _CLIPS, config)
     restored.load_state_dict(state.state_dict())
     for each in (state, restored):
         each.accumulate(_matrix(4), torch.arange(_K))
@@ -154,10 +174,10 @@ def _confusion_of_ranks(rank: int, size: int) -> dict[str, torch.Tensor]:
     posteriors_BK = torch.rand(48, 4, generator=torch.Generator().manual_seed(5)).softmax(1)
     labels_B = torch.arange(48) % 4
     mine = slice(rank * 48 // size, (rank + 1) * 48 // size)
-    state = ConfusionState(torch.eye(4), config)
+    state = ConfusionState(torch.eye(4), torch.full((4,), 12), config)
     state.accumulate(posteriors_BK[mine], labels_B[mine])
     saved = state.state_dict()
-    resumed = ConfusionState(torch.eye(4), config)
+    resumed = ConfusionState(torch.eye(4), torch.full((4,), 12), config)
     resumed.load_state_dict(saved)
     for each in (state, resumed):
         each.accumulate(posteriors_BK[mine].flip(1), labels_B[mine])
@@ -197,7 +217,7 @@ def test_a_control_is_what_the_state_weighs_with() -> None:
     found = {}
     for name in ("degree", "shuffled"):
         config = ConfusionConfig.model_validate({"weights": name, "ramp_epochs": 0})
-        state = ConfusionState(_matrix(), config, seed=1)
+        state = ConfusionState(_matrix(), _CLIPS, config, seed=1)
         state.update(1.0, since_labels_epochs=1)
         found[name] = state.weights_KK
     assert not torch.equal(found["degree"], found["shuffled"])

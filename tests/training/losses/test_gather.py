@@ -33,7 +33,8 @@ def _step(rank: int, n_ranks: int) -> dict[str, torch.Tensor]:
     fbank = torch.randn(_CLIPS, 32, 16).double()
     frames = torch.randn(_CLIPS, 1, 3, 32, 32).double()
     prototypes = {s: torch.randn(_CLASSES, 8).double() for s in STREAMS}
-    state = ConfusionState(torch.softmax(torch.randn(_CLASSES, _CLASSES), 1), ConfusionConfig())
+    confusion = torch.softmax(torch.randn(_CLASSES, _CLASSES), 1)
+    state = ConfusionState(confusion, torch.ones(_CLASSES), ConfusionConfig())
     state.update(0.0, since_labels_epochs=9)
     rows = [slice(r * _CLIPS // n_ranks, (r + 1) * _CLIPS // n_ranks) for r in range(n_ranks)]
     share = RankShare(tuple(each.stop - each.start for each in rows), rank)

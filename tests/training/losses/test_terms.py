@@ -125,7 +125,8 @@ def test_confusion_loss_equals_its_definition(h, prototypes, labels, weights, te
 
 
 def test_gamma_zero_is_exactly_cross_entropy(h, prototypes, labels):
-    state = ConfusionState(torch.softmax(_unit(_K, _K, seed=3), 1), ConfusionConfig(gamma=0))
+    confusion = torch.softmax(_unit(_K, _K, seed=3), 1)
+    state = ConfusionState(confusion, torch.ones(_K), ConfusionConfig(gamma=0))
     state.update(0.1, since_labels_epochs=9)
     found = confusion_loss(h, prototypes, labels, _TAU, state.weights_KK, ("audio",)).loss
     logits = h["audio"] @ prototypes["audio"].T / _TAU
@@ -139,7 +140,7 @@ def test_permuting_cluster_ids_changes_nothing(h, prototypes, labels):
     old_of_new = new_of_old.argsort()
 
     def gradients(confusion, posteriors, prototypes, labels):
-        state = ConfusionState(confusion, ConfusionConfig(ramp_epochs=0))
+        state = ConfusionState(confusion, torch.ones(_K), ConfusionConfig(ramp_epochs=0))
         state.accumulate(posteriors, labels)
         state.update(0.5, since_labels_epochs=1)
         conf = confusion_loss(h, prototypes, labels, _TAU, state.weights_KK, STREAMS).loss
