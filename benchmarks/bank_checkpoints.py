@@ -97,7 +97,7 @@ def confusion_bytes(rank: int, n_ranks: int, store: str, ks: list[int]) -> None:
     file = dist.FileStore(store, n_ranks)
     dist.init_process_group("gloo", store=file, rank=rank, world_size=n_ranks)
     for k in ks:
-        state = ConfusionState(torch.eye(k), ConfusionConfig())
+        state = ConfusionState(torch.eye(k), torch.ones(k), ConfusionConfig())
         state.accumulate(torch.full((_STEP_ROWS, k), 1 / k), torch.arange(_STEP_ROWS) % k)
         size = sum(value.nbytes for value in state.state_dict().values())
         began = time.perf_counter()

@@ -42,7 +42,7 @@ def terms_seconds(clips: int, classes: int, repeats: int, device: str) -> float:
     h = {s: unit(clips, _PROJECTION).requires_grad_() for s in STREAMS}
     prototypes = {s: unit(classes, _PROJECTION) for s in STREAMS}
     confusion = torch.softmax(torch.randn(classes, classes, device=device), 1)
-    state = ConfusionState(confusion, ConfusionConfig())
+    state = ConfusionState(confusion, torch.ones(len(confusion)), ConfusionConfig())
     labels = torch.randint(classes, (clips,), device=device)
 
     def step(number: int) -> None:
