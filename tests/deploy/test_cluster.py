@@ -256,7 +256,7 @@ def test_a_training_pod_that_was_cut_off_and_came_back_changes_no_bit(
     """In the middle of a checkpoint, until the run goes on without it on another pod: each side has
     taken the other for dead."""
     (train,) = [g for g in cluster.spec["workerGroupSpecs"] if g["groupName"] == "train-gpu"]
-    spare = cluster.add_worker(train)
+    cluster.add_worker(train)  # A spare one, which may be the one that is cut off.
     until(lambda: cluster.state(), cluster.is_ready, READY_S)
     progress = "cut/pretrain/checkpoint_2"  # Its year; Ray's list of them begins like them.
     cut = Cut(box, progress, writer, after="cut/rounds/bank-00000008/", sign=progress)
@@ -277,7 +277,7 @@ def test_a_training_pod_that_was_cut_off_and_came_back_changes_no_bit(
     counted = (tmp_path / "cut/pretrain/checkpoint_manager_snapshot.json").read_text()
     assert "checkpoint_2" in counted
     assert not [name for name in late if PurePosixPath(name).parent.name in counted]
-    cluster.remove_worker(spare)
+    cluster.remove_worker(of_group("train-gpu")(cluster))
 
 
 def test_an_attempt_that_was_cut_off_and_came_back_writes_nothing_any_more(
