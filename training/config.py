@@ -314,8 +314,9 @@ class FinetuneConfig(Frozen):
     """Global batch."""
     auxiliary: float = Field(0.3, ge=0)
     """Weight of the loss of the audio and video streams (0: CAV-MAE's recipe)."""
-    confusion: float = Field(1.0, ge=0)
-    """gamma of the confusion-aware cross-entropy over true classes; 0: plain cross-entropy."""
+    confusion: float = Field(0.0, ge=0)
+    """gamma of the confusion-aware cross-entropy over true classes; 0: plain cross-entropy
+    (docs/experiments.md, 13)."""
     confusion_pseudo_counts: float = Field(1.0, ge=0)
     """`confusion.pseudo_counts` of fine-tuning: with few clips a class, or once they are no longer
     confused, weights go to 1."""

@@ -120,6 +120,7 @@ def finetune_config(**tuning: Any) -> TrainingConfig:
             "finetune": {
                 "epochs": 3,
                 "batch_size": 16,
+                "confusion": 1.0,
                 "optim": {"lr": 2e-3, "head_lr_scale": 1.0, "warmup_epochs": 0},
                 **tuning,
             },
