@@ -5,12 +5,12 @@ Invariant: no secret can be written in it, only the names of the secrets the clu
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deploy.errors import ManifestError
 
@@ -119,7 +119,7 @@ class ClusterConfig(Frozen):
         "RAY_JOB_STOP_WAIT_TIME_S": "120",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
-    """Variables of every pod; nothing secret."""
+    """Variables of every pod, beside these; nothing secret. null takes one of these away."""
     head: GroupConfig = GroupConfig(
         cpus=4, memory_gib=16, min_nodes=1, max_nodes=1, instance="m6i.xlarge"
     )
@@ -154,6 +154,22 @@ class ClusterConfig(Frozen):
     token_file: str = Field("~/.ray/auth_token", pattern=r"^[\w./~-]+$")
     """File of this machine that `ray up` copies to the nodes."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_not_named_keeps_its_default(cls, given: Any) -> Any:
+        """A group or `env` that names some of its keys says nothing of the others."""
+        if not isinstance(given, Mapping):
+            return given
+        whole = dict(given)
+        for name in ("env", "head", "decode", "train"):
+            if isinstance(own := whole.get(name), Mapping):
+                default = cls.model_fields[name].default
+                known = default if isinstance(default, dict) else default.model_dump()
+                whole[name] = {**known, **own}
+        if isinstance(env := whole.get("env"), Mapping):
+            whole["env"] = {key: value for key, value in env.items() if value is not None}
+        return whole
+
     @model_validator(mode="after")
     def _no_literal_secret(self) -> "ClusterConfig":
         found = sorted(key for key in self.env if SECRET_NAMES.search(key))
@@ -177,12 +193,15 @@ class ClusterConfig(Frozen):
 def read_config(path: str | None, command: Sequence[str] = ()) -> ClusterConfig:
     """The cluster that a YAML file describes, for this command if one is given.
 
-    Raises: ManifestError for a file that cannot be read, or a key or value that is not allowed.
+    Raises: ManifestError for a file that cannot be read or is no mapping; ValidationError for a key
+        or value that is not allowed.
     """
-    given: dict[str, Any] = {}
+    given: Any = {}
     try:
         if path is not None:
             given = yaml.safe_load(Path(path).read_text()) or {}
-        return ClusterConfig.model_validate(given | ({"command": command} if command else {}))
-    except (ValidationError, OSError, yaml.YAMLError) as error:
-        raise ManifestError(f"{path or 'the command'}: {error}") from None
+    except (OSError, yaml.YAMLError) as error:
+        raise ManifestError(f"{path}: {error}") from None
+    if not isinstance(given, dict):
+        raise ManifestError(f"{path}: found a {type(given).__name__}, expected keys and values")
+    return ClusterConfig.model_validate(given | ({"command": command} if command else {}))

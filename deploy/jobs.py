@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from deploy.command_line import values_of
 from deploy.connect import Cluster, connect
 from deploy.errors import ClusterUnreachable, DeployError
 
@@ -51,7 +52,8 @@ class Job(NamedTuple):
 
 def facts(args: Sequence[str]) -> dict[str, str]:
     """What a job's metadata say of `diccae <args>`; a manifest's job is told by its command."""
-    return {"diccae.command": shlex.join(args), "diccae.out": _option(args, "--out")}
+    out = values_of(args, "--out")
+    return {"diccae.command": shlex.join(args), "diccae.out": out[-1] if out else ""}
 
 
 def jobs(address: str) -> list[Job]:
@@ -239,17 +241,6 @@ def _known(cluster: Cluster, job_id: str) -> str:
     near = difflib.get_close_matches(job_id, [job.id for job in known], _NAMED, cutoff=0.75)
     last = ", ".join(f"{job.id} ({job.command.split(' ')[0]}, {job.state})" for job in known[:3])
     return (f"did you mean {' or '.join(near)}? " if near else "") + f"its last: {last}"
-
-
-def _option(args: Sequence[str], name: str) -> str:
-    """The last value of `--name X` or `--name=X`."""
-    found = ""
-    for i, word in enumerate(args):
-        if word == name and i + 1 < len(args):
-            found = args[i + 1]
-        elif word.startswith(f"{name}="):
-            found = word.partition("=")[2]
-    return found
 
 
 def _first_line(error: BaseException) -> str:

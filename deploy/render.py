@@ -5,13 +5,13 @@ value enters it as JSON, which YAML reads as exactly that value.
 Invariant: every name of a template is filled, and what is filled is used.
 """
 
-import itertools
 import json
 import shlex
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from deploy.command_line import values_of
 from deploy.config import ClusterConfig, GroupConfig
 from deploy.errors import ManifestError
 
@@ -137,7 +137,7 @@ def _refuse_runs_in_one_pod(config: ClusterConfig) -> None:
     Raises: ManifestError.
     """
     for option in ("--out", "--store"):
-        for path in _given(config.command, option):
+        for path in values_of(config.command, option):
             if "://" in path:
                 continue
             shared = config.shared_claim is not None
@@ -153,12 +153,6 @@ def _refuse_runs_in_one_pod(config: ClusterConfig) -> None:
                 )
                 + ", or in a bucket (s3://...)"
             )
-
-
-def _given(command: tuple[str, ...], option: str) -> list[str]:
-    """Values of an option, given as `--out X` or `--out=X`."""
-    apart = [value for name, value in itertools.pairwise(command) if name == option]
-    return apart + [w.partition("=")[2] for w in command if w.startswith(f"{option}=")]
 
 
 def _group_values(name: str, group: GroupConfig) -> dict[str, Any]:

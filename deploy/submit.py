@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from deploy.command_line import values_of
 from deploy.connect import Cluster, connect
 from deploy.errors import DeployError
 from deploy.jobs import Say, facts, how_to, stay_with
@@ -49,6 +50,7 @@ def submit(
     if not args:
         raise DeployError("nothing to run: diccae submit --address URL -- pretrain --config FILE")
     selection = select_files(Path(working_dir), excludes)
+    _refuse_what_goes_with_the_job(args, selection)
     cluster = connect(address)
     _compare_versions(cluster, say)
     with tempfile.TemporaryDirectory(prefix="diccae-package-") as scratch:
@@ -104,11 +106,34 @@ def _summary(left_out: list[tuple[str, str]], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def _refuse_what_goes_with_the_job(args: Sequence[str], selection: Selection) -> None:
+    """Refuse what the job would write into its copy of the code, which Ray removes, and which is
+    another one as soon as a file has changed, and a store that it would not find there.
+
+    Raises: DeployError.
+    """
+    sent = _sent(selection)
+    for option in ("--out", "--store"):
+        for path in values_of(args, option):
+            if "://" in path or os.path.isabs(path):
+                continue
+            if option == "--store" and args[0] != "ingest" and os.path.normpath(path) in sent:
+                continue
+            raise DeployError(
+                f"{option} {path}: a folder of the job's own copy of the code, which is gone when "
+                "the job is; name a bucket (s3://...), or a whole path that all nodes reach"
+            )
+
+
+def _sent(selection: Selection) -> set[str]:
+    return {parent for file in selection.files for parent in (file.name, *_parents(file.name))}
+
+
 def _paths_of_this_machine(
     args: Sequence[str], folder: Path, selection: Selection
 ) -> Iterator[str]:
     """Arguments that name files which do not travel with the code."""
-    sent = {parent for file in selection.files for parent in (file.name, *_parents(file.name))}
+    sent = _sent(selection)
     for arg in args:
         value = arg.partition("=")[2] if arg.startswith("--") else arg
         path = folder / value

@@ -7,44 +7,51 @@ is refused on the command line too, with exit code 2.
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
-from pydantic import ValidationError, create_model
+from pydantic import BaseModel, ValidationError, create_model
 
+from deploy.command_line import values_of
 from diccae.config import RunConfig, explain, load_config
 from diccae.errors import UsageError
 
 Args = TypeVar("Args")
 
 
-def parse(
-    command: str,
-    arguments: type[Args],
-    argv: Sequence[str],
-    sections: Sequence[str] | None = None,
-    base: Callable[[Args], RunConfig | None] | None = None,
-) -> Args:
-    """Parse `argv` into the dataclass `arguments`.
+@dataclasses.dataclass(frozen=True)
+class Options(Generic[Args]):
+    """What a command can be told."""
 
-    A field named `run` holds the config: the file named by `--config`, with `--section.key value`
-    of the command line on top.
-    Args: sections: the only parts of the config this command has options for; None: all. base: the
-        config that the options go on top of instead, where that hangs on other arguments (a store's
-        own spec, a run's own config); None leaves it at `--config`.
-    Raises: UsageError for a value out of range; SystemExit(2) for a malformed command line.
-    """
-    try:
-        if not any(field.name == "run" for field in dataclasses.fields(arguments)):  # type: ignore[arg-type]
-            return _cli(arguments, command, argv)
-        names = list(sections) if sections is not None else list(RunConfig.model_fields)
-        parsed = _on_top(load_config(_config_path(argv)), command, arguments, argv, names)
-        under = base(parsed) if base is not None else None
-        # The same options are read on top of the other config: each of them still counts.
-        return parsed if under is None else _on_top(under, command, arguments, argv, names)
-    except ValidationError as error:
-        raise UsageError(explain(error, RunConfig)) from None
+    command: str
+    arguments: type[Args]
+    """Dataclass of its options. A field named `run` holds the config: the file named by `--config`,
+    with `--section.key value` of the command line on top."""
+    sections: Sequence[str] | None = None
+    """The only parts of the config it has options for; None: all."""
+
+    def parse(
+        self, argv: Sequence[str], base: Callable[[Args], RunConfig | None] | None = None
+    ) -> Args:
+        """The command line as `arguments`.
+
+        Args: base: the config that the options go on top of instead, where that hangs on other
+            arguments (a store's own spec, a run's own config); None leaves it at `--config`.
+        Raises: UsageError for a value out of range; SystemExit(2) for a malformed command line.
+        """
+        command, arguments = self.command, self.arguments
+        try:
+            if not any(field.name == "run" for field in dataclasses.fields(arguments)):  # type: ignore[arg-type]
+                return _cli(arguments, command, argv)
+            names = list(RunConfig.model_fields if self.sections is None else self.sections)
+            named = load_config(config_in(argv))
+            parsed = _on_top(named, command, arguments, argv, names)
+            under = base(parsed) if base is not None else None
+            # The same options are read on top of the other config: each of them still counts.
+            return parsed if under is None else _on_top(under, command, arguments, argv, names)
+        except ValidationError as error:
+            raise UsageError(explain(error, RunConfig)) from None
 
 
 def _on_top(
@@ -70,10 +77,12 @@ def _on_top(
 
 
 def _cli(arguments: type[Args], command: str, argv: Sequence[str]) -> Args:
+    words = _gathered(argv, set(_of_any_number(get_type_hints(arguments))))
+
     def parsed() -> Args:
         return tyro.cli(
             arguments,
-            args=list(argv),
+            args=words,
             prog=f"diccae {command}",
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
         )
@@ -106,10 +115,39 @@ def _part_of(base: RunConfig, names: Sequence[str]) -> Any:
     return create_model("Config", **fields).model_construct(**{n: getattr(base, n) for n in names})
 
 
-def _config_path(argv: Sequence[str]) -> str | None:
-    for i, arg in enumerate(argv):
-        if arg == "--config" and i + 1 < len(argv):
-            return argv[i + 1]
-        if arg.startswith("--config="):
-            return arg.removeprefix("--config=")
-    return None
+def config_in(words: Sequence[str]) -> str | None:
+    """The file that a command line names with `--config`."""
+    found = values_of(words, "--config")
+    return found[-1] if found else None
+
+
+def _gathered(argv: Sequence[str], several: Collection[str]) -> list[str]:
+    """A repeated option of any number of values as one with all of them: `--env A --env B` as
+    `--env A B`, of which tyro would take B alone."""
+    kept: list[str] = []
+    values: dict[str, list[str]] = {}
+    taking: list[str] | None = None
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") in several:
+            name = name.replace("_", "-")
+            taking = values.setdefault(name, [])
+            taking.extend([value] if equals else [])
+        elif word.startswith("--"):
+            taking = None
+            kept.append(word)
+        else:
+            (kept if taking is None else taking).append(word)
+    return kept + [word for name, given in values.items() for word in (name, *given)]
+
+
+def _of_any_number(fields: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
+    """Options that take any number of values, by the types of their fields."""
+    for name, kind in fields.items():
+        option = prefix + name.replace("_", "-")
+        if get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis:
+            yield option
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            inner = {key: field.annotation for key, field in kind.model_fields.items()}
+            # Sections of the config are options as they are, without `run.` before them.
+            yield from _of_any_number(inner, prefix if name == "run" else f"{option}.")

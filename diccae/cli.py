@@ -4,41 +4,19 @@ Knows nothing of what the subcommands do; imports nothing heavy, so that `--help
 Invariant: every path out of here is one of the exit codes below.
 """
 
-import importlib
 import os
 import re
 import signal
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from diccae import __version__
+from diccae.errors import UsageError
+from diccae.subcommands import COMMANDS, module_of
 
 OK, ERROR, USAGE, TOO_MANY_FAILURES, LOCKED, INTERRUPTED = 0, 1, 2, 3, 4, 130
-
-COMMANDS = {
-    "demo": "generate clips, ingest, pretrain, fine-tune, evaluate, report: all of it, once",
-    "synth": "write labelled clips in confusable pairs",
-    "ingest": "raw clips -> feature store, only what is new or changed",
-    "store": "status, failures, quality, stats, verify, compact, vacuum, unpin, export of a store",
-    "pretrain": "feature store -> encoder, with clustering rounds beside it",
-    "finetune": "encoder -> classifier",
-    "evaluate": "top-1, probes, retrieval, confusions -> results.json",
-    "predict": "clips -> classes, how sure, what they are confused with; no store needed",
-    "compare": "two runs, or a run and another project's predictions, clip by clip",
-    "ablate": "what each part of DICCAE is worth: variants, seeds, paired differences",
-    "weights": "published weights -> run, encoder or classifier -> CAV-MAE's layout",
-    "embed": "feature store + encoder -> Parquet of vectors",
-    "cluster": "exact distributed k-means over any Parquet of vectors",
-    "register": "run -> MLflow's registry, as a model that others load and serve",
-    "report": "run folder -> one HTML page",
-    "submit": "run any of these as a job on a Ray cluster",
-    "render": "manifests of a cluster that runs any of these (Kubernetes, cloud machines)",
-    "jobs": "what runs on a cluster, and what ran there",
-    "logs": "what a job says, while it runs and after",
-    "stop": "end a job; what it has done is kept",
-    "doctor": "check this machine, the cluster, the store and MLflow",
-}
 
 _EXIT_CODES = """exit codes: 0 ok, 1 error, 2 usage, 3 too many failed clips, 4 locked: another
             process writes there, 130 interrupted (what was done is kept; run it again to go on)"""
@@ -69,19 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("--version", "version"):
         print(__version__)
         return OK
-    if name not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        known = ", ".join(COMMANDS)
-        print(f"diccae: no command {name!r}.{hint} Commands: {known}", file=sys.stderr)
+    try:
+        command = module_of(name)
+    except UsageError as error:
+        print(f"diccae: {error}", file=sys.stderr)
         return USAGE
-    return _run(name, args[1:])
+    return _run(command, args[1:])
 
 
-def _run(name: str, argv: list[str]) -> int:
-    command = importlib.import_module(f"diccae.commands.{name}")
+def _run(command: ModuleType, argv: list[str]) -> int:
+    name = command.__name__.rpartition(".")[2]
     try:
         code = command.main(argv)
     except KeyboardInterrupt:

@@ -58,17 +58,26 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def load_config(path: str | Path | None) -> RunConfig:
-    """Read a YAML config; None gives the defaults.
+    """Read a YAML config, a path or a URI; None gives the defaults.
 
     Raises: UsageError naming the file, the key, what was found and what is allowed.
     """
     if path is None:
         return RunConfig()
     try:
-        return parse_config(Path(path).read_text(), path)
+        return parse_config(_text_at(path), path)
     except FileNotFoundError:
         known = ", ".join(sorted(p.name for p in SHIPPED.glob("*.yaml")))
         raise UsageError(f"{path}: no such config file. In {SHIPPED}: {known}") from None
+
+
+def _text_at(path: str | Path) -> str:
+    if "://" not in str(path):
+        return Path(path).read_text()
+    from pipeline.storage import place_of
+
+    place, name = place_of(str(path))
+    return place.read_bytes(name).decode()
 
 
 def parse_config(text: str, where: str | Path) -> RunConfig:

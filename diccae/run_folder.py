@@ -8,7 +8,6 @@ time, and one that was taken for dead writes nothing any more.
 import contextlib
 import json
 import logging
-import re
 import sys
 import threading
 import time
@@ -53,12 +52,8 @@ _LOOK_S = 0.5
 def run_place(out: str | Path) -> Location:
     """Where `--out` is: a folder of this machine, a bucket, or whatever else fsspec opens.
 
-    Raises: UsageError for `s3:/bucket`, which as a path would be the folder `./s3:/bucket`;
-    StoreError for a kind of place that there is not.
+    Raises: StoreError for a kind of place that there is not.
     """
-    if re.match(r"[A-Za-z][\w+.-]*:/(?!/)", str(out)):
-        scheme, _, rest = str(out).partition(":/")
-        raise UsageError(f"--out {out}: neither a path nor a URI; did you mean {scheme}://{rest}?")
     place = Location(out)
     # Workers run in other folders.
     return Location(Path(place.path).resolve()) if place.is_local else place

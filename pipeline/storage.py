@@ -7,6 +7,7 @@ appears there whole or not at all.
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -24,6 +25,7 @@ from pipeline.patience import DELTA_RETRIES, open_filesystem
 _LIBRARIES = ("_internal", "aiohttp", "botocore", "deltalake", "gcsfs", "google")
 """`_internal` is where deltalake says that its errors are from."""
 _UNFINISHED = ".unfinished-"
+_ONE_SLASH = re.compile(r"[A-Za-z][\w+.-]*:/(?!/)")
 _SLOW_S = 2.0
 _BLOCK_BYTES = 2**16
 """Read at a time by `open`: a checkpoint's few numbers lie in two places of it."""
@@ -37,8 +39,14 @@ class Location:
     """
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
-        """Raises: StoreError if fsspec knows no such kind of place, or lacks the package for it."""
+        """Raises: StoreError if fsspec knows no such kind of place, or lacks the package for it.
+
+        And for `s3:/bucket`, which as a path would be the folder `./s3:/bucket`.
+        """
         uri = os.fspath(uri)
+        if _ONE_SLASH.match(uri):
+            scheme, _, rest = uri.partition(":/")
+            raise StoreError(f"{uri}: neither a path nor a URI; did you mean {scheme}://{rest}?")
         try:
             self.fs, path = open_filesystem(uri)
         except (ImportError, ValueError) as error:

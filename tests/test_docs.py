@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tyro
 
-from diccae.cli import COMMANDS
+from diccae.subcommands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")])

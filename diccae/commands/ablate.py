@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from diccae.args import parse
+from diccae.args import Options
 from diccae.commands.pretrain import SECTIONS
 from diccae.config import RunConfig
 from diccae.errors import UsageError
@@ -59,9 +59,12 @@ class AblateArgs:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+OPTIONS = Options("ablate", AblateArgs, (*SECTIONS, "finetune", "evaluate"))
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("ablate", AblateArgs, argv, (*SECTIONS, "finetune", "evaluate"))
+    args = OPTIONS.parse(argv)
     from diccae.ablation.results import write_results
     from diccae.ablation.runs import prepare
     from diccae.ablation.side_by_side import SideBySide, run_side_by_side, test_side_by_side

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from clustering.config import KMeansConfig, PoolConfig
-from diccae.args import parse
+from diccae.args import Options
 from diccae.config import RunConfig, explain
 from diccae.errors import UsageError
 from diccae.reach import check_reach
@@ -42,9 +42,12 @@ class ClusterArgs:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+OPTIONS = Options("cluster", ClusterArgs, ("clustering", "pool"))
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("cluster", ClusterArgs, argv, ("clustering", "pool"))
+    args = OPTIONS.parse(argv)
     from clustering.vectors.cluster import cluster_vectors
 
     kmeans = _changed(args.run.clustering, k=args.k)

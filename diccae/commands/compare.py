@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from diccae.args import parse
+from diccae.args import Options
 from diccae.errors import UsageError
 from diccae.screen import say
 
@@ -31,9 +31,12 @@ class CompareArgs:
     """Print one JSON line, with every class and every clip left out."""
 
 
+OPTIONS = Options("compare", CompareArgs)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("compare", CompareArgs, argv)
+    args = OPTIONS.parse(argv)
     if not 1 <= len(args.runs) <= 2:
         raise UsageError(f"compare: found {len(args.runs)} runs; expected RUN_A RUN_B")
     if args.resamples < 100 or args.pairs < 0:

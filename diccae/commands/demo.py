@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diccae.args import parse
+from diccae.args import Options
 from diccae.config import SHIPPED, RunConfig, load_config
 from diccae.screen import say
 
@@ -24,6 +24,9 @@ class DemoArgs:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+OPTIONS = Options("demo", DemoArgs)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
 
@@ -31,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         name = "smoke.yaml" if args.data is None else "av-digits.yaml"
         return load_config(SHIPPED / name) if args.config is None else None
 
-    args = parse("demo", DemoArgs, argv, base=recipe)
+    args = OPTIONS.parse(argv, recipe)
     from diccae.commands.evaluate import results_table
     from diccae.run_folder import log_to_screen
     from diccae.stages.demo import run_demo

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diccae.args import parse
+from diccae.args import Options
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,12 @@ class DoctorArgs:
     """Print the checks as one JSON line."""
 
 
+OPTIONS = Options("doctor", DoctorArgs)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns: 1 if a check failed."""
-    args = parse("doctor", DoctorArgs, argv)
+    args = OPTIONS.parse(argv)
     from diccae.doctor.examine import run_doctor
 
     checks = run_doctor(args.store, args.mlflow_uri, args.address, args.config, args.init)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from diccae.args import parse
+from diccae.args import Options
 from diccae.config import RunConfig
 
 
@@ -30,9 +30,12 @@ class EmbedArgs:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+OPTIONS = Options("embed", EmbedArgs, ("data", "evaluate", "scale"))
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("embed", EmbedArgs, argv, ("data", "evaluate", "scale"), _as_trained)
+    args = OPTIONS.parse(argv, _as_trained)
     from diccae.reach import check_reach
     from diccae.resources import check_fits, start_ray
     from diccae.stages.evaluate import inference_demands

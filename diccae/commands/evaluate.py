@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from diccae.args import parse
+from diccae.args import Options
 from diccae.config import RunConfig
 from diccae.screen import say, table
 from training.config import STREAMS
@@ -33,6 +33,9 @@ class EvaluateArgs:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+OPTIONS = Options("evaluate", EvaluateArgs, ("evaluate", "scale"))
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     from diccae.run_folder import RunFolder, log_to_screen
@@ -40,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     def own_config(args: EvaluateArgs) -> RunConfig:
         return RunFolder(args.out).config()
 
-    args = parse("evaluate", EvaluateArgs, argv, ("evaluate", "scale"), own_config)
+    args = OPTIONS.parse(argv, own_config)
     folder = RunFolder(args.out)
     log_to_screen()
     from diccae.judging.vggsounder import export_predictions, vggsounder_table

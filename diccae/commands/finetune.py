@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from diccae.args import parse
+from diccae.args import Options
 from diccae.config import RunConfig
 from diccae.run_folder import RunFolder, log_to_screen
 from diccae.screen import say
@@ -28,6 +28,9 @@ class FinetuneArgs:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+OPTIONS = Options("finetune", FinetuneArgs, ("finetune", "scale", "data"))
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
 
@@ -36,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         is_own = args.config is None and folder.place.exists("config.yaml")
         return folder.config() if is_own else None
 
-    args = parse("finetune", FinetuneArgs, argv, ("finetune", "scale", "data"), own_config)
+    args = OPTIONS.parse(argv, own_config)
     folder = RunFolder(args.out)
     log_to_screen()
     if args.dry_run:

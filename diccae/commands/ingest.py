@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from diccae.args import parse
+from diccae.args import Options
 from diccae.config import RunConfig, load_config
 from diccae.screen import say
 from pipeline.config import FeatureSpec, IngestConfig
@@ -39,11 +39,14 @@ class IngestArgs:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+OPTIONS = Options("ingest", IngestArgs, SECTIONS)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     # Only then is the store looked into for what the options change.
     is_asked = any(arg.startswith("--features.") for arg in argv)
-    args = parse("ingest", IngestArgs, argv, SECTIONS, _own_spec if is_asked else None)
+    args = OPTIONS.parse(argv, _own_spec if is_asked else None)
     config = _with_switches(args)
     is_asked = is_asked or "features" in load_config(args.config).model_fields_set
     spec = args.run.features if is_asked else None

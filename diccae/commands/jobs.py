@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from diccae.args import parse
+from diccae.args import Options
 from diccae.screen import clock, say, table
 
 if TYPE_CHECKING:
@@ -28,9 +28,12 @@ class JobsArgs:
     """Print one JSON line per job."""
 
 
+OPTIONS = Options("jobs", JobsArgs)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("jobs", JobsArgs, argv)
+    args = OPTIONS.parse(argv)
     from deploy.connect import address_or_default
     from deploy.jobs import jobs
 

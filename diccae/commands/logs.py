@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from diccae.args import parse
+from diccae.args import Options
 from diccae.errors import UsageError
 from diccae.screen import say
 
@@ -32,9 +32,12 @@ class LogsArgs:
     """Go on while the job runs; Ctrl-C leaves it running."""
 
 
+OPTIONS = Options("logs", LogsArgs)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("logs", LogsArgs, argv)
+    args = OPTIONS.parse(argv)
     if (args.job is None) == (args.out is None):
         raise UsageError("logs: name a job (diccae jobs lists them), or a run with --out")
     if args.out is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from diccae.args import parse
+from diccae.args import Options
 from diccae.cli import OK, TOO_MANY_FAILURES
 from diccae.errors import UsageError
 from diccae.screen import say
@@ -47,9 +47,12 @@ class PredictArgs:
     """Where the model is applied."""
 
 
+OPTIONS = Options("predict", PredictArgs)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("predict", PredictArgs, argv)
+    args = OPTIONS.parse(argv)
     _refuse(args)
     from pipeline.source.named import named_clips
     from training.predict.clips import ClipDecoder

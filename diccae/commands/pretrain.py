@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from diccae.args import parse
+from diccae.args import Options
 from diccae.config import RunConfig
 from diccae.screen import say
 
@@ -46,9 +46,12 @@ class PretrainArgs:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+OPTIONS = Options("pretrain", PretrainArgs, SECTIONS)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("pretrain", PretrainArgs, argv, SECTIONS)
+    args = OPTIONS.parse(argv)
     config = args.run
     if args.init is not None:
         encoder = config.encoder.model_copy(update={"init": args.init})

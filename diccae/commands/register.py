@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diccae.args import parse
+from diccae.args import Options
 from diccae.errors import UsageError
 
 
@@ -19,9 +19,12 @@ class RegisterArgs:
     """Alias that points at this version from now on."""
 
 
+OPTIONS = Options("register", RegisterArgs)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("register", RegisterArgs, argv)
+    args = OPTIONS.parse(argv)
     from diccae.run_folder import RunFolder
     from diccae.stages.run_record import tracking_handle
     from training.predict.registry import register

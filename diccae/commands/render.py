@@ -3,12 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from diccae.args import parse
-from diccae.config import SHIPPED, RunConfig
-from diccae.errors import ResourceError
+from pydantic import ValidationError
+
+from diccae.args import Options, config_in
+from diccae.config import SHIPPED, RunConfig, explain
+from diccae.errors import ResourceError, UsageError
 from diccae.screen import say
+from diccae.subcommands import module_of
 
 if TYPE_CHECKING:
     from deploy.config import ClusterConfig
@@ -31,21 +34,32 @@ class RenderArgs:
     """YAML of deploy.config.ClusterConfig; default: its own."""
 
 
+OPTIONS = Options("render", RenderArgs)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     options, command = list(argv), []
     if "--" in options:
         cut = options.index("--")
         options, command = options[:cut], options[cut + 1 :]
-    args = parse("render", RenderArgs, options)
-    from deploy.config import read_config
+    args = OPTIONS.parse(options)
     from deploy.render import write_manifests
 
-    config = read_config(args.config, command)
+    config = _cluster(args.config, command)
     refuse_what_never_fits(config)
     for path in write_manifests(config, args.out):
         print(path)
     return 0
+
+
+def _cluster(path: str | None, command: Sequence[str]) -> "ClusterConfig":
+    from deploy.config import ClusterConfig, read_config
+
+    try:
+        return read_config(path, command)
+    except ValidationError as error:
+        raise UsageError(f"{path or 'the command'}: {explain(error, ClusterConfig)}") from None
 
 
 def refuse_what_never_fits(config: "ClusterConfig") -> None:
@@ -58,7 +72,6 @@ def refuse_what_never_fits(config: "ClusterConfig") -> None:
 
     demands = demands_of(config.command)
     if demands is None:
-        say(f"not compared with the groups: {config.command[0]}, whose config is not known here")
         return
     groups = maxima(config)
     if missing := left_over(demands, nodes_of(groups)):
@@ -84,12 +97,20 @@ def demands_of(command: Sequence[str]) -> list["Demand"] | None:
     Raises: UsageError, SystemExit(2) for a command line that the job would refuse, too.
     """
     name, argv = command[0], [_here(word) for word in command[1:]]
-    given = _value_of(argv, "--config")
-    if name not in _DEMANDS or (given is not None and not Path(given).exists()):
+    options: Options[Any] = module_of(name).OPTIONS
+    named, given = config_in(command[1:]), config_in(argv)
+    if given is not None and given == named and "://" not in given:
+        say(
+            f"--config {given}: a job brings no files, so its image must hold this one; the "
+            f"shipped configs are in {_IN_THE_IMAGE}, one of your own can be in a bucket"
+        )
+    if given is not None and not Path(given).exists():
+        say(f"not compared with the groups: {name}, whose config is not on this machine")
         return None
-    if given is None and name in _RUNS_OWN:
+    args = options.parse(argv)
+    if name not in _DEMANDS or (given is None and name in _RUNS_OWN):
         return None
-    return _DEMANDS[name](argv)
+    return _DEMANDS[name](args)
 
 
 def _here(word: str) -> str:
@@ -101,48 +122,30 @@ def _here(word: str) -> str:
     return word
 
 
-def _value_of(argv: Sequence[str], option: str) -> str | None:
-    for i, word in enumerate(argv):
-        if word == option:
-            return argv[i + 1] if i + 1 < len(argv) else None
-        if word.startswith(f"{option}="):
-            return word.partition("=")[2]
-    return None
-
-
-def _pretraining(config: RunConfig) -> list["Demand"]:
+def _training(args: Any) -> list["Demand"]:
     from diccae.resources import training_demands
 
+    config: RunConfig = args.run
     labels = config.rounds.labels != "none"
     return training_demands(config, config.pool.groups(config.clustering) if labels else None)
 
 
-def _pretrain(argv: Sequence[str]) -> list["Demand"]:
-    from diccae.commands.pretrain import SECTIONS, PretrainArgs
-
-    return _pretraining(parse("pretrain", PretrainArgs, argv, SECTIONS).run)
-
-
-def _finetune(argv: Sequence[str]) -> list["Demand"]:
-    from diccae.commands.finetune import FinetuneArgs
+def _fine_tuning(args: Any) -> list["Demand"]:
     from diccae.resources import training_demands
 
-    args = parse("finetune", FinetuneArgs, argv, ("finetune", "scale", "data"))
     return training_demands(args.run, None)
 
 
-def _embed(argv: Sequence[str]) -> list["Demand"]:
-    from diccae.commands.embed import EmbedArgs
+def _embedding(args: Any) -> list["Demand"]:
     from diccae.stages.evaluate import inference_demands
 
-    args = parse("embed", EmbedArgs, argv, ("data", "evaluate", "scale"))
     return inference_demands(args.run.scale)
 
 
-_DEMANDS: dict[str, Callable[[Sequence[str]], list["Demand"]]] = {
-    "pretrain": _pretrain,
-    "finetune": _finetune,
-    "embed": _embed,
+_DEMANDS: dict[str, Callable[[Any], list["Demand"]]] = {
+    "pretrain": _training,
+    "finetune": _fine_tuning,
+    "embed": _embedding,
 }
 _RUNS_OWN = ("finetune",)
 """Commands whose config is that of their run, unless one is given."""

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diccae.args import parse
+from diccae.args import Options
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,12 @@ class ReportArgs:
     """Let clips on the page be heard: 5 s each, from their sources where these can be reached."""
 
 
+OPTIONS = Options("report", ReportArgs)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("report", ReportArgs, argv)
+    args = OPTIONS.parse(argv)
     from diccae.run_folder import RunFolder
     from diccae.stages.report import run_report
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from diccae.args import parse
+from diccae.args import Options
 from diccae.screen import say
 
 
@@ -19,9 +19,12 @@ class StopArgs:
     """The cluster's job server; default: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265."""
 
 
+OPTIONS = Options("stop", StopArgs)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("stop", StopArgs, argv)
+    args = OPTIONS.parse(argv)
     from deploy.connect import address_or_default
     from deploy.jobs import stop
 

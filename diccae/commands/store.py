@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import tyro
 
-from diccae.args import parse
+from diccae.args import Options
 from diccae.screen import say
 
 
@@ -56,9 +56,12 @@ class StoreArgs:
     """Print one JSON line."""
 
 
+OPTIONS = Options("store", StoreArgs)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("store", StoreArgs, argv)
+    args = OPTIONS.parse(argv)
     from pipeline.ingest import maintenance
 
     if args.action == "status":

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from diccae.args import parse
+from diccae.args import Options, config_in
 from diccae.commands.logs import write
 from diccae.errors import UsageError
 from diccae.screen import say
+from diccae.subcommands import module_of
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,19 @@ class SubmitArgs:
     """Submit and return at once."""
 
 
+OPTIONS = Options("submit", SubmitArgs)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     options, command = list(argv), []
     if "--" in options:
         cut = options.index("--")
         options, command = options[:cut], options[cut + 1 :]
-    args = parse("submit", SubmitArgs, options)
+    args = OPTIONS.parse(options)
     if not command:
         raise UsageError("nothing to run; end the line with: -- pretrain --config FILE ...")
+    _refuse_a_mistyped(command, args.working_dir)
     from deploy.connect import address_or_default
     from deploy.submit import submit
 
@@ -50,6 +56,18 @@ def main(argv: Sequence[str]) -> int:
         say=say,
         write=write,
     )
+
+
+def _refuse_a_mistyped(command: Sequence[str], working_dir: str) -> None:
+    """Read the command as the job will, so that nothing is packed and sent to be told of a typo.
+
+    Raises: UsageError, SystemExit(2).
+    """
+    options = module_of(command[0]).OPTIONS
+    config = config_in(command)
+    # Paths are the job's: those of the folder that is sent.
+    if config is None or (working_dir == "." and Path(config).exists()):
+        options.parse(command[1:])
 
 
 def _pair(item: str) -> tuple[str, str]:

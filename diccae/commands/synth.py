@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diccae.args import parse
+from diccae.args import Options
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,12 @@ class SynthArgs:
     """Equal seeds give equal clips."""
 
 
+OPTIONS = Options("synth", SynthArgs)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("synth", SynthArgs, argv)
+    args = OPTIONS.parse(argv)
     from pipeline.synth import write_clips
 
     print(write_clips(args.out, args.train, args.test, args.seed))

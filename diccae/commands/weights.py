@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import tyro
 
-from diccae.args import parse
+from diccae.args import Options
 from diccae.config import RunConfig
 from diccae.errors import UsageError
 from diccae.screen import say
@@ -36,9 +36,12 @@ class WeightsArgs:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+OPTIONS = Options("weights", WeightsArgs, ("encoder", "loss", "data", "tracking"))
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    args = parse("weights", WeightsArgs, argv, ("encoder", "loss", "data", "tracking"))
+    args = OPTIONS.parse(argv)
     from training.weights.files import by_part
 
     done = _export(args) if args.action == "export" else _import(args)

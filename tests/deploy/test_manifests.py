@@ -17,9 +17,9 @@ import yaml
 from pydantic import ValidationError
 from support.box.kuberay import OPERATORS
 
-from deploy.__main__ import main
-from deploy.config import ClusterConfig, GroupConfig
+from deploy.config import ClusterConfig, GroupConfig, read_config
 from deploy.render import JOB, MAXIMA, render, write_manifests
+from diccae.cli import main
 from pipeline.store import lease
 
 ROOT = Path(__file__).parents[2]
@@ -232,8 +232,9 @@ def test_a_shared_claim_is_in_every_pod_and_a_run_in_one_pod_is_refused(
         assert claim in pod["volumes"]
         mount = {"name": "shared", "mountPath": "/runs"}
         assert mount in pod["containers"][0]["volumeMounts"]
-    for words in (command, ("pretrain", "--out=out/run"), ("ingest", "--store", "store")):
-        assert main(["--out", str(tmp_path / "m"), "--", *words]) == 2
+    local = ("pretrain", "--store", "s3://b/store", "--out=out/run")
+    for words in (command, local, ("ingest", "--store", "store")):
+        assert main(["render", "--out", str(tmp_path / "m"), "--", *words]) == 2
         assert "set shared_claim" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
 
@@ -497,15 +498,41 @@ def test_command_line_writes_the_manifests_or_names_the_wrong_key(
 ) -> None:
     config = tmp_path / "cluster.yaml"
     config.write_text("namespace: team-av\ntrain: {gpus: 4, max_nodes: 2}\n")
-    args = ["--config", str(config), "--out", str(tmp_path / "out"), "--", "ingest", "--plan"]
+    command = ["--", "ingest", "--store", "s3://b/s", "--plan"]
+    args = ["render", "--config", str(config), "--out", str(tmp_path / "out"), *command]
     assert main(args) == 0
     job = yaml.safe_load((tmp_path / "out" / "rayjob.yaml").read_text())
-    assert job["spec"]["entrypoint"] == "python -m diccae ingest --plan"
+    assert job["spec"]["entrypoint"] == "python -m diccae ingest --store s3://b/s --plan"
     assert job["metadata"]["namespace"] == "team-av"
-    config.write_text("namspace: x\n")
-    assert main(["--config", str(config), "--out", str(tmp_path / "other")]) == 2
-    assert "namspace" in capsys.readouterr().err
+    args[4] = str(tmp_path / "other")
+    for text, said in (
+        ("namspace: x\n", "unknown key namspace: did you mean namespace?"),
+        ("train: {gpuz: 4}\n", "unknown key train.gpuz: did you mean gpus?"),
+        ("- train\n", "found a list, expected keys and values"),
+    ):
+        config.write_text(text)
+        capsys.readouterr()
+        assert main(args) == 2
+        printed = capsys.readouterr().err
+        assert f"cluster.yaml: {said}" in printed
+        assert printed.count("\n") == 1
     assert not (tmp_path / "other").exists()
+
+
+def test_what_a_cluster_file_does_not_name_keeps_its_default(tmp_path: Path) -> None:
+    """Naming one key of a group took its taints, its memory and its machine type away."""
+    file, default = tmp_path / "cluster.yaml", ClusterConfig()
+    file.write_text(
+        "train: {max_nodes: 2}\ndecode: {cpus: 4}\n"
+        "env: {AWS_ENDPOINT_URL: https://s3.example, MLFLOW_DISABLE_TELEMETRY: null}\n"
+    )
+    config = read_config(str(file))
+    assert config.train == default.train.model_copy(update={"max_nodes": 2})
+    assert config.decode == default.decode.model_copy(update={"cpus": 4})
+    kept = {k: v for k, v in default.env.items() if k != "MLFLOW_DISABLE_TELEMETRY"}
+    assert config.env == kept | {"AWS_ENDPOINT_URL": "https://s3.example"}
+    pod = _rayjob(config)["spec"]["rayClusterSpec"]["workerGroupSpecs"][1]["template"]["spec"]
+    assert [taint["key"] for taint in pod["tolerations"]] == ["nvidia.com/gpu"]
 
 
 def test_rendering_twice_writes_the_same_files(tmp_path: Path) -> None:

@@ -394,11 +394,31 @@ def test_another_ray_version_is_named_and_an_open_cluster_gets_no_token(
 def test_paths_that_do_not_travel_are_named(old_ray: str, project: Path, tmp_path: Path) -> None:
     screen = Screen()
     args = ["ingest", "--clips", "left-out.bin", f"--store={tmp_path}", "--videos", "s3://b/x"]
-    args += ["--config", "diccae/../diccae", "--out", "new-folder", "-x", "."]
+    args += ["--config", "diccae/../diccae", "--out", "s3://b/new-folder", "-x", "."]
     with pytest.raises(DeployError):
         submit(old_ray, args, working_dir=project, say=screen.say, write=screen.write)
     named = [line for line in screen.said.splitlines() if line.startswith(("note", "warning  l"))]
     assert [line.split()[1] for line in named] == ["left-out.bin", str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pretrain", "--store", "s3://b/s", "--out", "out/run"],
+        ["pretrain", "--store=out/store", "--out", "s3://b/o"],
+        ["ingest", "--store", "diccae"],
+    ],
+    ids=" ".join,
+)
+def test_what_a_job_would_write_into_its_copy_of_the_code_is_refused(
+    words: list[str], project: Path
+) -> None:
+    """Ray removes that copy, and the same command finds another one once a file has changed."""
+    with pytest.raises(DeployError, match=r"--(out|store) [a-z/]+: a folder of the job's own copy"):
+        submit("http://127.0.0.1:9", words, working_dir=project, say=print, write=print)
+    sent = ["evaluate", "--store", "diccae", "--out", "/runs/one"]
+    with pytest.raises(ClusterUnreachable):
+        submit("http://127.0.0.1:9", sent, working_dir=project, say=print, write=print)
 
 
 @pytest.mark.parametrize(

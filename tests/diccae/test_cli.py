@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from support.stores import noise_store
 
-from diccae.cli import COMMANDS, main
+from diccae.cli import main
 from diccae.run_folder import log_to_screen
+from diccae.subcommands import COMMANDS
 from pipeline.config import FeatureSpec
 
 _HEAVY = ("torch", "ray", "mlflow", "faiss", "deltalake", "pyarrow", "matplotlib", "sklearn", "av")

@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
-from diccae.args import parse
 from diccae.cli import main
-from diccae.commands import ingest
-from diccae.commands.pretrain import SECTIONS, PretrainArgs
+from diccae.commands import ablate, ingest, pretrain, submit
 from diccae.config import RunConfig, config_text, differing_keys, load_config
 from diccae.errors import UsageError
 from pipeline.config import FeatureSpec
@@ -54,6 +53,15 @@ def test_missing_file_lists_what_there_is(tmp_path: Path) -> None:
         load_config(tmp_path / "nothing.yaml")
 
 
+def test_a_config_can_be_in_a_bucket() -> None:
+    """A job on a cluster brings no files."""
+    with fsspec.open("memory://configs/mine.yaml", "w") as file:
+        file.write("pretrain: {epochs: 3}")
+    assert load_config("memory://configs/mine.yaml").pretrain.epochs == 3
+    with pytest.raises(UsageError, match=r"memory://configs/none.yaml: no such config file"):
+        load_config("memory://configs/none.yaml")
+
+
 def test_preset_fills_the_fields_that_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("encoder: {preset: base, depth: 2}")
     encoder = load_config(tmp_path / "c.yaml").encoder
@@ -64,8 +72,21 @@ def test_command_line_goes_on_top_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("pretrain: {epochs: 3, batch_size: 64}\nfeatures: {n_frames: 4}")
     argv = ["--store", "s", "--out", "o", "--config", str(path), "--pretrain.epochs", "5"]
-    run = parse("pretrain", PretrainArgs, argv, SECTIONS).run
+    run = pretrain.OPTIONS.parse(argv).run
     assert (run.pretrain.epochs, run.pretrain.batch_size, run.features.n_frames) == (5, 64, 4)
+
+
+def test_an_option_of_several_values_counts_each_time_it_is_given() -> None:
+    """tyro takes the last one alone: a file that was excluded first would be sent."""
+    argv = ["--env", "A=1", "--env=B=2", "--exclude", "x", "y/", "--no-wait", "--exclude", "z"]
+    sent = submit.OPTIONS.parse(argv)
+    assert (sent.env, sent.exclude, sent.no_wait) == (("A=1", "B=2"), ("x", "y/", "z"), True)
+    swept = ["--store", "s", "--out", "o", "--sweep-of", "full", "--sweep_of", "gamma0"]
+    assert ablate.OPTIONS.parse(swept).sweep_of == ("full", "gamma0")
+    left_out = ["--data.leave-out", "still", "--optim.lr", "1", "--data.leave-out", "silent"]
+    again = pretrain.OPTIONS.parse(["--store", "s", "--out", "o", *left_out, "--optim.lr", "2"])
+    assert again.run.data.leave_out == ("still", "silent")
+    assert again.run.optim.lr == 2, "of one value the last one counts"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +109,7 @@ def test_a_value_out_of_range_on_the_command_line_is_one_line(
 def test_malformed_command_line_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--store", "s", "--out", "o", "--pretrain.epochz", "5"]
     with pytest.raises(SystemExit) as stopped:
-        parse("pretrain", PretrainArgs, argv, SECTIONS)
+        pretrain.OPTIONS.parse(argv)
     assert stopped.value.code == 2
     assert "--pretrain.epochz" in capsys.readouterr().err
 

@@ -215,7 +215,7 @@ def test_half_a_uri_is_no_run_folder(
 ) -> None:
     """It was the folder `./s3:/bucket/run` of the driver's node."""
     monkeypatch.chdir(tmp_path)
-    assert main([*command, "--out", "s3:/bucket/run"]) == 2
+    assert main([*command, "--out", "s3:/bucket/run"]) == 1
     assert "did you mean s3://bucket/run?" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

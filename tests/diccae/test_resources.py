@@ -11,7 +11,7 @@ from support.runs import SMOKE
 from support.stores import noise_store
 
 from diccae.cli import main
-from diccae.config import load_config
+from diccae.config import SHIPPED, load_config
 from diccae.resources import Demand, Node, left_over
 
 SPEC = load_config(SMOKE).features
@@ -205,6 +205,51 @@ def test_what_the_groups_can_never_hold_is_refused_at_rendering(
     assert _render(tmp_path, *recipe) == 0
     assert (tmp_path / "manifests" / "rayjob.yaml").exists()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["pretain", "--store", "s3://b/s", "--out", "s3://b/o"], "Did you mean pretrain?"),
+        (["evaluate", "--out", "s3://b/o", "--evaluate.spilt", "test"], "--evaluate.spilt"),
+        (["ingest", "--store", "s3://b/s", "--bogus", "3"], "--bogus"),
+        (["pretrain", "--config", str(SHIPPED / "vggsound.yaml")], "--store"),
+        (["pretrain", "--store", "s", "--out", "o", "--optim.lr", "-1"], "optim.lr: "),
+    ],
+    ids=lambda given: given[0] if isinstance(given, list) else "",
+)
+def test_a_command_that_could_never_start_is_neither_rendered_nor_submitted(
+    command: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It would cost a cluster, as often as the job is tried again."""
+
+    def exit_code(*words: str) -> object:
+        try:
+            return main([*words, "--", *command])
+        except SystemExit as stopped:
+            return stopped.code
+
+    monkeypatch.chdir(tmp_path)
+    for words in (["render", "--out", "manifests"], ["submit", "--address", "http://127.0.0.1:9"]):
+        assert exit_code(*words) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "manifests").exists()
+
+
+def test_a_config_that_only_this_machine_has_is_said_to_be_missing_in_the_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "mine.yaml"
+    own.write_text("scale: {num_workers: 1, use_gpu: true}\n")
+    assert _render(tmp_path, "pretrain", "--config", str(own)) == 0
+    said = capsys.readouterr().err
+    assert f"--config {own}: a job brings no files, so its image must hold this one" in said
+    assert _render(tmp_path, "pretrain", "--config", "s3://b/mine.yaml") == 0
+    assert "must hold" not in capsys.readouterr().err
 
 
 def test_a_command_whose_config_is_not_here_is_rendered_and_told(
