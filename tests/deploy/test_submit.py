@@ -436,5 +436,5 @@ def test_a_home_folder_is_refused_before_the_cluster_is_asked(
     """HOME is `tmp_path` here."""
     (tmp_path / "main.py").write_text("")
     options = ["--address", "http://127.0.0.1:1", "--working-dir", str(tmp_path)]
-    assert main(["submit", *options, "--", "pretrain"]) == 2
+    assert main(["submit", *options, "--", "doctor"]) == 2
     assert "a home folder" in capsys.readouterr().err
