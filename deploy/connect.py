@@ -72,7 +72,9 @@ def nodes_of(cluster: Cluster, timeout_s: float = 20.0) -> list[tuple[float, flo
 
     url = f"{cluster.url}/api/v0/nodes"
     try:
-        answer = requests.get(url, headers=cluster.headers, timeout=timeout_s)
+        answer = requests.get(
+            url, headers=cluster.headers, timeout=timeout_s, verify=_authorities()
+        )
         answer.raise_for_status()
         rows = answer.json()["data"]["result"]["result"]
     except (requests.RequestException, ValueError, KeyError, TypeError) as error:
@@ -105,12 +107,33 @@ def _get_version(url: str, headers: dict[str, str], timeout_s: float) -> Any:
     import requests
 
     try:
-        return requests.get(f"{url}/api/version", headers=headers, timeout=timeout_s)
+        return requests.get(
+            f"{url}/api/version", headers=headers, timeout=timeout_s, verify=_authorities()
+        )
+    except requests.exceptions.SSLError as error:
+        raise ClusterUnreachable(
+            f"{url}: its certificate is not trusted here ({_authorities_said()}). Set "
+            f"REQUESTS_CA_BUNDLE to a PEM file with the authority that signed it: {error}"
+        ) from error
     except requests.RequestException as error:
         raise ClusterUnreachable(
             f"{url}: no answer ({type(error).__name__}). Is the head running, and the port "
             "forwarded (kubectl port-forward service/NAME-head-svc 8265, or ssh -L 8265:...)?"
         ) from error
+
+
+def _authorities() -> str | bool:
+    """The file or folder of certificate authorities to trust; True: those that come with requests.
+
+    The same for requests and for the stream of a log, of which each would look at one variable.
+    """
+    named = (os.environ.get(name) for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"))
+    return next((value for value in named if value), True)
+
+
+def _authorities_said() -> str:
+    named = _authorities()
+    return f"by {named}" if isinstance(named, str) else "REQUESTS_CA_BUNDLE is not set"
 
 
 def find_token() -> tuple[str, str]:
@@ -137,7 +160,7 @@ def _job_client(url: str, headers: dict[str, str]) -> Any:
     for chatty in ("dashboard_sdk", "job.sdk"):  # their notices would stand between the log's lines
         logging.getLogger(f"ray.dashboard.modules.{chatty}").setLevel(logging.WARNING)
     with _without_ray_address():
-        return JobSubmissionClient(url, headers=dict(headers))
+        return JobSubmissionClient(url, headers=dict(headers), verify=_authorities())
 
 
 @contextmanager

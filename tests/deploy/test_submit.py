@@ -1,16 +1,20 @@
 """A job handed to a real head node, with token authentication as Ray has it on by default."""
 
 import asyncio
+import ipaddress
 import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -18,6 +22,10 @@ import aiohttp
 import aiohttp.web
 import psutil
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from deploy.connect import connect, nodes_of
 from deploy.errors import AccessRefused, ClusterUnreachable, DeployError
@@ -306,9 +314,9 @@ class _HangsUp:
             return there
 
 
-@pytest.fixture
-def hangs_up(head: str, tmp_path: Path) -> Iterator[tuple[str, _HangsUp]]:
-    proxy = _HangsUp(head, times=3, done=tmp_path / "done")
+@contextmanager
+def _served(proxy: _HangsUp, tls: ssl.SSLContext | None = None) -> Iterator[int]:
+    """The port of a proxy."""
     loop = asyncio.new_event_loop()
     app = aiohttp.web.Application(client_max_size=2**25)
     app.router.add_route("*", "/{path:.*}", proxy.answer)
@@ -316,9 +324,9 @@ def hangs_up(head: str, tmp_path: Path) -> Iterator[tuple[str, _HangsUp]]:
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     asyncio.run_coroutine_threadsafe(runner.setup(), loop).result(20)
-    site = aiohttp.web.TCPSite(runner, "127.0.0.1", 0)
+    site = aiohttp.web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
     asyncio.run_coroutine_threadsafe(site.start(), loop).result(20)
-    yield f"http://127.0.0.1:{runner.addresses[0][1]}", proxy
+    yield runner.addresses[0][1]
     asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(20)
     loop.call_soon_threadsafe(loop.stop)
     thread.join(20)
@@ -327,17 +335,55 @@ def hangs_up(head: str, tmp_path: Path) -> Iterator[tuple[str, _HangsUp]]:
 
 @pytest.mark.usefixtures("token")
 def test_a_log_whose_stream_closes_quietly_loses_and_repeats_no_line(
-    hangs_up: tuple[str, _HangsUp], project: Path
+    head: str, project: Path, tmp_path: Path
 ) -> None:
-    address, proxy = hangs_up
-    screen = Screen()
+    proxy, screen = _HangsUp(head, times=3, done=tmp_path / "done"), Screen()
     command = ["count", str(proxy.done)]
-    code = submit(address, command, working_dir=project, say=screen.say, write=screen.write)
+    with _served(proxy) as port:
+        address = f"http://127.0.0.1:{port}"
+        code = submit(address, command, working_dir=project, say=screen.say, write=screen.write)
     assert proxy.left == 0
     lines = [line for line in screen.log.splitlines() if line.startswith("line")]
     assert lines == [f"line {i}" for i in range(12)]
     assert screen.log.count("args ['count'") == 1
     assert code == 5
+
+
+def _self_signed(folder: Path) -> Path:
+    """A PEM file with the certificate of 127.0.0.1 and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "ours")])
+    now = datetime.now(UTC)
+    host = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(1)).not_valid_after(now + timedelta(1))
+    constraints = x509.BasicConstraints(ca=True, path_length=None)
+    builder = builder.add_extension(host, False).add_extension(constraints, True)
+    signed = builder.sign(key, hashes.SHA256())
+    kind = serialization.PrivateFormat.PKCS8
+    plain = key.private_bytes(serialization.Encoding.PEM, kind, serialization.NoEncryption())
+    path = folder / "ours.pem"
+    path.write_bytes(signed.public_bytes(serialization.Encoding.PEM) + plain)
+    return path
+
+
+@pytest.mark.usefixtures("token")
+def test_a_cluster_behind_an_authority_of_our_own_is_spoken_to_and_its_log_read(
+    head: str, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream of the log has a client of its own, which looked at another variable."""
+    pem, screen = _self_signed(tmp_path), Screen()
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(pem)
+    with _served(_HangsUp(head, times=0, done=tmp_path / "done"), tls) as port:
+        address = f"https://127.0.0.1:{port}"
+        with pytest.raises(ClusterUnreachable, match="certificate is not trusted here"):
+            connect(address)
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(pem))
+        told = {"say": screen.say, "write": screen.write}
+        assert submit(address, ["fail"], working_dir=project, **told) == 3
+    assert "args ['fail'" in screen.log
+    assert "log lost" not in screen.said
 
 
 def test_no_token_and_a_wrong_token_are_refused_with_the_way_out(
