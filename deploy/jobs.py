@@ -106,7 +106,7 @@ def stop(address: str, job_id: str, *, say: Say, timeout_s: float = 180.0) -> in
             say(f"stopping {job_id}: {job.state} for {now - started:.0f} s")
             said_at = now
         time.sleep(_POLL_S)
-    kept = f"; {job.out} keeps its last checkpoint, the same command goes on" if job.out else ""
+    kept = f"; {job.out} keeps what was done, the same command goes on" if job.out else ""
     say(f"job      {job_id} is {job.state} after {time.monotonic() - started:.0f} s{kept}")
     return 0
 

@@ -38,7 +38,7 @@ class TrackingConfig(Frozen):
     """Where the run is written down."""
 
     uri: str | None = None
-    """MLflow tracking URI; None: sqlite:///<out>/mlflow.db."""
+    """MLflow tracking URI; None: sqlite:///<out>/mlflow.db, and no MLflow for a run in a bucket."""
     experiment: str = "diccae"
     """MLflow experiment."""
     register_as: str | None = None

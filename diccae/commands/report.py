@@ -16,7 +16,8 @@ class ReportArgs:
     store: str | None = None
     """Where the frames are, if the store has moved since."""
     sound: bool = True
-    """Let clips on the page be heard: 5 s each, from their sources where these can be reached."""
+    """Clips on the page can be heard, 5 s each, from their sources where these can be reached;
+    --no-sound: they cannot."""
 
 
 OPTIONS = Options("report", ReportArgs)
