@@ -243,7 +243,7 @@ def test_jobs_are_listed_read_and_stopped_by_commands(
     assert main(["stop", job_id, "--address", head]) == 0
     said = capsys.readouterr().err
     assert f"{job_id} is STOPPED after " in said
-    assert f"{run} keeps its last checkpoint" in said
+    assert f"{run} keeps what was done" in said
     assert _read(job_id, head, capsys).endswith("ready\nsaved\n")
     assert main(["stop", job_id, "--address", head]) == 0
     assert "over already" in capsys.readouterr().err
