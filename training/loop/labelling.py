@@ -163,10 +163,11 @@ class Labelling:
         if not published.ok:
             log.warning("round %d is withheld: %s", published.round, published.reason)
             return
-        for head in published.heads:
-            self._enforce(head)
         self.first_step = step if self.first_step is None else self.first_step
         self.confusion_step = step
+        for head in published.heads:
+            # Else they were all 1, whatever is confused, until the next update.
+            self._enforce(head).confusion.weigh(self._since_labels(step))
         first = published.heads[0]
         true_N = self.truth.lookup(first.keys_N, default=-1)
         if (true_N >= 0).any():
@@ -206,10 +207,14 @@ class Labelling:
         if self.first_step is None:
             return
         elapsed = (step - self.confusion_step) / self.steps_per_epoch
-        since_labels = (step - self.first_step) / self.steps_per_epoch
         self.confusion_step = step
         for labels in self.in_force:
-            labels.confusion.update(elapsed, since_labels)
+            labels.confusion.update(elapsed, self._since_labels(step))
+
+    def _since_labels(self, step: int) -> float:
+        """Epochs since the first labels of the run."""
+        assert self.first_step is not None
+        return (step - self.first_step) / self.steps_per_epoch
 
     def metrics(self) -> dict[str, float]:
         """Health of the round in force, by MLflow metric name."""

@@ -14,6 +14,7 @@ from support.memory import N_CLIPS, memory_index
 from support.ranks import run_ranks
 from support.trainers import Recorder, make_trainer, pretrain_config, same, weights_of
 
+from clustering.rounds.files import load_round
 from clustering.rounds.local import LocalRounds
 from training.cluster_config import TrackingConfig
 from training.config import LossConfig, RoundsConfig
@@ -22,6 +23,7 @@ from training.errors import NonFiniteLoss, TrainingError
 from training.evaluation.variants import Variant
 from training.loop.hooks import World
 from training.losses import objective
+from training.losses.confusion import confusion_weights
 from training.report.page import write_report
 from training.run.checkpoints import refuse_lost_labels
 from training.run.known_labels import known_labels
@@ -373,3 +375,31 @@ def test_small_clusters_are_little_evidence_of_whom_they_are_confused_with(tmp_p
         expected = 2.0 / np.maximum(clips_K, 1)
         assert labels.confusion.prior_K1[:, 0].tolist() == expected.tolist()
     assert trainer.labelling.heads
+
+
+@pytest.mark.parametrize("update", ["dynamic", "static"])
+def test_the_first_step_of_a_round_weighs_by_the_confusion_published_with_it(
+    update: str, tmp_path: Path
+) -> None:
+    confusion = {"update": update, "update_steps": 1000, "ramp_epochs": 2.0, "gamma": 2.0}
+    trainer, _ = make_trainer(pretrain_config(pretrain={"epochs": 5}, confusion=confusion), tmp_path)
+    step, labelling = trainer._train_step, trainer.labelling
+    first_steps: dict[int, int] = {}
+    used: dict[int, torch.Tensor] = {}
+
+    def watched(batch: DeviceBatch) -> None:
+        if labelling.labelled and labelling.round not in first_steps:
+            first_steps[labelling.round] = trainer.step
+            used[labelling.round] = labelling.in_force[0].confusion.weights_KK.clone()
+        step(batch)
+
+    trainer._train_step = watched  # type: ignore[method-assign]
+    trainer.run()
+    assert list(first_steps) == [1, 2, 3, 4]
+    for number, weights_KK in used.items():
+        [head] = load_round(str(tmp_path / "rounds"), number).heads
+        epochs = (first_steps[number] - first_steps[1]) / trainer.steps_per_epoch
+        published_KK = torch.from_numpy(head.confusion_KK).double()
+        expected = confusion_weights(published_KK, 2.0 * min(epochs / 2.0, 1.0), 10.0).float()
+        assert torch.equal(weights_KK, expected)
+        assert (weights_KK.max() > 1) == (number > 1), "no weight to be wrong about"
