@@ -249,7 +249,8 @@ class RoundsConfig(Frozen):
     features: Literal["pass", "train"] = "train"
     """`pass`: an evaluation pass before each round; `train`: what training just computed."""
     lead_steps: int = Field(20, ge=0)
-    """Steps between the start of a round and the step at which its labels apply."""
+    """Steps between the start of a round and the step at which its labels apply; at most those
+    until the next round starts."""
     cold_every: int = Field(0, ge=0)
     """Every this many rounds the clustering starts anew; 0 never."""
     timeout_s: float = Field(1800.0, gt=0)

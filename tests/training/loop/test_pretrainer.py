@@ -16,6 +16,7 @@ from support.trainers import Recorder, make_trainer, pretrain_config, same, weig
 
 from clustering.rounds.files import load_round
 from clustering.rounds.local import LocalRounds
+from clustering.rounds.protocol import RoundRequest
 from training.cluster_config import TrackingConfig
 from training.config import LossConfig, RoundsConfig
 from training.data.device import DeviceBatch
@@ -31,9 +32,15 @@ from training.tracking.copier import mlflow_client
 from training.tracking.tracker import Tracker, create_run
 
 
-@pytest.mark.parametrize("features", ["train", "pass"])
-def test_resumed_run_equals_uninterrupted_run(features: str, tmp_path: Path) -> None:
-    config = pretrain_config(rounds={"features": features})
+@pytest.mark.parametrize(
+    ("features", "lead_steps"), [("train", 1), ("pass", 1), ("train", 3)], ids=str
+)
+def test_resumed_run_equals_uninterrupted_run(
+    features: str, lead_steps: int, tmp_path: Path
+) -> None:
+    """With a lead of an epoch, 3 steps, labels apply in the step in which others are asked for."""
+    rounds = {"features": features, "lead_steps": lead_steps}
+    config = pretrain_config(rounds=rounds, pretrain={"epochs": 3 if lead_steps == 1 else 4})
     whole, recorder = make_trainer(config, tmp_path / "whole")
     whole.run()
     steps = [state["step"] for state in recorder.states]
@@ -144,7 +151,7 @@ def test_labels_apply_at_the_announced_step_and_not_before(tmp_path: Path) -> No
     trainer, recorder = make_trainer(pretrain_config(pretrain={"log_every": 1}), tmp_path)
     trainer.run()
     steps_per_epoch = N_CLIPS // 16
-    announced = steps_per_epoch + 2
+    announced = steps_per_epoch + 1
     for step, metrics in recorder.logged:
         assert ("loss_confusion" in metrics) == (step > announced)
     last = recorder.logged[-1][1]
@@ -375,6 +382,44 @@ def test_small_clusters_are_little_evidence_of_whom_they_are_confused_with(tmp_p
         expected = 2.0 / np.maximum(clips_K, 1)
         assert labels.confusion.prior_K1[:, 0].tolist() == expected.tolist()
     assert trainer.labelling.heads
+
+
+@pytest.mark.parametrize(
+    ("lead_steps", "every_epochs", "asked", "applied"),
+    [
+        (1, 1, [3, 6, 9, 12, 15], [4, 7, 10, 13, 16]),
+        (2, 1, [3, 6, 9, 12], [5, 8, 11, 14]),  # The next would teach step 17 of 0..17 alone.
+        (3, 1, [3, 6, 9, 12], [6, 9, 12, 15]),
+        (20, 1, [3, 6, 9, 12], [6, 9, 12, 15]),
+        (20, 2, [3, 9], [9, 15]),
+    ],
+)
+def test_no_round_is_left_out_however_long_its_lead(
+    lead_steps: int, every_epochs: int, asked: list[int], applied: list[int], tmp_path: Path
+) -> None:
+    config = pretrain_config(
+        pretrain={"epochs": 6}, rounds={"lead_steps": lead_steps, "every_epochs": every_epochs}
+    )
+    trainer, _ = make_trainer(config, tmp_path)
+    rounds, step = trainer.labelling.rounds, trainer._train_step
+    assert rounds is not None
+    requests: list[RoundRequest] = []
+    start, first_steps = rounds.start, {}
+
+    def started(request: RoundRequest) -> None:
+        requests.append(request)
+        start(request)
+
+    def watched(batch: DeviceBatch) -> None:
+        first_steps.setdefault(trainer.labelling.round, trainer.step)
+        step(batch)
+
+    rounds.start = started  # type: ignore[method-assign]
+    trainer._train_step = watched  # type: ignore[method-assign]
+    trainer.run()
+    assert [request.step for request in requests] == asked
+    assert [request.effective_step for request in requests] == applied
+    assert first_steps == {0: 0} | dict(enumerate(applied, start=1))
 
 
 @pytest.mark.parametrize("update", ["dynamic", "static"])
