@@ -337,7 +337,7 @@ class FinetuneConfig(Frozen):
     """Optimiser of fine-tuning."""
 
     @model_validator(mode="after")
-    def _weights_need_clips_of_one_class(self) -> "FinetuneConfig":
+    def _additions_can_act(self) -> "FinetuneConfig":
         if self.loss == "bce" and self.confusion > 0:
             raise ValueError(
                 f"loss = bce with confusion = {self.confusion:g}: confusion weights stand between "
@@ -347,6 +347,19 @@ class FinetuneConfig(Frozen):
             raise ValueError(
                 f"mixup = 1 with confusion = {self.confusion:g}: confusion is counted over clips "
                 "that are not mixed; set finetune.mixup below 1 (CAV-MAE: 0.5) or confusion to 0"
+            )
+        if self.confusion > 0 and self.confusion_after_epochs >= self.epochs:
+            raise ValueError(
+                f"confusion = {self.confusion:g} with confusion_after_epochs = "
+                f"{self.confusion_after_epochs} of epochs = {self.epochs}: its weights would never "
+                "apply; lower finetune.confusion_after_epochs, raise finetune.epochs, or set "
+                "finetune.confusion to 0"
+            )
+        if self.average_from_epoch is not None and self.average_from_epoch > self.epochs:
+            raise ValueError(
+                f"average_from_epoch = {self.average_from_epoch} of epochs = {self.epochs}: nothing "
+                "would be averaged; lower finetune.average_from_epoch to "
+                f"{self.epochs} or less, raise finetune.epochs, or set it to null"
             )
         return self
 
