@@ -101,7 +101,8 @@ class DataConfig(Frozen):
     """Rules of `diccae store quality` (such as still, duplicate): train clips that hit one are left
     out. Test clips stay, so that results can be compared."""
     validation_frac: float = Field(0.0, ge=0, lt=1)
-    """Share of the train split kept for validation, split by YouTube id."""
+    """Share of the train split kept for validation, by whole groups (the recording that
+    clips were cut from)."""
 
     @model_validator(mode="after")
     def _both_or_none(self) -> "DataConfig":
@@ -370,7 +371,7 @@ class EvaluateConfig(Frozen):
     split: Literal["test", "validation"] = "test"
     """Clips it is measured on; `validation`, to choose by, needs `data.validation_frac` > 0."""
     probe_epochs: int = Field(100, ge=1)
-    """Iterations of the linear probe."""
+    """Most L-BFGS iterations of the linear probes, that of all labels and that of few."""
     few_labels: int = Field(10, ge=1)
     """Labels of each class that the probe from few labels sees."""
     knn_k: int = Field(20, ge=1)

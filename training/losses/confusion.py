@@ -17,7 +17,6 @@ from torch import Tensor
 
 from clustering.kmeans.label_table import NO_LABEL
 from training.config import ConfusionConfig
-from training.errors import TOO_OLD, TrainingError
 from training.losses.gather import world
 
 _UNIT = 2.0**36
@@ -164,12 +163,7 @@ class ConfusionState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a `state_dict`, moved to the device of this state; ranks may be others now.
-
-        Raises: TrainingError for one of diccae 0.1.
-        """
-        if "sums_KK1" not in state:
-            raise TrainingError(TOO_OLD)
+        """Take over a `state_dict`, moved to the device of this state; ranks may be others now."""
         device = self.confusion_KK.device
         for name in ("confusion_KK", "unseen_epochs_K", "weights_KK"):
             setattr(self, name, state[name].to(device).clone())
