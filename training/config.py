@@ -250,8 +250,7 @@ class RoundsConfig(Frozen):
     features: Literal["pass", "train"] = "train"
     """`pass`: an evaluation pass before each round; `train`: what training just computed."""
     lead_steps: int = Field(20, ge=0)
-    """Steps between the start of a round and the step at which its labels apply; at most those
-    until the next round starts."""
+    """Steps from the start of a round until its labels apply; at most those to the next start."""
     cold_every: int = Field(0, ge=0)
     """Every this many rounds the clustering starts anew; 0 never."""
     timeout_s: float = Field(1800.0, gt=0)

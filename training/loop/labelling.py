@@ -121,8 +121,9 @@ class Labelling:
     def _wants_round(self, step: int, loss_instance: float) -> bool:
         """Whether a round starts at the end of an epoch with this mean InfoNCE.
 
-        None does whose labels would teach the last step alone, or none. The first round waits until InfoNCE has left its plateau, the log of the number of clips
-        that are compared: labels made on the plateau collapse the encoder.
+        None does whose labels would teach the last step alone, or none. The first one waits until
+        InfoNCE has left its plateau, the log of the number of clips that are compared: labels made
+        on the plateau collapse the encoder.
         """
         schedule, epochs_done = self.config.rounds, step // self.steps_per_epoch
         if self.rounds is None or self.pending is not None:
