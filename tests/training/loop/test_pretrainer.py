@@ -425,7 +425,8 @@ def test_the_first_step_of_a_round_weighs_by_the_confusion_published_with_it(
     update: str, tmp_path: Path
 ) -> None:
     confusion = {"update": update, "update_steps": 1000, "ramp_epochs": 2.0, "gamma": 2.0}
-    trainer, _ = make_trainer(pretrain_config(pretrain={"epochs": 5}, confusion=confusion), tmp_path)
+    config = pretrain_config(pretrain={"epochs": 5}, confusion=confusion)
+    trainer, _ = make_trainer(config, tmp_path)
     step, labelling = trainer._train_step, trainer.labelling
     first_steps: dict[int, int] = {}
     used: dict[int, torch.Tensor] = {}
