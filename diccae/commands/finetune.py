@@ -9,8 +9,8 @@ from diccae.run_folder import RunFolder, log_to_screen
 from diccae.screen import say
 
 _FITTED = (
-    "leave out --encoder and name it as encoder.init in the config, with a new --out: its positions "
-    "are then fitted to those of the store"
+    "name it as encoder.init in the config instead of --encoder, with a new --out: its positions "
+    "are then fitted to the clips of the store"
 )
 
 
