@@ -101,8 +101,7 @@ class DataConfig(Frozen):
     """Rules of `diccae store quality` (such as still, duplicate): train clips that hit one are left
     out. Test clips stay, so that results can be compared."""
     validation_frac: float = Field(0.0, ge=0, lt=1)
-    """Share of the train split kept for validation, by whole groups (the recording that
-    clips were cut from)."""
+    """Share of the train split kept for validation, by whole recordings (`group`)."""
 
     @model_validator(mode="after")
     def _both_or_none(self) -> "DataConfig":
