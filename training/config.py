@@ -208,8 +208,7 @@ class ConfusionConfig(Frozen):
     w_max: float = Field(10.0, ge=1)
     """Largest weight of a confused pair."""
     pseudo_counts: float = Field(0.0, ge=0)
-    """Confusions added to every pair of classes: how many it takes to believe in any (additive
-    smoothing)."""
+    """Additive smoothing: confusions added to every pair; how many it takes to believe in any."""
     ramp_epochs: float = Field(2.0, ge=0)
     """Epochs after the first labels over which gamma grows to its value."""
     ema_per_epoch: float = Field(0.5, ge=0, lt=1)
@@ -347,18 +346,16 @@ class FinetuneConfig(Frozen):
                 f"mixup = 1 with confusion = {self.confusion:g}: confusion is counted over clips "
                 "that are not mixed; set finetune.mixup below 1 (CAV-MAE: 0.5) or confusion to 0"
             )
-        if self.confusion > 0 and self.confusion_after_epochs >= self.epochs:
+        after, epochs, first = self.confusion_after_epochs, self.epochs, self.average_from_epoch
+        if self.confusion > 0 and after >= epochs:
             raise ValueError(
-                f"confusion = {self.confusion:g} with confusion_after_epochs = "
-                f"{self.confusion_after_epochs} of epochs = {self.epochs}: its weights would never "
-                "apply; lower finetune.confusion_after_epochs, raise finetune.epochs, or set "
-                "finetune.confusion to 0"
+                f"confusion = {self.confusion:g} never acts: confusion_after_epochs = {after} of "
+                f"epochs = {epochs}; lower finetune.confusion_after_epochs, or set confusion to 0"
             )
-        if self.average_from_epoch is not None and self.average_from_epoch > self.epochs:
+        if first is not None and first > epochs:
             raise ValueError(
-                f"average_from_epoch = {self.average_from_epoch} of epochs = {self.epochs}: nothing "
-                "would be averaged; lower finetune.average_from_epoch to "
-                f"{self.epochs} or less, raise finetune.epochs, or set it to null"
+                f"average_from_epoch = {first} of epochs = {epochs}: nothing is averaged; set "
+                f"finetune.average_from_epoch to {epochs} or less, or to null"
             )
         return self
 

@@ -139,9 +139,12 @@ def test_confusion_is_counted_over_clips_that_met_nobody() -> None:
 @pytest.mark.parametrize(
     ("tuning", "said"),
     [
-        ({"epochs": 1}, "confusion_after_epochs = 1 of epochs = 1: its weights would never apply"),
-        ({"confusion_after_epochs": 3}, "lower finetune.confusion_after_epochs, raise"),
-        ({"average_from_epoch": 4}, "lower finetune.average_from_epoch to 3 or less"),
+        ({"epochs": 1}, "confusion = 1 never acts: confusion_after_epochs = 1 of epochs = 1"),
+        (
+            {"confusion_after_epochs": 3},
+            "lower finetune.confusion_after_epochs, or set confusion to 0",
+        ),
+        ({"average_from_epoch": 4}, "set finetune.average_from_epoch to 3 or less"),
     ],
 )
 def test_additions_that_could_never_act_are_refused(tuning: dict[str, int], said: str) -> None:
