@@ -445,6 +445,7 @@ def test_a_lead_longer_than_an_epoch_is_cut_to_it_and_said(
             "set rounds.margin_nats well below 3.47",
         ),
         (["--rounds.warmup-epochs", "3"], "lower rounds.warmup_epochs"),
+        (["--loss.negatives", "local", "--data.lanes", "32"], "lower data.lanes to 16 or less"),
         (
             ["--rounds.lead-steps", "20", "--pretrain.epochs", "2"],
             "raise pretrain.epochs = 2, or lower rounds.lead_steps to 1 or less",

@@ -91,8 +91,22 @@ def check_alone(config: TrainingConfig) -> None:
     """Refuse what cannot work on any clips. Raises: TrainingError, as `check`."""
     plan = BatchPlan.of(config.pretrain.batch_size, config.pretrain.batch_size, config.data)
     lanes_of(0, config.scale.num_workers, config.data.lanes)
+    _refuse_lanes_of_one_clip(config, plan.compared(config.loss.negatives))
     _refuse_what_cannot_learn(config)
     _refuse_labels_that_never_come(config, plan.compared(config.loss.negatives))
+
+
+def _refuse_lanes_of_one_clip(config: TrainingConfig, compared: int) -> None:
+    """InfoNCE among one clip is exactly 0, and so is its gradient. Args: compared: clips."""
+    if compared > 1 or not (config.loss.instance or config.loss.intra):
+        return
+    batch, lanes = config.pretrain.batch_size, config.data.lanes
+    raise TrainingError(
+        f"loss.negatives = local compares the clips of a data lane, and pretrain.batch_size = "
+        f"{batch} in data.lanes = {lanes} is one a lane, which InfoNCE learns nothing from; lower "
+        f"data.lanes to {batch // 2} or less, raise pretrain.batch_size, or set loss.negatives = "
+        "global"
+    )
 
 
 def _refuse_labels_that_never_come(config: TrainingConfig, compared: int) -> None:
