@@ -101,7 +101,7 @@ class DataConfig(Frozen):
     """Rules of `diccae store quality` (such as still, duplicate): train clips that hit one are left
     out. Test clips stay, so that results can be compared."""
     validation_frac: float = Field(0.0, ge=0, lt=1)
-    """Share of the train split kept for validation, split by YouTube id."""
+    """Share of the train split kept for validation, by whole recordings (`group`)."""
 
     @model_validator(mode="after")
     def _both_or_none(self) -> "DataConfig":
@@ -208,8 +208,7 @@ class ConfusionConfig(Frozen):
     w_max: float = Field(10.0, ge=1)
     """Largest weight of a confused pair."""
     pseudo_counts: float = Field(0.0, ge=0)
-    """Confusions added to every pair of classes: how many it takes to believe in any (additive
-    smoothing)."""
+    """Additive smoothing: confusions added to every pair; how many it takes to believe in any."""
     ramp_epochs: float = Field(2.0, ge=0)
     """Epochs after the first labels over which gamma grows to its value."""
     ema_per_epoch: float = Field(0.5, ge=0, lt=1)
@@ -249,7 +248,7 @@ class RoundsConfig(Frozen):
     features: Literal["pass", "train"] = "train"
     """`pass`: an evaluation pass before each round; `train`: what training just computed."""
     lead_steps: int = Field(20, ge=0)
-    """Steps between the start of a round and the step at which its labels apply."""
+    """Steps from the start of a round until its labels apply; at most those to the next start."""
     cold_every: int = Field(0, ge=0)
     """Every this many rounds the clustering starts anew; 0 never."""
     timeout_s: float = Field(1800.0, gt=0)
@@ -336,7 +335,7 @@ class FinetuneConfig(Frozen):
     """Optimiser of fine-tuning."""
 
     @model_validator(mode="after")
-    def _weights_need_clips_of_one_class(self) -> "FinetuneConfig":
+    def _additions_can_act(self) -> "FinetuneConfig":
         if self.loss == "bce" and self.confusion > 0:
             raise ValueError(
                 f"loss = bce with confusion = {self.confusion:g}: confusion weights stand between "
@@ -347,6 +346,17 @@ class FinetuneConfig(Frozen):
                 f"mixup = 1 with confusion = {self.confusion:g}: confusion is counted over clips "
                 "that are not mixed; set finetune.mixup below 1 (CAV-MAE: 0.5) or confusion to 0"
             )
+        after, epochs, first = self.confusion_after_epochs, self.epochs, self.average_from_epoch
+        if self.confusion > 0 and after >= epochs:
+            raise ValueError(
+                f"confusion = {self.confusion:g} never acts: confusion_after_epochs = {after} of "
+                f"epochs = {epochs}; lower finetune.confusion_after_epochs, or set confusion to 0"
+            )
+        if first is not None and first > epochs:
+            raise ValueError(
+                f"average_from_epoch = {first} of epochs = {epochs}: nothing is averaged; set "
+                f"finetune.average_from_epoch to {epochs} or less, or to null"
+            )
         return self
 
 
@@ -356,7 +366,7 @@ class EvaluateConfig(Frozen):
     split: Literal["test", "validation"] = "test"
     """Clips it is measured on; `validation`, to choose by, needs `data.validation_frac` > 0."""
     probe_epochs: int = Field(100, ge=1)
-    """Iterations of the linear probe."""
+    """Most L-BFGS iterations of the linear probes, that of all labels and that of few."""
     few_labels: int = Field(10, ge=1)
     """Labels of each class that the probe from few labels sees."""
     knn_k: int = Field(20, ge=1)

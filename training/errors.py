@@ -31,9 +31,3 @@ class NonFiniteLoss(TrainingError):
 
 class WeightsError(TrainingError):
     """A weights file does not fit the encoder."""
-
-
-TOO_OLD = (
-    "the newest checkpoint is one of diccae 0.1, which this version cannot go on with: finish the "
-    "run with 0.1, or start again with --fresh"
-)

@@ -8,6 +8,11 @@ from diccae.config import RunConfig
 from diccae.run_folder import RunFolder, log_to_screen
 from diccae.screen import say
 
+_FITTED = (
+    "name it as encoder.init in the config instead of --encoder, with a new --out: its positions "
+    "are then fitted to the clips of the store"
+)
+
 
 @dataclass(frozen=True)
 class FinetuneArgs:
@@ -18,7 +23,7 @@ class FinetuneArgs:
     store: str | None = None
     """Feature store, for a folder without a pretraining run."""
     encoder: str | None = None
-    """Folder of another encoder to start from."""
+    """Folder of another encoder to start from, for clips of the sizes it was trained on."""
     fresh: bool = False
     """Delete the classifier that is in --out, and fine-tune again."""
     dry_run: bool = False
@@ -52,8 +57,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _finetune(folder: RunFolder, args: FinetuneArgs) -> None:
     from diccae.stages.finetune import run_finetune
-    from diccae.stages.run_record import begin_another_tracking_run, open_run
-    from diccae.stages.statistics import with_store_features
+    from diccae.stages.run_record import begin_another_tracking_run, open_run, pin_for
+    from diccae.stages.statistics import refuse_other_sizes, with_store_features
     from training.run.finetune import forget_finetuning, refuse_other_settings
 
     is_again = args.fresh and folder.place.exists("finetune.jsonl")
@@ -64,6 +69,10 @@ def _finetune(folder: RunFolder, args: FinetuneArgs) -> None:
     run = args.run
     if args.store is not None and not folder.record:
         run = with_store_features(folder, run, args.config, args.store)
+    if args.encoder is not None:
+        # Before the folder is taken: a run that has begun cannot take encoder.init instead.
+        spec = pin_for(folder, run, args.store).snapshot.spec
+        refuse_other_sizes(args.encoder, spec, _FITTED)
     folder.open(run, fresh=False)
     open_run(folder, run, args.store)
     if is_again:

@@ -17,6 +17,7 @@ from diccae.stages.run_record import Say, pin_for, provenance, remember, with_st
 from diccae.stages.statistics import settle
 from pipeline.storage import Location
 from training.data.order import BatchPlan
+from training.loop.labelling import lead_steps
 from training.model.make import make_encoder
 from training.run.checkpoints import WHOLE, Span
 from training.run.edge import Written
@@ -84,6 +85,13 @@ def _say_what_is_trained(config: RunConfig, data: Pinned, store: str, say: Say, 
         f"pretrain  {n_clips:,} clips of {store} version {data.snapshot.version}, "
         f"{total:,} steps of {config.pretrain.batch_size}, encoder {config.encoder.preset}"
     )
+    rounds, lead = config.rounds, lead_steps(config.rounds, steps)
+    if rounds.labels != "none" and lead < rounds.lead_steps:
+        say(
+            f"rounds    labels apply {lead} steps after their round starts, when the next one does "
+            f"(rounds.every_epochs = {rounds.every_epochs}, {steps} steps an epoch), not "
+            f"rounds.lead_steps = {rounds.lead_steps}"
+        )
     if data.left_out is not None:
         told = ", ".join(f"{name}-{version}" for name, version in data.left_out.rules.items())
         say(f"left out  {len(data.left_out.clips):,} clips by {told}")

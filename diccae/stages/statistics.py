@@ -16,12 +16,14 @@ from pipeline.config import FeatureSpec
 from pipeline.storage import place_of, storage_failures_ignored
 from pipeline.store.store import FeatureStore, Snapshot
 from training.config import FbankStatistics
+from training.model.make import input_shape
 from training.run.pinned import Pinned
 from training.weights.card import MadeWith
-from training.weights.files import made_with
+from training.weights.files import made_with, read_card
 
 _HEARD_AND_SEEN = ("audio_channel", "resize", "sample_rate_hz", "n_mels")
-"""Fields of a feature spec that weights cannot be carried across; sizes are checked by shape."""
+"""Fields of a feature spec that no weights can be carried across. Sizes are not among them: of what
+a run starts from, positions are fitted to others."""
 
 
 def settle(
@@ -90,6 +92,7 @@ def for_embedding(config: RunConfig, encoder: str, spec: FeatureSpec) -> RunConf
 
     Raises: UsageError if the config gives others, the features are others, or nobody knows any.
     """
+    refuse_other_sizes(encoder, spec, "ingest the clips with the sizes of the encoder")
     theirs = made_with(encoder)
     statistics = theirs.statistics or _of_old_run(encoder)
     _refuse_other_features(encoder, theirs, spec)
@@ -171,6 +174,18 @@ def _refuse_other_features(weights: str, theirs: MadeWith, spec: FeatureSpec) ->
             f"{weights} was trained on other features: {'; '.join(wrong)}. Ingest the clips with "
             "those of the weights (a new store, or the features section of the config)"
         )
+
+
+def refuse_other_sizes(encoder: str, spec: FeatureSpec, instead: str) -> None:
+    """Raises: UsageError if a saved encoder has positions for clips of other sizes than these.
+
+    Args: instead: what to do, for the message.
+    """
+    theirs, ours = read_card(encoder, "encoder")[0].shape._asdict(), input_shape(spec)._asdict()
+    wrong = [f"{name} = {theirs[name]}, in the store {ours[name]}" for name in ours
+             if theirs[name] != ours[name]]  # fmt: skip
+    if wrong:
+        raise UsageError(f"{encoder} sees clips of other sizes: {'; '.join(wrong)}; {instead}")
 
 
 def _told(statistics: FbankStatistics) -> str:

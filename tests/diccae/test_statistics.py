@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from support.stores import noise_store
+from support.trainers import finetune_config
 
 from diccae.cli import main
 from diccae.config import RunConfig, load_config
@@ -16,10 +17,12 @@ from diccae.stages.run_record import pin_for, remember
 from diccae.stages.statistics import for_embedding, settle
 from pipeline.config import FeatureSpec
 from pipeline.quality.stats import compute_stats
+from pipeline.storage import Location
 from training.config import EncoderConfig, FbankStatistics
 from training.model.encoder import Encoder, InputShape
+from training.run.finetune import starting_encoder
 from training.weights.export import export_cavmae
-from training.weights.files import load_encoder, save_encoder
+from training.weights.files import load_encoder, read_card, save_encoder
 
 SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=128, duration_s=1.0)
 SIZES = {"preset": "base", "dim": 16, "depth": 2, "n_heads": 2, "projection": 8}
@@ -122,6 +125,32 @@ def test_an_encoder_embeds_with_its_own_statistics(place: Path) -> None:
         for_embedding(RunConfig(), "old/encoder", SPEC)
     with pytest.raises(UsageError, match="audio_channel"):
         for_embedding(_given(THEIRS), "first", SPEC)
+
+
+def test_an_encoder_for_clips_of_another_length_is_refused_before_anything_is_written(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diccae.stages.backend.start_ray", lambda: pytest.fail("Ray was started"))
+    torch.manual_seed(0)
+    longer = Encoder(EncoderConfig.model_validate(SIZES), InputShape(64, 128, 32))
+    spec = {**SPEC.model_dump(mode="json"), "fbank_frames": 64, "duration_s": 2.0}
+    save_encoder(longer, "longer", feature_spec=spec, statistics=THEIRS)
+    arguments = ["finetune", "--store", "store", "--finetune.batch-size", "8", "--out", "run"]
+    assert main([*arguments, "--encoder", "longer"]) == 2
+    said = capsys.readouterr().err
+    assert "longer sees clips of other sizes: fbank_frames = 64, in the store 32" in said
+    assert "encoder.init" in said
+    assert said.count("\n") == 1
+    assert not {"run.json", "config.yaml", "encoder"} & {f.name for f in Path("run").iterdir()}
+    # As the message says.
+    config = finetune_config().model_copy(
+        update={"encoder": EncoderConfig.model_validate({**SIZES, "init": "longer"})}
+    )
+    index = pin_for(RunFolder("run"), RunConfig(), "store").train
+    own = starting_encoder(config, index, None, Location("run"), {})
+    assert read_card(own, "encoder")[0].shape == InputShape(32, 128, 32)
+    with pytest.raises(UsageError, match="fbank_frames = 64, in the store 32; ingest"):
+        for_embedding(RunConfig(), "longer", SPEC)
 
 
 def test_imported_weights_keep_their_statistics(place: Path) -> None:

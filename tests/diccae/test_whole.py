@@ -21,6 +21,7 @@ import yaml
 from support.processes import ray_env
 from support.runs import CONFIGS, N_TEST, N_TRAIN, SMOKE, lines
 
+from clustering.rounds.files import rounds_at
 from diccae.ablation.runs import measured_of
 from diccae.cli import main
 from diccae.judging.predicted import predictions_of
@@ -416,6 +417,19 @@ def test_baseline_recipe_runs_and_dry_run_says_what_it_costs(
     assert not any(name.startswith("clustering/") for name in last)
 
 
+@pytest.mark.usefixtures("in_lab")
+def test_a_lead_longer_than_an_epoch_is_cut_to_it_and_said(
+    place: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["pretrain", "--config", SMOKE, "--store", store, "--out", str(place / "lead")]
+    assert main([*arguments, "--rounds.lead-steps", "20", "--pretrain.epochs", "4"]) == 0
+    steps = N_TRAIN // 32
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "lead_steps" in line]
+    assert f"labels apply {steps} steps after" in line
+    assert "not rounds.lead_steps = 20" in line
+    assert rounds_at(str(place / "lead" / "rounds")) == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -431,6 +445,11 @@ def test_baseline_recipe_runs_and_dry_run_says_what_it_costs(
             "set rounds.margin_nats well below 3.47",
         ),
         (["--rounds.warmup-epochs", "3"], "lower rounds.warmup_epochs"),
+        (["--loss.negatives", "local", "--data.lanes", "32"], "lower data.lanes to 16 or less"),
+        (
+            ["--rounds.lead-steps", "20", "--pretrain.epochs", "2"],
+            "raise pretrain.epochs = 2, or lower rounds.lead_steps to 1 or less",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_before_the_cluster_is_used(

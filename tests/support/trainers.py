@@ -34,7 +34,7 @@ def pretrain_config(**changes: Any) -> TrainingConfig:
         "data": {"lanes": 4, "shuffle_window": 8, "fbank_mean": 0.0, "fbank_std": 3.0},
         "augment": {"crop_scale_min": 0.8, "gain": 0.2, "fbank_noise": 0.1, "shift_frac": 0.1},
         "loss": {"temperature": 0.1, "instance_on": "h", "intra": 1.0, "intra_epochs": 1},
-        "rounds": {"warmup_epochs": 1, "margin_nats": -9.0, "lead_steps": 2, "features": "train"},
+        "rounds": {"warmup_epochs": 1, "margin_nats": -9.0, "lead_steps": 1, "features": "train"},
         "pretrain": {"epochs": 3, "batch_size": 16, "checkpoint_every": 2, "log_every": 2},
         "confusion": {"update_steps": 2},
         "optim": {"lr": 1e-3},

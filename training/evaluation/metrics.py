@@ -52,7 +52,8 @@ class Evidence(NamedTuple):
     embeddings: Mapping[str, Vectors]
     """[M, P] by stream, means over the frames that are read."""
     middle_frame: Mapping[str, Vectors]
-    """[M, P] by stream, of the middle frame alone."""
+    """[M, P] by stream, of one pass: the middle frames of as many equal parts of the clip as
+    `data.frames_per_clip` says, of the middle frame alone where that is 1 (CAV-MAE's protocol)."""
     confused_pairs: Sequence[ConfusedPair]
     """The most confused pairs of the training clips; those without clips here left out."""
     clusters_M: NDArray[np.int32]
@@ -97,7 +98,7 @@ class Metric(NamedTuple):
     name: str
     """Key in results.json; in MLflow `name/stream`."""
     title: str
-    needs: Literal["classifier", "features", "embeddings", "pairs", "clusters"]
+    needs: Literal["classifier", "features", "embeddings", "pairs"]
     """What has to be there; the metric is left out where it is not."""
     measure: Callable[[Evidence], Values]
     headline: tuple[str, ...]
@@ -167,7 +168,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "retrieval_middle_frame",
-        "retrieval, middle frame (CAV-MAE's protocol)",
+        "retrieval, one pass (of the middle frame: CAV-MAE's protocol)",
         "embeddings",
         lambda given: _retrieval(given.middle_frame, given),
         ("a2v_r1", "v2a_r1"),
@@ -183,7 +184,6 @@ def measure(given: Evidence) -> dict[str, Values]:
         "features": bool(given.probes),
         "embeddings": bool(given.embeddings),
         "pairs": bool(given.confused_pairs),
-        "clusters": bool((given.clusters_M >= 0).any()),
     }
     return {metric.name: metric.measure(given) for metric in METRICS if there[metric.needs]}
 

@@ -44,7 +44,7 @@ class ClassAccuracy(NamedTuple):
 class ConfusionSummary(NamedTuple):
     """What is taken for what, in a few numbers."""
 
-    mean_offdiagonal: float
+    mean_class_error: float
     """Mean over classes of the share of clips taken for another one."""
     worst_pairs: list[ConfusedPair]
     """Of the clips measured."""
@@ -73,7 +73,7 @@ class Evaluation(NamedTuple):
             "split": self.split,
             **{name: dict(values) for name, values in self.measured.items()},
             "confusion": {
-                "mean_offdiagonal": self.confusion.mean_offdiagonal,
+                "mean_class_error": self.confusion.mean_class_error,
                 "worst_pairs": self._named(self.confusion.worst_pairs),
                 "training_pairs": self._named(self.confusion.training_pairs),
             },

@@ -2,7 +2,8 @@
 
 Owns the `Rounds` of a run: knows nothing of encoders or of how batches are read. Invariant: labels
 change only at the step announced when their round was asked for, on all ranks at once; a round that
-is late makes training wait, and timing never changes the result.
+is late makes training wait, and timing never changes the result; the labels of a round apply before
+the next one is asked for.
 
 Shapes: B clips of this rank, K clusters, P projection.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 from clustering.kmeans.label_table import LabelTable
 from clustering.rounds.health import agreement
 from clustering.rounds.protocol import HeadLabels, PublishedRound, RoundRequest, Rounds
-from training.config import TrainingConfig
+from training.config import RoundsConfig, TrainingConfig
 from training.data.device import to_device
 from training.data.order import BatchPlan
 from training.data.rows import RowIndex
@@ -32,6 +33,12 @@ from training.losses.gather import mean_over_ranks
 from training.losses.objective import Labels, Total
 
 log = logging.getLogger(__name__)
+
+
+def lead_steps(config: RoundsConfig, steps_per_epoch: int) -> int:
+    """Steps from the start of a round to its labels: `rounds.lead_steps`, or those until the next
+    round starts, which would else be left out."""
+    return min(config.lead_steps, config.every_epochs * steps_per_epoch)
 
 
 class Labelling:
@@ -50,6 +57,8 @@ class Labelling:
         self.rounds = None if config.rounds.labels == "none" else rounds
         self.push = None if self.rounds is None else FeaturePush(self.rounds, world)
         self.steps_per_epoch = plan.steps(len(index))
+        self.total_steps = self.steps_per_epoch * config.pretrain.epochs
+        self.lead_steps = lead_steps(config.rounds, self.steps_per_epoch)
         compared = plan.compared(config.loss.negatives)
         self.gate_nats = math.log(compared) - config.rounds.margin_nats
         order = np.argsort(index.keys_N)
@@ -86,14 +95,15 @@ class Labelling:
         self.push.add(keys_B, rows, step)
 
     def start_if_due(
-        self, step: int, last_step: int, loss_instance: float, evaluation_pass: Callable[[], None]
+        self, step: int, loss_instance: float, evaluation_pass: Callable[[], None]
     ) -> None:
         """Ask for a round at the end of an epoch, if it is time for one. Collective.
 
-        Args: last_step: at which its labels apply at the latest. loss_instance: mean InfoNCE of the
-            epoch. evaluation_pass: pushes the features of every clip.
+        Args: loss_instance: mean InfoNCE of the epoch. evaluation_pass: pushes the features of
+            every clip.
         """
-        if not self._wants_round(step // self.steps_per_epoch, loss_instance):
+        self.apply_if_due(step)  # A round that is pending would keep the next one from starting.
+        if not self._wants_round(step, loss_instance):
             return
         assert self.rounds is not None
         assert self.push is not None
@@ -103,21 +113,22 @@ class Labelling:
         dropped = torch.tensor(float(self.push.newly_dropped()), device=self.world.device)
         self.rows_dropped = float(mean_over_ranks(dropped)) * self.world.size
         self.world.barrier()
-        self.pending = self._request(step, last_step)
+        self.pending = self._request(step)
         if self.world.rank == 0:
             self.rounds.start(self.pending)
         self.world.barrier()
 
-    def _wants_round(self, epochs_done: int, loss_instance: float) -> bool:
-        """Whether a round starts after `epochs_done` epochs, the last with this mean InfoNCE.
+    def _wants_round(self, step: int, loss_instance: float) -> bool:
+        """Whether a round starts at the end of an epoch with this mean InfoNCE.
 
-        The first round waits until InfoNCE has left its plateau, the log of the number of clips
-        that are compared: labels made on the plateau collapse the encoder.
+        None does whose labels would teach the last step alone, or none. The first one waits until
+        InfoNCE has left its plateau, the log of the number of clips that are compared: labels made
+        on the plateau collapse the encoder.
         """
-        schedule = self.config.rounds
+        schedule, epochs_done = self.config.rounds, step // self.steps_per_epoch
         if self.rounds is None or self.pending is not None:
             return False
-        if not schedule.warmup_epochs <= epochs_done < self.config.pretrain.epochs:
+        if epochs_done < schedule.warmup_epochs or step + self.lead_steps >= self.total_steps - 1:
             return False
         if (epochs_done - schedule.warmup_epochs) % schedule.every_epochs and self.round:
             return False
@@ -131,7 +142,7 @@ class Labelling:
             return False
         return True
 
-    def _request(self, step: int, last_step: int) -> RoundRequest:
+    def _request(self, step: int) -> RoundRequest:
         """The next round: made of what was pushed up to `step`."""
         schedule = self.config.rounds
         number = self.round + 1
@@ -139,7 +150,7 @@ class Labelling:
         return RoundRequest(
             round=number,
             step=step,
-            effective_step=min(step + schedule.lead_steps, last_step),
+            effective_step=step + self.lead_steps,
             cold=cold,
             posterior_temperature=self.config.loss.class_temperature,
             expected_rows=self.n_clips,
@@ -163,10 +174,11 @@ class Labelling:
         if not published.ok:
             log.warning("round %d is withheld: %s", published.round, published.reason)
             return
-        for head in published.heads:
-            self._enforce(head)
         self.first_step = step if self.first_step is None else self.first_step
         self.confusion_step = step
+        for head in published.heads:
+            # Else they were all 1, whatever is confused, until the next update.
+            self._enforce(head).confusion.weigh(self._since_labels(step))
         first = published.heads[0]
         true_N = self.truth.lookup(first.keys_N, default=-1)
         if (true_N >= 0).any():
@@ -206,10 +218,14 @@ class Labelling:
         if self.first_step is None:
             return
         elapsed = (step - self.confusion_step) / self.steps_per_epoch
-        since_labels = (step - self.first_step) / self.steps_per_epoch
         self.confusion_step = step
         for labels in self.in_force:
-            labels.confusion.update(elapsed, since_labels)
+            labels.confusion.update(elapsed, self._since_labels(step))
+
+    def _since_labels(self, step: int) -> float:
+        """Epochs since the first labels of the run."""
+        assert self.first_step is not None
+        return (step - self.first_step) / self.steps_per_epoch
 
     def metrics(self) -> dict[str, float]:
         """Health of the round in force, by MLflow metric name."""

@@ -55,7 +55,7 @@ class Pretrainer:
         self.config, self.reader, self.world, self.hooks = config, reader, world, hooks
         self.plan = BatchPlan.of(len(index), config.pretrain.batch_size, config.data)
         self.steps_per_epoch = self.plan.steps(len(index))
-        self.total_steps = self.last_step = self.steps_per_epoch * config.pretrain.epochs
+        self.last_step = self.steps_per_epoch * config.pretrain.epochs
         self.step = 0
         self.meter = Meter(world.device)
         self.meter.keep("world_size", world.size)
@@ -192,9 +192,7 @@ class Pretrainer:
         self.steps.settle()  # Before rows of its last step are in a round.
         loss_instance = self.meter.epoch_mean("loss_instance")
         with self.meter.timed("stall"):
-            self.labelling.start_if_due(
-                self.step, self.total_steps - 1, loss_instance, self._evaluation_pass
-            )
+            self.labelling.start_if_due(self.step, loss_instance, self._evaluation_pass)
 
     @torch.no_grad()
     def _evaluation_pass(self) -> None:

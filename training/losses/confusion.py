@@ -2,8 +2,9 @@
 
 Knows nothing of streams, prototypes or how labels were made. Invariants: after `update` every rank
 holds the same bits; weights are finite and >= 1 with ones on the diagonal, also for classes without
-a clip; gamma = 0 makes every weight exactly 1; how often `update` is called within an epoch does
-not change what an epoch of steady posteriors leads to.
+a clip; gamma = 0 makes every weight exactly 1, and without a call of `weigh` or `update` they are;
+how often `update` is called within an epoch does not change what an epoch of steady posteriors
+leads to.
 
 Shapes: B clips, K classes. C_kl: mean posterior of class l over clips labelled k; rows sum to 1.
 """
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from clustering.kmeans.label_table import NO_LABEL
 from training.config import ConfusionConfig
-from training.errors import TOO_OLD, TrainingError
 from training.losses.gather import world
 
 _UNIT = 2.0**36
@@ -110,13 +110,12 @@ class ConfusionState:
 
     @torch.no_grad()
     def update(self, elapsed_epochs: float, since_labels_epochs: float) -> None:
-        """Move the estimate by what all ranks have accumulated and renew the weights; collective.
+        """Move the estimate by what all ranks have accumulated and `weigh` anew; collective.
 
         C_k <- m C_k + (1 - m) (mean posterior of its clips), m = ema_per_epoch ^ (epochs since
         class k was last seen); classes not seen stay as they are. `static` keeps the first matrix.
 
-        Args: elapsed_epochs: since the last update. since_labels_epochs: since the first labels of
-            the run, for the ramp of gamma.
+        Args: elapsed_epochs: since the last update. since_labels_epochs: as in `weigh`.
         """
         if world()[1] > 1:
             dist.all_reduce(self.sums_KK1)
@@ -130,6 +129,15 @@ class ConfusionState:
             self.confusion_KK += share_K1 * (means_KK - self.confusion_KK)
             self.unseen_epochs_K.masked_fill_(seen_K, 0)
         self.sums_KK1.zero_()
+        self.mean_offdiagonal = mean_offdiagonal(self.confusion_KK)
+        self.weigh(since_labels_epochs)
+
+    @torch.no_grad()
+    def weigh(self, since_labels_epochs: float) -> None:
+        """Make the weights of the estimate as it is. No communication.
+
+        Args: since_labels_epochs: since the first labels of the run, for the ramp of gamma.
+        """
         ramp = since_labels_epochs / self.config.ramp_epochs if self.config.ramp_epochs else 1.0
         gamma = self.config.gamma * min(max(ramp, 0.0), 1.0)
         # Without evidence all pairs are as confused as another, and every weight is 1.
@@ -138,7 +146,6 @@ class ConfusionState:
         if self.config.weights != "degree":
             weights_KK = control_weights(weights_KK, self.config.weights, self.seed)
         self.weights_KK = weights_KK.float()
-        self.mean_offdiagonal = mean_offdiagonal(self.confusion_KK)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that `load_state_dict` needs to go on exactly; tensors only. Collective.
@@ -156,12 +163,7 @@ class ConfusionState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a `state_dict`, moved to the device of this state; ranks may be others now.
-
-        Raises: TrainingError for one of diccae 0.1.
-        """
-        if "sums_KK1" not in state:
-            raise TrainingError(TOO_OLD)
+        """Take over a `state_dict`, moved to the device of this state; ranks may be others now."""
         device = self.confusion_KK.device
         for name in ("confusion_KK", "unseen_epochs_K", "weights_KK"):
             setattr(self, name, state[name].to(device).clone())

@@ -117,7 +117,7 @@ def _outputs(
     test: RowIndex,
     apply: Apply,
 ) -> tuple[Outputs, Outputs, Outputs]:
-    """Of the test clips, of the training clips, and of the test clips' middle frames."""
+    """Of the test clips, of the training clips, and of one pass over the test clips."""
     frames = config.evaluate.frames
     jobs = [
         Job(test, frames, ("z", "h", "p") if models.classifier else ("z", "h")),
@@ -128,7 +128,7 @@ def _outputs(
     if not one_pass:
         jobs.append(Job(test, 1, (space,)))
     done = apply(jobs, models, config.data, config.scale, config.evaluate)
-    # Where all passes are one, its frame is the middle one already.
+    # Where all passes are one, its frames are the middle ones already.
     return done[0], done[1], done[0] if one_pass else done[2]
 
 

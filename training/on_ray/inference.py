@@ -35,7 +35,8 @@ class Job(NamedTuple):
 
     rows: RowIndex
     frames: int | None
-    """Frames averaged over, see EvaluateConfig.frames; 1 is the middle frame."""
+    """Frames averaged over, see EvaluateConfig.frames; 1 is one pass, of the middle frames
+    of as many equal parts of a clip as a pass sees frames."""
     kinds: tuple[Literal["z", "h", "p"], ...]
     """The outputs that come back; without "p" no classifier is applied."""
 

@@ -12,7 +12,7 @@ import torch
 from clustering.rounds.files import is_complete, round_uri
 from pipeline.storage import Location
 from training.attempt import UNHELD, Attempt
-from training.errors import TOO_OLD, ConfigMismatch, TrainingError
+from training.errors import ConfigMismatch, TrainingError
 
 _STATE = "state.pt"
 _FORMAT = 3
@@ -91,8 +91,6 @@ def refuse_lost_labels(state: dict[str, Any], uri: str) -> None:
     Asked for all the same, they would be waited for until `rounds.timeout_s`, half an hour.
     """
     labelling = state["labelling"]
-    if "confusion" not in labelling:
-        raise TrainingError(TOO_OLD)
     number = labelling["round"]
     if labelling["confusion"] and not is_complete(uri, number):
         raise TrainingError(

@@ -18,6 +18,7 @@ from training.data.order import BatchPlan, lanes_of
 from training.data.rows import RowIndex, index_rows
 from training.data.validation import groups_of, split_validation
 from training.errors import TrainingError
+from training.loop.labelling import lead_steps
 from training.model.encoder import Encoder
 from training.model.make import input_shape
 from training.run.known_labels import known_labels
@@ -65,7 +66,8 @@ def check(config: TrainingConfig, clustering: KMeansConfig, data: Pinned) -> Non
     """
     spec, n_clips = data.snapshot.spec, len(data.train)
     check_alone(config)
-    BatchPlan.of(n_clips, config.pretrain.batch_size, config.data)
+    plan = BatchPlan.of(n_clips, config.pretrain.batch_size, config.data)
+    _refuse_labels_at_the_end(config, plan.steps(n_clips))
     if config.data.frames_per_clip > spec.n_frames:
         raise TrainingError(
             f"data.frames_per_clip = {config.data.frames_per_clip}, but the store holds "
@@ -89,8 +91,22 @@ def check_alone(config: TrainingConfig) -> None:
     """Refuse what cannot work on any clips. Raises: TrainingError, as `check`."""
     plan = BatchPlan.of(config.pretrain.batch_size, config.pretrain.batch_size, config.data)
     lanes_of(0, config.scale.num_workers, config.data.lanes)
+    _refuse_lanes_of_one_clip(config, plan.compared(config.loss.negatives))
     _refuse_what_cannot_learn(config)
     _refuse_labels_that_never_come(config, plan.compared(config.loss.negatives))
+
+
+def _refuse_lanes_of_one_clip(config: TrainingConfig, compared: int) -> None:
+    """InfoNCE among one clip is exactly 0, and so is its gradient. Args: compared: clips."""
+    if compared > 1 or not (config.loss.instance or config.loss.intra):
+        return
+    batch, lanes = config.pretrain.batch_size, config.data.lanes
+    raise TrainingError(
+        f"loss.negatives = local compares the clips of a data lane, and pretrain.batch_size = "
+        f"{batch} in data.lanes = {lanes} is one a lane, which InfoNCE learns nothing from; lower "
+        f"data.lanes to {batch // 2} or less, raise pretrain.batch_size, or set loss.negatives = "
+        "global"
+    )
 
 
 def _refuse_labels_that_never_come(config: TrainingConfig, compared: int) -> None:
@@ -116,6 +132,22 @@ def _refuse_labels_that_never_come(config: TrainingConfig, compared: int) -> Non
             f"{math.log(compared) - rounds.margin_nats:.2f}, and it is never below 0; set "
             f"rounds.margin_nats well below {math.log(compared):.2f}, such as 0.25"
         )
+
+
+def _refuse_labels_at_the_end(config: TrainingConfig, steps_per_epoch: int) -> None:
+    """The same where the first labels would come when at most one step is left: none are made."""
+    rounds, epochs = config.rounds, config.pretrain.epochs
+    first = max(1, rounds.warmup_epochs) * steps_per_epoch
+    latest = steps_per_epoch * epochs - 2
+    applies = first + lead_steps(rounds, steps_per_epoch)
+    if rounds.labels == "none" or applies <= latest:
+        return
+    lower = f", or lower rounds.lead_steps to {latest - first} or less" if first <= latest else ""
+    raise TrainingError(
+        f"rounds.lead_steps = {rounds.lead_steps}: the first round starts after {first} steps and "
+        f"its labels would apply after {applies}, of {steps_per_epoch * epochs} in all "
+        f"({steps_per_epoch} an epoch); raise pretrain.epochs = {epochs}{lower}"
+    )
 
 
 def _refuse_what_cannot_learn(config: TrainingConfig) -> None:

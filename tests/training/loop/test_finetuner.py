@@ -1,5 +1,6 @@
 """Fine-tuning: it learns, resumes to the bit, averages, and can be plain cross-entropy."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -63,7 +64,8 @@ def test_switches_of_numerics_reach_fine_tuning(
     precision: str, sdpa: bool, attentions: list[tuple[bool, torch.dtype]]
 ) -> None:
     switches = PretrainConfig.model_validate({"precision": precision, "sdpa": sdpa})
-    tuner = make_tuner(finetune_config(epochs=1).model_copy(update={"pretrain": switches}))
+    config = finetune_config(epochs=1, confusion=0.0)
+    tuner = make_tuner(config.model_copy(update={"pretrain": switches}))
     tuner.run()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     assert set(attentions) == {(sdpa, dtype)}
@@ -71,11 +73,10 @@ def test_switches_of_numerics_reach_fine_tuning(
 
 @pytest.mark.slow
 def test_compiled_fine_tuning_takes_the_same_steps() -> None:
-    plain = make_tuner(finetune_config(epochs=1))
+    config = finetune_config(epochs=1, confusion_after_epochs=0)
+    plain = make_tuner(config)
     plain.run()
-    compiled = make_tuner(
-        finetune_config(epochs=1).model_copy(update={"pretrain": PretrainConfig(compile=True)})
-    )
+    compiled = make_tuner(config.model_copy(update={"pretrain": PretrainConfig(compile=True)}))
     compiled.run()
     for a, b in zip(_weights(plain), _weights(compiled), strict=True):
         # Adam turns the last bits of a tiny gradient into a whole step of 2e-3.
@@ -133,6 +134,37 @@ def test_confusion_is_counted_over_clips_that_met_nobody() -> None:
     assert int(tuner.confusion.sums_KK1[:, -1].sum()) == n_alone
     with pytest.raises(ValidationError, match=r"mixup = 1 with confusion = 1: .*not mixed"):
         finetune_config(mixup=1.0)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "said"),
+    [
+        ({"epochs": 1}, "confusion = 1 never acts: confusion_after_epochs = 1 of epochs = 1"),
+        (
+            {"confusion_after_epochs": 3},
+            "lower finetune.confusion_after_epochs, or set confusion to 0",
+        ),
+        ({"average_from_epoch": 4}, "set finetune.average_from_epoch to 3 or less"),
+    ],
+)
+def test_additions_that_could_never_act_are_refused(tuning: dict[str, int], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        finetune_config(**tuning)
+
+
+def test_additions_that_begin_with_the_last_epoch_act() -> None:
+    tuner = make_tuner(finetune_config(epochs=2, average_from_epoch=2))
+    used: list[float] = []
+    loss = tuner._loss
+
+    def watched(logits: Mapping[str, torch.Tensor], targets: torch.Tensor, epoch: int) -> Any:
+        used.append(float(tuner.confusion.weights_KK.max()))
+        return loss(logits, targets, epoch)
+
+    tuner._loss = watched  # type: ignore[method-assign]
+    tuner.run()
+    assert used[-1] > 1
+    assert tuner.n_averaged == 1
 
 
 def test_clips_without_a_label_are_refused() -> None:

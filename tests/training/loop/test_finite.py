@@ -64,7 +64,7 @@ def test_a_bad_step_is_known_one_step_late_and_no_weight_moves_after_it(
 def test_a_step_waits_for_nothing_but_the_step_before(
     ahead: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tuner = make_tuner(finetune_config(epochs=1))
+    tuner = make_tuner(finetune_config(epochs=1, confusion_after_epochs=0))
     waited: list[int] = []
     made: dict[int, int] = {}
     start, wait = HostCopy.__init__, HostCopy.wait

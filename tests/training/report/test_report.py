@@ -246,7 +246,7 @@ def test_page_is_whole_and_fetches_nothing(whole_page: str) -> None:
     text = _text(page)
     reason = "collapse guard: effective_clusters 1.2 < 5"
     figures = ("91.2 %", "31.0 %", "27.0 %", "among 40 clips", "NMI", reason)
-    figures += ("confused pairs", "middle frame (CAV-MAE's protocol)", "Accuracy of each class")
+    figures += ("confused pairs", "middle frame: CAV-MAE's protocol", "Accuracy of each class")
     for expected in (*figures, "Fine-tuning", "c0ffee", "started 2026-11-20 21:00 UTC"):
         assert expected in text
 
