@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from diccae.args import parse
 from diccae.config import RunConfig, load_config
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if args.plan:
         return _plan(args, spec, config)
     from diccae.stages.ingest import run_ingest
-    from pipeline.errors import TooManyFailures
+    from pipeline.errors import Unfinished
 
     try:
         summary = run_ingest(
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
             args.run.tracking,
             label_from_folder=args.label_from_folder,
         )
-    except TooManyFailures as error:
+    except Unfinished as error:
         if args.json:
             print(json.dumps(error.summary))
         raise
@@ -113,7 +114,10 @@ def _plan(args: IngestArgs, spec: FeatureSpec | None, config: IngestConfig) -> i
     )
     found = {**plan.counts, "missing": len(plan.missing), "restated": len(plan.restated)}
     if args.json:
-        about = {"puts_in_force": plan.puts_in_force}
+        about: dict[str, Any] = {"puts_in_force": plan.puts_in_force}
+        if plan.out_of_reach is not None:
+            n_clips, places = plan.out_of_reach
+            about["out_of_reach"] = {"clips": n_clips, "places": places}
         timelines = {"timelines": plan.timelines} if plan.timelines else {}
         print(json.dumps({**found, **about, **timelines}))
         return 0
@@ -121,6 +125,8 @@ def _plan(args: IngestArgs, spec: FeatureSpec | None, config: IngestConfig) -> i
         print(f"{name:<13} {count:>12,}  {_WHY[name]}")
     if plan.puts_in_force:
         print("the features asked for come into force at the end of the run")
+    if plan.out_of_reach is not None:
+        print(f"the features asked for do not come into force: {plan.out_of_reach}")
     for name, count in (plan.timelines or {}).items():
         print(f"timelines {name}: {count}")
     return 0
@@ -133,6 +139,7 @@ _WHY = {
     "retried": "failed before: decode again",
     "removed": "not listed any more: drop",
     "unchanged": "nothing to do",
+    "set_aside": "in the store, and cannot be read or told apart: left as it is",
     "missing": "listed, but the file is not there: written down as missing",
     "restated": "of the changed and unchanged, written down without decoding: label, split, place",
 }

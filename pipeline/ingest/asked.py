@@ -13,11 +13,12 @@ import pyarrow.compute as pc
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.decode.choice import spec_for_this_machine
+from pipeline.ingest.limits import OutOfReach
 from pipeline.ingest.plan import STATE_COLUMNS, Plan, content_known, make_plan
 from pipeline.quality.leave_out import without_left_out
 from pipeline.source.fetch import is_local_file
 from pipeline.source.files import sha256_of
-from pipeline.source.listing import list_sources
+from pipeline.source.listing import Listing, list_sources
 from pipeline.storage import Location
 from pipeline.store.schema import CLIPS_SCHEMA
 from pipeline.store.store import Snapshot
@@ -42,7 +43,11 @@ class Asked:
         return replace(self, spec=spec_for_this_machine(self.spec, known.spec if known else None))
 
     def plan(self, snapshot: Snapshot | None, cache: Location | None) -> Plan:
-        """What brings a version of a store up to date. Args: cache: as list_sources takes it."""
+        """What brings a version of a store up to date.
+
+        Args: cache: as list_sources takes it; the index of tar parts is kept there from the first
+            look on, even if the store is yet to be made.
+        """
         listing = list_sources(
             self.clips, self.videos, cache, label_from_folder=self.label_from_folder
         )
@@ -55,9 +60,10 @@ class Asked:
         same_content = _same_content(sources, known, self.config)
         plan = make_plan(sources, known, spec.spec_hash(), self.config, same_content=same_content)
         _warn_of_lost_labels(plan, known)
-        plan.counts["unchanged"] += len(states) - len(known)
-        in_force = snapshot is None or has_in_force(snapshot, spec)
-        plan = replace(plan, puts_in_force=not in_force)
+        if snapshot is not None and not has_in_force(snapshot, spec):
+            lost = _out_of_reach(listing, states, known, snapshot, spec)
+            plan = replace(plan, puts_in_force=lost is None, out_of_reach=lost)
+        plan.counts["set_aside"] = len(states) - len(known)
         if self.config.probe:
             from pipeline.ingest.probe import probe_timelines
 
@@ -80,6 +86,24 @@ def _warn_of_lost_labels(plan: Plan, states: pa.Table) -> None:
 def has_in_force(snapshot: Snapshot, spec: FeatureSpec) -> bool:
     """Whether a version names this spec as the one in force."""
     return snapshot.names_its_spec and snapshot.spec_hash == spec.spec_hash()
+
+
+def _out_of_reach(
+    listing: Listing, states: pa.Table, known: pa.Table, snapshot: Snapshot, spec: FeatureSpec
+) -> OutOfReach | None:
+    """The clips in force that a spec would come into force without, if there are any.
+
+    Args: states: of the clips under the spec; known: those that could be looked at.
+    """
+    is_known = pc.is_in(states["clip_id"], value_set=known["clip_id"].combine_chunks())
+    is_of_spec = pc.equal(states["spec_hash"], spec.spec_hash()).fill_null(False)
+    undecoded = states.filter(pc.invert(pc.or_(is_known, is_of_spec)))
+    if not len(undecoded):
+        return None
+    live = snapshot.rows(None)["clip_id"].combine_chunks()
+    lost = undecoded.filter(pc.is_in(undecoded["clip_id"], value_set=live))
+    uris = lost["uri"].to_pylist()
+    return OutOfReach(len(lost), listing.unreadable_above(uris)) if uris else None
 
 
 def _same_content(sources: pa.Table, states: pa.Table, config: IngestConfig) -> set[str]:

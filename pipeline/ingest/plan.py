@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import IngestConfig
 from pipeline.errors import MassRemoval
+from pipeline.ingest.limits import OutOfReach
 from pipeline.reasons import PASSING, Reason
 from pipeline.store.schema import CLIPS_SCHEMA
 
@@ -44,9 +45,11 @@ class Plan:
     """Clips of the store that are not listed any more."""
     counts: dict[str, int] = field(default_factory=dict)
     """new, changed, spec_changed, removed, missing (newly listed, without a file), unchanged,
-    retried: each clip in exactly one."""
+    retried, and set_aside (of the store, could not be looked at): each clip in exactly one."""
     puts_in_force: bool = False
     """Another spec is in force in the store, or none explicitly: it will be this one at the end."""
+    out_of_reach: OutOfReach | None = None
+    """Why another spec does not come into force, if clips would go with it."""
     timelines: dict[str, Any] | None = None
     """What probe_timelines found, if it was asked."""
 
@@ -151,6 +154,7 @@ class _Kinds:
             "missing": int(self.missing.sum()),
             "unchanged": int(self.kept.sum() - self.reworded.sum()),
             "retried": int(self.retried.sum()),
+            "set_aside": 0,
         }
 
 

@@ -3,7 +3,8 @@
 Knows nothing of containers or codecs. Invariant: clips rows are committed only for shards that are
 written whole, so that killing any process at any time loses at most the work not yet committed, and
 nothing is ever there twice; another spec comes into force when all of its clips were decoded, and
-not if too many of them failed. That a clip vanished is believed at the end, if few others did.
+not if too many of them failed, or if clips that could not be looked at would go with it. That a
+clip vanished is believed at the end, if few others did.
 """
 
 import time
@@ -18,7 +19,13 @@ import pyarrow.compute as pc
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.ingest.asked import Asked, has_in_force
-from pipeline.ingest.limits import FAILURE_COLUMNS, Failures, refuse_failures, refuse_vanished
+from pipeline.ingest.limits import (
+    FAILURE_COLUMNS,
+    Failures,
+    refuse_failures,
+    refuse_out_of_reach,
+    refuse_vanished,
+)
 from pipeline.ingest.plan import Plan
 from pipeline.quality.rules import rules_named
 from pipeline.reasons import Reason
@@ -40,6 +47,8 @@ class IngestSummary:
     missing: int
     unchanged: int
     retried: int
+    set_aside: int
+    """Clips of the store that could not be looked at: they stay as they are."""
     ok: int
     failed: int
     """Failed decodes; clips without a file are `missing` or `removed`."""
@@ -100,20 +109,20 @@ def ingest(
 
     Args: clips, videos, label_from_folder: as list_sources takes them; spec: None: the one in
         force, FeatureSpec() for a new store; start_ray: called above config.local_clips clips.
-    Raises: SourceError, MassRemoval, StoreError, StoreLocked; TooManyFailures, KeyboardInterrupt,
-        and MassRemoval if clips vanish meanwhile, when all that is good, or done, is committed.
+    Raises: SourceError, MassRemoval, StoreError, StoreLocked; and when all that is good, or done,
+        is committed: TooManyFailures, SpecWithheld, KeyboardInterrupt, MassRemoval.
     """
     started = time.monotonic()
     known = FeatureStore.open(store).snapshot() if FeatureStore.exists(store) else None
     asked = Asked(clips, videos, store, spec, config, label_from_folder).here(known)
-    # Before the store is made: a mistake in the source should not leave an empty one behind. The
-    # index of tar parts is kept there from this first look on.
+    # Before the store is made: a mistake in the source should not leave an empty one behind.
     plan = asked.plan(known, Location(store))
     target = FeatureStore.create(store, asked.spec or FeatureSpec())
     newest = known or target.snapshot()
-    plan = replace(plan, puts_in_force=not has_in_force(newest, asked.spec or newest.spec))
+    if known is None and not has_in_force(newest, asked.spec or newest.spec):
+        plan = replace(plan, puts_in_force=True)
     if plan.is_empty:
-        return _summary(plan, newest.version, started)
+        return _if_whole(plan, _summary(plan, newest.version, started))
     with target.lease(config.lease_stale_s, f"an ingest of {clips or videos}") as lease:
         if target.version() != (known.version if known else 0):
             # Another run finished before this one had the lease.
@@ -124,6 +133,12 @@ def ingest(
         run.carry_out(plan, newest)
         summary = _summary(plan, target.version(), started, ok=run.n_ok, failed=run.n_failed)
     run.refuse_too_many_failures(summary)
+    return _if_whole(plan, summary)
+
+
+def _if_whole(plan: Plan, summary: IngestSummary) -> IngestSummary:
+    """The summary. Raises: SpecWithheld if the plan could not bring all that was asked for."""
+    refuse_out_of_reach(plan.out_of_reach, summary.to_json())
     return summary
 
 

@@ -100,13 +100,29 @@ class CheapSource:
             writer = csv.writer(file)
             writer.writerow(["clip_id", "uri", "label", "split"])
             writer.writerows([clip, f"{clip}.mp4", "dog", "train"] for clip in self.clips)
+        return self._ingest(str(self.folder / "clips.csv"), spec, options)
+
+    def ingest_folder(
+        self, spec: FeatureSpec | None = None, *, label_from_folder: bool = False, **options: Any
+    ) -> run.IngestSummary:
+        """Without a list: every file is a clip, named by its path."""
+        return self._ingest(None, spec, options, label_from_folder)
+
+    def _ingest(
+        self,
+        clips: str | None,
+        spec: FeatureSpec | None,
+        options: dict[str, Any],
+        label_from_folder: bool = False,
+    ) -> run.IngestSummary:
         self.decoded = []
         return run.ingest(
-            str(self.folder / "clips.csv"),
+            clips,
             str(self.folder / "videos"),
             self.store,
             spec,
             IngestConfig(**{"commit_shards": 1, "max_failed_frac": 1.0, **options}),
             start_ray=lambda: None,
             on_progress=lambda progress: None,
+            label_from_folder=label_from_folder,
         )

@@ -1,0 +1,96 @@
+"""`diccae ingest` as it is typed, over files of text: what it says, refuses and leaves alone."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.cheap_source import CHEAP_SPECS, CheapSource
+
+from diccae.cli import main
+from pipeline.ingest.maintenance import status
+from pipeline.store.store import FeatureStore
+
+OLD, NEW = CHEAP_SPECS
+ANOTHER_SPEC = ["--features.n-frames", str(NEW.n_frames)]
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheapSource:
+    """Four clips, two of them in a folder of their own, ingested without a list."""
+    made = CheapSource(tmp_path, 4, monkeypatch)
+    (made.file("c0").parent / "b").mkdir()
+    for clip in ("c2", "c3"):
+        made.file(clip).rename(made.file(f"b/{clip}"))
+    made.ingest_folder(OLD)
+    return made
+
+
+def command(source: CheapSource, *options: str) -> list[str]:
+    videos = str(source.folder / "videos")
+    return ["ingest", "--videos", videos, "--store", source.store, "--json", *options]
+
+
+def answer(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
+    """The JSON line on stdout, and what stands on stderr."""
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+def two_files_of_one_name(source: CheapSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    for clip in ("c2", "c3"):
+        source.file(f"b/{clip}").with_suffix(".mkv").write_text("good")
+
+
+def a_folder_that_gives_io_errors(source: CheapSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def failing(path: Any) -> Any:
+        if str(path).endswith("/b"):
+            raise OSError(5, "Input/output error", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+
+
+@pytest.mark.parametrize("hide", [two_files_of_one_name, a_folder_that_gives_io_errors])
+def test_another_spec_does_not_come_into_force_without_clips_that_cannot_be_read(
+    hide: Any,
+    source: CheapSource,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = FeatureStore.open(source.store).snapshot().digest
+    with monkeypatch.context() as patch:
+        hide(source, patch)
+        assert main(command(source, *ANOTHER_SPEC, "--plan")) == 0
+        plan, _ = answer(capsys)
+        assert (plan["puts_in_force"], plan["out_of_reach"]["clips"]) == (False, 2)
+        # The same again, which finds nothing to decode, is no way around.
+        for n_decoded in (2, 0):
+            assert main(command(source, *ANOTHER_SPEC)) == 2
+            said, told = answer(capsys)
+            assert (said["ok"], said["set_aside"]) == (n_decoded, 2)
+            assert said["unchanged"] == 2 - n_decoded
+            assert "2 clips of the data set have no such features" in told
+            assert f"{source.folder}/videos/b" in told
+            assert FeatureStore.open(source.store).snapshot().digest == before
+        assert main(command(source)) == 0, "of the spec in force nothing is asked that is not there"
+        assert answer(capsys)[0]["set_aside"] == 2
+    for spare in (source.folder / "videos" / "b").glob("*.mkv"):
+        spare.unlink()
+    assert main(command(source, *ANOTHER_SPEC)) == 0
+    assert answer(capsys)[0]["ok"] == 2, "what was decoded before is kept"
+    assert FeatureStore.open(source.store).snapshot().spec == NEW
+    assert status(source.store)["ok"] == 4
+
+
+def test_clips_that_cannot_be_read_and_have_the_features_keep_no_spec_out_of_force(
+    source: CheapSource, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source.ingest_folder(NEW)
+    two_files_of_one_name(source, monkeypatch)
+    assert main(command(source, "--features.n-frames", str(OLD.n_frames))) == 0
+    assert FeatureStore.open(source.store).snapshot().spec == OLD
+    assert status(source.store)["ok"] == 4
