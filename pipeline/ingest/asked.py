@@ -74,7 +74,9 @@ class Asked:
 def _warn_of_lost_labels(plan: Plan, states: pa.Table) -> None:
     """A forgotten --label-from-folder, or list, would empty the classes of a store silently."""
     labelled = states["clip_id"].filter(pc.is_valid(states["label"])).combine_chunks()
-    without = plan.restated["clip_id"].filter(pc.is_null(plan.restated["label"]))
+    columns = ["clip_id", "label"]
+    written = pa.concat_tables([plan.todo.select(columns), plan.restated.select(columns)])
+    without = written["clip_id"].filter(pc.is_null(written["label"]))
     if n_lost := pc.sum(pc.is_in(without, value_set=labelled)).as_py():
         _LOG.warning(
             "%d clips lose the label they have in the store: the source names none. Labels come "

@@ -94,3 +94,13 @@ def test_clips_that_cannot_be_read_and_have_the_features_keep_no_spec_out_of_for
     assert main(command(source, "--features.n-frames", str(OLD.n_frames))) == 0
     assert FeatureStore.open(source.store).snapshot().spec == OLD
     assert status(source.store)["ok"] == 4
+
+
+def test_labels_that_clips_lose_as_they_are_decoded_again_are_told(
+    source: CheapSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(command(source, "--label-from-folder")) == 0
+    assert FeatureStore.open(source.store).snapshot().classes == ["b"]
+    caplog.clear()
+    assert main(command(source, *ANOTHER_SPEC, "--plan")) == 0
+    assert "2 clips lose the label they have in the store" in caplog.text

@@ -102,18 +102,12 @@ class CheapSource:
             writer.writerows([clip, f"{clip}.mp4", "dog", "train"] for clip in self.clips)
         return self._ingest(str(self.folder / "clips.csv"), spec, options)
 
-    def ingest_folder(
-        self, spec: FeatureSpec | None = None, *, label_from_folder: bool = False, **options: Any
-    ) -> run.IngestSummary:
+    def ingest_folder(self, spec: FeatureSpec | None = None, **options: Any) -> run.IngestSummary:
         """Without a list: every file is a clip, named by its path."""
-        return self._ingest(None, spec, options, label_from_folder)
+        return self._ingest(None, spec, options)
 
     def _ingest(
-        self,
-        clips: str | None,
-        spec: FeatureSpec | None,
-        options: dict[str, Any],
-        label_from_folder: bool = False,
+        self, clips: str | None, spec: FeatureSpec | None, options: dict[str, Any]
     ) -> run.IngestSummary:
         self.decoded = []
         return run.ingest(
@@ -124,5 +118,4 @@ class CheapSource:
             IngestConfig(**{"commit_shards": 1, "max_failed_frac": 1.0, **options}),
             start_ray=lambda: None,
             on_progress=lambda progress: None,
-            label_from_folder=label_from_folder,
         )
