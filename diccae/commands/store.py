@@ -33,6 +33,12 @@ class StoreArgs:
     """URI of the feature store."""
     version: int | None = None
     """status: an older version of the clips table."""
+    reason: str | None = None
+    """failures: clips that failed with this reason alone."""
+    examples: int = 3
+    """failures: at most so many clips are named for each reason."""
+    spec: str | None = None
+    """failures: under the feature spec of this hash, in place of the one in force."""
     split: str | None = None
     """quality: only clips of this split; stats: the split, train unless told otherwise."""
     stored_only: bool = False
@@ -64,7 +70,8 @@ def main(argv: Sequence[str]) -> int:
     if args.action == "status":
         return _show(maintenance.status(args.store, args.version), args.json)
     if args.action == "failures":
-        return _failures(maintenance.failures(args.store), args.json)
+        found = maintenance.failures(args.store, args.reason, args.examples, args.spec)
+        return _failures(found, args.json)
     if args.action == "verify":
         return _verify(args)
     if args.action == "quality":

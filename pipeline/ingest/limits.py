@@ -5,6 +5,7 @@ Pure; knows nothing of decoding or commits. Invariant: a clip that vanished is n
 one alone ends no run.
 """
 
+import shlex
 from collections import Counter
 from typing import NamedTuple
 
@@ -102,10 +103,10 @@ def refuse_failures(
     store_uri: str,
     summary: dict[str, int | float],
     *,
-    withheld: bool,
+    withheld: str | None,
 ) -> None:
-    """Args: summary: as TooManyFailures takes it; withheld: whether they are why another spec was
-    not put in force.
+    """Args: summary: as TooManyFailures takes it; withheld: hash of the spec that was not put in
+    force for them, if one was not.
 
     Raises: TooManyFailures.
     """
@@ -117,14 +118,13 @@ def refuse_failures(
         f"{failures.n_failed} of {failures.n_clips} clips failed ({reasons}{example}), more than "
         f"{config.max_failed_frac:.0%}. "
     )
+    look = f"diccae store failures --store {shlex.quote(store_uri)}"
     if withheld:
         said += (
-            "The spec in force stays as it was; the good ones are kept for this one. To put it in "
-            "force all the same, run it again with a higher --ingest.max-failed-frac."
+            f"The spec in force stays as it was; the good ones are kept for this one. See "
+            f'"{look} --spec {withheld}". To put it in force all the same, run it again with a '
+            "higher --ingest.max-failed-frac."
         )
     else:
-        said += (
-            f"The {failures.n_clips - failures.n_failed} good ones are committed. See "
-            f'"diccae store failures --store {store_uri}".'
-        )
+        said += f'The {failures.n_clips - failures.n_failed} good ones are committed. See "{look}".'
     raise TooManyFailures(said, summary)

@@ -312,9 +312,8 @@ class _Run:
         """Raises: TooManyFailures."""
         failed = Counter({r: n for r, n in self.by_reason.items() if r != Reason.MISSING})
         failures = self._withheld or Failures(failed, self.n_ok + self.n_failed)
-        refuse_failures(
-            failures, self.config, self.store.uri, summary.to_json(), withheld=bool(self._withheld)
-        )
+        withheld = self.spec.spec_hash() if self._withheld else None
+        refuse_failures(failures, self.config, self.store.uri, summary.to_json(), withheld=withheld)
 
 
 def _restate(states: pa.Table, restated: pa.Table) -> pa.Table:
