@@ -126,6 +126,8 @@ class _Compared:
     same_place: Mask
     reason: pa.ChunkedArray
     attempts: NDArray[np.integer]
+    size: NDArray[np.integer]
+    """Bytes of the file, 0 where there is none."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ def _compared(
         same_place=_same(sources, before, "uri") & _same(sources, before, "group"),
         reason=reason,
         attempts=before["attempts"].fill_null(0).to_numpy(),
+        size=sources["size"].fill_null(0).to_numpy(),
     )
 
 
@@ -216,7 +219,7 @@ def _classify(clips: _Compared, config: IngestConfig) -> _Kinds:
     decoded = rest & ~clips.was_missing
     changed = decoded & ~clips.same_file
     spec_changed = decoded & clips.same_file & ~clips.same_spec
-    retry = clips.was_failed & _to_retry(clips.reason, clips.attempts, config)
+    retry = clips.was_failed & _to_retry(clips, config)
     retried = decoded & clips.same_file & clips.same_spec & retry
     kept = rest & ~changed & ~spec_changed & ~retried
     reworded = kept & ~clips.same_words
@@ -255,10 +258,13 @@ def _same_window(sources: pa.Table, before: pa.Table) -> Mask:
     return _same(sources, before, "start_s") & _same(sources, before, "end_s")
 
 
-def _to_retry(reason: pa.ChunkedArray, attempts: NDArray[np.integer], config: IngestConfig) -> Mask:
+def _to_retry(clips: _Compared, config: IngestConfig) -> Mask:
+    reason = clips.reason
     passing = _true(pc.is_in(reason, value_set=pa.array([r.value for r in PASSING])))
     wanted = _true(pc.is_in(reason, value_set=pa.array(config.retry_reasons, pa.string())))
-    return config.retry_failed | wanted | (passing & (attempts < _PASSING_ATTEMPTS))
+    # The limit was raised, or it is another machine's.
+    fits = _true(pc.equal(reason, Reason.TOO_LARGE)) & (clips.size <= config.max_clip_bytes)
+    return config.retry_failed | wanted | fits | (passing & (clips.attempts < _PASSING_ATTEMPTS))
 
 
 def _refuse_mass_removal(n_removed: int, n_present: int, config: IngestConfig) -> None:
