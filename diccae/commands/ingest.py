@@ -7,6 +7,7 @@ from typing import Any
 
 from diccae.args import parse
 from diccae.config import RunConfig, load_config
+from diccae.errors import UsageError
 from diccae.screen import say
 from pipeline.config import FeatureSpec, IngestConfig
 
@@ -48,6 +49,11 @@ def main(argv: Sequence[str]) -> int:
     config = _with_switches(args)
     is_asked = is_asked or "features" in load_config(args.config).model_fields_set
     spec = args.run.features if is_asked else None
+    if config.probe and not args.plan:
+        raise UsageError(
+            "--probe (ingest.probe) belongs to --plan, and nothing was done: a run decodes every "
+            "timeline as it is. Add --plan, or leave it out."
+        )
     if args.plan:
         return _plan(args, spec, config)
     from diccae.stages.ingest import run_ingest
@@ -112,7 +118,7 @@ def _plan(args: IngestArgs, spec: FeatureSpec | None, config: IngestConfig) -> i
         config,
         label_from_folder=args.label_from_folder,
     )
-    found = {**plan.counts, "missing": len(plan.missing), "restated": len(plan.restated)}
+    found = {**plan.counts, "restated": len(plan.restated)}
     if args.json:
         about: dict[str, Any] = {"puts_in_force": plan.puts_in_force}
         if plan.out_of_reach is not None:
@@ -137,9 +143,9 @@ _WHY = {
     "changed": "another file or window: decode again; another label or split: write down",
     "spec_changed": "the features asked for are others now: decode again",
     "retried": "failed before: decode again",
-    "removed": "not listed any more: drop",
+    "removed": "not listed any more, or its file is gone: drop",
     "unchanged": "nothing to do",
     "set_aside": "in the store, and cannot be read or told apart: left as it is",
-    "missing": "listed, but the file is not there: written down as missing",
+    "missing": "newly listed, but the file is not there: written down as missing",
     "restated": "of the changed and unchanged, written down without decoding: label, split, place",
 }

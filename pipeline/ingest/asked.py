@@ -42,6 +42,10 @@ class Asked:
         """The same with a spec that this machine can decode. Raises: StoreError."""
         return replace(self, spec=spec_for_this_machine(self.spec, known.spec if known else None))
 
+    def spec_on(self, snapshot: Snapshot | None) -> FeatureSpec:
+        """What is to be decoded for on top of a version, None for a store yet to be made."""
+        return self.spec or (snapshot.spec if snapshot else FeatureSpec())
+
     def plan(self, snapshot: Snapshot | None, cache: Location | None) -> Plan:
         """What brings a version of a store up to date.
 
@@ -51,7 +55,7 @@ class Asked:
         listing = list_sources(
             self.clips, self.videos, cache, label_from_folder=self.label_from_folder
         )
-        spec = self.spec or (snapshot.spec if snapshot else FeatureSpec())
+        spec = self.spec_on(snapshot)
         states = snapshot.states(STATE_COLUMNS, spec.spec_hash()) if snapshot else _NO_STATES
         sources, known = listing.without_unreadable(states)
         if self.config.leave_out:
@@ -64,10 +68,6 @@ class Asked:
             lost = _out_of_reach(listing, states, known, snapshot, spec)
             plan = replace(plan, puts_in_force=lost is None, out_of_reach=lost)
         plan.counts["set_aside"] = len(states) - len(known)
-        if self.config.probe:
-            from pipeline.ingest.probe import probe_timelines
-
-            plan = replace(plan, timelines=probe_timelines(plan.todo, spec, self.config))
         return plan
 
 

@@ -91,7 +91,12 @@ def plan_ingest(
     existing = FeatureStore.open(store) if FeatureStore.exists(store) else None
     known = existing.snapshot() if existing else None
     asked = Asked(clips, videos, store, spec, config, label_from_folder).here(known)
-    return asked.plan(known, existing.location if existing else None)
+    plan = asked.plan(known, existing.location if existing else None)
+    if not config.probe:
+        return plan
+    from pipeline.ingest.probe import probe_timelines
+
+    return replace(plan, timelines=probe_timelines(plan.todo, asked.spec_on(known), config))
 
 
 def ingest(
@@ -119,7 +124,7 @@ def ingest(
     plan = asked.plan(known, Location(store))
     target = FeatureStore.create(store, asked.spec or FeatureSpec())
     newest = known or target.snapshot()
-    if known is None and not has_in_force(newest, asked.spec or newest.spec):
+    if known is None and not has_in_force(newest, asked.spec_on(newest)):
         plan = replace(plan, puts_in_force=True)
     if plan.is_empty:
         return _if_whole(plan, _summary(plan, newest.version, started))
@@ -128,7 +133,7 @@ def ingest(
             # Another run finished before this one had the lease.
             newest = target.snapshot()
             plan = asked.plan(newest, Location(store))
-        used = asked.spec or newest.spec
+        used = asked.spec_on(newest)
         run = _Run(target, used, config, lease, len(plan.todo), on_progress, start_ray)
         run.carry_out(plan, newest)
         summary = _summary(plan, target.version(), started, ok=run.n_ok, failed=run.n_failed)

@@ -104,3 +104,35 @@ def test_labels_that_clips_lose_as_they_are_decoded_again_are_told(
     caplog.clear()
     assert main(command(source, *ANOTHER_SPEC, "--plan")) == 0
     assert "2 clips lose the label they have in the store" in caplog.text
+
+
+def test_a_plan_counts_a_vanished_file_once_and_as_the_run_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = CheapSource(tmp_path, 6, monkeypatch)
+    source.ingest(OLD)
+    source.file("c0").unlink()
+    listed = ["--clips", str(tmp_path / "clips.csv")]
+    assert main(command(source, *listed, "--plan")) == 0
+    plan, _ = answer(capsys)
+    assert main(command(source, *listed)) == 0
+    said, _ = answer(capsys)
+    assert (said["removed"], said["missing"], said["unchanged"]) == (1, 0, 5)
+    assert {name: said[name] for name in plan if name in said} == {
+        name: n for name, n in plan.items() if name in said
+    }
+
+
+def test_a_probe_belongs_to_a_plan(
+    source: CheapSource, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("containers are read for nothing")
+
+    monkeypatch.setattr("pipeline.ingest.probe.probe_timelines", refuse)
+    for option in (["--probe"], ["--ingest.probe"]):
+        assert main(command(source, *ANOTHER_SPEC, *option)) == 2
+        told = capsys.readouterr().err
+        assert "--probe (ingest.probe) belongs to --plan" in told
+        assert told.count("\n") == 1
+    assert source.ingest_folder(NEW, probe=True).ok == 4
