@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deltalake import DeltaTable
 from support.cheap_source import CHEAP_SPECS, CheapSource
 
 from diccae.cli import main
@@ -136,3 +137,25 @@ def test_a_probe_belongs_to_a_plan(
         assert "--probe (ingest.probe) belongs to --plan" in told
         assert told.count("\n") == 1
     assert source.ingest_folder(NEW, probe=True).ok == 4
+
+
+def test_of_two_first_ingests_at_once_one_makes_the_store(
+    source: CheapSource, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source.store += "-again"
+    about = Path(source.store, "store.json")
+    create, made = DeltaTable.create, []
+
+    def slow(*args: Any, **options: Any) -> DeltaTable:
+        table = create(*args, **options)
+        if not made:
+            made.append(b"under way")
+            assert main(command(source)) == 0, "the other one, which is faster"
+            made.append(about.read_bytes())
+        return table
+
+    monkeypatch.setattr(DeltaTable, "create", slow)
+    assert main(command(source)) == 0
+    assert made == [b"under way", about.read_bytes()]
+    counts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["new"], one["unchanged"]) for one in counts] == [(4, 0), (0, 4)]
