@@ -2,8 +2,9 @@
 
 Pure pydantic models: imports nothing heavy, so that `--help` answers at once.
 Invariant: every field of FeatureSpec changes the stored features or which clips are accepted, and
-no field of IngestConfig does (`leave_out` names clips by what is in them, and is written into the
-commit); so equal `spec_hash` means equal features.
+no field of IngestConfig changes features; so equal `spec_hash` means equal features. Some fields of
+IngestConfig turn clips down: for what is in them (`leave_out`, which is written into the commit),
+or until they get more room or time (`max_clip_bytes`, `child_memory_mb`, `timeout_s`).
 """
 
 import hashlib
@@ -71,8 +72,7 @@ class FeatureSpec(Frozen):
 
 
 class IngestConfig(Frozen):
-    """How an ingest runs; changes nothing of what is stored of a clip, and but for `leave_out` not
-    which clips are."""
+    """How an ingest runs; changes nothing of what is stored of a clip."""
 
     shard_clips: int = Field(256, ge=1, le=4096)
     """Most clips in one shard, the unit of retry."""
@@ -94,7 +94,8 @@ class IngestConfig(Frozen):
     """A decode child above this resident size is replaced; its clip fails when it is still busy."""
     max_clip_bytes: int = Field(4 << 30, ge=1)
     """A clip that has to be copied to this machine first (of an object store, of a tar part) and is
-    larger fails with `too_large`; local files are read where they lie."""
+    larger fails with `too_large`, and is tried again by a run that allows its size; local files are
+    read where they lie."""
     prefetch: int = Field(4, ge=0, le=64)
     """Remote clips an actor downloads ahead of the decoder."""
     commit_shards: int = Field(8, ge=1)

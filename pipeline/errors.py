@@ -33,15 +33,25 @@ class MassRemoval(PipelineError):
     exit_code: ClassVar[int] = 2
 
 
-class TooManyFailures(PipelineError):
-    """More clips failed than the run allows; the good ones are committed."""
-
-    exit_code: ClassVar[int] = 3
+class Unfinished(PipelineError):
+    """An ingest committed what is good, and the store is not what was asked for."""
 
     def __init__(self, message: str, summary: dict[str, int | float]) -> None:
         """Args: summary: what the run did, as IngestSummary.to_json."""
         super().__init__(message)
         self.summary = summary
+
+
+class TooManyFailures(Unfinished):
+    """More clips failed than the run allows; the good ones are committed."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class SpecWithheld(Unfinished):
+    """Another spec does not come into force: clips that cannot be looked at would go with it."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class StoreLocked(PipelineError):

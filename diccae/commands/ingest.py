@@ -3,9 +3,11 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from diccae.args import Options
 from diccae.config import RunConfig, load_config
+from diccae.errors import UsageError
 from diccae.screen import say
 from pipeline.config import FeatureSpec, IngestConfig
 
@@ -50,10 +52,15 @@ def main(argv: Sequence[str]) -> int:
     config = _with_switches(args)
     is_asked = is_asked or "features" in load_config(args.config).model_fields_set
     spec = args.run.features if is_asked else None
+    if config.probe and not args.plan:
+        raise UsageError(
+            "--probe (ingest.probe) belongs to --plan, and nothing was done: a run decodes every "
+            "timeline as it is. Add --plan, or leave it out."
+        )
     if args.plan:
         return _plan(args, spec, config)
     from diccae.stages.ingest import run_ingest
-    from pipeline.errors import TooManyFailures
+    from pipeline.errors import Unfinished
 
     try:
         summary = run_ingest(
@@ -65,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
             args.run.tracking,
             label_from_folder=args.label_from_folder,
         )
-    except TooManyFailures as error:
+    except Unfinished as error:
         if args.json:
             print(json.dumps(error.summary))
         raise
@@ -114,9 +121,12 @@ def _plan(args: IngestArgs, spec: FeatureSpec | None, config: IngestConfig) -> i
         config,
         label_from_folder=args.label_from_folder,
     )
-    found = {**plan.counts, "missing": len(plan.missing), "restated": len(plan.restated)}
+    found = {**plan.counts, "restated": len(plan.restated)}
     if args.json:
-        about = {"puts_in_force": plan.puts_in_force}
+        about: dict[str, Any] = {"puts_in_force": plan.puts_in_force}
+        if plan.out_of_reach is not None:
+            n_clips, places = plan.out_of_reach
+            about["out_of_reach"] = {"clips": n_clips, "places": places}
         timelines = {"timelines": plan.timelines} if plan.timelines else {}
         print(json.dumps({**found, **about, **timelines}))
         return 0
@@ -124,6 +134,8 @@ def _plan(args: IngestArgs, spec: FeatureSpec | None, config: IngestConfig) -> i
         print(f"{name:<13} {count:>12,}  {_WHY[name]}")
     if plan.puts_in_force:
         print("the features asked for come into force at the end of the run")
+    if plan.out_of_reach is not None:
+        print(f"the features asked for do not come into force: {plan.out_of_reach}")
     for name, count in (plan.timelines or {}).items():
         print(f"timelines {name}: {count}")
     return 0
@@ -134,8 +146,9 @@ _WHY = {
     "changed": "another file or window: decode again; another label or split: write down",
     "spec_changed": "the features asked for are others now: decode again",
     "retried": "failed before: decode again",
-    "removed": "not listed any more: drop",
+    "removed": "not listed any more, or its file is gone: drop",
     "unchanged": "nothing to do",
-    "missing": "listed, but the file is not there: written down as missing",
+    "set_aside": "in the store, and cannot be read or told apart: left as it is",
+    "missing": "newly listed, but the file is not there: written down as missing",
     "restated": "of the changed and unchanged, written down without decoding: label, split, place",
 }

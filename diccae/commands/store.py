@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import tyro
 
 from diccae.args import Options
+from diccae.errors import UsageError
 from diccae.screen import say
 
 
@@ -32,7 +33,13 @@ class StoreArgs:
     store: str
     """URI of the feature store."""
     version: int | None = None
-    """status: an older version of the clips table."""
+    """status, failures, stats, export: an older version of the store."""
+    reason: str | None = None
+    """failures: clips that failed with this reason alone."""
+    examples: int = 3
+    """failures: at most so many clips are named for each reason."""
+    spec: str | None = None
+    """failures: under the feature spec of this hash, in place of the one in force."""
     split: str | None = None
     """quality: only clips of this split; stats: the split, train unless told otherwise."""
     stored_only: bool = False
@@ -49,12 +56,29 @@ class StoreArgs:
     pin: str | None = None
     """unpin: the pin to let go of, as `status` names it; until then a run's version is kept."""
     out: str | None = None
-    """export: target folder or URI."""
+    """export: a new or empty folder of this machine."""
     format: Literal["folder", "webdataset"] = "folder"
     """export: a plain folder of JPEG and npy files, or WebDataset tars."""
     json: bool = False
     """Print one JSON line."""
 
+
+_TAKEN_BY = {
+    "version": ("status", "failures", "stats", "export"),
+    "reason": ("failures",),
+    "examples": ("failures",),
+    "spec": ("failures",),
+    "split": ("quality", "stats"),
+    "stored_only": ("quality",),
+    "sample": ("verify",),
+    "repair": ("verify",),
+    "retention_hours": ("vacuum",),
+    "dry_run": ("vacuum",),
+    "pin": ("unpin",),
+    "out": ("export",),
+    "format": ("export",),
+}
+"""The actions that look at an option; what is not named here is for all."""
 
 OPTIONS = Options("store", StoreArgs)
 
@@ -62,12 +86,16 @@ OPTIONS = Options("store", StoreArgs)
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = OPTIONS.parse(argv)
+    _refuse_options_of_others(args)
     from pipeline.ingest import maintenance
 
     if args.action == "status":
         return _show(maintenance.status(args.store, args.version), args.json)
     if args.action == "failures":
-        return _failures(maintenance.failures(args.store), args.json)
+        found = maintenance.failures(
+            args.store, args.reason, args.examples, spec=args.spec, version=args.version
+        )
+        return _failures(found, args.json)
     if args.action == "verify":
         return _verify(args)
     if args.action == "quality":
@@ -75,6 +103,17 @@ def main(argv: Sequence[str]) -> int:
     if args.action == "stats":
         return _stats(args)
     return _change_or_copy(args)
+
+
+def _refuse_options_of_others(args: StoreArgs) -> None:
+    """Raises: UsageError for an option that the action would not look at."""
+    for field in fields(args):
+        actions = _TAKEN_BY.get(field.name, (args.action,))
+        if args.action not in actions and getattr(args, field.name) != field.default:
+            option = f"--{field.name.replace('_', '-')}"
+            raise UsageError(
+                f"{option} is no option of {args.action}, but of {', '.join(actions)}; leave it out"
+            )
 
 
 def _change_or_copy(args: StoreArgs) -> int:
@@ -93,7 +132,7 @@ def _change_or_copy(args: StoreArgs) -> int:
     if args.out is None:
         say("diccae store export: --out DIR is needed")
         return 2
-    return _show(maintenance.export(args.store, args.out, args.format), args.json)
+    return _show(maintenance.export(args.store, args.out, args.format, args.version), args.json)
 
 
 def _vacuum(args: StoreArgs) -> int:
@@ -148,7 +187,7 @@ def _quality(args: StoreArgs) -> int:
 def _stats(args: StoreArgs) -> int:
     from diccae.stages.quality import run_stats
 
-    return _show(asdict(run_stats(args.store, args.split or "train")), args.json)
+    return _show(asdict(run_stats(args.store, args.split or "train", args.version)), args.json)
 
 
 def _failures(by_reason: dict[str, dict[str, Any]], as_json: bool) -> int:

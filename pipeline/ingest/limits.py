@@ -1,9 +1,11 @@
-"""Limits: shares of vanished and of failed clips above which an ingest is refused, and its words.
+"""Limits: shares of vanished and of failed clips above which an ingest is refused, clips without
+which no other spec comes into force, and its words.
 
 Pure; knows nothing of decoding or commits. Invariant: a clip that vanished is no failure, and
 one alone ends no run.
 """
 
+import shlex
 from collections import Counter
 from typing import NamedTuple
 
@@ -11,8 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import IngestConfig
-from pipeline.errors import MassRemoval, TooManyFailures
+from pipeline.errors import MassRemoval, SpecWithheld, TooManyFailures
 from pipeline.reasons import Reason
+
+_MOST_PLACES = 3
 
 FAILURE_COLUMNS = ["clip_id", "reason", "detail", "spec_hash"]
 """Columns of the clips table that `Failures.of_spec` needs."""
@@ -34,6 +38,35 @@ def refuse_vanished(n_vanished: int, n_todo: int, config: IngestConfig) -> None:
         "committed, none is written down as missing, and the spec in force stays as it is. Mount "
         "it and run the same again; use --allow-mass-delete if they are meant to go."
     )
+
+
+class OutOfReach(NamedTuple):
+    """Clips of the data set that another spec has nothing of, and that could not be looked at. They
+    would go without a word if that spec came into force."""
+
+    n_clips: int
+    places: list[str]
+    """Where nothing could be read, or which of several files is meant nobody can say."""
+
+    def __str__(self) -> str:
+        told = ", ".join(self.places[:_MOST_PLACES])
+        more = len(self.places) - _MOST_PLACES
+        return (
+            f"{self.n_clips} clips of the data set have no such features and could not be looked "
+            f"at: {told}{f' and {more} more' if more > 0 else ''} cannot be read, or the clip has "
+            "several files"
+        )
+
+
+def refuse_out_of_reach(clips: OutOfReach | None, summary: dict[str, int | float]) -> None:
+    """Args: summary: as SpecWithheld takes it. Raises: SpecWithheld if there are any."""
+    if clips is not None:
+        raise SpecWithheld(
+            f"{clips}. The spec in force stays as it was; what is decoded is kept for the other "
+            "one. Make these places readable, leave each clip one file, and run the same again: "
+            "it decodes what is left.",
+            summary,
+        )
 
 
 class Failures(NamedTuple):
@@ -70,10 +103,10 @@ def refuse_failures(
     store_uri: str,
     summary: dict[str, int | float],
     *,
-    withheld: bool,
+    withheld: str | None,
 ) -> None:
-    """Args: summary: as TooManyFailures takes it; withheld: whether they are why another spec was
-    not put in force.
+    """Args: summary: as TooManyFailures takes it; withheld: hash of the spec that was not put in
+    force for them, if one was not.
 
     Raises: TooManyFailures.
     """
@@ -85,14 +118,13 @@ def refuse_failures(
         f"{failures.n_failed} of {failures.n_clips} clips failed ({reasons}{example}), more than "
         f"{config.max_failed_frac:.0%}. "
     )
+    look = f"diccae store failures --store {shlex.quote(store_uri)}"
     if withheld:
         said += (
-            "The spec in force stays as it was; the good ones are kept for this one. To put it in "
-            "force all the same, run it again with a higher --ingest.max-failed-frac."
+            f"The spec in force stays as it was; the good ones are kept for this one. See "
+            f'"{look} --spec {withheld}". To put it in force all the same, run it again with a '
+            "higher --ingest.max-failed-frac."
         )
     else:
-        said += (
-            f"The {failures.n_clips - failures.n_failed} good ones are committed. See "
-            f'"diccae store failures --store {store_uri}".'
-        )
+        said += f'The {failures.n_clips - failures.n_failed} good ones are committed. See "{look}".'
     raise TooManyFailures(said, summary)

@@ -87,14 +87,26 @@ def unpin(uri: str, name: str) -> dict[str, int]:
     return store.pins()
 
 
-def failures(uri: str, reason: str | None = None, examples: int = 3) -> dict[str, Any]:
+def failures(
+    uri: str,
+    reason: str | None = None,
+    examples: int = 3,
+    *,
+    spec: str | None = None,
+    version: int | None = None,
+) -> dict[str, Any]:
     """Failed clips by reason: {reason: {"clips": n, "examples": [{clip_id, uri, detail}]}}.
 
-    Raises: StoreError.
+    Args: reason: this one alone; examples: at most so many of each; spec: hash of the one that the
+        clips failed under, None for the one in force; version: None for the newest. A missing file
+        is so for every spec.
+    Raises: StoreError, also for a reason or a spec that is none.
     """
-    columns = ["clip_id", "uri", "status", "reason", "detail"]
-    states = FeatureStore.open(uri).snapshot().states(columns)
-    failed = states.filter(pc.equal(states["status"], "failed")).sort_by("clip_id")
+    if reason not in (None, *Reason):
+        raise StoreError(f"{uri}: no reason {reason!r}; there are {', '.join(Reason)}")
+    if examples < 0:
+        raise StoreError(f"{uri}: {examples} examples of a reason; 0 or more are allowed")
+    failed = _failed(FeatureStore.open(uri).snapshot(version), spec)
     counts = Counter(failed["reason"].to_pylist())
     report = {}
     for name, n_clips in counts.most_common():
@@ -105,6 +117,26 @@ def failures(uri: str, reason: str | None = None, examples: int = 3) -> dict[str
                 "examples": rows.select(["clip_id", "uri", "detail"]).to_pylist(),
             }
     return report
+
+
+def _failed(snapshot: Snapshot, spec: str | None) -> pa.Table:
+    """Clips that failed under a spec (hash; None: the one in force), or have no file: clip_id, uri,
+    status, reason, detail, spec_hash. Raises: StoreError if no clip was decoded for such a spec."""
+    specs = {snapshot.spec_hash, *snapshot.specs}
+    if spec not in (None, *specs):
+        there = ", ".join(sorted(specs))
+        raise StoreError(
+            f"{snapshot.uri}: no clip was decoded for spec {spec!r}; there are {there}"
+        )
+    columns = ["clip_id", "uri", "status", "reason", "detail", "spec_hash"]
+    states = snapshot.states(columns, spec)
+    # A clip that the spec has nothing of comes with its row of another one.
+    is_own = pc.or_(
+        pc.equal(states["spec_hash"], spec or snapshot.spec_hash),
+        pc.equal(states["reason"], Reason.MISSING.value).fill_null(False),
+    )
+    is_failed = pc.and_(pc.equal(states["status"], "failed"), is_own)
+    return states.filter(is_failed).sort_by("clip_id")
 
 
 def shard_sizes(store: FeatureStore) -> dict[str, tuple[int, float]]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import IngestConfig
 from pipeline.errors import MassRemoval
+from pipeline.ingest.limits import OutOfReach
 from pipeline.reasons import PASSING, Reason
 from pipeline.store.schema import CLIPS_SCHEMA
 
@@ -44,9 +45,11 @@ class Plan:
     """Clips of the store that are not listed any more."""
     counts: dict[str, int] = field(default_factory=dict)
     """new, changed, spec_changed, removed, missing (newly listed, without a file), unchanged,
-    retried: each clip in exactly one."""
+    retried, and set_aside (of the store, could not be looked at): each clip in exactly one."""
     puts_in_force: bool = False
     """Another spec is in force in the store, or none explicitly: it will be this one at the end."""
+    out_of_reach: OutOfReach | None = None
+    """Why another spec does not come into force, if clips would go with it."""
     timelines: dict[str, Any] | None = None
     """What probe_timelines found, if it was asked."""
 
@@ -123,6 +126,8 @@ class _Compared:
     same_place: Mask
     reason: pa.ChunkedArray
     attempts: NDArray[np.integer]
+    size: NDArray[np.integer]
+    """Bytes of the file, 0 where there is none."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,7 @@ class _Kinds:
             "missing": int(self.missing.sum()),
             "unchanged": int(self.kept.sum() - self.reworded.sum()),
             "retried": int(self.retried.sum()),
+            "set_aside": 0,
         }
 
 
@@ -200,6 +206,7 @@ def _compared(
         same_place=_same(sources, before, "uri") & _same(sources, before, "group"),
         reason=reason,
         attempts=before["attempts"].fill_null(0).to_numpy(),
+        size=sources["size"].fill_null(0).to_numpy(),
     )
 
 
@@ -212,7 +219,7 @@ def _classify(clips: _Compared, config: IngestConfig) -> _Kinds:
     decoded = rest & ~clips.was_missing
     changed = decoded & ~clips.same_file
     spec_changed = decoded & clips.same_file & ~clips.same_spec
-    retry = clips.was_failed & _to_retry(clips.reason, clips.attempts, config)
+    retry = clips.was_failed & _to_retry(clips, config)
     retried = decoded & clips.same_file & clips.same_spec & retry
     kept = rest & ~changed & ~spec_changed & ~retried
     reworded = kept & ~clips.same_words
@@ -251,10 +258,13 @@ def _same_window(sources: pa.Table, before: pa.Table) -> Mask:
     return _same(sources, before, "start_s") & _same(sources, before, "end_s")
 
 
-def _to_retry(reason: pa.ChunkedArray, attempts: NDArray[np.integer], config: IngestConfig) -> Mask:
+def _to_retry(clips: _Compared, config: IngestConfig) -> Mask:
+    reason = clips.reason
     passing = _true(pc.is_in(reason, value_set=pa.array([r.value for r in PASSING])))
     wanted = _true(pc.is_in(reason, value_set=pa.array(config.retry_reasons, pa.string())))
-    return config.retry_failed | wanted | (passing & (attempts < _PASSING_ATTEMPTS))
+    # The limit was raised, or it is another machine's.
+    fits = _true(pc.equal(reason, Reason.TOO_LARGE)) & (clips.size <= config.max_clip_bytes)
+    return config.retry_failed | wanted | fits | (passing & (clips.attempts < _PASSING_ATTEMPTS))
 
 
 def _refuse_mass_removal(n_removed: int, n_present: int, config: IngestConfig) -> None:

@@ -3,11 +3,10 @@
 Knows nothing of containers or codecs. Invariant: clips rows are committed only for shards that are
 written whole, so that killing any process at any time loses at most the work not yet committed, and
 nothing is ever there twice; another spec comes into force when all of its clips were decoded, and
-not if too many of them failed. That a clip vanished is believed at the end, if few others did.
+not if too many of them failed, or if clips that could not be looked at would go with it. That a
+clip vanished is believed at the end, if few others did.
 """
 
-import contextlib
-import logging
 import time
 import uuid
 from collections import Counter
@@ -19,15 +18,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import FeatureSpec, IngestConfig
-from pipeline.decode.choice import spec_for_this_machine
-from pipeline.ingest.limits import FAILURE_COLUMNS, Failures, refuse_failures, refuse_vanished
-from pipeline.ingest.plan import STATE_COLUMNS, Plan, content_known, make_plan
-from pipeline.quality.leave_out import without_left_out
+from pipeline.ingest.asked import Asked, has_in_force
+from pipeline.ingest.limits import (
+    FAILURE_COLUMNS,
+    Failures,
+    refuse_failures,
+    refuse_out_of_reach,
+    refuse_vanished,
+)
+from pipeline.ingest.plan import Plan
 from pipeline.quality.rules import rules_named
 from pipeline.reasons import Reason
-from pipeline.source.fetch import is_local_file
-from pipeline.source.files import sha256_of
-from pipeline.source.listing import list_sources
 from pipeline.storage import Location
 from pipeline.store.lease import Lease
 from pipeline.store.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
@@ -46,6 +47,8 @@ class IngestSummary:
     missing: int
     unchanged: int
     retried: int
+    set_aside: int
+    """Clips of the store that could not be looked at: they stay as they are."""
     ok: int
     failed: int
     """Failed decodes; clips without a file are `missing` or `removed`."""
@@ -87,82 +90,13 @@ def plan_ingest(
     """
     existing = FeatureStore.open(store) if FeatureStore.exists(store) else None
     known = existing.snapshot() if existing else None
-    asked = _Asked(clips, videos, store, spec, config, label_from_folder).here(known)
-    return asked.plan(known, existing.location if existing else None)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What an ingest was asked to bring into a store."""
-
-    clips: str | None
-    videos: str | None
-    store: str
-    spec: FeatureSpec | None
-    config: IngestConfig
-    label_from_folder: bool
-
-    def here(self, known: Snapshot | None) -> "_Asked":
-        """The same with a spec that this machine can decode. Raises: StoreError."""
-        return replace(self, spec=spec_for_this_machine(self.spec, known.spec if known else None))
-
-    def plan(self, snapshot: Snapshot | None, cache: Location | None) -> Plan:
-        """What brings a version of a store up to date. Args: cache: as list_sources takes it."""
-        listing = list_sources(
-            self.clips, self.videos, cache, label_from_folder=self.label_from_folder
-        )
-        spec = self.spec or (snapshot.spec if snapshot else FeatureSpec())
-        states = snapshot.states(STATE_COLUMNS, spec.spec_hash()) if snapshot else _NO_STATES
-        sources, known = listing.without_unreadable(states)
-        if self.config.leave_out:
-            # Refused for a store that is yet to be made: nothing in it was looked at.
-            sources = without_left_out(Location(self.store), sources, self.config.leave_out)
-        same_content = _same_content(sources, known, self.config)
-        plan = make_plan(sources, known, spec.spec_hash(), self.config, same_content=same_content)
-        _warn_of_lost_labels(plan, known)
-        plan.counts["unchanged"] += len(states) - len(known)
-        in_force = snapshot is None or _has_in_force(snapshot, spec)
-        plan = replace(plan, puts_in_force=not in_force)
-        if self.config.probe:
-            from pipeline.ingest.probe import probe_timelines
-
-            plan = replace(plan, timelines=probe_timelines(plan.todo, spec, self.config))
+    asked = Asked(clips, videos, store, spec, config, label_from_folder).here(known)
+    plan = asked.plan(known, existing.location if existing else None)
+    if not config.probe:
         return plan
+    from pipeline.ingest.probe import probe_timelines
 
-
-def _warn_of_lost_labels(plan: Plan, states: pa.Table) -> None:
-    """A forgotten --label-from-folder, or list, would empty the classes of a store silently."""
-    labelled = states["clip_id"].filter(pc.is_valid(states["label"])).combine_chunks()
-    without = plan.restated["clip_id"].filter(pc.is_null(plan.restated["label"]))
-    if n_lost := pc.sum(pc.is_in(without, value_set=labelled)).as_py():
-        _LOG.warning(
-            "%d clips lose the label they have in the store: the source names none. Labels come "
-            "from --clips, or from folders with --label-from-folder",
-            n_lost,
-        )
-
-
-def _has_in_force(snapshot: Snapshot, spec: FeatureSpec) -> bool:
-    """Whether a version names this spec as the one in force."""
-    return snapshot.names_its_spec and snapshot.spec_hash == spec.spec_hash()
-
-
-def _same_content(sources: pa.Table, states: pa.Table, config: IngestConfig) -> set[str]:
-    """Clips whose file is only younger, with the content the store knows."""
-    if config.fingerprint != "sha256":
-        return set()
-    return {
-        clip["clip_id"]
-        for clip in content_known(sources, states).to_pylist()
-        if is_local_file(clip["uri"]) and clip["known_hash"] == _content_hash(clip["uri"])
-    }
-
-
-def _content_hash(uri: str) -> str | None:
-    # A file that cannot be read is left to the decoder, which says why of this one clip.
-    with contextlib.suppress(OSError):
-        return sha256_of(uri)
-    return None
+    return replace(plan, timelines=probe_timelines(plan.todo, asked.spec_on(known), config))
 
 
 def ingest(
@@ -180,30 +114,36 @@ def ingest(
 
     Args: clips, videos, label_from_folder: as list_sources takes them; spec: None: the one in
         force, FeatureSpec() for a new store; start_ray: called above config.local_clips clips.
-    Raises: SourceError, MassRemoval, StoreError, StoreLocked; TooManyFailures, KeyboardInterrupt,
-        and MassRemoval if clips vanish meanwhile, when all that is good, or done, is committed.
+    Raises: SourceError, MassRemoval, StoreError, StoreLocked; and when all that is good, or done,
+        is committed: TooManyFailures, SpecWithheld, KeyboardInterrupt, MassRemoval.
     """
     started = time.monotonic()
     known = FeatureStore.open(store).snapshot() if FeatureStore.exists(store) else None
-    asked = _Asked(clips, videos, store, spec, config, label_from_folder).here(known)
-    # Before the store is made: a mistake in the source should not leave an empty one behind. The
-    # index of tar parts is kept there from this first look on.
+    asked = Asked(clips, videos, store, spec, config, label_from_folder).here(known)
+    # Before the store is made: a mistake in the source should not leave an empty one behind.
     plan = asked.plan(known, Location(store))
     target = FeatureStore.create(store, asked.spec or FeatureSpec())
     newest = known or target.snapshot()
-    plan = replace(plan, puts_in_force=not _has_in_force(newest, asked.spec or newest.spec))
+    if known is None and not has_in_force(newest, asked.spec_on(newest)):
+        plan = replace(plan, puts_in_force=True)
     if plan.is_empty:
-        return _summary(plan, newest.version, started)
+        return _if_whole(plan, _summary(plan, newest.version, started))
     with target.lease(config.lease_stale_s, f"an ingest of {clips or videos}") as lease:
         if target.version() != (known.version if known else 0):
             # Another run finished before this one had the lease.
             newest = target.snapshot()
             plan = asked.plan(newest, Location(store))
-        used = asked.spec or newest.spec
+        used = asked.spec_on(newest)
         run = _Run(target, used, config, lease, len(plan.todo), on_progress, start_ray)
         run.carry_out(plan, newest)
         summary = _summary(plan, target.version(), started, ok=run.n_ok, failed=run.n_failed)
     run.refuse_too_many_failures(summary)
+    return _if_whole(plan, summary)
+
+
+def _if_whole(plan: Plan, summary: IngestSummary) -> IngestSummary:
+    """The summary. Raises: SpecWithheld if the plan could not bring all that was asked for."""
+    refuse_out_of_reach(plan.out_of_reach, summary.to_json())
     return summary
 
 
@@ -377,13 +317,8 @@ class _Run:
         """Raises: TooManyFailures."""
         failed = Counter({r: n for r, n in self.by_reason.items() if r != Reason.MISSING})
         failures = self._withheld or Failures(failed, self.n_ok + self.n_failed)
-        refuse_failures(
-            failures, self.config, self.store.uri, summary.to_json(), withheld=bool(self._withheld)
-        )
-
-
-_LOG = logging.getLogger(__name__)
-_NO_STATES = CLIPS_SCHEMA.empty_table().select(STATE_COLUMNS)
+        withheld = self.spec.spec_hash() if self._withheld else None
+        refuse_failures(failures, self.config, self.store.uri, summary.to_json(), withheld=withheld)
 
 
 def _restate(states: pa.Table, restated: pa.Table) -> pa.Table:

@@ -21,6 +21,7 @@ from pipeline.decode.timeline import read_timeline
 from pipeline.errors import DamagedShard
 from pipeline.reasons import Reason, Rejected
 from pipeline.source.fetch import Fetched, fetch_all
+from pipeline.source.tar_parts import part_of
 from pipeline.storage import is_storage_failure
 from pipeline.store.schema import CLIPS_SCHEMA
 from pipeline.store.shards import read_rows, shard_spec_hash
@@ -62,8 +63,8 @@ def verify(uri: str, sample: int = 32, seed: int = 0, repair: bool = False) -> d
     rng = np.random.default_rng(seed)
     drawn = np.sort(rng.permutation(len(good))[:sample])
     n_compared = 0
-    for clip in good.take(drawn).to_pylist():
-        checked = _check_clip(snapshot, clip)
+    for clip, path in _with_sources(_states(snapshot, good.take(drawn)["clip_id"])):
+        checked = _check_clip(snapshot, clip, path)
         problems += [_problem(clip, told) for told in checked.of_row]
         if checked.of_source:
             problems.append(_problem(clip, checked.of_source, SOURCE))
@@ -116,8 +117,41 @@ def _check_shards(snapshot: Snapshot, live: pa.Table) -> Iterator[dict[str, str]
                 yield _problem(clip, f"row {clip['row']} should be of this clip and is {found}")
 
 
-def _check_clip(snapshot: Snapshot, clip: dict[str, Any]) -> _Checked:
-    """One clip's payload, by itself and beside the source."""
+def _states(snapshot: Snapshot, clip_ids: pa.ChunkedArray) -> list[dict[str, Any]]:
+    """The rows of the clips table of some clips, in their order."""
+    states = snapshot.clips
+    position = pc.index_in(clip_ids, value_set=states["clip_id"].combine_chunks())
+    rows: list[dict[str, Any]] = states.take(position.combine_chunks()).to_pylist()
+    return rows
+
+
+def _with_sources(states: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """Each clip, and where its source lies for now; None if the bytes that its features were made
+    from are not to be had. Clips of a tar part come together: it is a stream, read from its start.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for state in states:
+        groups.setdefault(part_of(state["uri"]) or state["clip_id"], []).append(state)
+    for group in groups.values():
+        left = {state["clip_id"]: (state, state["fp"]) for state in group}
+        try:
+            for fetched in fetch_all(group, IngestConfig()):
+                try:
+                    state, planned = left[fetched.clip["clip_id"]]
+                    is_other = fetched.rejected or _is_replaced(fetched) or state["fp"] != planned
+                    del left[state["clip_id"]]
+                    yield state, None if is_other else fetched.path
+                finally:
+                    fetched.release()
+        except Exception as error:
+            # A part that is gone, a folder that is not mounted.
+            if not is_storage_failure(error):
+                raise
+        yield from ((state, None) for state, _ in left.values())
+
+
+def _check_clip(snapshot: Snapshot, clip: dict[str, Any], source: str | None) -> _Checked:
+    """One clip's payload, by itself and beside the source (a local path), if there is one."""
     spec = snapshot.spec
     columns = ["frames", "frame_ts_ms", "fbank", "fbank_frames"]
     try:
@@ -135,23 +169,24 @@ def _check_clip(snapshot: Snapshot, clip: dict[str, Any]) -> _Checked:
         problems.append("the fbank is not finite, or not zero after its valid rows")
     if row["frame_ts_ms"] != sorted(row["frame_ts_ms"]):
         problems.append(f"frame times do not rise: {row['frame_ts_ms']}")
-    if problems:
+    if problems or source is None:
         return _Checked(problems)
-    return _compare_with_source(snapshot, clip, images_NHW3, row["frame_ts_ms"])
+    try:
+        shown = _decode_all(source, clip, spec)
+    except Exception as error:
+        # A folder that is not mounted any more: also where the decoder says so.
+        if is_storage_failure(error):
+            return _Checked([])
+        if not isinstance(error, (Rejected, av.FFmpegError)):
+            raise
+        return _Checked([], f"the source does not decode any more ({error}); its features stay")
+    return _compare(shown, images_NHW3, row["frame_ts_ms"])
 
 
-def _compare_with_source(
-    snapshot: Snapshot, clip: dict[str, Any], images_NHW3: np.ndarray, times_ms: list[int]
+def _compare(
+    source: list[tuple[float, np.ndarray]], images_NHW3: np.ndarray, times_ms: list[int]
 ) -> _Checked:
     """Stored frames against FFmpeg's sequential decode, one frame to either side allowed."""
-    states = snapshot.clips
-    state = states.filter(pc.equal(states["clip_id"], clip["clip_id"])).to_pylist()[0]
-    try:
-        source = _source_frames(state, snapshot.spec)
-    except (Rejected, av.FFmpegError) as error:
-        return _Checked([], f"the source does not decode any more ({error}); its features stay")
-    if source is None:
-        return _Checked([])
     source_ms = np.array([time_ms for time_ms, _ in source])
     problems = []
     for image, time_ms in zip(images_NHW3, times_ms, strict=True):
@@ -161,29 +196,6 @@ def _compare_with_source(
         if difference > _MOST_DIFFERENCE:
             problems.append(f"the frame stored for {time_ms} ms is {difference:.0f} levels off")
     return _Checked(problems, n_compared=len(times_ms))
-
-
-def _source_frames(
-    state: dict[str, Any], spec: FeatureSpec
-) -> list[tuple[float, np.ndarray]] | None:
-    """As _decode_all; None if the bytes that the features were made from are not to be had.
-
-    Raises: Rejected or av.FFmpegError if they are, and do not decode.
-    """
-    planned = state["fp"]
-    try:
-        fetched = next(fetch_all([state], IngestConfig()))
-        try:
-            if fetched.rejected or _is_replaced(fetched) or state["fp"] != planned:
-                return None
-            return _decode_all(fetched.path, state, spec)
-        finally:
-            fetched.release()
-    except Exception as error:
-        # A part that is gone, a folder that is not mounted: also where the decoder says so.
-        if is_storage_failure(error):
-            return None
-        raise
 
 
 def _is_replaced(fetched: Fetched) -> bool:

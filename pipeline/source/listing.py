@@ -55,6 +55,11 @@ class Listing(NamedTuple):
         known = pc.is_in(self.clips["clip_id"], value_set=ids)
         return self.clips.filter(pc.invert(known)), states.filter(pa.array(~hidden))
 
+    def unreadable_above(self, uris: list[str]) -> list[str]:
+        """The unreadable places that any of these files lies at or below."""
+        places = {place for uri in uris for place in _places(uri)}
+        return [place for place in self.unreadable if place in places]
+
 
 def _places(uri: str) -> Iterator[str]:
     """Where a clip lies, as unreadable places are spelled: its file, its tar part, the folders

@@ -120,7 +120,9 @@ class FeatureStore:
                 storage_options=store._options,
             )
         about = {"format": FORMAT, "id": uuid.uuid4().hex, "spec_hash": spec.spec_hash()}
-        store.location.write_bytes(STORE_FILE, json.dumps(about).encode())
+        # Of two that make it at once the second opens what the first made: all know one id.
+        if not store.location.create_bytes(STORE_FILE, json.dumps(about).encode()):
+            return cls.open(uri)
         return store
 
     @property

@@ -100,9 +100,18 @@ class CheapSource:
             writer = csv.writer(file)
             writer.writerow(["clip_id", "uri", "label", "split"])
             writer.writerows([clip, f"{clip}.mp4", "dog", "train"] for clip in self.clips)
+        return self._ingest(str(self.folder / "clips.csv"), spec, options)
+
+    def ingest_folder(self, spec: FeatureSpec | None = None, **options: Any) -> run.IngestSummary:
+        """Without a list: every file is a clip, named by its path."""
+        return self._ingest(None, spec, options)
+
+    def _ingest(
+        self, clips: str | None, spec: FeatureSpec | None, options: dict[str, Any]
+    ) -> run.IngestSummary:
         self.decoded = []
         return run.ingest(
-            str(self.folder / "clips.csv"),
+            clips,
             str(self.folder / "videos"),
             self.store,
             spec,

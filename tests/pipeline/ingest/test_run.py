@@ -28,8 +28,8 @@ def test_first_ingest_stores_every_clip(done):
     summary = done.summary
     assert done.counts(summary) == {"new": 48, "ok": 48}
     assert list(summary.to_json()) == [
-        "new", "changed", "spec_changed", "removed", "missing", "unchanged", "retried", "ok",
-        "failed", "seconds", "version",
+        "new", "changed", "spec_changed", "removed", "missing", "unchanged", "retried",
+        "set_aside", "ok", "failed", "seconds", "version",
     ]  # fmt: skip
     assert done.progress[-1].done == done.progress[-1].committed == 48
     about = status(done.store)
@@ -250,6 +250,28 @@ def test_clips_of_a_part_whose_names_hold_its_separator_are_read(source, tmp_pat
     clips = FeatureStore.open(where[2]).snapshot().clips.to_pylist()
     assert {clip["uri"].removeprefix(f"{folder}/part_00.tar#") for clip in clips} == set(names)
     assert {clip["clip_id"]: clip["reason"] for clip in clips if clip["status"] != "ok"} == {}
+
+
+def test_a_clip_that_was_too_large_is_tried_again_by_a_run_that_allows_its_size(source, tmp_path):
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    small, *_, large = sorted(source.files(), key=lambda file: file.stat().st_size)
+    with tarfile.open(parts / "part_00.tar", "w") as tar:
+        for file in (small, large):
+            tar.add(file, file.name)
+    options = {"start_ray": lambda: None, "on_progress": source.progress.append}
+
+    def run(most_bytes: int) -> dict:
+        config = source.config.model_copy(
+            update={"max_clip_bytes": most_bytes, "max_failed_frac": 1.0}
+        )
+        store = str(tmp_path / "in_parts")
+        return source.counts(ingest(None, str(parts), store, source.spec, config, **options))
+
+    size = large.stat().st_size
+    assert run(size - 1) == {"new": 2, "ok": 1, "failed": 1}
+    assert run(size - 1) == {"unchanged": 2}
+    assert run(size) == {"retried": 1, "unchanged": 1, "ok": 1}
 
 
 def test_probe_counts_timelines_that_frame_counting_gets_wrong(moving_clip, ffmpeg, tmp_path):

@@ -198,7 +198,7 @@ def test_many_files_that_cannot_be_looked_at_cost_few_warnings_and_no_clip(tmp_p
     ]
     store.append(pa.Table.from_pylist(rows, CLIPS_SCHEMA), {})
     plan = plan_ingest(clips, str(folder), store.uri, None, IngestConfig())
-    assert (plan.counts["new"], plan.counts["unchanged"]) == (1, n_clips)
+    assert (plan.counts["new"], plan.counts["set_aside"]) == (1, n_clips)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 21
     assert messages[-1].endswith(f": ... and {n_clips - 20} more")
