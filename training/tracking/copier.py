@@ -57,6 +57,8 @@ def mlflow_client(uri: str) -> Any:
     # The client's own default is 7 retries, minutes of silence and a warning each; this module
     # retries by itself.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    # A server's client prints links on stdout, where `--json` answers.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
     for noisy in ("alembic", "mlflow.store.db.utils"):
