@@ -62,9 +62,9 @@ def _finetune(folder: RunFolder, args: FinetuneArgs) -> None:
     if args.store is not None and not folder.record:
         run = with_store_features(folder, run, args.config, args.store)
     folder.open(run, fresh=False)
-    open_run(folder, run, args.store)
+    open_run(folder, run, args.store, say)
     if is_again:
-        begin_another_tracking_run(folder, run)
+        begin_another_tracking_run(folder, run, say)
     run_finetune(folder, run, args.encoder, say)
 
 

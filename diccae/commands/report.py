@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diccae.args import parse
+from diccae.screen import say
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,11 @@ class ReportArgs:
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = parse("report", ReportArgs, argv)
-    from diccae.run_folder import RunFolder
+    from diccae.run_folder import RunFolder, log_to_screen
     from diccae.stages.report import run_report
 
     folder = RunFolder(args.out)
+    log_to_screen()
     with folder.held("report") if folder.record else contextlib.nullcontext():
-        print(run_report(folder, args.store, with_sound=args.sound))
+        print(run_report(folder, args.store, say, with_sound=args.sound))
     return 0

@@ -13,7 +13,7 @@ from diccae.errors import UsageError
 from diccae.resources import Demand
 from diccae.run_folder import RunFolder
 from diccae.stages.backend import ON_RAY, Backend
-from diccae.stages.run_record import Say, pin_for, tracking_handle
+from diccae.stages.run_record import Say, known_run, pin_for, say_if_untracked
 from diccae.stages.statistics import settle
 from training.cluster_config import ScaleConfig
 from training.data.rows import RowIndex, clip_keys, index_rows, with_labels
@@ -41,7 +41,7 @@ def run_evaluate(
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
     started = time.monotonic()
     clusters = _clusters(folder.place.uri_of("rounds"), test)
-    handle = tracking_handle(folder)
+    handle = known_run(folder, config, say)
     with backend.watched_nodes(folder.attempt, handle, measure=False):
         evaluation = evaluate(
             config,
@@ -61,6 +61,7 @@ def run_evaluate(
     if handle.run_id:
         folder.check()
         tracking.log_results(handle, dict(scalars(found)))
+    say_if_untracked(handle, "results are", say)
     return results
 
 

@@ -87,7 +87,7 @@ def remember(
     )
 
 
-def open_run(folder: RunFolder, config: RunConfig, store: str | None) -> None:
+def open_run(folder: RunFolder, config: RunConfig, store: str | None, say: Say) -> None:
     """Pin data and make the MLflow run of a folder that has none yet.
 
     Raises: UsageError without a store to pin.
@@ -97,18 +97,22 @@ def open_run(folder: RunFolder, config: RunConfig, store: str | None) -> None:
     data = pin_for(folder, config, store)
     assert store is not None
     remember(folder, config, store, data)
-    tracking_run(folder, config, data)
+    tracking_run(folder, config, data, say)
 
 
 def tracking_run(
-    folder: RunFolder, config: RunConfig, data: Pinned, tags: Mapping[str, str] | None = None
+    folder: RunFolder,
+    config: RunConfig,
+    data: Pinned,
+    say: Say,
+    tags: Mapping[str, str] | None = None,
 ) -> RunHandle:
     """The MLflow run of the folder: made once, the same after every restart."""
     folder.check()
-    known = folder.record.get("mlflow")
+    known = known_run(folder, config, say)
     # Without a URI there was no MLflow, and this start may name one.
-    if known and known["uri"]:
-        return RunHandle(known["uri"], known["run_id"], folder.uri)
+    if known.uri:
+        return known
     handle = tracking.create_run(
         config.tracking,
         folder.uri,
@@ -120,14 +124,38 @@ def tracking_run(
     return handle
 
 
-def begin_another_tracking_run(folder: RunFolder, config: RunConfig) -> None:
+def known_run(folder: RunFolder, config: RunConfig, say: Say) -> RunHandle:
+    """The folder's MLflow run for a stage that begins; one that MLflow missed is made now if it
+    can be, where this start says. Without an id where there is none."""
+    handle, asked = tracking_handle(folder), config.tracking.uri
+    if handle.run_id:
+        if asked and asked.rstrip("/") != handle.uri.rstrip("/"):
+            say(f"tracking  the run stays in MLflow at {handle.uri}; tracking.uri is {asked}")
+        return handle
+    if not handle.uri:
+        return handle
+    folder.check()
+    handle = tracking.catch_up(handle._replace(uri=asked or handle.uri))
+    folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
+    return handle
+
+
+def say_if_untracked(handle: RunHandle, what: str, say: Say) -> None:
+    """For a stage that gives MLflow its results once: nothing sends these later."""
+    if not handle.run_id:
+        why = f"MLflow at {handle.uri} lacks the run" if handle.uri else "the run has no MLflow"
+        say(f"tracking  {why}: {what} in the run folder alone")
+
+
+def begin_another_tracking_run(folder: RunFolder, config: RunConfig, say: Say) -> None:
     """For a classifier that is trained anew: of a metric and a step MLflow keeps the point it has,
     so in the same run the curve would stay the old classifier's."""
     old = folder.record.get("mlflow")
     if not old or not old["run_id"]:
         return
     folder.write_record(mlflow=None)
-    tracking_run(folder, config, pin_for(folder, config), {"fine_tuned_again_after": old["run_id"]})
+    again = {"fine_tuned_again_after": old["run_id"]}
+    tracking_run(folder, config, pin_for(folder, config), say, again)
 
 
 def tracking_handle(folder: RunFolder) -> RunHandle:

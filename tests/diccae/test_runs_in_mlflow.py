@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 from support.mlflow_server import Server
-from support.runs import SMOKE
+from support.runs import SMOKE, lines
 
+from diccae.cli import main
 from diccae.stages.backend import InLab, OnRay
+from training.run.edge import Written
+from training.tracking.copier import mlflow_client
 
 Diccae = Callable[..., str]
 
@@ -40,7 +43,63 @@ def tracked(in_lab: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _pretrain(store: str, out: Path, *more: str) -> list[str]:
     arguments = ["pretrain", "--config", SMOKE, "--store", store, "--out", str(out)]
-    return [*arguments, "--rounds.labels", "none", "--encoder.stem", "conv", "--pretrain.epochs", "1", *more]
+    return [
+        *arguments,
+        "--rounds.labels",
+        "none",
+        "--encoder.stem",
+        "conv",
+        "--pretrain.epochs",
+        "1",
+        *more,
+    ]
+
+
+@pytest.mark.usefixtures("tracked")
+def test_a_run_that_mlflow_missed_is_in_it_once_a_report_is_made(
+    server: Server, store: str, tmp_path: Path, diccae: Diccae, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.kill()
+    out = tmp_path / "run"
+    diccae(*_pretrain(store, out, "--tracking.uri", server.uri))
+    assert _record(out) == {"uri": server.uri, "run_id": ""}
+    assert main(["evaluate", "--out", str(out)]) == 0
+    assert f"MLflow at {server.uri} lacks the run: results are" in capsys.readouterr().err
+    server.start()
+    diccae("report", "--out", str(out), "--no-sound")
+    run, steps = _run(out), [line["step"] for line in lines(out / "metrics.jsonl")]
+    assert run.info.status == "FINISHED"
+    assert _steps(out, "loss") == steps
+    files = _client(out).list_artifacts(run.info.run_id)
+    assert "report.html" in {file.path for file in files}
+
+
+@pytest.mark.usefixtures("tracked")
+def test_a_run_that_mlflow_missed_begins_with_the_next_start_where_that_says(
+    running: Server,
+    store: str,
+    tmp_path: Path,
+    diccae: Diccae,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, began = tmp_path / "run", list[str]()
+    pretrain = InLab.pretrain
+
+    def seen(lab: InLab, config: Any, data: Any, written: Written, span: Any) -> dict[str, Any]:
+        began.append(written.handle.run_id)
+        return pretrain(lab, config, data, written, span)
+
+    monkeypatch.setattr(InLab, "pretrain", seen)
+    diccae(*_pretrain(store, out, "--tracking.uri", "http://127.0.0.1:9"))
+    diccae(*_pretrain(store, out, "--tracking.uri", running.uri))
+    record = _record(out)
+    assert began == ["", record["run_id"]], "before training, so that its curves are seen"
+    assert record["uri"] == running.uri
+    assert _run(out).info.status == "FINISHED"
+    assert main(_pretrain(store, out, "--tracking.uri", "http://127.0.0.1:9")) == 0
+    assert f"the run stays in MLflow at {running.uri}" in capsys.readouterr().err
+    assert _record(out) == record
 
 
 @pytest.mark.usefixtures("tracked")
@@ -56,3 +115,16 @@ def test_json_of_a_run_in_a_server_is_all_of_stdout(
 def _record(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((out / "run.json").read_text())["mlflow"]
     return found
+
+
+def _client(out: Path) -> Any:
+    return mlflow_client(_record(out)["uri"])
+
+
+def _run(out: Path) -> Any:
+    return _client(out).get_run(_record(out)["run_id"])
+
+
+def _steps(out: Path, metric: str) -> list[int]:
+    points = _client(out).get_metric_history(_record(out)["run_id"], metric)
+    return sorted(point.step for point in points)

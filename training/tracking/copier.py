@@ -30,8 +30,8 @@ _FINAL_ERRORS = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_
 class RunHandle(NamedTuple):
     """All a process needs to write to a run; plain strings, so that it travels anywhere.
 
-    `run_id` is empty if MLflow did not answer when the run was to be created: `finish` then
-    creates it from what `create_run` left in `out`.
+    `run_id` is empty if MLflow did not answer when the run was to be created: `catch_up` and
+    `finish` create it from what `create_run` left in `out`.
     """
 
     uri: str

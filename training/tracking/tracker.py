@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _MAX_PARAMS = 100
 _PENDING = "mlflow-pending.json"
-"""Of a run folder: what MLflow was to be told when it was away."""
+"""Of a run folder: what MLflow was to be told when it was away, and how the last stage ended."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -96,7 +96,7 @@ def create_run(
     return RunHandle(uri, run_id or "", str(out))
 
 
-@never_fatal("create the run: metrics.jsonl is written, and sent when the run ends")
+@never_fatal("create the run: what it is told waits in the run folder for a stage's start or end")
 def _request_run(uri: str, request: dict[str, Any]) -> str:
     from mlflow.entities import Param
 
@@ -199,20 +199,52 @@ def finish(handle: RunHandle, status: str = "FINISHED", timeout_s: float = 60.0)
 
     Returns: the handle, with its run id if the run could only be created now.
     """
-    place = Location(handle.out) if handle.out else None
-    if not handle.run_id and handle.uri and place is not None and place.exists(_PENDING):
-        run_id = _request_run(handle.uri, json.loads(place.read_bytes(_PENDING)))
-        if run_id:
-            handle = handle._replace(run_id=run_id)
-            place.remove(_PENDING)
     if handle.run_id:
+        _send_and_end(handle, status, timeout_s)
+        return handle
+    request = _missed_request(handle)
+    if request is None:
+        return handle
+    Location(handle.out).write_bytes(_PENDING, json.dumps(request | {"status": status}).encode())
+    return catch_up(handle, timeout_s)
+
+
+def catch_up(handle: RunHandle, timeout_s: float = 60.0) -> RunHandle:
+    """Make the run that MLflow missed when it began, with its curves until now, if it answers.
+
+    Its end is that of the last stage; one that was killed before it could say so is KILLED.
+    Returns: the handle, with its run id then.
+    """
+    request = _missed_request(handle)
+    run_id = None if request is None else _request_run(handle.uri, request)
+    if request is None or not run_id:
+        return handle
+    Location(handle.out).remove(_PENDING)
+    handle = handle._replace(run_id=run_id)
+    _send_and_end(handle, request.get("status", "KILLED"), timeout_s)
+    return handle
+
+
+def _missed_request(handle: RunHandle) -> dict[str, Any] | None:
+    """What `create_run` left for a run that MLflow does not have yet."""
+    if handle.run_id or not handle.uri or not handle.out:
+        return None
+    place = Location(handle.out)
+    if not place.exists(_PENDING):
+        return None
+    request: dict[str, Any] = json.loads(place.read_bytes(_PENDING))
+    return request
+
+
+def _send_and_end(handle: RunHandle, status: str, timeout_s: float) -> None:
+    if handle.out:
+        place = Location(handle.out)
         # One file per stage: metrics.jsonl, finetune.jsonl.
-        for name in place.entries() if place is not None else []:
-            if place is not None and name.endswith(".jsonl"):
+        for name in place.entries():
+            if name.endswith(".jsonl"):
                 with place.fetched(name) as path:
                     MetricsCopier(handle, path).drain(timeout_s)
-        _end(handle, status)
-    return handle
+    _end(handle, status)
 
 
 @never_fatal("end the run")
