@@ -117,7 +117,12 @@ def tracking_run(
         config.tracking,
         folder.uri,
         config.model_dump(mode="json"),
-        {"mlflow.runName": folder.place.name, "config_hash": config.digest(), **(tags or {})},
+        {
+            "mlflow.runName": folder.place.name,
+            "config_hash": config.digest(),
+            **folder.attempt.tags,
+            **(tags or {}),
+        },
         folder.record["store"] | {"name": Path(str(data.snapshot.uri)).name},
     )
     folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})

@@ -103,6 +103,22 @@ def test_a_run_that_mlflow_missed_begins_with_the_next_start_where_that_says(
 
 
 @pytest.mark.usefixtures("tracked")
+def test_the_way_from_mlflow_to_folder_and_job_is_that_of_the_last_start(
+    running: Server, store: str, tmp_path: Path, diccae: Diccae, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, told = tmp_path / "run", list[dict[str, str]]()
+    for job in ("raysubmit_1", "raysubmit_2"):
+        given = json.dumps({"metadata": {"job_submission_id": job}})
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", given)
+        diccae(*_pretrain(store, out, "--tracking.uri", running.uri))
+        told.append({key: _run(out).data.tags[key] for key in ("out", "job", "attempt")})
+    assert told == [
+        {"out": str(out), "job": "raysubmit_1", "attempt": "1"},
+        {"out": str(out), "job": "raysubmit_2", "attempt": "2"},
+    ]
+
+
+@pytest.mark.usefixtures("tracked")
 def test_json_of_a_run_in_a_server_is_all_of_stdout(
     running: Server, store: str, tmp_path: Path, diccae: Diccae
 ) -> None:

@@ -187,12 +187,12 @@ class MetricsCopier:
             self._offset = end
 
     def _attach(self, client: Any) -> dict[str, set[int]]:
-        """The steps MLflow already holds of each metric; marks the run as going on."""
+        """The steps MLflow already holds of each metric; marks the run as going on, and whose."""
         run_id = self._handle.run_id
         self._attempt.check()
         run = client.get_run(run_id)
-        if self._attempt.number:
-            client.set_tag(run_id, "attempt", str(self._attempt.number))
+        for key, value in self._attempt.tags.items():
+            client.set_tag(run_id, key, value)
         if run.info.status != "FINISHED":  # A later stage ends nothing.
             if self._resume_step:
                 client.set_tag(run_id, "resumed_from_step", str(self._resume_step))
