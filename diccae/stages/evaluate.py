@@ -60,7 +60,9 @@ def run_evaluate(
     results = folder.write_results(**found, seconds=seconds, config_hash=config.digest())
     if handle.run_id:
         folder.check()
-        tracking.log_results(handle, dict(scalars(found)))
+        settings = config.model_dump(mode="json", include={"evaluate"})
+        used = settings | {"config_hash": config.digest()} | folder.attempt.tags
+        tracking.log_results(handle, dict(scalars(found)), used)
     say_if_untracked(handle, "results are", say)
     return results
 

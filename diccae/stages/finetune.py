@@ -4,6 +4,7 @@ Knows nothing of pretraining. Invariant: the same call goes on from the newest c
 """
 
 import time
+from functools import partial
 
 from diccae.config import RunConfig
 from diccae.resources import training_demands
@@ -53,7 +54,8 @@ def run_finetune(
     )
     started = time.monotonic()
     written = Written(folder.place, handle, origin, folder.attempt)
+    stage = partial(backend.finetune, config, train, uri, written)
     nodes = backend.watched_nodes(folder.attempt, handle, config.tracking.of_nodes)
     with nodes, watched(folder.place, "finetune.jsonl", steps * config.finetune.epochs, "finetune"):
-        with_status(folder, handle, lambda: backend.finetune(config, train, uri, written))
+        with_status(folder, handle, config, stage, section="finetune")
     folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})

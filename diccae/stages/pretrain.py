@@ -54,6 +54,7 @@ def run_pretrain(
         result = with_status(
             folder,
             handle,
+            config,
             lambda: backend.pretrain(config, data, written, span),
         )
     _write_results(folder, config, len(data.train), result, time.monotonic() - started)

@@ -21,6 +21,8 @@ from training.tracking import tracker as tracking
 from training.tracking.copier import RunHandle
 
 Say = Callable[[str], None]
+_OF_LATER_STAGES = {"finetune", "evaluate"}
+"""Sections that may change until their stage, and that MLflow is told then."""
 _LEFT_OUT = "left_out.parquet"
 """Of a run folder: clip_id and rule of the train clips it leaves out."""
 
@@ -116,7 +118,7 @@ def tracking_run(
     handle = tracking.create_run(
         config.tracking,
         folder.uri,
-        config.model_dump(mode="json"),
+        config.model_dump(mode="json", exclude=_OF_LATER_STAGES),
         {
             "mlflow.runName": folder.place.name,
             "config_hash": config.digest(),
@@ -180,12 +182,19 @@ def provenance(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
 
 
 def with_status(
-    folder: RunFolder, handle: RunHandle, stage: Callable[[], dict[str, Any]]
+    folder: RunFolder,
+    handle: RunHandle,
+    config: RunConfig,
+    stage: Callable[[], dict[str, Any]],
+    section: str | None = None,
 ) -> dict[str, Any]:
     """Run a stage and tell MLflow how it ended; an MLflow that was away gets the run now.
 
     A start that lost the folder tells nothing: the run is that of the one which holds it.
+    Args: section: of the config, which no stage before this one has used.
     """
+    folder.check()
+    _tell_settings(handle, config, section)
     status = "FAILED"
     try:
         result = stage()
@@ -198,3 +207,11 @@ def with_status(
         if folder.is_ours:
             handle = tracking.finish(handle, status)
             folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
+            # Again: MLflow may have been away when the stage began.
+            _tell_settings(handle, config, section)
+
+
+def _tell_settings(handle: RunHandle, config: RunConfig, section: str | None) -> None:
+    if handle.run_id:
+        params = config.model_dump(mode="json", include={section} if section else set())
+        tracking.log_settings(handle, params, {"config_hash": config.digest()})

@@ -118,6 +118,48 @@ def test_the_way_from_mlflow_to_folder_and_job_is_that_of_the_last_start(
     ]
 
 
+TUNED = ["--finetune.epochs", "1", "--finetune.optim.lr", "5e-5"]
+
+
+@pytest.mark.usefixtures("tracked")
+def test_settings_in_mlflow_are_those_of_the_stage_that_used_them(
+    running: Server, store: str, tmp_path: Path, diccae: Diccae
+) -> None:
+    out = tmp_path / "run"
+    kept = ["--data.validation-frac", "0.2", "--tracking.uri", running.uri]
+    diccae(*_pretrain(store, out, *kept))
+    before = _run(out).data
+    assert before.params["pretrain.epochs"] == "1"
+    assert not [key for key in before.params if key.startswith(("finetune.", "evaluate."))]
+    diccae("finetune", "--out", str(out), *TUNED)
+    tuned = _run(out).data
+    assert tuned.params["finetune.epochs"] == "1"
+    assert tuned.params["finetune.optim.lr"] == "5e-05"
+    assert tuned.tags["config_hash"] != before.tags["config_hash"]
+    results = json.loads(
+        diccae("evaluate", "--out", str(out), "--evaluate.split", "validation", "--json")
+    )
+    measured = _run(out).data
+    assert measured.tags["evaluate.split"] == results["split"] == "validation"
+    assert measured.tags["config_hash"] == results["config_hash"]
+
+
+@pytest.mark.usefixtures("tracked")
+def test_a_param_that_an_earlier_version_left_is_overruled_by_a_tag(
+    running: Server, store: str, tmp_path: Path, diccae: Diccae
+) -> None:
+    out = tmp_path / "run"
+    diccae(*_pretrain(store, out, "--tracking.uri", running.uri))
+    run_id = _record(out)["run_id"]
+    for key, value in (("finetune.epochs", "9"), ("finetune.optim.lr", "5e-05")):
+        _client(out).log_param(run_id, key, value)
+    diccae("finetune", "--out", str(out), *TUNED)
+    found = _run(out).data
+    assert (found.params["finetune.epochs"], found.tags["finetune.epochs"]) == ("9", "1")
+    assert "finetune.optim.lr" not in found.tags, "the param is right"
+    assert "finetune.batch_size" in found.params, "the others are there"
+
+
 @pytest.mark.usefixtures("tracked")
 def test_json_of_a_run_in_a_server_is_all_of_stdout(
     running: Server, store: str, tmp_path: Path, diccae: Diccae
