@@ -94,7 +94,7 @@ class RunFolder:
         """This start, for its workers; UNHELD outside of `held`."""
         if self._lease is None:
             return UNHELD
-        return Attempt(self.uri, self._lease.generation)
+        return Attempt(self.uri, self._lease.generation, job_id())
 
     @property
     def is_ours(self) -> bool:

@@ -21,6 +21,15 @@ class Attempt(NamedTuple):
     """The run folder, which all nodes see."""
     number: int = 0
     """Generation of the folder's lease; 0 without one, which nobody can take over."""
+    job: str = ""
+    """Of the cluster, as `diccae logs` takes it; empty for a start that is none."""
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Of the MLflow run: the way from there to this start's folder and logs."""
+        if not self.number:
+            return {}
+        return {"attempt": str(self.number), "out": self.out, "job": self.job}
 
     def check(self) -> None:
         """Call before each write. Raises: RunTaken."""

@@ -266,7 +266,11 @@ def _parent_run(config: RunConfig, record: dict[str, Any], out: Location) -> Run
         config.tracking,
         out.uri,
         config.model_dump(mode="json"),
-        {"mlflow.runName": f"{out.name} ablation", "ablation.metric": record["metric"]},
+        {
+            "mlflow.runName": f"{out.name} ablation",
+            "ablation.metric": record["metric"],
+            "out": out.uri,
+        },
         record["store"] | {"name": Path(record["store"]["uri"]).name},
     )
     content = read_json(out, TABLE)

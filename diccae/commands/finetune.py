@@ -74,9 +74,9 @@ def _finetune(folder: RunFolder, args: FinetuneArgs) -> None:
         spec = pin_for(folder, run, args.store).snapshot.spec
         refuse_other_sizes(args.encoder, spec, _FITTED)
     folder.open(run, fresh=False)
-    open_run(folder, run, args.store)
+    open_run(folder, run, args.store, say)
     if is_again:
-        begin_another_tracking_run(folder, run)
+        begin_another_tracking_run(folder, run, say)
     run_finetune(folder, run, args.encoder, say)
 
 

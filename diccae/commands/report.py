@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diccae.args import Options
+from diccae.screen import say
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,11 @@ OPTIONS = Options("report", ReportArgs)
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = OPTIONS.parse(argv)
-    from diccae.run_folder import RunFolder
+    from diccae.run_folder import RunFolder, log_to_screen
     from diccae.stages.report import run_report
 
     folder = RunFolder(args.out)
+    log_to_screen()
     with folder.held("report") if folder.record else contextlib.nullcontext():
-        print(run_report(folder, args.store, with_sound=args.sound))
+        print(run_report(folder, args.store, say, with_sound=args.sound))
     return 0

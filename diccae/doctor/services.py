@@ -8,7 +8,18 @@ import os
 import urllib.request
 from pathlib import Path
 
+from diccae.doctor import child
 from diccae.doctor.check import Check, never_raises
+
+_SEARCH = """
+import sys
+from training.tracking.copier import mlflow_client
+mlflow_client(sys.argv[1]).search_experiments(max_results=1)
+print("ok")
+"""
+_ANSWER_S = "10"
+_SEARCH_S = 120.0
+"""Of which importing MLflow may take most."""
 
 
 @never_raises("ray token", "see the message; unset RAY_AUTH_TOKEN_PATH or name a readable file")
@@ -40,13 +51,14 @@ def check_store(uri: str) -> Check:
 
 @never_raises("mlflow", "start it (deploy/mlflow), or leave tracking.uri out for a local file")
 def check_mlflow(uri: str) -> Check:
-    """The MLflow server answers, or the database file can be used."""
+    """The MLflow server answers and lets us in, or the database file can be used."""
     if uri.startswith(("http://", "https://")):
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
             body = answer.read(100).decode(errors="replace").strip()
-        ok = body == "OK"
-        hint = "" if ok else "something else answers here: check host and port"
-        return Check("mlflow", ok, f"{uri}: {body or 'empty answer'}", hint)
+        if body != "OK":
+            hint = "something else answers here: check host and port"
+            return Check("mlflow", False, f"{uri}: {body or 'empty answer'}", hint)
+        return _check_entry(uri)
     if not uri.startswith("sqlite:///"):
         return Check("mlflow", True, f"{uri}: not tried; MLflow opens it when a run starts")
     file = Path(uri.removeprefix("sqlite:///"))
@@ -55,6 +67,17 @@ def check_mlflow(uri: str) -> Check:
     state = "exists" if file.exists() else "will be made"
     hint = "" if ok else f"make {folder} writable or choose another tracking.uri"
     return Check("mlflow", ok, f"{file} {state}", hint)
+
+
+@never_raises(
+    "mlflow",
+    "let us in: for 'Invalid Host header' start the server with --allowed-hosts naming this host "
+    "and port, as deploy/mlflow does; for 401 set MLFLOW_TRACKING_TOKEN or _USERNAME and _PASSWORD",
+)
+def _check_entry(uri: str) -> Check:
+    """What a run asks first: /health is answered also to whom the server refuses all else."""
+    child.run(_SEARCH, _SEARCH_S, uri, env={"MLFLOW_HTTP_REQUEST_TIMEOUT": _ANSWER_S})
+    return Check("mlflow", True, f"{uri}: answers and lets us in")
 
 
 @never_raises("cluster", "see the message")

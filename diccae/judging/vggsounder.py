@@ -48,10 +48,13 @@ def run_vggsounder(
     results = folder.write_results(vggsounder=found)
     if folder.record.get("mlflow"):
         # Ray, torch and MLflow take ten times as long to import as the metrics to compute.
-        from diccae.stages.run_record import tracking_handle
+        from diccae.stages.run_record import known_run, say_if_untracked
         from training.tracking import tracker as tracking
 
-        tracking.log_results(tracking_handle(folder), dict(_logged(found)))
+        handle = known_run(folder, folder.config(), say)
+        if handle.run_id:
+            tracking.log_results(handle, dict(_logged(found)))
+        say_if_untracked(handle, "VGGSounder's metrics are", say)
     return results
 
 

@@ -13,7 +13,7 @@ from diccae.nodes.every_node import watched_nodes
 from diccae.reach import check_reach
 from diccae.resources import Demand, check_fits, scale_note, start_ray
 from diccae.run_folder import RunFolder
-from diccae.stages.run_record import Say, tracking_handle, tracking_run
+from diccae.stages.run_record import Say, known_run, tracking_run
 from training.attempt import Attempt
 from training.cluster_config import ScaleConfig
 from training.data.rows import RowIndex
@@ -43,7 +43,9 @@ class Backend(Protocol):
         """
         ...
 
-    def track(self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags) -> RunHandle:
+    def track(
+        self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags, say: Say
+    ) -> RunHandle:
         """The MLflow run of a folder."""
         ...
 
@@ -82,9 +84,11 @@ class OnRay:
         check_fits(demands)
         check_reach(paths, out)
 
-    def track(self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags) -> RunHandle:
+    def track(
+        self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags, say: Say
+    ) -> RunHandle:
         """See `Backend`."""
-        return tracking_run(folder, config, data, tags)
+        return tracking_run(folder, config, data, say, tags)
 
     def note(self, scale: ScaleConfig, handle: RunHandle, say: Say) -> None:
         """See `Backend`."""
@@ -147,9 +151,11 @@ class InLab:
     def ready(self, demands: list[Demand], paths: Mapping[str, str | None], out: str) -> None:
         """See `Backend`; there is nothing to start."""
 
-    def track(self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags) -> RunHandle:
+    def track(
+        self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags, say: Say
+    ) -> RunHandle:
         """See `Backend`; that of a run begun on Ray, else one without an id."""
-        return tracking_handle(folder)
+        return known_run(folder, config, say)
 
     def note(self, scale: ScaleConfig, handle: RunHandle, say: Say) -> None:
         """See `Backend`."""

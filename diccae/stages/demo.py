@@ -71,7 +71,7 @@ def _run_stages(
     folder.write_results(seconds={"ingest": round(spent + summary.seconds, 2)})
     run_finetune(folder, config, None, say)
     results = run_evaluate(folder, config, say)
-    return Demo(results, run_report(folder, None), folder.record["mlflow"]["uri"])
+    return Demo(results, run_report(folder, None, say), folder.record["mlflow"]["uri"])
 
 
 def _clips(out: Location, data: Path | None, say: Say) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from diccae.errors import UsageError
 from diccae.resources import Demand
 from diccae.run_folder import RunFolder
 from diccae.stages.backend import ON_RAY, Backend
-from diccae.stages.run_record import Say, pin_for, tracking_handle
+from diccae.stages.run_record import Say, known_run, pin_for, say_if_untracked
 from diccae.stages.statistics import settle
 from training.cluster_config import ScaleConfig
 from training.data.rows import RowIndex, clip_keys, index_rows, with_labels
@@ -41,7 +41,7 @@ def run_evaluate(
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
     started = time.monotonic()
     clusters = _clusters(folder.place.uri_of("rounds"), test)
-    handle = tracking_handle(folder)
+    handle = known_run(folder, config, say)
     with backend.watched_nodes(folder.attempt, handle, measure=False):
         evaluation = evaluate(
             config,
@@ -60,7 +60,10 @@ def run_evaluate(
     results = folder.write_results(**found, seconds=seconds, config_hash=config.digest())
     if handle.run_id:
         folder.check()
-        tracking.log_results(handle, dict(scalars(found)))
+        settings = config.model_dump(mode="json", include={"evaluate"})
+        used = settings | {"config_hash": config.digest()} | folder.attempt.tags
+        tracking.log_results(handle, dict(scalars(found)), used)
+    say_if_untracked(handle, "results are", say)
     return results
 
 

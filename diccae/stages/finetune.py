@@ -4,12 +4,13 @@ Knows nothing of pretraining. Invariant: the same call goes on from the newest c
 """
 
 import time
+from functools import partial
 
 from diccae.config import RunConfig
 from diccae.resources import training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.backend import ON_RAY, Backend
-from diccae.stages.run_record import Say, pin_for, provenance, tracking_handle, with_status
+from diccae.stages.run_record import Say, known_run, pin_for, provenance, with_status
 from diccae.stages.statistics import settle
 from training.data.order import BatchPlan
 from training.data.rows import with_labels
@@ -43,6 +44,7 @@ def run_finetune(
     steps = BatchPlan.of(len(train), config.finetune.batch_size, config.data).steps(len(train))
     reads = {"--store": data.snapshot.uri, "--encoder": encoder}
     backend.ready(training_demands(config, None), reads, folder.uri)
+    handle = known_run(folder, config, say)
     origin = provenance(folder, config)
     folder.check()
     uri = starting_encoder(config, train, encoder, folder.place, origin)
@@ -51,9 +53,9 @@ def run_finetune(
         f"{len(train.classes)} classes, from {uri}"
     )
     started = time.monotonic()
-    handle = tracking_handle(folder)
     written = Written(folder.place, handle, origin, folder.attempt)
+    stage = partial(backend.finetune, config, train, uri, written)
     nodes = backend.watched_nodes(folder.attempt, handle, config.tracking.of_nodes)
     with nodes, watched(folder.place, "finetune.jsonl", steps * config.finetune.epochs, "finetune"):
-        with_status(folder, handle, lambda: backend.finetune(config, train, uri, written))
+        with_status(folder, handle, config, stage, section="finetune")
     folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})

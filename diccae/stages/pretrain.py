@@ -45,7 +45,7 @@ def run_pretrain(
     pool = config.pool.groups(config.clustering) if makes_labels else None
     reads = {"--store": data.snapshot.uri, "--init": config.encoder.init}
     backend.ready(training_demands(config, pool), reads, folder.uri)
-    handle = backend.track(folder, config, data, tags)
+    handle = backend.track(folder, config, data, tags, say)
     backend.note(config.scale, handle, say)
     total = _say_what_is_trained(config, data, store, say, span)
     written = Written(folder.place, handle, provenance(folder, config), folder.attempt)
@@ -55,6 +55,7 @@ def run_pretrain(
         result = with_status(
             folder,
             handle,
+            config,
             lambda: backend.pretrain(config, data, written, span),
         )
     _write_results(folder, config, len(data.train), result, time.monotonic() - started)

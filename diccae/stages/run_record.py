@@ -21,6 +21,8 @@ from training.tracking import tracker as tracking
 from training.tracking.copier import RunHandle
 
 Say = Callable[[str], None]
+_OF_LATER_STAGES = {"finetune", "evaluate"}
+"""Sections that may change until their stage, and that MLflow is told then."""
 _LEFT_OUT = "left_out.parquet"
 """Of a run folder: clip_id and rule of the train clips it leaves out."""
 
@@ -87,7 +89,7 @@ def remember(
     )
 
 
-def open_run(folder: RunFolder, config: RunConfig, store: str | None) -> None:
+def open_run(folder: RunFolder, config: RunConfig, store: str | None, say: Say) -> None:
     """Pin data and make the MLflow run of a folder that has none yet.
 
     Raises: UsageError without a store to pin.
@@ -97,37 +99,70 @@ def open_run(folder: RunFolder, config: RunConfig, store: str | None) -> None:
     data = pin_for(folder, config, store)
     assert store is not None
     remember(folder, config, store, data)
-    tracking_run(folder, config, data)
+    tracking_run(folder, config, data, say)
 
 
 def tracking_run(
-    folder: RunFolder, config: RunConfig, data: Pinned, tags: Mapping[str, str] | None = None
+    folder: RunFolder,
+    config: RunConfig,
+    data: Pinned,
+    say: Say,
+    tags: Mapping[str, str] | None = None,
 ) -> RunHandle:
     """The MLflow run of the folder: made once, the same after every restart."""
     folder.check()
-    known = folder.record.get("mlflow")
+    known = known_run(folder, config, say)
     # Without a URI there was no MLflow, and this start may name one.
-    if known and known["uri"]:
-        return RunHandle(known["uri"], known["run_id"], folder.uri)
+    if known.uri:
+        return known
     handle = tracking.create_run(
         config.tracking,
         folder.uri,
-        config.model_dump(mode="json"),
-        {"mlflow.runName": folder.place.name, "config_hash": config.digest(), **(tags or {})},
+        config.model_dump(mode="json", exclude=_OF_LATER_STAGES),
+        {
+            "mlflow.runName": folder.place.name,
+            "config_hash": config.digest(),
+            **folder.attempt.tags,
+            **(tags or {}),
+        },
         folder.record["store"] | {"name": Path(str(data.snapshot.uri)).name},
     )
     folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
     return handle
 
 
-def begin_another_tracking_run(folder: RunFolder, config: RunConfig) -> None:
+def known_run(folder: RunFolder, config: RunConfig, say: Say) -> RunHandle:
+    """The folder's MLflow run for a stage that begins; one that MLflow missed is made now if it
+    can be, where this start says. Without an id where there is none."""
+    handle, asked = tracking_handle(folder), config.tracking.uri
+    if handle.run_id:
+        if asked and asked.rstrip("/") != handle.uri.rstrip("/"):
+            say(f"tracking  the run stays in MLflow at {handle.uri}; tracking.uri is {asked}")
+        return handle
+    if not handle.uri:
+        return handle
+    folder.check()
+    handle = tracking.catch_up(handle._replace(uri=asked or handle.uri))
+    folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
+    return handle
+
+
+def say_if_untracked(handle: RunHandle, what: str, say: Say) -> None:
+    """For a stage that gives MLflow its results once: nothing sends these later."""
+    if not handle.run_id:
+        why = f"MLflow at {handle.uri} lacks the run" if handle.uri else "the run has no MLflow"
+        say(f"tracking  {why}: {what} in the run folder alone")
+
+
+def begin_another_tracking_run(folder: RunFolder, config: RunConfig, say: Say) -> None:
     """For a classifier that is trained anew: of a metric and a step MLflow keeps the point it has,
     so in the same run the curve would stay the old classifier's."""
     old = folder.record.get("mlflow")
     if not old or not old["run_id"]:
         return
     folder.write_record(mlflow=None)
-    tracking_run(folder, config, pin_for(folder, config), {"fine_tuned_again_after": old["run_id"]})
+    again = {"fine_tuned_again_after": old["run_id"]}
+    tracking_run(folder, config, pin_for(folder, config), say, again)
 
 
 def tracking_handle(folder: RunFolder) -> RunHandle:
@@ -147,12 +182,19 @@ def provenance(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
 
 
 def with_status(
-    folder: RunFolder, handle: RunHandle, stage: Callable[[], dict[str, Any]]
+    folder: RunFolder,
+    handle: RunHandle,
+    config: RunConfig,
+    stage: Callable[[], dict[str, Any]],
+    section: str | None = None,
 ) -> dict[str, Any]:
     """Run a stage and tell MLflow how it ended; an MLflow that was away gets the run now.
 
     A start that lost the folder tells nothing: the run is that of the one which holds it.
+    Args: section: of the config, which no stage before this one has used.
     """
+    folder.check()
+    _tell_settings(handle, config, section)
     status = "FAILED"
     try:
         result = stage()
@@ -165,3 +207,11 @@ def with_status(
         if folder.is_ours:
             handle = tracking.finish(handle, status)
             folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
+            # Again: MLflow may have been away when the stage began.
+            _tell_settings(handle, config, section)
+
+
+def _tell_settings(handle: RunHandle, config: RunConfig, section: str | None) -> None:
+    if handle.run_id:
+        params = config.model_dump(mode="json", include={section} if section else set())
+        tracking.log_settings(handle, params, {"config_hash": config.digest()})

@@ -42,7 +42,7 @@ def import_weights(
     train = data.train
     encoder, classifier, report = _filled(config, train, uri, label_list)
     config, statistics = settle(folder, config, data, say, uri, report.made_with)
-    open_run(folder, config, store)
+    open_run(folder, config, store, say)
     folder.write_record(statistics=statistics)
     folder.check()
     made_from = provenance(folder, config) | {"weights": uri}
@@ -54,7 +54,8 @@ def import_weights(
     if classifier is not None:
         target = folder.place.uri_of("classifier")
         save_classifier(classifier, target, *saved, **known)
-    tracking.finish(tracking_handle(folder), "FINISHED")
+    handle = tracking.finish(tracking_handle(folder), "FINISHED")
+    folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
     return report
 
 

@@ -33,9 +33,13 @@ def answers(url: str) -> bool:
 
 
 class Server:
-    """An MLflow server on 127.0.0.1 that a test can kill and start again."""
+    """An MLflow server on 127.0.0.1 that a test can kill and start again.
 
-    def __init__(self, folder: Path) -> None:
+    Args: options: of `mlflow server`, besides.
+    """
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.options = options
         self.port = free_port()
         self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
@@ -44,7 +48,7 @@ class Server:
         database = f"sqlite:///{self.folder}/mlflow.db"
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers=1"]
         command += ["--port", str(self.port), "--backend-store-uri", database]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        command += ["--artifacts-destination", str(self.folder / "artifacts"), *self.options]
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, start_new_session=True, cwd=self.folder

@@ -46,8 +46,8 @@ def register(handle: RunHandle, uri: str | Path, name: str, alias: str = "candid
 
     if not handle.run_id:
         raise TrainingError(
-            f"{uri}: its run is not in MLflow yet (mlflow in run.json): the end of the next "
-            "stage, such as diccae finetune, sends it"
+            f"{uri}: its run is not in MLflow yet (mlflow in run.json): the next stage, "
+            "such as diccae report, sends it"
         )
     folder = find_models(str(uri)).main
     try:

@@ -30,8 +30,8 @@ _FINAL_ERRORS = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_
 class RunHandle(NamedTuple):
     """All a process needs to write to a run; plain strings, so that it travels anywhere.
 
-    `run_id` is empty if MLflow did not answer when the run was to be created: `finish` then
-    creates it from what `create_run` left in `out`.
+    `run_id` is empty if MLflow did not answer when the run was to be created: `catch_up` and
+    `finish` create it from what `create_run` left in `out`.
     """
 
     uri: str
@@ -57,6 +57,8 @@ def mlflow_client(uri: str) -> Any:
     # The client's own default is 7 retries, minutes of silence and a warning each; this module
     # retries by itself.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    # A server's client prints links on stdout, where `--json` answers.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
     for noisy in ("alembic", "mlflow.store.db.utils"):
@@ -185,12 +187,12 @@ class MetricsCopier:
             self._offset = end
 
     def _attach(self, client: Any) -> dict[str, set[int]]:
-        """The steps MLflow already holds of each metric; marks the run as going on."""
+        """The steps MLflow already holds of each metric; marks the run as going on, and whose."""
         run_id = self._handle.run_id
         self._attempt.check()
         run = client.get_run(run_id)
-        if self._attempt.number:
-            client.set_tag(run_id, "attempt", str(self._attempt.number))
+        for key, value in self._attempt.tags.items():
+            client.set_tag(run_id, key, value)
         if run.info.status != "FINISHED":  # A later stage ends nothing.
             if self._resume_step:
                 client.set_tag(run_id, "resumed_from_step", str(self._resume_step))

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _MAX_PARAMS = 100
 _PENDING = "mlflow-pending.json"
-"""Of a run folder: what MLflow was to be told when it was away."""
+"""Of a run folder: what MLflow was to be told when it was away, and how the last stage ended."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -85,7 +85,7 @@ def create_run(
         Path(out).mkdir(parents=True, exist_ok=True)  # SQLite makes none.
     request = {
         "experiment": config.experiment,
-        "params": {key: str(value) for key, value in flatten(params)},
+        "params": _as_text(params),
         "tags": {key: str(value) for key, value in tags.items()},
         "dataset": dataset,
         "started_ms": int(time.time() * 1000),
@@ -96,10 +96,8 @@ def create_run(
     return RunHandle(uri, run_id or "", str(out))
 
 
-@never_fatal("create the run: metrics.jsonl is written, and sent when the run ends")
+@never_fatal("create the run: what it is told waits in the run folder for a stage's start or end")
 def _request_run(uri: str, request: dict[str, Any]) -> str:
-    from mlflow.entities import Param
-
     client = mlflow_client(uri)
     run = client.create_run(
         _experiment_id(client, uri, request["experiment"]),
@@ -108,11 +106,17 @@ def _request_run(uri: str, request: dict[str, Any]) -> str:
         run_name=request["tags"].get("mlflow.runName"),
     )
     run_id: str = run.info.run_id
-    params = [Param(key, value) for key, value in request["params"].items()]
-    for start in range(0, len(params), _MAX_PARAMS):
-        client.log_batch(run_id, params=params[start : start + _MAX_PARAMS])
+    _log_params(client, run_id, request["params"])
     _log_dataset(client, run_id, request["dataset"])
     return run_id
+
+
+def _log_params(client: Any, run_id: str, params: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    each = [Param(key, value) for key, value in params.items()]
+    for start in range(0, len(each), _MAX_PARAMS):
+        client.log_batch(run_id, params=each[start : start + _MAX_PARAMS])
 
 
 def _experiment_id(client: Any, uri: str, name: str) -> str:
@@ -165,15 +169,47 @@ def flatten(params: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
+def _as_text(params: dict[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in flatten(params)}
+
+
+@never_fatal("store settings")
+def log_settings(handle: RunHandle, params: dict[str, Any], tags: Mapping[str, str]) -> bool:
+    """What a stage is done with; True if MLflow has it, also from before.
+
+    MLflow never changes a param: where it holds another value, as of a run that an earlier version
+    made, the value becomes a tag of the param's name.
+    Args: params: nested dicts are flattened to dotted names.
+    """
+    from mlflow.entities import RunTag
+
+    client, told = mlflow_client(handle.uri), _as_text(params)
+    data = client.get_run(handle.run_id).data
+    _log_params(client, handle.run_id, {k: v for k, v in told.items() if k not in data.params})
+    held = {**data.params, **data.tags}
+    changed = {k: v for k, v in told.items() if held.get(k, v) != v}
+    changed |= {k: v for k, v in tags.items() if data.tags.get(k) != v}
+    if changed:
+        client.log_batch(handle.run_id, tags=[RunTag(k, v) for k, v in changed.items()])
+    return True
+
+
 @never_fatal("store results")
-def log_results(handle: RunHandle, metrics: dict[str, float]) -> bool:
-    """Final numbers of an evaluation, as metrics of the run without a curve; True if sent."""
-    from mlflow.entities import Metric
+def log_results(
+    handle: RunHandle, metrics: dict[str, float], measured_with: dict[str, Any] | None = None
+) -> bool:
+    """Final numbers of an evaluation, as metrics of the run without a curve; True if sent.
+
+    Args: measured_with: tags, flattened to dotted names: no params, since numbers of another
+        evaluation replace these.
+    """
+    from mlflow.entities import Metric, RunTag
 
     now_ms = int(time.time() * 1000)
     mlflow_client(handle.uri).log_batch(
         handle.run_id,
         metrics=[Metric(legal_name(key), value, now_ms, 0) for key, value in metrics.items()],
+        tags=[RunTag(key, value) for key, value in _as_text(measured_with or {}).items()],
     )
     return True
 
@@ -199,20 +235,52 @@ def finish(handle: RunHandle, status: str = "FINISHED", timeout_s: float = 60.0)
 
     Returns: the handle, with its run id if the run could only be created now.
     """
-    place = Location(handle.out) if handle.out else None
-    if not handle.run_id and handle.uri and place is not None and place.exists(_PENDING):
-        run_id = _request_run(handle.uri, json.loads(place.read_bytes(_PENDING)))
-        if run_id:
-            handle = handle._replace(run_id=run_id)
-            place.remove(_PENDING)
     if handle.run_id:
+        _send_and_end(handle, status, timeout_s)
+        return handle
+    request = _missed_request(handle)
+    if request is None:
+        return handle
+    Location(handle.out).write_bytes(_PENDING, json.dumps(request | {"status": status}).encode())
+    return catch_up(handle, timeout_s)
+
+
+def catch_up(handle: RunHandle, timeout_s: float = 60.0) -> RunHandle:
+    """Make the run that MLflow missed when it began, with its curves until now, if it answers.
+
+    Its end is that of the last stage; one that was killed before it could say so is KILLED.
+    Returns: the handle, with its run id then.
+    """
+    request = _missed_request(handle)
+    run_id = None if request is None else _request_run(handle.uri, request)
+    if request is None or not run_id:
+        return handle
+    Location(handle.out).remove(_PENDING)
+    handle = handle._replace(run_id=run_id)
+    _send_and_end(handle, request.get("status", "KILLED"), timeout_s)
+    return handle
+
+
+def _missed_request(handle: RunHandle) -> dict[str, Any] | None:
+    """What `create_run` left for a run that MLflow does not have yet."""
+    if handle.run_id or not handle.uri or not handle.out:
+        return None
+    place = Location(handle.out)
+    if not place.exists(_PENDING):
+        return None
+    request: dict[str, Any] = json.loads(place.read_bytes(_PENDING))
+    return request
+
+
+def _send_and_end(handle: RunHandle, status: str, timeout_s: float) -> None:
+    if handle.out:
+        place = Location(handle.out)
         # One file per stage: metrics.jsonl, finetune.jsonl.
-        for name in place.entries() if place is not None else []:
-            if place is not None and name.endswith(".jsonl"):
+        for name in place.entries():
+            if name.endswith(".jsonl"):
                 with place.fetched(name) as path:
                     MetricsCopier(handle, path).drain(timeout_s)
-        _end(handle, status)
-    return handle
+    _end(handle, status)
 
 
 @never_fatal("end the run")

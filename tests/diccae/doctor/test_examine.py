@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from support.mlflow_server import Server
 
 from diccae.doctor import child, libraries, machine, services
 from diccae.doctor.check import Check
@@ -141,29 +142,42 @@ def test_store_is_opened_and_a_missing_one_is_found(tmp_path: Path) -> None:
     assert "no feature store" in missing.detail
 
 
-class _Health(BaseHTTPRequestHandler):
+class _Page(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(b"OK" if self.path == "/health" else b"<html>")
+        self.wfile.write(b"<html>")
 
     def log_message(self, format: str, *args: object) -> None:
         """Keep the test's output clean."""
 
 
 @pytest.fixture
-def mlflow_like() -> Iterator[str]:
-    server = HTTPServer(("127.0.0.1", 0), _Health)
+def something_else() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), _Page)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
 
 
-def test_mlflow_is_reached_or_not(mlflow_like: str, tmp_path: Path) -> None:
-    assert services.check_mlflow(mlflow_like).ok
+def test_mlflow_lets_us_in_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    server = Server(tmp_path, "--allowed-hosts", "localhost:*")
+    try:
+        server.start()
+        assert services.check_mlflow(f"http://localhost:{server.port}").ok
+        check = services.check_mlflow(server.uri)
+    finally:
+        server.kill()
+    assert not check.ok, "/health is answered, and no run is taken"
+    assert "Invalid Host header" in check.detail
+    assert "--allowed-hosts" in check.hint
+
+
+def test_mlflow_is_there_or_not(something_else: str, tmp_path: Path) -> None:
     assert services.check_mlflow(f"sqlite:///{tmp_path}/mlflow.db").ok
-    for uri in (f"{mlflow_like}/other", "http://127.0.0.1:9"):
+    for uri in (something_else, "http://127.0.0.1:9"):
         check = services.check_mlflow(uri)
         assert not check.ok
         assert check.hint

@@ -1,0 +1,188 @@
+"""What commands leave in MLflow, and what they say where it is away, against a real server."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.mlflow_server import Server
+from support.runs import SMOKE, lines
+
+from diccae.cli import main
+from diccae.stages.backend import InLab, OnRay
+from training.run.edge import Written
+from training.tracking.copier import mlflow_client
+
+Diccae = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        server = Server(tmp_path_factory.mktemp("server"))
+        yield server
+        server.kill()
+
+
+@pytest.fixture
+def running(server: Server) -> Server:
+    """The server, as the test before left it or started: its start takes five seconds of CPU."""
+    if server.process is None:
+        server.start()
+    return server
+
+
+@pytest.fixture
+def tracked(in_lab: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages in the lab, with the MLflow run that they have on Ray."""
+    monkeypatch.setattr(InLab, "track", OnRay.track)
+
+
+def _pretrain(store: str, out: Path, *more: str) -> list[str]:
+    arguments = ["pretrain", "--config", SMOKE, "--store", store, "--out", str(out)]
+    return [
+        *arguments,
+        "--rounds.labels",
+        "none",
+        "--encoder.stem",
+        "conv",
+        "--pretrain.epochs",
+        "1",
+        *more,
+    ]
+
+
+@pytest.mark.usefixtures("tracked")
+def test_a_run_that_mlflow_missed_is_in_it_once_a_report_is_made(
+    server: Server, store: str, tmp_path: Path, diccae: Diccae, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.kill()
+    out = tmp_path / "run"
+    diccae(*_pretrain(store, out, "--tracking.uri", server.uri))
+    assert _record(out) == {"uri": server.uri, "run_id": ""}
+    assert main(["evaluate", "--out", str(out)]) == 0
+    assert f"MLflow at {server.uri} lacks the run: results are" in capsys.readouterr().err
+    server.start()
+    diccae("report", "--out", str(out), "--no-sound")
+    run, steps = _run(out), [line["step"] for line in lines(out / "metrics.jsonl")]
+    assert run.info.status == "FINISHED"
+    assert _steps(out, "loss") == steps
+    files = _client(out).list_artifacts(run.info.run_id)
+    assert "report.html" in {file.path for file in files}
+
+
+@pytest.mark.usefixtures("tracked")
+def test_a_run_that_mlflow_missed_begins_with_the_next_start_where_that_says(
+    running: Server,
+    store: str,
+    tmp_path: Path,
+    diccae: Diccae,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, began = tmp_path / "run", list[str]()
+    pretrain = InLab.pretrain
+
+    def seen(lab: InLab, config: Any, data: Any, written: Written, span: Any) -> dict[str, Any]:
+        began.append(written.handle.run_id)
+        return pretrain(lab, config, data, written, span)
+
+    monkeypatch.setattr(InLab, "pretrain", seen)
+    diccae(*_pretrain(store, out, "--tracking.uri", "http://127.0.0.1:9"))
+    diccae(*_pretrain(store, out, "--tracking.uri", running.uri))
+    record = _record(out)
+    assert began == ["", record["run_id"]], "before training, so that its curves are seen"
+    assert record["uri"] == running.uri
+    assert _run(out).info.status == "FINISHED"
+    assert main(_pretrain(store, out, "--tracking.uri", "http://127.0.0.1:9")) == 0
+    assert f"the run stays in MLflow at {running.uri}" in capsys.readouterr().err
+    assert _record(out) == record
+
+
+@pytest.mark.usefixtures("tracked")
+def test_the_way_from_mlflow_to_folder_and_job_is_that_of_the_last_start(
+    running: Server, store: str, tmp_path: Path, diccae: Diccae, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, told = tmp_path / "run", list[dict[str, str]]()
+    for job in ("raysubmit_1", "raysubmit_2"):
+        given = json.dumps({"metadata": {"job_submission_id": job}})
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", given)
+        diccae(*_pretrain(store, out, "--tracking.uri", running.uri))
+        told.append({key: _run(out).data.tags[key] for key in ("out", "job", "attempt")})
+    assert told == [
+        {"out": str(out), "job": "raysubmit_1", "attempt": "1"},
+        {"out": str(out), "job": "raysubmit_2", "attempt": "2"},
+    ]
+
+
+TUNED = ["--finetune.epochs", "1", "--finetune.optim.lr", "5e-5"]
+
+
+@pytest.mark.usefixtures("tracked")
+def test_settings_in_mlflow_are_those_of_the_stage_that_used_them(
+    running: Server, store: str, tmp_path: Path, diccae: Diccae
+) -> None:
+    out = tmp_path / "run"
+    kept = ["--data.validation-frac", "0.2", "--tracking.uri", running.uri]
+    diccae(*_pretrain(store, out, *kept))
+    before = _run(out).data
+    assert before.params["pretrain.epochs"] == "1"
+    assert not [key for key in before.params if key.startswith(("finetune.", "evaluate."))]
+    diccae("finetune", "--out", str(out), *TUNED)
+    tuned = _run(out).data
+    assert tuned.params["finetune.epochs"] == "1"
+    assert tuned.params["finetune.optim.lr"] == "5e-05"
+    assert tuned.tags["config_hash"] != before.tags["config_hash"]
+    results = json.loads(
+        diccae("evaluate", "--out", str(out), "--evaluate.split", "validation", "--json")
+    )
+    measured = _run(out).data
+    assert measured.tags["evaluate.split"] == results["split"] == "validation"
+    assert measured.tags["config_hash"] == results["config_hash"]
+
+
+@pytest.mark.usefixtures("tracked")
+def test_a_param_that_an_earlier_version_left_is_overruled_by_a_tag(
+    running: Server, store: str, tmp_path: Path, diccae: Diccae
+) -> None:
+    out = tmp_path / "run"
+    diccae(*_pretrain(store, out, "--tracking.uri", running.uri))
+    run_id = _record(out)["run_id"]
+    for key, value in (("finetune.epochs", "9"), ("finetune.optim.lr", "5e-05")):
+        _client(out).log_param(run_id, key, value)
+    diccae("finetune", "--out", str(out), *TUNED)
+    found = _run(out).data
+    assert (found.params["finetune.epochs"], found.tags["finetune.epochs"]) == ("9", "1")
+    assert "finetune.optim.lr" not in found.tags, "the param is right"
+    assert "finetune.batch_size" in found.params, "the others are there"
+
+
+@pytest.mark.usefixtures("tracked")
+def test_json_of_a_run_in_a_server_is_all_of_stdout(
+    running: Server, store: str, tmp_path: Path, diccae: Diccae
+) -> None:
+    uri = ["--tracking.uri", running.uri]
+    printed = diccae(*_pretrain(store, tmp_path / "run", *uri), "--json")
+    assert json.loads(printed)["n_train"] > 0
+    assert _record(tmp_path / "run")["run_id"], "it is in the server"
+
+
+def _record(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "run.json").read_text())["mlflow"]
+    return found
+
+
+def _client(out: Path) -> Any:
+    return mlflow_client(_record(out)["uri"])
+
+
+def _run(out: Path) -> Any:
+    return _client(out).get_run(_record(out)["run_id"])
+
+
+def _steps(out: Path, metric: str) -> list[int]:
+    points = _client(out).get_metric_history(_record(out)["run_id"], metric)
+    return sorted(point.step for point in points)
