@@ -4,6 +4,7 @@ Knows nothing of decoding. Invariant: the fingerprint a clip is stored with is t
 was decoded from, also when its file is replaced meanwhile.
 """
 
+import itertools
 import os
 import tempfile
 from collections import deque
@@ -34,6 +35,8 @@ class Fetched:
     path: str
     rejected: Rejected | None = None
     is_temporary: bool = False
+    is_shared: bool = False
+    """The clip that comes next lies in the same temporary file."""
     hashes_content: bool = False
 
     def changed(self) -> bool:
@@ -55,13 +58,16 @@ class Fetched:
         return True
 
     def release(self) -> None:
-        """Delete a temporary file."""
-        if self.is_temporary:
+        """Delete a temporary file, if this is the last clip of it."""
+        if self.is_temporary and not self.is_shared:
             Path(self.path).unlink(missing_ok=True)
 
 
 def fetch_all(clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[Fetched]:
-    """Clips as local files: of one tar part in the order they stand there, others as given."""
+    """Clips as local files: of one tar part in the order they stand there, others as given.
+
+    Each is released before the next one is drawn.
+    """
     part = part_of(clips[0]["uri"]) if clips else None
     return _fetch_part(part, clips, config) if part else _fetch_files(clips, config)
 
@@ -78,15 +84,24 @@ def _too_large(clip: dict[str, Any], config: IngestConfig) -> Rejected | None:
 
 
 def _fetch_part(part: str, clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[Fetched]:
-    by_member = {}
+    by_member: dict[str, list[dict[str, Any]]] = {}
     for clip in clips:
         if (rejected := _too_large(clip, config)) is not None:
             yield Fetched(clip, "", rejected)
         else:
-            by_member[clip["uri"].removeprefix(part + SEPARATOR)] = clip
+            # Windows of an untrimmed video are clips of one member.
+            by_member.setdefault(clip["uri"].removeprefix(part + SEPARATOR), []).append(clip)
     for member, path in stream_members(part, set(by_member)):
-        yield Fetched(by_member.pop(member), path, is_temporary=True)
-    for clip in by_member.values():
+        *others, last = by_member.pop(member)
+        try:
+            for clip in others:
+                yield Fetched(clip, path, is_temporary=True, is_shared=True)
+        except GeneratorExit:
+            # Whoever stops here has not been given the clip that deletes the file.
+            Path(path).unlink(missing_ok=True)
+            raise
+        yield Fetched(last, path, is_temporary=True)
+    for clip in itertools.chain.from_iterable(by_member.values()):
         rejected = Rejected(Reason.MISSING, f"{part} is damaged before this clip")
         yield Fetched(clip, "", rejected, is_temporary=False)
 

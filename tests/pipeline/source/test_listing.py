@@ -324,6 +324,18 @@ def test_clips_are_found_in_tar_parts_and_read_as_a_stream(parts):
     assert fetched == [(f"clip{i:07d}_{i:06d}", CLIP_BYTES) for i in (3, 4, 5)]
 
 
+def test_whoever_stops_between_two_clips_of_a_member_leaves_no_file(parts, tmp_path, monkeypatch):
+    csv, folder = parts
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    row = list_sources(str(csv), str(folder)).clips.to_pylist()[3]
+    windows = fetch_all([row | {"start_s": 0.0}, row | {"start_s": 1.0}], IngestConfig())
+    one = next(windows)
+    one.release()
+    assert Path(one.path).exists(), "the other window is read from it"
+    windows.close()
+    assert not Path(one.path).exists()
+
+
 def test_damage_in_a_part_costs_only_what_is_behind_it(parts):
     csv, folder = parts
     path = folder / "vgg_00.tar.gz"
