@@ -176,6 +176,8 @@ def test_manifest_of_another_data_set(kind, videos, tmp_path):
         ("x.mp4,,,dog,../../x,", "'../../x' is not a split: it holds a path"),
         ("x.mp4,,,dog,tr\x07ain,", "not a split: it holds a path or a control character"),
         ("x.mp4,,,dog,..,", "'..' is not a split: it holds a path"),
+        ("x.mp4,,,dog barking, growling,test,", "line 2: 7 columns, expected 6 .uri, start_s"),
+        ("x.mp4,,,dog", "line 2: 4 columns, expected 6 .*; a label with a comma needs quotes"),
     ],
 )
 def test_bad_manifest_row_is_one_clear_line(row, told, videos, tmp_path):
