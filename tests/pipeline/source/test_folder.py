@@ -135,6 +135,38 @@ def test_a_trap_costs_one_warning_and_the_rest_is_found(videos, caplog):
     assert told[3].endswith("skipped: its name is not UTF-8")
 
 
+MEMBERS = ("caf\udce9.mp4", "two\nlines.mp4", "._0002.mp4", ".hidden/0002.mp4", "./0002.mp4")
+
+
+def test_names_in_a_part_are_taken_as_names_on_a_disk_are(videos, tmp_path, caplog):
+    with tarfile.open(videos / "part_00.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in (*MEMBERS, "caf\udce9.txt"):
+            tar.add(videos / "top.mkv", name)
+    cache = Location(str(tmp_path / "store"))
+    told = [
+        f"{videos}/part_00.tar#caf\ufffd.mp4: skipped: its name is not UTF-8",
+        f"'{videos}/part_00.tar#two\\nlines.mp4': skipped: its name holds a control character",
+    ]
+    # The second time from the index that is kept.
+    for _ in range(2):
+        caplog.clear()
+        rows = listed(videos, cache=cache)
+        assert [name for name in rows if name.startswith("part_00")] == ["part_00__0002"]
+        assert caplog.messages == told
+
+
+@pytest.mark.parametrize("name", MEMBERS[:2])
+def test_damage_behind_a_member_of_any_name_is_one_line(name, videos, tmp_path, caplog):
+    with tarfile.open(videos / "part_00.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.add(videos / "top.mkv", name)
+    with open(videos / "part_00.tar", "r+b") as part:
+        part.truncate(512 + 3)
+    listed(videos, cache=Location(str(tmp_path / "store")))
+    (message,) = caplog.messages
+    assert "cannot be read from " in message
+    assert "\n" not in message
+
+
 def test_warnings_are_counted_beyond_the_first_ones(videos, caplog):
     for i in range(25):
         (videos / f"gone{i:02d}.mp4").symlink_to("nowhere.mp4")
