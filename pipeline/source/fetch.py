@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from pipeline.config import IngestConfig
+from pipeline.patience import open_filesystem
 from pipeline.reasons import Reason, Rejected
 from pipeline.source.files import File, local_file, remote_file, sha256_of
 from pipeline.source.tar_parts import SEPARATOR, part_of, stream_members
@@ -150,7 +149,7 @@ def _download(clip: dict[str, Any], clips: list[dict[str, Any]], config: IngestC
     """A local copy of a clip; `clips` are those it is fetched with."""
     if (rejected := _too_large(clip, config)) is not None:
         return Fetched(clip, "", rejected)
-    fs, remote = fsspec.core.url_to_fs(clip["uri"], use_listings_cache=False)
+    fs, remote = open_filesystem(clip["uri"])
     handle, path = tempfile.mkstemp(suffix=os.path.splitext(remote)[1])
     os.close(handle)
     fetched = Fetched(clip, path, is_temporary=True)
@@ -166,7 +165,10 @@ def _download(clip: dict[str, Any], clips: list[dict[str, Any]], config: IngestC
     except FileNotFoundError:
         fetched.rejected = Rejected(Reason.MISSING, "the object vanished before it was read")
     except Exception as error:
-        if not is_refusal(error) or not _others_open(clip, clips):
+        # What is no failure of the storage is about this one clip, such as what its name makes of
+        # a library; unless the library says so of all: it may be one we do not know.
+        is_of_clip = is_refusal(error) or not is_storage_failure(error)
+        if not is_of_clip or not _others_open(clip, clips):
             fetched.release()
             raise
         fetched.rejected = Rejected(Reason.OPEN_FAILED, str(error))
@@ -181,12 +183,10 @@ def _others_open(clip: dict[str, Any], clips: list[dict[str, Any]]) -> bool:
 
 
 def _opens(uri: str) -> bool:
-    fs, remote = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    fs, remote = open_filesystem(uri)
     try:
         fs.cat_file(remote, 0, 1)
-    except Exception as error:
-        if not is_storage_failure(error):
-            raise
+    except Exception:
         return False
     return True
 

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.patience import open_filesystem
 from pipeline.storage import Location, is_refusal
 
 PART_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -174,7 +174,8 @@ def _index_part(uri: str, fingerprint: str, cache: Location | None) -> PartIndex
 def _read_index(uri: str) -> PartIndex:
     found: list[tuple[str, int]] = []
     damage = ""
-    with fsspec.open(uri, "rb") as file:
+    fs, path = open_filesystem(uri)
+    with fs.open(path, "rb") as file:
         try:
             with _BoundedTar.open(fileobj=file, mode="r|*") as tar:
                 for member in tar:
@@ -202,7 +203,8 @@ def stream_members(uri: str, wanted: set[str]) -> Iterator[tuple[str, str]]:
     The caller deletes the files. What lies behind damage is not yielded.
     """
     left = set(wanted)
-    with fsspec.open(uri, "rb") as file:
+    fs, path = open_filesystem(uri)
+    with fs.open(path, "rb") as file:
         try:
             with _BoundedTar.open(fileobj=file, mode="r|*") as tar:
                 for member in tar:

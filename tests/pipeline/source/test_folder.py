@@ -7,6 +7,7 @@ from pathlib import Path
 import fsspec
 import pyarrow as pa
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import SourceError
@@ -86,6 +87,17 @@ def test_tar_parts_are_folders(videos, tmp_path):
     assert rows["part_00__0002"]["label"] == "part_00"
     alone = listed(videos / "part_00.tar")
     assert set(alone) == {"part_00__bird__0001", "part_00__0002"}
+
+
+def test_two_colons_in_the_name_of_a_part_or_its_folder_are_part_of_it(videos, monkeypatch):
+    with tarfile.open(videos / "Foo::bar.tar", "w") as tar:
+        tar.add(videos / "top.mkv", "0002.mp4")
+    there = videos.rename(videos.with_name("My::videos"))
+    assert "Foo::bar__0002" in listed(there)
+    assert set(listed(there / "Foo::bar.tar")) == {"Foo::bar__0002"}
+    monkeypatch.chdir(there)
+    ((_, row),) = listed("Foo::bar.tar").items()
+    assert row["uri"] == f"{there}/Foo::bar.tar#0002.mp4"
 
 
 @pytest.mark.parametrize("other", ["dog__0001.mp4", "dog/0001.webm"])
@@ -247,14 +259,14 @@ def test_a_part_that_may_not_be_read_costs_one_warning(videos, monkeypatch, capl
     for name in ("part_00.tar", "part_01.tar"):
         with tarfile.open(videos / name, "w") as tar:
             tar.add(videos / "top.mkv", "0002.mp4")
-    opened = fsspec.open
+    opened = LocalFileSystem.open
 
-    def guarded(uri, mode):
-        if uri.endswith("part_00.tar"):
-            raise PermissionError(13, "Permission denied", uri)
-        return opened(uri, mode)
+    def guarded(self, path, mode):
+        if path.endswith("part_00.tar"):
+            raise PermissionError(13, "Permission denied", path)
+        return opened(self, path, mode)
 
-    monkeypatch.setattr(fsspec, "open", guarded)
+    monkeypatch.setattr(LocalFileSystem, "open", guarded)
     listing = list_sources(None, str(videos))
     assert "part_01__0002" in listing.clips["clip_id"].to_pylist()
     assert listing.unreadable == [f"{videos}/part_00.tar"]
