@@ -5,11 +5,14 @@ import io
 import os
 import random
 import tarfile
+import threading
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.config import IngestConfig
 from pipeline.errors import SourceError
@@ -267,6 +270,26 @@ def test_numbers_in_a_parquet_manifest_are_what_they_are_in_a_csv(
     }
     assert todo["parquet"].to_pylist() == todo["csv"].to_pylist()
     assert todo["csv"]["label"][0].as_py() == "0"
+
+
+def test_folders_of_a_manifest_in_a_bucket_are_listed_side_by_side(videos, monkeypatch):
+    n_folders = 8
+    ls = MemoryFileSystem.ls
+    together = threading.Barrier(n_folders)
+
+    def waiting(self, path, detail=True, **options):
+        # One after another they would wait for each other in vain.
+        together.wait(timeout=10)
+        return ls(self, path, detail, **options)
+
+    uris = [f"memory://data/{number}/clip.mp4" for number in range(n_folders)]
+    for uri in uris[1:]:
+        fsspec.filesystem("memory").pipe_file(uri, b"x")
+    monkeypatch.setattr(MemoryFileSystem, "ls", waiting)
+    text = "".join(f"{uri},clip{number}\n" for number, uri in enumerate(uris))
+    rows = manifest(f"uri,clip_id\n{text}", videos)
+    assert [row["uri"] for row in rows] == uris
+    assert [row["size"] for row in rows] == [None, *[1] * (n_folders - 1)]
 
 
 def test_group_is_the_column_or_the_video_of_a_vggsound_name_or_the_uri(videos):
