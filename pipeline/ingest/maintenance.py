@@ -253,7 +253,8 @@ def export(
     """Write a version for other tools. Returns {"clips", "format", "out", "version"}.
 
     folder: `<out>/<split>/<clip_id>/frame_00.jpg ..., fbank.npy, clip.json`;
-    webdataset: `<out>/<split>-000000.tar` of `<clip_id>.frame_00.jpg`, `.fbank.npy`, `.json`.
+    webdataset: `<out>/<split>-000000.tar` of `<clip_id>.frame_00.jpg`, `.fbank.npy`, `.json`,
+    a dot in an id being %2E there and a per cent sign %25.
 
     Raises: SourceError if `out` is not an empty or new local folder, or if a split is no name for a
         folder; StoreError.
@@ -319,8 +320,13 @@ def _write_tars(folder: Path, split: str, clips: Iterator[tuple[str, dict[str, b
             for clip_id, files in itertools.chain([first], rest):
                 n_clips += 1
                 for name, content in files.items():
-                    # A webdataset key ends at the first dot.
-                    member = tarfile.TarInfo(f"{clip_id.replace('.', '_')}.{name}")
+                    member = tarfile.TarInfo(f"{_webdataset_key(clip_id)}.{name}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     return n_clips
+
+
+def _webdataset_key(clip_id: str) -> str:
+    """A key ends at the first dot. `urllib.parse.unquote` gives the id back, so that no two clips
+    have one key."""
+    return clip_id.replace("%", "%25").replace(".", "%2E")

@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -315,6 +316,18 @@ def test_export_holds_every_clip_for_other_tools(kind, store, tmp_path):
         assert fbank.shape == (8, 8)
     with pytest.raises(SourceError, match="not empty"):
         export(store.uri, str(out), kind)
+
+
+def test_every_clip_has_a_key_of_its_own_in_a_webdataset_tar(store, tmp_path):
+    ids = ["v1.0", "v1_0", "v1%2E0", "plain"]
+    commit(store, ids)
+    export(store.uri, str(tmp_path / "out"), "webdataset")
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
+        names = tar.getnames()
+    keys = [name.partition(".")[0] for name in names if name.endswith(".json")]
+    assert [unquote(key) for key in keys] == ids
+    assert len(names) == len(set(names))
+    assert keys[3] == "plain"
 
 
 @pytest.mark.parametrize("kind", ["folder", "webdataset"])
