@@ -205,6 +205,17 @@ def test_compact_keeps_every_live_row_and_the_digest(store):
     assert store.snapshot(before.version).digest == before.digest
 
 
+def test_compact_of_small_shards_that_are_all_live_makes_no_version(store):
+    for clip_id in "abcde":
+        commit(store, [clip_id])
+    before = store.version()
+    report = compact(store.uri)
+    assert report == {"shards_before": 5, "shards_after": 5, "clips_moved": 0, "version": before}
+    assert store.version() == before
+    commit(store, ["a"], label="cat")
+    assert compact(store.uri)["version"] == before + 2, "a superseded row was dropped"
+
+
 def test_vacuum_keeps_what_is_pinned_and_young_and_drops_the_rest(store):
     pinned = commit(store, ["a", "b"])
     pinned_digest = store.snapshot(pinned).digest
@@ -247,7 +258,8 @@ def test_vacuum_works_after_one_of_a_shorter_retention(dry_run, store, caplog):
 
 
 def test_vacuum_keeps_what_a_young_version_needs_behind_one_whose_files_are_gone(store):
-    gone = commit(store, ["a"])
+    commit(store, ["a"])
+    gone = commit(store, ["a"])  # So that compact has something to do.
     _grow_old(store, days=10)
     compact(store.uri)
     young = store.version()
@@ -268,7 +280,7 @@ def test_vacuum_keeps_what_a_young_version_needs_behind_one_whose_files_are_gone
 
 def test_vacuum_refuses_where_a_pinned_version_cannot_be_read(store):
     pinned = commit(store, ["a"])
-    commit(store, ["b"])
+    commit(store, ["a", "b"])
     _grow_old(store, days=10)
     compact(store.uri)
     vacuum(store.uri, retention_hours=0.0)
