@@ -117,12 +117,13 @@ class _Asked:
         if self.config.leave_out:
             # Refused for a store that is yet to be made: nothing in it was looked at.
             sources = without_left_out(Location(self.store), sources, self.config.leave_out)
-        same_content = _same_content(sources, known, self.config)
-        plan = make_plan(sources, known, spec.spec_hash(), self.config, same_content=same_content)
+        plan = make_plan(
+            sources, known, spec.spec_hash(), self.config, listed=listing.clips,
+            same_content=_same_content(sources, known, self.config),
+        )  # fmt: skip
         _warn_of_lost_labels(plan, known)
         plan.counts["unchanged"] += len(states) - len(known)
-        in_force = snapshot is None or _has_in_force(snapshot, spec)
-        plan = replace(plan, puts_in_force=not in_force)
+        plan = replace(plan, puts_in_force=not _has_in_force(snapshot, spec))
         if self.config.probe:
             from pipeline.ingest.probe import probe_timelines
 
@@ -142,9 +143,9 @@ def _warn_of_lost_labels(plan: Plan, states: pa.Table) -> None:
         )
 
 
-def _has_in_force(snapshot: Snapshot, spec: FeatureSpec) -> bool:
-    """Whether a version names this spec as the one in force."""
-    return snapshot.names_its_spec and snapshot.spec_hash == spec.spec_hash()
+def _has_in_force(snapshot: Snapshot | None, spec: FeatureSpec) -> bool:
+    """Whether a version names this spec as the one in force; of a store to be made it will be."""
+    return snapshot is None or (snapshot.names_its_spec and snapshot.spec_hash == spec.spec_hash())
 
 
 def _same_content(sources: pa.Table, states: pa.Table, config: IngestConfig) -> set[str]:
