@@ -36,6 +36,13 @@ _TOLD_EVERY_S = 60.0
 """Of a store that errs now and then, or is away for longer, one line a minute is enough."""
 DELTA_RETRIES = {"max_retries": "10", "retry_timeout": "45s"}
 
+_CHAINED = (
+    *("blockcache", "cached", "filecache", "simplecache"),
+    *("dir", "libarchive", "reference", "tar", "zip"),
+)
+"""Kinds of place that show what is in another one, named behind `::`. Anywhere else that is part of
+a name."""
+
 
 def open_filesystem(uri: Any) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem and the path in it; listings are not cached, others write there, too.
@@ -49,8 +56,18 @@ def open_filesystem(uri: Any) -> tuple[fsspec.AbstractFileSystem, str]:
         options["config_kwargs"] = copy.deepcopy(_ONE_REQUEST)  # botocore adds to it.
     elif kind in ("gs", "gcs"):
         _tell_what_google_repeats()
-    filesystem, path = fsspec.core.url_to_fs(uri, **options)
-    return filesystem, path
+    if "::" not in str(uri) or kind in _CHAINED:
+        filesystem, path = fsspec.core.url_to_fs(uri, **options)
+        return filesystem, path
+    # fsspec would take the rest of a name such as C++::lesson.mp4 for another place.
+    filesystem, _ = fsspec.core.url_to_fs(_top(str(uri), kind), **options)
+    return filesystem, filesystem._strip_protocol(str(uri))
+
+
+def _top(uri: str, kind: str) -> str:
+    """The host or bucket of a URI without a chain; of a path, the local disk."""
+    below = uri.removeprefix(f"{kind}://")
+    return "/" if below == uri else f"{kind}://{below.partition('/')[0]}/"
 
 
 def _repeat_for_longer() -> None:

@@ -29,7 +29,9 @@ class StoreArgs:
             "export",
         ]
     ]
-    """What to do."""
+    """What to do. compact: rewrite shards of which less than half is live, and drop superseded rows
+    of the log; shards that are merely small stay, and without anything to do there is no new
+    version."""
     store: str
     """URI of the feature store."""
     version: int | None = None

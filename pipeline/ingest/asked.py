@@ -61,8 +61,10 @@ class Asked:
         if self.config.leave_out:
             # Refused for a store that is yet to be made: nothing in it was looked at.
             sources = without_left_out(Location(self.store), sources, self.config.leave_out)
-        same_content = _same_content(sources, known, self.config)
-        plan = make_plan(sources, known, spec.spec_hash(), self.config, same_content=same_content)
+        plan = make_plan(
+            sources, known, spec.spec_hash(), self.config, listed=listing.clips,
+            same_content=_same_content(sources, known, self.config),
+        )  # fmt: skip
         _warn_of_lost_labels(plan, known)
         if snapshot is not None and not has_in_force(snapshot, spec):
             lost = _out_of_reach(listing, states, known, snapshot, spec)

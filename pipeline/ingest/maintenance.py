@@ -152,9 +152,12 @@ def shard_sizes(store: FeatureStore) -> dict[str, tuple[int, float]]:
 def compact(uri: str, shard_clips: int = 256) -> dict[str, Any]:
     """Rewrite shards of which less than half is live, and drop superseded rows from the log.
 
-    What other specs have is kept. Older versions keep their shards until `vacuum`.
+    What other specs have is kept. Older versions keep their shards until `vacuum`. Shards that are
+    small and live, as runs of few clips leave them, stay as they are: reading them costs a request
+    each, moving them what they hold.
 
-    Returns: {"shards_before", "shards_after", "clips_moved", "version"}.
+    Returns: {"shards_before", "shards_after", "clips_moved", "version"}, the last the newest one as
+        it was if there was nothing to do.
     Raises: StoreLocked, StoreError.
     """
     store = FeatureStore.open(uri)
@@ -165,8 +168,10 @@ def compact(uri: str, shard_clips: int = 256) -> dict[str, Any]:
             pc.is_in(live["shard"], value_set=pa.array(_sparse_shards(live, uri), pa.string()))
         )
         moved = list(_move(store, snapshot.spec, sparse, shard_clips))
-        rows = _point_at(snapshot.kept_rows(), snapshot.spec_hash, moved)
-        version = store.rewrite_log(rows, snapshot.version, lease.check)
+        version = snapshot.version
+        if moved or snapshot.has_superseded_rows:
+            rows = _point_at(snapshot.kept_rows(), snapshot.spec_hash, moved)
+            version = store.rewrite_log(rows, version, lease.check)
     after = store.snapshot().rows(None)
     return {
         "shards_before": len(pc.unique(live["shard"])),
@@ -285,7 +290,8 @@ def export(
     """Write a version for other tools. Returns {"clips", "format", "out", "version"}.
 
     folder: `<out>/<split>/<clip_id>/frame_00.jpg ..., fbank.npy, clip.json`;
-    webdataset: `<out>/<split>-000000.tar` of `<clip_id>.frame_00.jpg`, `.fbank.npy`, `.json`.
+    webdataset: `<out>/<split>-000000.tar` of `<clip_id>.frame_00.jpg`, `.fbank.npy`, `.json`,
+    a dot in an id being %2E there and a per cent sign %25.
 
     Raises: SourceError if `out` is not an empty or new local folder, or if a split is no name for a
         folder; StoreError.
@@ -351,8 +357,13 @@ def _write_tars(folder: Path, split: str, clips: Iterator[tuple[str, dict[str, b
             for clip_id, files in itertools.chain([first], rest):
                 n_clips += 1
                 for name, content in files.items():
-                    # A webdataset key ends at the first dot.
-                    member = tarfile.TarInfo(f"{clip_id.replace('.', '_')}.{name}")
+                    member = tarfile.TarInfo(f"{_webdataset_key(clip_id)}.{name}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     return n_clips
+
+
+def _webdataset_key(clip_id: str) -> str:
+    """A key ends at the first dot. `urllib.parse.unquote` gives the id back, so that no two clips
+    have one key."""
+    return clip_id.replace("%", "%25").replace(".", "%2E")

@@ -78,11 +78,13 @@ def make_plan(
     config: IngestConfig,
     *,
     same_content: Set[str] = frozenset(),
+    listed: pa.Table | None = None,
 ) -> Plan:
     """Compare what there is with what the store knows.
 
     Args: sources: SOURCE_SCHEMA, unique clip_id; states: STATE_COLUMNS, unique clip_id, as they are
-        under the spec; same_content: clips of `content_known` whose file has that content.
+        under the spec; same_content: clips of `content_known` whose file has that content;
+        listed: the sources and the clips that `leave_out` took from them; None: it took none.
     Raises: MassRemoval if more of the store vanished than the config allows.
     """
     at = pc.index_in(sources["clip_id"], value_set=states["clip_id"].combine_chunks())
@@ -97,9 +99,11 @@ def make_plan(
     unlisted = np.ones(len(states), bool)
     unlisted[position[is_known]] = False
     was_present = ~_true(pc.equal(states["reason"], Reason.MISSING))
-    _refuse_mass_removal(
-        int(kinds.gone.sum() + (unlisted & was_present).sum()), int(was_present.sum()), config
-    )
+    ids = (sources if listed is None else listed)["clip_id"].combine_chunks()
+    by_rule = unlisted & _true(pc.is_in(states["clip_id"], value_set=ids))
+    n_gone = int(kinds.gone.sum() + (unlisted & ~by_rule & was_present).sum())
+    n_left_out = int((by_rule & was_present).sum())
+    _refuse_mass_removal(n_gone, n_left_out, int(was_present.sum()), config)
 
     return Plan(
         todo=_todo(sources, before, kinds),
@@ -267,12 +271,23 @@ def _to_retry(clips: _Compared, config: IngestConfig) -> Mask:
     return config.retry_failed | wanted | fits | (passing & (clips.attempts < _PASSING_ATTEMPTS))
 
 
-def _refuse_mass_removal(n_removed: int, n_present: int, config: IngestConfig) -> None:
+def _refuse_mass_removal(
+    n_gone: int, n_left_out: int, n_present: int, config: IngestConfig
+) -> None:
     """Clips that were missing before are neither removed by this run nor present."""
-    if config.allow_mass_delete or n_removed <= config.max_removed_frac * n_present:
+    most = config.max_removed_frac * n_present
+    if config.allow_mass_delete or n_gone + n_left_out <= most:
         return
+    if n_gone > most:
+        raise MassRemoval(
+            f"{n_gone} of the {n_present} clips in the store are not in the source any more, more "
+            f"than {config.max_removed_frac:.0%}. Is the folder mounted and the list complete? Use "
+            "--allow-mass-delete if they are meant to go. Nothing was changed."
+        )
+    others = f", and {n_gone} are not in the source any more" if n_gone else ""
     raise MassRemoval(
-        f"{n_removed} of the {n_present} clips in the store are not in the source any more, more "
-        f"than {config.max_removed_frac:.0%}. Is the folder mounted and the list complete? Use "
-        "--allow-mass-delete if they are meant to go. Nothing was changed."
+        f"{n_left_out} of the {n_present} clips in the store are left out by --ingest.leave-out "
+        f"{' '.join(config.leave_out)}{others}: together more than {config.max_removed_frac:.0%}. "
+        '"diccae store quality" says how many each rule takes. Use --allow-mass-delete if they are '
+        "meant to go. Nothing was changed."
     )

@@ -9,7 +9,7 @@ import difflib
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 _UNSAFE = "it holds a path or a control character"
 _SAFE_ID = re.compile(r"[A-Za-z0-9_-]+")
 _VGGSOUND_NAME = re.compile(r"([A-Za-z0-9_-]{11})_\d{6}")
+_VGGSOUND_COLUMNS = ("ytid", "start", "label", "split")
 _MANIFEST_COLUMNS = ("uri", "start_s", "end_s", "label", "labels", "split", "group", "clip_id")
 _MOST_PROBLEMS = 20
 TRAIN = "train"
@@ -145,12 +146,24 @@ def _csv_entries(
         return [], False
     header = [name.strip() for name in first[1]]
     if "uri" in header:
-        named = (
-            (line, dict(zip(header, (value.strip() for value in row), strict=False)))
+        whole = (
+            (line, dict(zip(header, (value.strip() for value in row), strict=True)))
             for line, row in rows
+            if _is_whole(row, header, f"{clips} line {line}", problems)
         )
-        return _manifest_entries(named, header, clips, base, problems), True
+        return _manifest_entries(whole, header, clips, base, problems), True
     return list(_vggsound_entries(first, rows, clips, problems)), False
+
+
+def _is_whole(row: list[str], columns: Sequence[str], where: str, problems: list[str]) -> bool:
+    """Whether a line has a cell for each column. Otherwise nobody can say which cell is which: a
+    label cut in two would move a piece of it into the split."""
+    if len(row) != len(columns):
+        problems.append(
+            f"{where}: {len(row)} columns, expected {len(columns)} ({', '.join(columns)}); "
+            "a label with a comma needs quotes"
+        )
+    return len(row) == len(columns)
 
 
 def _vggsound_entries(
@@ -161,11 +174,7 @@ def _vggsound_entries(
 ) -> Iterator[Entry]:
     for line, row in _chain(first, rest):
         where = f"{clips} line {line}"
-        if len(row) != 4:
-            problems.append(
-                f"{where}: {len(row)} columns, expected 4 (ytid, start, label, split); "
-                "a label with a comma needs quotes"
-            )
+        if not _is_whole(row, _VGGSOUND_COLUMNS, where, problems):
             continue
         ytid, start, label, split = (value.strip() for value in row)
         if not _SAFE_ID.fullmatch(ytid):

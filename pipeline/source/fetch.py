@@ -4,6 +4,7 @@ Knows nothing of decoding. Invariant: the fingerprint a clip is stored with is t
 was decoded from, also when its file is replaced meanwhile.
 """
 
+import itertools
 import os
 import tempfile
 from collections import deque
@@ -13,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from pipeline.config import IngestConfig
+from pipeline.patience import open_filesystem
 from pipeline.reasons import Reason, Rejected
 from pipeline.source.files import File, local_file, remote_file, sha256_of
 from pipeline.source.tar_parts import SEPARATOR, part_of, stream_members
@@ -34,6 +34,8 @@ class Fetched:
     path: str
     rejected: Rejected | None = None
     is_temporary: bool = False
+    is_shared: bool = False
+    """The clip that comes next lies in the same temporary file."""
     hashes_content: bool = False
 
     def changed(self) -> bool:
@@ -55,13 +57,16 @@ class Fetched:
         return True
 
     def release(self) -> None:
-        """Delete a temporary file."""
-        if self.is_temporary:
+        """Delete a temporary file, if this is the last clip of it."""
+        if self.is_temporary and not self.is_shared:
             Path(self.path).unlink(missing_ok=True)
 
 
 def fetch_all(clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[Fetched]:
-    """Clips as local files: of one tar part in the order they stand there, others as given."""
+    """Clips as local files: of one tar part in the order they stand there, others as given.
+
+    Each is released before the next one is drawn.
+    """
     part = part_of(clips[0]["uri"]) if clips else None
     return _fetch_part(part, clips, config) if part else _fetch_files(clips, config)
 
@@ -78,15 +83,24 @@ def _too_large(clip: dict[str, Any], config: IngestConfig) -> Rejected | None:
 
 
 def _fetch_part(part: str, clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[Fetched]:
-    by_member = {}
+    by_member: dict[str, list[dict[str, Any]]] = {}
     for clip in clips:
         if (rejected := _too_large(clip, config)) is not None:
             yield Fetched(clip, "", rejected)
         else:
-            by_member[clip["uri"].removeprefix(part + SEPARATOR)] = clip
+            # Windows of an untrimmed video are clips of one member.
+            by_member.setdefault(clip["uri"].removeprefix(part + SEPARATOR), []).append(clip)
     for member, path in stream_members(part, set(by_member)):
-        yield Fetched(by_member.pop(member), path, is_temporary=True)
-    for clip in by_member.values():
+        *others, last = by_member.pop(member)
+        try:
+            for clip in others:
+                yield Fetched(clip, path, is_temporary=True, is_shared=True)
+        except GeneratorExit:
+            # Whoever stops here has not been given the clip that deletes the file.
+            Path(path).unlink(missing_ok=True)
+            raise
+        yield Fetched(last, path, is_temporary=True)
+    for clip in itertools.chain.from_iterable(by_member.values()):
         rejected = Rejected(Reason.MISSING, f"{part} is damaged before this clip")
         yield Fetched(clip, "", rejected, is_temporary=False)
 
@@ -135,7 +149,7 @@ def _download(clip: dict[str, Any], clips: list[dict[str, Any]], config: IngestC
     """A local copy of a clip; `clips` are those it is fetched with."""
     if (rejected := _too_large(clip, config)) is not None:
         return Fetched(clip, "", rejected)
-    fs, remote = fsspec.core.url_to_fs(clip["uri"], use_listings_cache=False)
+    fs, remote = open_filesystem(clip["uri"])
     handle, path = tempfile.mkstemp(suffix=os.path.splitext(remote)[1])
     os.close(handle)
     fetched = Fetched(clip, path, is_temporary=True)
@@ -151,7 +165,10 @@ def _download(clip: dict[str, Any], clips: list[dict[str, Any]], config: IngestC
     except FileNotFoundError:
         fetched.rejected = Rejected(Reason.MISSING, "the object vanished before it was read")
     except Exception as error:
-        if not is_refusal(error) or not _others_open(clip, clips):
+        # What is no failure of the storage is about this one clip, such as what its name makes of
+        # a library; unless the library says so of all: it may be one we do not know.
+        is_of_clip = is_refusal(error) or not is_storage_failure(error)
+        if not is_of_clip or not _others_open(clip, clips):
             fetched.release()
             raise
         fetched.rejected = Rejected(Reason.OPEN_FAILED, str(error))
@@ -166,12 +183,10 @@ def _others_open(clip: dict[str, Any], clips: list[dict[str, Any]]) -> bool:
 
 
 def _opens(uri: str) -> bool:
-    fs, remote = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    fs, remote = open_filesystem(uri)
     try:
         fs.cat_file(remote, 0, 1)
-    except Exception as error:
-        if not is_storage_failure(error):
-            raise
+    except Exception:
         return False
     return True
 

@@ -13,13 +13,23 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from pipeline.errors import SourceError
-from pipeline.source.tar_parts import PART_SUFFIXES, SEPARATOR, index_parts, is_part
+from pipeline.source.tar_parts import (
+    CONTROL,
+    PART_SUFFIXES,
+    SEPARATOR,
+    index_parts,
+    is_part,
+    is_utf8,
+    readable,
+)
 from pipeline.storage import Location
 
 _VIDEO_SUFFIXES = frozenset(
     {".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"}
 ) | {".ogv", ".ts", ".webm", ".wmv"}
 _MOST_WARNINGS = 20
+_NOT_UTF8 = "its name is not UTF-8"
+_HOLDS_CONTROL = "its name holds a control character"
 _log = logging.getLogger(__name__)
 
 
@@ -55,9 +65,8 @@ class Videos(NamedTuple):
 def find_videos(videos: str, cache: Location | None) -> Videos:
     """All videos below a folder, in tar parts too, or in one tar part.
 
-    Hidden files and folders are left out: a Mac writes one beside each clip, NFS keeps snapshots in
-    one. Args: cache: where the index of
-    parts is kept.
+    Hidden files and folders are left out, in a part as on a disk: a Mac writes one beside each
+    clip, NFS keeps snapshots in one. Args: cache: where the index of parts is kept.
     Raises: SourceError if there is no such folder.
     """
     location = Location(videos)
@@ -126,22 +135,16 @@ class _Walk:
     def remote(self, location: Location) -> None:
         """All objects below a folder of an object store."""
         for path, info in location.fs.find(location.path, detail=True).items():
-            is_hidden = "/." in f"/{path.removeprefix(self._prefix)}"
-            if not is_hidden and _is_wanted(path):
+            if not _is_hidden(path.removeprefix(self._prefix)) and _is_wanted(path):
                 self._take(path, remote_file(location.fs.unstrip_protocol(path), info))
 
     def _take(self, path: str, file: File) -> None:
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            self._warn(os.fsencode(path).decode(errors="replace"), "its name is not UTF-8")
-            return
         below = path.removeprefix(self._prefix)
-        # It would be several lines, or worse, in every list, message and table.
-        if re.search(r"[\x00-\x1f\x7f]", below):
-            self._warn(repr(path), "its name holds a control character")
-            return
-        if is_part(path):
+        if not is_utf8(path):
+            self._warn(readable(path), _NOT_UTF8)
+        elif re.search(CONTROL, below):
+            self._warn(repr(path), _HOLDS_CONTROL)
+        elif is_part(path):
             self.parts.append((below, file))
         else:
             self.found.append(Found(below, file))
@@ -157,13 +160,20 @@ class _Walk:
             suffix = next(suffix for suffix in PART_SUFFIXES if path.lower().endswith(suffix))
             folder = path[: -len(suffix)]
             seen: set[str] = set()
+            for name in index.not_utf8:
+                if _is_wanted_member(name):
+                    self._warn(f"{part.uri}{SEPARATOR}{name}", _NOT_UTF8)
             for member, size in zip(index.members, index.sizes, strict=True):
                 # Of two members of one name the first is read.
-                if is_video(member) and member not in seen:
-                    seen.add(member)
-                    uri = f"{part.uri}{SEPARATOR}{member}"
-                    file = File(uri, size, part.mtime_ns, part.fp_kind, f"{part.fp}-{size}")
-                    self.found.append(Found(f"{folder}/{member}", file, is_member=True))
+                if not _is_wanted_member(member) or member in seen:
+                    continue
+                seen.add(member)
+                uri = f"{part.uri}{SEPARATOR}{member}"
+                if re.search(CONTROL, member):
+                    self._warn(repr(uri), _HOLDS_CONTROL)
+                    continue
+                file = File(uri, size, part.mtime_ns, part.fp_kind, f"{part.fp}-{size}")
+                self.found.append(Found(f"{folder}/{member}", file, is_member=True))
 
     def _set_aside(self, path: str, why: str) -> None:
         self.unreadable.append(path)
@@ -177,6 +187,17 @@ class _Walk:
 
 def _is_wanted(name: str) -> bool:
     return is_video(name) or is_part(name)
+
+
+def _is_wanted_member(member: str) -> bool:
+    """Whether a member of a part is a video that would be found if it lay in a folder."""
+    return is_video(member) and not _is_hidden(member)
+
+
+def _is_hidden(below: str) -> bool:
+    """Whether a file is hidden, or a folder on the way to it. Members may begin with `./`."""
+    parts = PurePosixPath(below).parts
+    return any(part.startswith(".") and part != ".." for part in parts)
 
 
 def is_video(name: str) -> bool:

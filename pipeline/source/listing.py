@@ -8,7 +8,8 @@ import itertools
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from pipeline.store.schema import LABEL_SEPARATOR, SOURCE_SCHEMA
 _log = logging.getLogger(__name__)
 
 _MOST_TOLD = 20
+_LISTED_AT_ONCE = 16
 
 
 class Listing(NamedTuple):
@@ -218,16 +220,16 @@ def _find_clip_files(entries: list[Entry], videos: str, cache: Location | None) 
 
 def _find_manifest_files(entries: list[Entry], base: str) -> _Files:
     """Folders of object stores are listed once, not asked per file."""
-    folders: dict[str, dict[str, File]] = {}
+    uris = [_uri_below(base, entry.uri) for entry in entries]
+    folders = _listed(dict.fromkeys(map(_folder_of, itertools.filterfalse(_is_path, uris))))
     unreadable: list[str] = []
     warnings: list[str] = []
     found: list[tuple[File | None, float | None]] = []
-    for entry in entries:
-        uri = _uri_below(base, entry.uri)
-        if "://" not in uri or uri.startswith("file://"):
+    for entry, uri in zip(entries, uris, strict=True):
+        if _is_path(uri):
             file = _stat(uri.removeprefix("file://"), unreadable, warnings)
         else:
-            file = _look_up(uri, folders)
+            file = folders[_folder_of(uri)].get(uri)
         found.append((file, entry.start_s))
     for warning in warnings[:_MOST_TOLD]:
         _log.warning("%s", warning)
@@ -259,14 +261,24 @@ def _stat(path: str, unreadable: list[str], warnings: list[str]) -> File | None:
         return None
 
 
-def _look_up(uri: str, folders: dict[str, dict[str, File]]) -> File | None:
-    folder, _, name = uri.rpartition("/")
-    if folder not in folders:
-        location = Location(folder)
-        folders[folder] = {
-            info["name"].rsplit("/", 1)[-1]: remote_file(
-                f"{folder}/{info['name'].rsplit('/', 1)[-1]}", info
-            )
-            for info in location.ls()
+def _is_path(uri: str) -> bool:
+    """Whether a clip lies on this machine's file system."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def _folder_of(uri: str) -> str:
+    return uri.rpartition("/")[0]
+
+
+def _listed(folders: Iterable[str]) -> dict[str, dict[str, File]]:
+    """The files of folders of object stores by folder and URI. Several are asked at once: a data
+    set with a folder for each clip is as many requests as it has clips."""
+    places = {folder: Location(folder) for folder in folders}
+    with ThreadPoolExecutor(_LISTED_AT_ONCE) as pool:
+        return {
+            folder: {
+                (uri := f"{folder}/{info['name'].rsplit('/', 1)[-1]}"): remote_file(uri, info)
+                for info in infos
+            }
+            for folder, infos in zip(places, pool.map(Location.ls, places.values()), strict=True)
         }
-    return folders[folder].get(name)

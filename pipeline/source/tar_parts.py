@@ -7,26 +7,31 @@ through once to learn what is in it; whatever a part says, reading it takes litt
 
 import gzip
 import hashlib
+import json
 import lzma
 import os
+import re
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.patience import open_filesystem
 from pipeline.storage import Location, is_refusal
 
 PART_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 SEPARATOR = "#"
 """Between the URI of a part and the name of a member."""
+
+CONTROL = r"[\x00-\x1f\x7f]"
+"""What would make a name several lines, or worse, in every list, message and table."""
 
 _MOST_HEADER_BYTES = 1 << 20
 """Of all extended headers before a member. Names and attributes take a few KB; tarfile reads such a
@@ -37,6 +42,8 @@ _MOST_HEADERS = 8
 _DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 _SCHEMA = pa.schema([("member", pa.string()), ("size", pa.int64())])
 _DAMAGE_KEY = b"diccae.damage"
+_NOT_UTF8_KEY = b"diccae.not_utf8"
+"""Missing from what was written before there was one."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class PartIndex:
     sizes: list[int]
     damage: str
     """Why reading stopped early; empty if it did not."""
+    not_utf8: list[str] = field(default_factory=list)
+    """Readable forms of names that no table can hold; these are no members."""
     is_refused: bool = False
     """It is there and may not be read."""
 
@@ -109,6 +118,22 @@ def is_part(name: str) -> bool:
     return name.lower().endswith(PART_SUFFIXES)
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name, as a folder or part gives it, is one that a table can hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def readable(name: str) -> str:
+    """A name for a message of one line."""
+    if re.search(CONTROL, name):
+        return repr(name)
+    return os.fsencode(name).decode(errors="replace")
+
+
 def index_parts(parts: list[tuple[str, str]], cache: Location | None) -> list[PartIndex]:
     """The members of parts given as (URI, fingerprint); remembered in `cache`/parts/.
 
@@ -124,8 +149,13 @@ def _index_part(uri: str, fingerprint: str, cache: Location | None) -> PartIndex
     name = f"parts/{key}.parquet"
     if cache is not None and cache.fs.exists(cache.join(name)):
         table = pq.read_table(pa.BufferReader(cache.read_bytes(name)))
-        damage = table.schema.metadata[_DAMAGE_KEY].decode()
-        return PartIndex(table["member"].to_pylist(), table["size"].to_pylist(), damage)
+        about = table.schema.metadata
+        return PartIndex(
+            table["member"].to_pylist(),
+            table["size"].to_pylist(),
+            about[_DAMAGE_KEY].decode(),
+            json.loads(about.get(_NOT_UTF8_KEY, b"[]")),
+        )
     try:
         index = _read_index(uri)
     except Exception as error:
@@ -134,7 +164,8 @@ def _index_part(uri: str, fingerprint: str, cache: Location | None) -> PartIndex
         return PartIndex([], [], str(error), is_refused=True)
     if cache is not None:
         sink = pa.BufferOutputStream()
-        schema = _SCHEMA.with_metadata({_DAMAGE_KEY: index.damage.encode()})
+        about = {_DAMAGE_KEY: index.damage, _NOT_UTF8_KEY: json.dumps(index.not_utf8)}
+        schema = _SCHEMA.with_metadata(about)
         pq.write_table(pa.table([index.members, index.sizes], schema=schema), sink)
         cache.write_bytes(name, sink.getvalue().to_pybytes())
     return index
@@ -143,19 +174,27 @@ def _index_part(uri: str, fingerprint: str, cache: Location | None) -> PartIndex
 def _read_index(uri: str) -> PartIndex:
     found: list[tuple[str, int]] = []
     damage = ""
-    with fsspec.open(uri, "rb") as file:
+    fs, path = open_filesystem(uri)
+    with fs.open(path, "rb") as file:
         try:
             with _BoundedTar.open(fileobj=file, mode="r|*") as tar:
                 for member in tar:
                     if member.isfile():
                         found.append((member.name, member.size))
         except _Unbounded as error:
-            damage = f"cannot be read behind {found[-1][0] if found else 'its start'}: {error}"
+            after = readable(found[-1][0]) if found else "its start"
+            damage = f"cannot be read behind {after}: {error}"
         except _DAMAGE as error:
             # The data of the last member are skipped only on the way to the next header.
-            after = found.pop()[0] if found else "its start"
+            after = readable(found.pop()[0]) if found else "its start"
             damage = f"cannot be read from {after} on: {error}"
-    return PartIndex([name for name, _ in found], [size for _, size in found], damage)
+    named = [(name, size) for name, size in found if is_utf8(name)]
+    return PartIndex(
+        [name for name, _ in named],
+        [size for _, size in named],
+        damage,
+        [readable(name) for name, _ in found if not is_utf8(name)],
+    )
 
 
 def stream_members(uri: str, wanted: set[str]) -> Iterator[tuple[str, str]]:
@@ -164,7 +203,8 @@ def stream_members(uri: str, wanted: set[str]) -> Iterator[tuple[str, str]]:
     The caller deletes the files. What lies behind damage is not yielded.
     """
     left = set(wanted)
-    with fsspec.open(uri, "rb") as file:
+    fs, path = open_filesystem(uri)
+    with fs.open(path, "rb") as file:
         try:
             with _BoundedTar.open(fileobj=file, mode="r|*") as tar:
                 for member in tar:

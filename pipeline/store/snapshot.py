@@ -55,6 +55,11 @@ class Snapshot:
         """
         return self._rows_at(self._keys.kept(specs), CLIPS_SCHEMA.names)
 
+    @property
+    def has_superseded_rows(self) -> bool:
+        """Whether `kept_rows` is shorter than the log."""
+        return len(self._keys.kept(None)) < len(self._keys.seq_N)
+
     def shards(self, specs: set[str] | None = None) -> set[str]:
         """Shards that `kept_rows` points at: going back to a spec must find them.
 

@@ -274,6 +274,39 @@ def test_a_clip_that_was_too_large_is_tried_again_by_a_run_that_allows_its_size(
     assert run(size) == {"retried": 1, "unchanged": 1, "ok": 1}
 
 
+@pytest.fixture
+def scratch(tmp_path, monkeypatch) -> Path:
+    """The folder of temporary files, of this test alone."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+def test_windows_of_one_video_in_a_part_are_those_of_its_file(done, moving_clip, scratch, tmp_path):
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    shutil.copy(moving_clip, parts / "untrimmed00.mp4")
+    csv = tmp_path / "clips.csv"
+    csv.write_text("".join(f"untrimmed00,{start},dog,train\n" for start in range(5)))
+    stores = [str(tmp_path / name) for name in ("of_file", "of_part")]
+    options = {"start_ray": lambda: None, "on_progress": lambda progress: None}
+    config = IngestConfig(workers=1, shard_clips=2)
+    ingest(str(csv), str(parts), stores[0], done.spec, config, **options)
+    with tarfile.open(parts / "p.tar", "w") as tar:
+        tar.add(parts / "untrimmed00.mp4", "untrimmed00.mp4")
+    (parts / "untrimmed00.mp4").unlink()
+    summary = ingest(str(csv), str(parts), stores[1], done.spec, config, **options)
+    assert (summary.ok, summary.failed) == (5, 0)
+    # The row_key tells the two files apart.
+    of_file, of_part = [
+        [(clip_id, *payload) for clip_id, _, *payload in contents(store)] for store in stores
+    ]
+    assert of_part == of_file
+    assert len({frames for _, frames, *_ in of_part}) == 5
+    assert list(scratch.iterdir()) == []
+
+
 def test_probe_counts_timelines_that_frame_counting_gets_wrong(moving_clip, ffmpeg, tmp_path):
     videos = tmp_path / "videos"
     videos.mkdir()

@@ -10,6 +10,7 @@ import pytest
 
 from diccae.cli import main
 from pipeline.config import IngestConfig
+from pipeline.errors import MassRemoval
 from pipeline.ingest.run import IngestSummary, ingest, plan_ingest
 from pipeline.quality import run as quality_run
 from pipeline.quality.leave_out import left_out, without_left_out
@@ -225,6 +226,21 @@ def test_an_ingest_drops_what_a_rule_names_and_takes_it_back_without_it(copy, qu
     assert run("still", "silent").removed == 0
     assert snapshot._table.history(1)[0]["left_out"] == "still-1 silent-1"
     assert plan_ingest(*source, copy.store, None, IngestConfig()).counts["new"] == 2
+
+
+def test_a_rule_that_takes_much_of_a_store_is_named_before_it_does(copy, quality) -> None:
+    quality(copy.store)
+    source = (str(copy.clips.folder / "clips.csv"), str(copy.clips.folder / "videos"))
+    config = IngestConfig(leave_out=("still", "silent"), max_removed_frac=0.05)
+    with pytest.raises(MassRemoval) as caught:
+        plan_ingest(*source, copy.store, None, config)
+    said = str(caught.value)
+    assert said.startswith("2 of the ")
+    assert "left out by --ingest.leave-out still silent: together more than 5%" in said
+    assert "Use --allow-mass-delete" in said
+    assert "mounted" not in said
+    allowed = config.model_copy(update={"allow_mass_delete": True})
+    assert plan_ingest(*source, copy.store, None, allowed).counts["removed"] == 2
 
 
 _EQUAL = {"dup_coded_000000", "dup_shift_000000", "good0_000000"}

@@ -7,6 +7,7 @@ from pathlib import Path
 import fsspec
 import pyarrow as pa
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import SourceError
@@ -88,6 +89,17 @@ def test_tar_parts_are_folders(videos, tmp_path):
     assert set(alone) == {"part_00__bird__0001", "part_00__0002"}
 
 
+def test_two_colons_in_the_name_of_a_part_or_its_folder_are_part_of_it(videos, monkeypatch):
+    with tarfile.open(videos / "Foo::bar.tar", "w") as tar:
+        tar.add(videos / "top.mkv", "0002.mp4")
+    there = videos.rename(videos.with_name("My::videos"))
+    assert "Foo::bar__0002" in listed(there)
+    assert set(listed(there / "Foo::bar.tar")) == {"Foo::bar__0002"}
+    monkeypatch.chdir(there)
+    ((_, row),) = listed("Foo::bar.tar").items()
+    assert row["uri"] == f"{there}/Foo::bar.tar#0002.mp4"
+
+
 @pytest.mark.parametrize("other", ["dog__0001.mp4", "dog/0001.webm"])
 def test_two_files_of_one_id_are_told_by_name_and_left_out_alone(other, videos, caplog):
     known = list_sources(None, str(videos)).clips.select(["clip_id", "uri"])
@@ -133,6 +145,38 @@ def test_a_trap_costs_one_warning_and_the_rest_is_found(videos, caplog):
     assert told[1].startswith("loop.mp4: skipped: Too many levels of symbolic links")
     assert told[2].startswith("up: skipped: a link to a folder above it")
     assert told[3].endswith("skipped: its name is not UTF-8")
+
+
+MEMBERS = ("caf\udce9.mp4", "two\nlines.mp4", "._0002.mp4", ".hidden/0002.mp4", "./0002.mp4")
+
+
+def test_names_in_a_part_are_taken_as_names_on_a_disk_are(videos, tmp_path, caplog):
+    with tarfile.open(videos / "part_00.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in (*MEMBERS, "caf\udce9.txt"):
+            tar.add(videos / "top.mkv", name)
+    cache = Location(str(tmp_path / "store"))
+    told = [
+        f"{videos}/part_00.tar#caf\ufffd.mp4: skipped: its name is not UTF-8",
+        f"'{videos}/part_00.tar#two\\nlines.mp4': skipped: its name holds a control character",
+    ]
+    # The second time from the index that is kept.
+    for _ in range(2):
+        caplog.clear()
+        rows = listed(videos, cache=cache)
+        assert [name for name in rows if name.startswith("part_00")] == ["part_00__0002"]
+        assert caplog.messages == told
+
+
+@pytest.mark.parametrize("name", MEMBERS[:2])
+def test_damage_behind_a_member_of_any_name_is_one_line(name, videos, tmp_path, caplog):
+    with tarfile.open(videos / "part_00.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.add(videos / "top.mkv", name)
+    with open(videos / "part_00.tar", "r+b") as part:
+        part.truncate(512 + 3)
+    listed(videos, cache=Location(str(tmp_path / "store")))
+    (message,) = caplog.messages
+    assert "cannot be read from " in message
+    assert "\n" not in message
 
 
 def test_warnings_are_counted_beyond_the_first_ones(videos, caplog):
@@ -215,14 +259,14 @@ def test_a_part_that_may_not_be_read_costs_one_warning(videos, monkeypatch, capl
     for name in ("part_00.tar", "part_01.tar"):
         with tarfile.open(videos / name, "w") as tar:
             tar.add(videos / "top.mkv", "0002.mp4")
-    opened = fsspec.open
+    opened = LocalFileSystem.open
 
-    def guarded(uri, mode):
-        if uri.endswith("part_00.tar"):
-            raise PermissionError(13, "Permission denied", uri)
-        return opened(uri, mode)
+    def guarded(self, path, mode):
+        if path.endswith("part_00.tar"):
+            raise PermissionError(13, "Permission denied", path)
+        return opened(self, path, mode)
 
-    monkeypatch.setattr(fsspec, "open", guarded)
+    monkeypatch.setattr(LocalFileSystem, "open", guarded)
     listing = list_sources(None, str(videos))
     assert "part_01__0002" in listing.clips["clip_id"].to_pylist()
     assert listing.unreadable == [f"{videos}/part_00.tar"]

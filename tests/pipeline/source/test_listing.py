@@ -5,11 +5,14 @@ import io
 import os
 import random
 import tarfile
+import threading
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.config import IngestConfig
 from pipeline.errors import SourceError
@@ -176,6 +179,8 @@ def test_manifest_of_another_data_set(kind, videos, tmp_path):
         ("x.mp4,,,dog,../../x,", "'../../x' is not a split: it holds a path"),
         ("x.mp4,,,dog,tr\x07ain,", "not a split: it holds a path or a control character"),
         ("x.mp4,,,dog,..,", "'..' is not a split: it holds a path"),
+        ("x.mp4,,,dog barking, growling,test,", "line 2: 7 columns, expected 6 .uri, start_s"),
+        ("x.mp4,,,dog", "line 2: 4 columns, expected 6 .*; a label with a comma needs quotes"),
     ],
 )
 def test_bad_manifest_row_is_one_clear_line(row, told, videos, tmp_path):
@@ -267,6 +272,26 @@ def test_numbers_in_a_parquet_manifest_are_what_they_are_in_a_csv(
     assert todo["csv"]["label"][0].as_py() == "0"
 
 
+def test_folders_of_a_manifest_in_a_bucket_are_listed_side_by_side(videos, monkeypatch):
+    n_folders = 8
+    ls = MemoryFileSystem.ls
+    together = threading.Barrier(n_folders)
+
+    def waiting(self, path, detail=True, **options):
+        # One after another they would wait for each other in vain.
+        together.wait(timeout=10)
+        return ls(self, path, detail, **options)
+
+    uris = [f"memory://data/{number}/clip.mp4" for number in range(n_folders)]
+    for uri in uris[1:]:
+        fsspec.filesystem("memory").pipe_file(uri, b"x")
+    monkeypatch.setattr(MemoryFileSystem, "ls", waiting)
+    text = "".join(f"{uri},clip{number}\n" for number, uri in enumerate(uris))
+    rows = manifest(f"uri,clip_id\n{text}", videos)
+    assert [row["uri"] for row in rows] == uris
+    assert [row["size"] for row in rows] == [None, *[1] * (n_folders - 1)]
+
+
 def test_group_is_the_column_or_the_video_of_a_vggsound_name_or_the_uri(videos):
     text = (
         "uri,start_s,group\nuntrimmed00.mkv,1,recording 7\nuntrimmed00.mkv,2,\n"
@@ -322,6 +347,18 @@ def test_clips_are_found_in_tar_parts_and_read_as_a_stream(parts):
         one.release()
         assert not Path(one.path).exists()
     assert fetched == [(f"clip{i:07d}_{i:06d}", CLIP_BYTES) for i in (3, 4, 5)]
+
+
+def test_whoever_stops_between_two_clips_of_a_member_leaves_no_file(parts, tmp_path, monkeypatch):
+    csv, folder = parts
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    row = list_sources(str(csv), str(folder)).clips.to_pylist()[3]
+    windows = fetch_all([row | {"start_s": 0.0}, row | {"start_s": 1.0}], IngestConfig())
+    one = next(windows)
+    one.release()
+    assert Path(one.path).exists(), "the other window is read from it"
+    windows.close()
+    assert not Path(one.path).exists()
 
 
 def test_damage_in_a_part_costs_only_what_is_behind_it(parts):

@@ -1,14 +1,18 @@
 """Sources and stores on a real S3 API on 127.0.0.1, also one that fails now and then."""
 
 import http.server
+import io
 import os
 import re
+import tarfile
 import threading
+import zlib
 from pathlib import Path
 
 import boto3
 import pyarrow.compute as pc
 import pytest
+from s3fs import S3FileSystem
 from support.s3 import s3_server
 from support.unsteady import Unsteady
 
@@ -185,6 +189,44 @@ def test_object_that_may_not_be_read_is_quarantined_alone(s3, monkeypatch):
     told = failures("s3://data/store-refused")["open_failed"]
     assert [example["clip_id"] for example in told["examples"]] == [first.removesuffix(".mp4")]
     assert re.search("AccessDenied|Forbidden", told["examples"][0]["detail"])
+
+
+def odd(client, folder: Path, name: str) -> dict[str, str]:
+    """An ingest of a folder of the bucket with a plain clip, one of this name, and a part of it.
+    Returns the reasons of all clips ("": ok)."""
+    first, second, *_ = sorted((folder / "videos").iterdir())
+    place = f"odd-{zlib.crc32(name.encode())}"
+    client.upload_file(str(first), "data", f"{place}/plain.mp4")
+    client.upload_file(str(second), "data", f"{place}/{name}.mp4")
+    with io.BytesIO() as part:
+        with tarfile.open(fileobj=part, mode="w") as tar:
+            tar.add(first, "member.mp4")
+        client.put_object(Bucket="data", Key=f"{place}/{name}.tar", Body=part.getvalue())
+    store = f"s3://data/store-{place}"
+    config = CONFIG.model_copy(update={"max_failed_frac": 1.0})
+    ingest(
+        None, f"s3://data/{place}", store, SPEC, config,
+        start_ray=no_ray, on_progress=lambda progress: None,
+    )  # fmt: skip
+    states = FeatureStore.open(store).snapshot().states(["clip_id", "reason"])
+    return {row["clip_id"]: row["reason"] or "" for row in states.to_pylist()}
+
+
+def test_two_colons_in_a_key_are_part_of_it(s3):
+    name = "C++::lesson"
+    assert odd(*s3, name) == {"plain": "", name: "", f"{name}__member": ""}
+
+
+def test_an_object_whose_name_a_library_chokes_on_is_quarantined_alone(s3, monkeypatch):
+    get_file = S3FileSystem._get_file
+
+    async def choking(self, path, *args, **options):
+        if path.endswith("choke.mp4"):
+            raise TypeError("unexpected keyword argument")
+        return await get_file(self, path, *args, **options)
+
+    monkeypatch.setattr(S3FileSystem, "_get_file", choking)
+    assert odd(*s3, "choke") == {"plain": "", "choke": "open_failed", "choke__member": ""}
 
 
 def test_keys_that_open_nothing_any_more_end_the_shard_and_quarantine_nothing(s3, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -204,6 +205,17 @@ def test_compact_keeps_every_live_row_and_the_digest(store):
     assert store.snapshot(before.version).digest == before.digest
 
 
+def test_compact_of_small_shards_that_are_all_live_makes_no_version(store):
+    for clip_id in "abcde":
+        commit(store, [clip_id])
+    before = store.version()
+    report = compact(store.uri)
+    assert report == {"shards_before": 5, "shards_after": 5, "clips_moved": 0, "version": before}
+    assert store.version() == before
+    commit(store, ["a"], label="cat")
+    assert compact(store.uri)["version"] == before + 2, "a superseded row was dropped"
+
+
 def test_vacuum_keeps_what_is_pinned_and_young_and_drops_the_rest(store):
     pinned = commit(store, ["a", "b"])
     pinned_digest = store.snapshot(pinned).digest
@@ -246,7 +258,8 @@ def test_vacuum_works_after_one_of_a_shorter_retention(dry_run, store, caplog):
 
 
 def test_vacuum_keeps_what_a_young_version_needs_behind_one_whose_files_are_gone(store):
-    gone = commit(store, ["a"])
+    commit(store, ["a"])
+    gone = commit(store, ["a"])  # So that compact has something to do.
     _grow_old(store, days=10)
     compact(store.uri)
     young = store.version()
@@ -267,7 +280,7 @@ def test_vacuum_keeps_what_a_young_version_needs_behind_one_whose_files_are_gone
 
 def test_vacuum_refuses_where_a_pinned_version_cannot_be_read(store):
     pinned = commit(store, ["a"])
-    commit(store, ["b"])
+    commit(store, ["a", "b"])
     _grow_old(store, days=10)
     compact(store.uri)
     vacuum(store.uri, retention_hours=0.0)
@@ -315,6 +328,18 @@ def test_export_holds_every_clip_for_other_tools(kind, store, tmp_path):
         assert fbank.shape == (8, 8)
     with pytest.raises(SourceError, match="not empty"):
         export(store.uri, str(out), kind)
+
+
+def test_every_clip_has_a_key_of_its_own_in_a_webdataset_tar(store, tmp_path):
+    ids = ["v1.0", "v1_0", "v1%2E0", "plain"]
+    commit(store, ids)
+    export(store.uri, str(tmp_path / "out"), "webdataset")
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
+        names = tar.getnames()
+    keys = [name.partition(".")[0] for name in names if name.endswith(".json")]
+    assert [unquote(key) for key in keys] == ids
+    assert len(names) == len(set(names))
+    assert keys[3] == "plain"
 
 
 @pytest.mark.parametrize("kind", ["folder", "webdataset"])
