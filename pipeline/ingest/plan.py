@@ -98,12 +98,12 @@ def make_plan(
 
     unlisted = np.ones(len(states), bool)
     unlisted[position[is_known]] = False
-    was_present = ~_true(pc.equal(states["reason"], Reason.MISSING))
     ids = (sources if listed is None else listed)["clip_id"].combine_chunks()
     by_rule = unlisted & _true(pc.is_in(states["clip_id"], value_set=ids))
-    n_gone = int(kinds.gone.sum() + (unlisted & ~by_rule & was_present).sum())
-    n_left_out = int((by_rule & was_present).sum())
-    _refuse_mass_removal(n_gone, n_left_out, int(was_present.sum()), config)
+    # Clips that were missing before are neither removed by this run nor present.
+    present = ~_true(pc.equal(states["reason"], Reason.MISSING))
+    n_gone = int(kinds.gone.sum() + (unlisted & ~by_rule & present).sum())
+    _refuse_mass_removal(n_gone, int((by_rule & present).sum()), int(present.sum()), config)
 
     return Plan(
         todo=_todo(sources, before, kinds),
@@ -274,7 +274,6 @@ def _to_retry(clips: _Compared, config: IngestConfig) -> Mask:
 def _refuse_mass_removal(
     n_gone: int, n_left_out: int, n_present: int, config: IngestConfig
 ) -> None:
-    """Clips that were missing before are neither removed by this run nor present."""
     most = config.max_removed_frac * n_present
     if config.allow_mass_delete or n_gone + n_left_out <= most:
         return
