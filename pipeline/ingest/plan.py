@@ -91,9 +91,8 @@ def make_plan(
     position = at.combine_chunks().fill_null(-1).to_numpy()
     is_known = position >= 0
     before = states.take(np.maximum(position, 0)) if len(states) else None
-    touched = _true(
-        pc.is_in(sources["clip_id"], value_set=pa.array(sorted(same_content), pa.string()))
-    )
+    same = pa.array(sorted(same_content), pa.string())
+    touched = _true(pc.is_in(sources["clip_id"], value_set=same))
     kinds = _classify(_compared(sources, before, is_known, touched, spec_hash), config)
 
     unlisted = np.ones(len(states), bool)

@@ -158,6 +158,11 @@ def test_a_param_that_an_earlier_version_left_is_overruled_by_a_tag(
     assert (found.params["finetune.epochs"], found.tags["finetune.epochs"]) == ("9", "1")
     assert "finetune.optim.lr" not in found.tags, "the param is right"
     assert "finetune.batch_size" in found.params, "the others are there"
+    diccae("finetune", "--out", str(out), *TUNED, "--fresh")
+    again = _run(out).data
+    assert again.tags["fine_tuned_again_after"] == run_id
+    assert again.params["finetune.epochs"] == "1"
+    assert "finetune.epochs" not in again.tags, "another run has its own params"
 
 
 @pytest.mark.usefixtures("tracked")
