@@ -335,7 +335,7 @@ class FinetuneConfig(Frozen):
     """Optimiser of fine-tuning."""
 
     @model_validator(mode="after")
-    def _additions_can_act(self) -> "FinetuneConfig":
+    def _weights_need_clips_of_one_class(self) -> "FinetuneConfig":
         if self.loss == "bce" and self.confusion > 0:
             raise ValueError(
                 f"loss = bce with confusion = {self.confusion:g}: confusion weights stand between "
@@ -345,17 +345,6 @@ class FinetuneConfig(Frozen):
             raise ValueError(
                 f"mixup = 1 with confusion = {self.confusion:g}: confusion is counted over clips "
                 "that are not mixed; set finetune.mixup below 1 (CAV-MAE: 0.5) or confusion to 0"
-            )
-        after, epochs, first = self.confusion_after_epochs, self.epochs, self.average_from_epoch
-        if self.confusion > 0 and after >= epochs:
-            raise ValueError(
-                f"confusion = {self.confusion:g} never acts: confusion_after_epochs = {after} of "
-                f"epochs = {epochs}; lower finetune.confusion_after_epochs, or set confusion to 0"
-            )
-        if first is not None and first > epochs:
-            raise ValueError(
-                f"average_from_epoch = {first} of epochs = {epochs}: nothing is averaged; set "
-                f"finetune.average_from_epoch to {epochs} or less, or to null"
             )
         return self
 

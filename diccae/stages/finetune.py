@@ -14,7 +14,7 @@ from diccae.stages.run_record import Say, known_run, pin_for, provenance, with_s
 from diccae.stages.statistics import settle
 from training.data.order import BatchPlan
 from training.data.rows import with_labels
-from training.loop.finetuner import refuse_labels
+from training.loop.finetuner import idle_additions, refuse_labels
 from training.run.edge import Written
 from training.run.finetune import starting_encoder
 
@@ -52,6 +52,8 @@ def run_finetune(
         f"finetune  {len(train):,} labelled of {len(data.train):,} clips, "
         f"{len(train.classes)} classes, from {uri}"
     )
+    for line in idle_additions(config.finetune):
+        say(f"warning   {line}")
     started = time.monotonic()
     written = Written(folder.place, handle, origin, folder.attempt)
     stage = partial(backend.finetune, config, train, uri, written)

@@ -168,6 +168,26 @@ def test_fine_tuning_with_other_settings_trains_or_is_refused_by_key(
 
 
 @pytest.mark.usefixtures("in_lab")
+def test_settings_that_do_nothing_in_so_few_epochs_are_said(
+    place: Path,
+    store: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And not refused: a few epochs of a recipe are how it is tried."""
+    encoder = ["--store", store, "--encoder", str(place / "run" / "encoder")]
+    start = ["finetune", "--out", str(tmp_path / "tried"), "--config", SMOKE, *encoder]
+    once = ["--finetune.epochs", "1", "--finetune.average-from-epoch", "2"]
+    assert main([*start, *once, "--finetune.confusion", "1"]) == 0
+    said = capsys.readouterr().err
+    assert "warning   finetune.confusion = 1 does nothing: its weights apply after" in said
+    assert "warning   finetune.average_from_epoch = 2 does nothing" in said
+    start[2] = str(tmp_path / "used")
+    assert main([*start, "--finetune.epochs", "2", "--finetune.average-from-epoch", "2"]) == 0
+    assert "does nothing" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("in_lab")
 def test_another_encoder_is_fine_tuned_in_a_new_folder_and_evaluated(
     place: Path, store: str, diccae: Diccae, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,14 +7,14 @@ and the planned clips alone, whatever the number of workers.
 Shapes: n clips of this rank, C classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clustering.kmeans.label_table import NO_LABEL
-from training.config import TrainingConfig
+from training.config import FinetuneConfig, TrainingConfig
 from training.data.augment import augment_fbank, augment_frames, normalise_frames
 from training.data.device import DeviceBatch, on_device
 from training.data.order import BatchPlan, EpochReads, FrameDraw, lanes_of
@@ -247,6 +247,24 @@ class Finetuner:
         self.n_averaged = state["n_averaged"]
         self.meter.load_state_dict(state["meter"])
         self.step = state["step"]
+
+
+def idle_additions(tuning: FinetuneConfig) -> Iterator[str]:
+    """What a config asks for and so few epochs never come to, a line each.
+
+    Said and not refused: a few epochs of a recipe are how it is tried.
+    """
+    if tuning.confusion > 0 and tuning.confusion_after_epochs >= tuning.epochs:
+        yield (
+            f"finetune.confusion = {tuning.confusion:g} does nothing: its weights apply after "
+            f"finetune.confusion_after_epochs = {tuning.confusion_after_epochs} of "
+            f"finetune.epochs = {tuning.epochs}"
+        )
+    if tuning.average_from_epoch is not None and tuning.average_from_epoch > tuning.epochs:
+        yield (
+            f"finetune.average_from_epoch = {tuning.average_from_epoch} does nothing: there are "
+            f"finetune.epochs = {tuning.epochs}, and the weights of the last one are kept"
+        )
 
 
 def refuse_labels(index: RowIndex, loss: str) -> None:

@@ -136,22 +136,6 @@ def test_confusion_is_counted_over_clips_that_met_nobody() -> None:
         finetune_config(mixup=1.0)
 
 
-@pytest.mark.parametrize(
-    ("tuning", "said"),
-    [
-        ({"epochs": 1}, "confusion = 1 never acts: confusion_after_epochs = 1 of epochs = 1"),
-        (
-            {"confusion_after_epochs": 3},
-            "lower finetune.confusion_after_epochs, or set confusion to 0",
-        ),
-        ({"average_from_epoch": 4}, "set finetune.average_from_epoch to 3 or less"),
-    ],
-)
-def test_additions_that_could_never_act_are_refused(tuning: dict[str, int], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
-        finetune_config(**tuning)
-
-
 def test_additions_that_begin_with_the_last_epoch_act() -> None:
     tuner = make_tuner(finetune_config(epochs=2, average_from_epoch=2))
     used: list[float] = []
