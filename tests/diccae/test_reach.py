@@ -79,7 +79,9 @@ def test_clips_that_another_node_lacks_are_refused_before_one_is_decoded(
     monkeypatch.setattr("diccae.stages.ingest.start_ray", lambda: None)
     monkeypatch.setattr("diccae.reach.other_machines", lambda: NODES)
     monkeypatch.setattr("diccae.reach._looks_from", looks_from)
-    monkeypatch.setattr("pipeline.source.listing._look_up", lambda uri, folders: None)
+    monkeypatch.setattr(
+        "pipeline.source.listing._listed", lambda folders: {folder: {} for folder in folders}
+    )
     monkeypatch.setattr(
         _Run, "_decoded", lambda run, todo: run.start_ray() or pytest.fail("decoded")
     )
