@@ -33,6 +33,11 @@ class ScaleConfig(Frozen):
     """A start of a command that was silent for this long is taken for dead: the next one goes on
     with its run folder, and it writes nothing there any more."""
 
+    @property
+    def n_threads(self) -> int:
+        """Torch threads of a CPU worker."""
+        return self.threads_per_worker or max(1, int(self.cpus_per_worker))
+
 
 class TrackingConfig(Frozen):
     """Where the run is written down."""

@@ -13,7 +13,7 @@ from diccae.stages.backend import ON_RAY, Backend
 from diccae.stages.run_record import Say, known_run, pin_for, provenance, with_status
 from diccae.stages.statistics import settle
 from training.data.order import BatchPlan
-from training.data.rows import with_labels
+from training.data.rows import RowIndex, with_labels
 from training.loop.finetuner import idle_additions, refuse_labels
 from training.run.edge import Written
 from training.run.finetune import starting_encoder
@@ -48,12 +48,7 @@ def run_finetune(
     origin = provenance(folder, config)
     folder.check()
     uri = starting_encoder(config, train, encoder, folder.place, origin)
-    say(
-        f"finetune  {len(train):,} labelled of {len(data.train):,} clips, "
-        f"{len(train.classes)} classes, from {uri}"
-    )
-    for line in idle_additions(config.finetune):
-        say(f"warning   {line}")
+    _say_what_is_trained(config, train, len(data.train), uri, say)
     started = time.monotonic()
     written = Written(folder.place, handle, origin, folder.attempt)
     stage = partial(backend.finetune, config, train, uri, written)
@@ -61,3 +56,14 @@ def run_finetune(
     with nodes, watched(folder.place, "finetune.jsonl", steps * config.finetune.epochs, "finetune"):
         with_status(folder, handle, config, stage, section="finetune")
     folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})
+
+
+def _say_what_is_trained(
+    config: RunConfig, train: RowIndex, n_clips: int, encoder: str, say: Say
+) -> None:
+    say(
+        f"finetune  {len(train):,} labelled of {n_clips:,} clips, "
+        f"{len(train.classes)} classes, from {encoder}"
+    )
+    for line in idle_additions(config.finetune):
+        say(f"warning   {line}")

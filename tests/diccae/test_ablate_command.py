@@ -170,8 +170,10 @@ def test_runs_side_by_side_keep_what_failed_and_test_clips_to_the_end(
     arguments += ["--data.validation-frac", "0.3", "--evaluate.split", "validation"]
     arguments += ["--processes", "2", "--variants-file", str(own)]
     swept = ["--sweep", "confusion.gamma=0", "--sweep-of", "true_labels"]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     assert main([*arguments, *swept]) == 1
     said = capsys.readouterr().err
+    assert "2 processes of 1 threads share 1 cores" in said
     assert "seed-0/hot: FAILED: training.errors.NonFiniteLoss" in said
     content = json.loads((out / "ablation.json").read_text())
     assert list(content["failed"]) == ["seed-0/hot"]

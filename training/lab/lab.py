@@ -39,7 +39,7 @@ _ROWS = 64
 
 def use_threads(scale: ScaleConfig) -> None:
     """As many torch threads as a worker of this scale has on Ray: their number decides bits."""
-    torch.set_num_threads(scale.threads_per_worker or max(1, int(scale.cpus_per_worker)))
+    torch.set_num_threads(scale.n_threads)
 
 
 class Lab:

@@ -240,7 +240,7 @@ def this_world(scale: ScaleConfig) -> World:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        torch.set_num_threads(scale.threads_per_worker or max(1, int(scale.cpus_per_worker)))
+        torch.set_num_threads(scale.n_threads)
     return World(context.get_world_rank(), context.get_world_size(), device)
 
 

@@ -113,7 +113,7 @@ def _rows(
         "models": [uri and absolute_uri(uri) for uri in models],
         "use_gpu": scale.use_gpu,
         "precision": precision_of(evaluate, scale),
-        "threads": scale.threads_per_worker or max(1, int(scale.cpus_per_worker)),
+        "threads": scale.n_threads,
     }
     n_rows = sum(len(job.rows) for job in jobs)
     blocks = max(1, -(-n_rows // (batch_rows * 4)))
