@@ -135,7 +135,7 @@ def _run(runs: Runs, works: list[Work], n_processes: int, say: Say) -> dict[str,
         say(
             f"ablate    {n_processes} processes of {n_threads} threads share {n_cores} cores, and "
             "their threads wait for each other: --scale.threads-per-worker "
-            f"{max(1, n_cores // n_processes)} is many times faster, with other last digits"
+            f"{max(1, n_cores // n_processes)} is several times faster, with other last digits"
         )
     started = time.monotonic()
 
