@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from clustering.config import KMeansConfig, PoolConfig
 from clustering.rounds.local import LocalRounds
@@ -22,6 +21,7 @@ from training.data.rows import RowIndex
 from training.lab.features import DecodedFeatures, MappedReader
 from training.loop.finetuner import refuse_labels
 from training.loop.hooks import World
+from training.model.cpu import use_cpu
 from training.on_ray.inference import Gathered, Job
 from training.predict.apply import Model, Models, Outputs, test_passes
 from training.run.checkpoints import Span, newest_checkpoint, state_in, write_state
@@ -35,11 +35,6 @@ _KEPT = 2
 """Checkpoints, as on Ray."""
 _ROWS = 64
 """Clips in one forward pass of inference, as on Ray."""
-
-
-def use_threads(scale: ScaleConfig) -> None:
-    """As many torch threads as a worker of this scale has on Ray: their number decides bits."""
-    torch.set_num_threads(scale.n_threads)
 
 
 class Lab:
@@ -95,7 +90,7 @@ class Lab:
         evaluate: EvaluateConfig,
     ) -> list[Outputs]:
         """See `Apply`."""
-        use_threads(scale)
+        use_cpu(scale.n_threads)
         model = Model(models, data, "cpu", evaluate.precision or "fp32")
         return [self._of_job(job, model, data.frames_per_clip) for job in jobs]
 
@@ -111,7 +106,7 @@ class Lab:
         return gathered.outputs()
 
     def _edge(self, scale: ScaleConfig, written: Written, name: str) -> Edge:
-        use_threads(scale)
+        use_cpu(scale.n_threads)
         newest = newest_checkpoint(written.out, name)
 
         def save(state: dict[str, Any]) -> None:

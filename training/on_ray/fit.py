@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import torch
-
 from pipeline.storage import Location, place_of, storage_failures_ignored
 from training import errors
 from training.attempt import UNHELD, Attempt
@@ -27,6 +25,7 @@ from training.data.order import WindowPlan
 from training.data.reader import Reader
 from training.errors import RunTaken, TrainingError
 from training.loop.hooks import World
+from training.model.cpu import use_cpu
 from training.on_ray.reader import RayReader
 from training.on_ray.storage import arrow_filesystem
 from training.run.checkpoints import state_in, write_state
@@ -240,7 +239,7 @@ def this_world(scale: ScaleConfig) -> World:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        torch.set_num_threads(scale.n_threads)
+        use_cpu(scale.n_threads)
     return World(context.get_world_rank(), context.get_world_size(), device)
 
 

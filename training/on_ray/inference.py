@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.storage import place_of
@@ -24,6 +23,7 @@ from training.config import DataConfig, EvaluateConfig
 from training.data.order import FrameDraw, window_of
 from training.data.reader import read_window
 from training.data.rows import RowIndex
+from training.model.cpu import use_cpu
 from training.predict.apply import ByStream, Model, Models, Outputs, test_passes
 from training.predict.vectors import vectors_table
 from training.weights.card import Space
@@ -56,7 +56,7 @@ class _Worker:
         self.ends = np.cumsum([len(job.rows) for job in self.jobs])
         device = "cuda" if settings["use_gpu"] else "cpu"
         if device == "cpu":
-            torch.set_num_threads(settings["threads"])
+            use_cpu(settings["threads"])
         self.model = Model(Models(*settings["models"]), data, device, settings["precision"])
         self.frames_per_clip = data.frames_per_clip
 
