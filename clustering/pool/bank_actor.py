@@ -73,8 +73,13 @@ class BankActor:
         rows = self._bank.freeze(step)
         written = self._log.write(uri, rows)
         self._log.rebase(uri, rows, step)
-        self._log.hold(None)
         return written
+
+    def release(self, step: int) -> None:
+        """See `Bank.release`: who asked for the freeze has noted what it wrote."""
+        if self._log.held == step:
+            self._log.hold(None)
+        self._bank.release(step)
 
     def saved(self) -> SavedBank:
         """Write down what was pushed, and name the files that hold the rows now."""

@@ -140,6 +140,8 @@ class Coordinator:
         if is_complete(self._uri, request.round):
             return ray.put(load_round(self._uri, request.round))
         frozen = self._maker.frozen(request.round) or self._freeze(request)
+        # Not by the freeze itself: a coordinator that dies before its manifest asks for it again.
+        results([bank.release.remote(request.step) for bank in self._banks])
         count = len(self._actors)
         sources: list[Source] = [frozen.source(index, count) for index in range(count)]
         passes = RayPasses(self._actors, sources, self._config.reducer, self._config.fan_in)

@@ -130,9 +130,16 @@ class Bank:
         self._held = step
 
     def freeze(self, step: int) -> BankRows:
-        """Rows pushed at `step` or before, sorted by key; later ones stay pending."""
-        self._held = None
+        """Rows pushed at `step` or before, sorted by key; later ones stay pending.
+
+        The same again, however many rows were pushed in between, while `step` is held.
+        """
         return self._fold(step)
+
+    def release(self, step: int) -> None:
+        """No freeze at `step` will come any more; one at another step may."""
+        if self._held == step:
+            self._held = None
 
     def everything(self) -> BankRows:
         """Newest row of every clip, sorted by key; changes nothing that a freeze will see."""

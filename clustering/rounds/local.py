@@ -149,4 +149,7 @@ class LocalRounds:
         folder = vectors_uri(self._uri, request.round)
         part_uri = storage.join(folder, "part-0000.parquet")
         part = write_rows(part_uri, rows, self._streams, self._config.vshards)
-        return FrozenRows.commit(folder, (part,), sum(self._streams.values()))
+        frozen = FrozenRows.commit(folder, (part,), sum(self._streams.values()))
+        with self._lock:
+            self._bank.release(request.step)
+        return frozen

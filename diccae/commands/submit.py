@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.command_line import values_of
 from diccae.args import Options, config_in
 from diccae.commands.logs import write
 from diccae.errors import UsageError
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     args = OPTIONS.parse(options)
     if not command:
         raise UsageError("nothing to run; end the line with: -- pretrain --config FILE ...")
-    _refuse_a_mistyped(command, args.working_dir)
+    command = _as_the_job_reads(command, args.working_dir)
     from deploy.connect import address_or_default
     from deploy.submit import submit
 
@@ -58,16 +59,21 @@ def main(argv: Sequence[str]) -> int:
     )
 
 
-def _refuse_a_mistyped(command: Sequence[str], working_dir: str) -> None:
-    """Read the command as the job will, so that nothing is packed and sent to be told of a typo.
+def _as_the_job_reads(command: list[str], working_dir: str) -> list[str]:
+    """The command with the `--out` that it would take by default, which may not outlive the job.
 
+    Read as the job will, so that nothing is packed and sent to be told of a typo.
     Raises: UsageError, SystemExit(2).
     """
     options = module_of(command[0]).OPTIONS
     config = config_in(command)
     # Paths are the job's: those of the folder that is sent.
-    if config is None or (working_dir == "." and Path(config).exists()):
-        options.parse(command[1:])
+    if config is not None and not (working_dir == "." and Path(config).exists()):
+        return command
+    out = getattr(options.parse(command[1:]), "out", None)
+    if out is None or values_of(command, "--out"):
+        return command
+    return [*command, "--out", out]
 
 
 def _pair(item: str) -> tuple[str, str]:

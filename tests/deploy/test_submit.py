@@ -467,6 +467,17 @@ def test_what_a_job_would_write_into_its_copy_of_the_code_is_refused(
         submit("http://127.0.0.1:9", sent, working_dir=project, say=print, write=print)
 
 
+def test_a_folder_that_a_command_takes_by_default_is_refused_as_one_that_is_named(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    options = ["--address", "http://127.0.0.1:9"]
+    assert main(["submit", *options, "--", "demo"]) != 0
+    assert "--out out/demo: a folder of the job's own copy" in capsys.readouterr().err
+    assert main(["submit", *options, "--", "demo", "--out", "s3://b/demo"]) != 0
+    assert "http://127.0.0.1:9: no answer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [("ray://head:10001", "http://head:8265"), ("http://127.0.0.1:9", "no answer")],

@@ -163,17 +163,19 @@ def epoch_order(
 ) -> NDArray[np.int64]:
     """Positions in `index` of every step of an epoch, [steps, V, b].
 
-    Row groups are shuffled, then clips within a lane's part of a window: reading stays sequential
-    within row groups. Args: draws_N: positions to visit instead of each row once (balanced
-    sampling). A clip that is drawn k times is visited k times within one window: spread over the
-    epoch, the draws of a window would lie in as many row groups, each of which is read whole (60
-    times the bytes, for VGGSound).
+    Row groups are shuffled, clips within each, then clips within a lane's part of a window: reading
+    goes from row group to row group. Args: draws_N: positions to visit instead of each row once
+    (balanced sampling). A clip that is drawn k times is visited k times within one window: spread
+    over the epoch, the draws of a window would lie in as many row groups, each of which is read
+    whole (60 times the bytes, for VGGSound).
     """
     rng = np.random.default_rng([seed, epoch, 0x5EED])
     group_N = row_groups(index)
     rank_G = rng.permutation(group_N.max() + 1)
-    visited_N = np.arange(len(index)) if draws_N is None else np.sort(draws_N)
-    sequence = visited_N[np.argsort(rank_G[group_N[visited_N]], kind="stable")]
+    visited_N = np.arange(len(index)) if draws_N is None else draws_N
+    # Within a row group, too: else a store of one would leave the same clips out of every epoch.
+    place_N = rng.permutation(len(index))
+    sequence = visited_N[np.lexsort((place_N[visited_N], rank_G[group_N[visited_N]]))]
     steps, b = plan.steps(len(sequence)), plan.lane_size
     order = np.empty((steps, plan.lanes, b), np.int64)
     for first in range(0, steps, plan.window_steps):

@@ -218,6 +218,46 @@ def test_rows_pushed_before_a_late_freeze_do_not_reach_its_round(
     assert round_digest(client.wait(1, 60)) == expected[0]
 
 
+def _die_before_the_manifest(frozen: str, gate: str):
+    def arm(_actor) -> None:
+        import os
+        import signal
+        import time
+
+        from clustering.pool import coordinator
+
+        def die(*_arguments):
+            with open(frozen, "w"):
+                pass
+            while not os.path.exists(gate):
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        coordinator.FrozenRows.commit = die
+
+    return arm
+
+
+def test_a_coordinator_that_dies_between_freeze_and_manifest_freezes_the_same_rows(
+    make_pool, features, push_all, round_digest, expected, tmp_path: Path
+) -> None:
+    pool = make_pool()
+    frozen, gate = tmp_path / "frozen", tmp_path / "gate"
+    ray.get([bank.__ray_call__.remote(_fold_soon()) for bank in pool.banks])
+    ray.get(pool.coordinator.__ray_call__.remote(_die_before_the_manifest(str(frozen), str(gate))))
+    client = pool.client()
+    push_all(client, features(noise=2.0, drift=1), 100, seed=1)
+    client.flush(60)
+    client.start(RoundRequest(1, 100, 120, expected_rows=1500))
+    while not frozen.exists():
+        time.sleep(0.02)
+    for step in (130, 160, 190, 220):
+        push_all(client, features(noise=2.0, drift=2), step)
+        client.flush(60)
+    gate.touch()
+    assert round_digest(client.wait(1, 60)) == expected[0]
+
+
 def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.parquet"))
 

@@ -44,6 +44,13 @@ def test_an_epoch_visits_no_clip_twice_and_drops_less_than_a_batch(n: int, batch
     assert len(np.unique(order)) == order.size
 
 
+def test_no_clip_of_a_small_store_is_left_out_of_every_epoch() -> None:
+    """One row group, whose last 13 clips are less than a batch."""
+    index, plan = _index(45), BatchPlan.of(45, 32, DataConfig(lanes=8))
+    epochs = [epoch_order(index, plan, seed=0, epoch=epoch) for epoch in range(12)]
+    assert len(np.unique(np.concatenate(epochs))) == 45
+
+
 def test_epochs_and_seeds_differ_and_repeat() -> None:
     index, plan = _index(1024), BatchPlan.of(1024, 64, DataConfig())
     first = epoch_order(index, plan, 0, 0)
