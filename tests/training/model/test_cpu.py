@@ -1,32 +1,32 @@
 """What a process does with its threads and memory before it computes on a CPU."""
 
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
-FAULTS = """
-import resource, torch
+import torch
+from support.ranks import run_ranks
+
 from training.model.cpu import use_cpu
 
-def faults():
+
+def _faults() -> int:
+    """Of ten tensors of 64 MB one after the other, each 16,384 pages."""
     began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         torch.ones(16 * 2**20)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began
 
-before = faults()
-use_cpu(3)
-faults()
-print(before, faults(), torch.get_num_threads())
-"""
+
+def _before_and_after(rank: int, size: int) -> tuple[int, int, int]:
+    before = _faults()
+    use_cpu(3)
+    _faults()
+    return before, _faults(), torch.get_num_threads()
 
 
 def test_memory_of_a_step_is_kept_for_the_next() -> None:
-    """Ten tensors of 64 MB one after the other, each 16,384 pages."""
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
-    )
-    before, after, n_threads = map(int, done.stdout.split())
+    """In a process of its own, which no other test has set."""
+    [(before, after, n_threads)] = run_ranks(1, _before_and_after)
     assert n_threads == 3
     assert after < 1_000
     assert before > 10 * after, "nothing to gain on this system, so nothing was tested"
