@@ -48,10 +48,23 @@ def run_compare(
         theirs = predictions_of(second)
         _check_labels(truth, theirs, run_a, run_b)
         b = of_run(second.place.name, theirs)
-        if a.name == b.name:
-            a, b = a._replace(name=run_a), b._replace(name=run_b)
+        a, b = _told_apart((a, b), (run_a, run_b), (ours, theirs))
         folders.append(second)
     return compare(a, b, truth, _pairs(folders, [a, b], truth, n_pairs), resamples)
+
+
+def _told_apart(
+    models: Sequence[Answers], runs: Sequence[str], given: Sequence[Predictions]
+) -> list[Answers]:
+    """Runs of one name by their paths, and the probe of a run without a classifier as that: what it
+    says is no answer of a fine-tuned model."""
+    names = [model.name for model in models]
+    if names[0] == names[1]:
+        names = list(runs)
+    scorers = [each.about.scorer for each in given]
+    if scorers[0] != scorers[1]:
+        names = [f"{name} ({scorer})" for name, scorer in zip(names, scorers, strict=True)]
+    return [model._replace(name=name) for model, name in zip(models, names, strict=True)]
 
 
 def _truth(given: Predictions) -> dict[str, Truth]:

@@ -173,6 +173,28 @@ def test_predictions_from_before_a_fine_tuning_are_not_reused(
     assert "of other weights than the run has now" in capsys.readouterr().err
 
 
+def test_predictions_from_before_a_fine_tuning_are_not_compared(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are of a probe, or of a classifier that is another one by now."""
+    models = {"encoder": "1" * 64, "classifier": "2" * 64}
+    for known in ({"encoder": models["encoder"]}, models):
+        about = _predictions(1).about._replace(models=known)
+        name = f"with-{len(known)}"
+        run = predicted_run(runs / name, _predictions(1)._replace(about=about))
+        assert main(["compare", "a", name]) == 0, "weights that are gone are no other weights"
+        for kind, digest in models.items():
+            (run / kind).mkdir()
+            (run / kind / f"{kind}.json").write_text(json.dumps({"sha256": digest}))
+        assert main(["compare", "a", name]) == (0 if known == models else 2)
+    (run / "classifier" / "classifier.json").write_text(json.dumps({"sha256": "3" * 64}))
+    capsys.readouterr()
+    assert main(["compare", name, "a"]) == 2
+    said = capsys.readouterr().err
+    assert "of other weights than the run has now (classifier of it came since)" in said
+    assert f"run diccae evaluate --out {run} first" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -237,3 +259,14 @@ def test_judging_needs_neither_ray_nor_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_probe_beside_a_classifier_is_named_as_one(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = _predictions(3)
+    predicted_run(Path("c"), given._replace(about=given.about._replace(scorer="probe")))
+    for other, named in (("c", ["a (classifier)", "c (probe)"]), ("b", ["a", "b"])):
+        assert main(["compare", "a", other, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert [found["a"], found["b"]] == named
