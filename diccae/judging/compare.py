@@ -5,12 +5,12 @@ disagree on it are not compared.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from diccae.errors import UsageError
 from diccae.judging.predicted import predictions_of
 from diccae.run_folder import RunFolder
 from diccae.screen import table
+from pipeline.storage import place_of
 from training.comparison.answers import Answers, of_run, read_answers
 from training.comparison.compare import Comparison, Pairs, Truth, compare, confused_pairs
 from training.comparison.differences import Difference
@@ -156,10 +156,9 @@ def _some(names: Sequence[str]) -> str:
     return f" (such as {', '.join(names[:3])})" if names else ""
 
 
-def write_page(found: Comparison, file: str) -> Path:
-    """Write the comparison as one page."""
+def write_page(found: Comparison, uri: str) -> None:
+    """Write the comparison as one page. Args: uri: of the file."""
     from training.comparison.page import page
 
-    path = Path(file)
-    path.write_text(page(found), encoding="utf-8")
-    return path
+    place, name = place_of(uri)
+    place.write_bytes(name, page(found).encode())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from support.predicted import STREAMS, predicted_run, predictions, softmax
@@ -205,6 +206,9 @@ def test_predictions_from_before_a_fine_tuning_are_not_compared(
         (["compare", "a", "b", "c"], 2, "found 3 runs"),
         (["evaluate", "--out", "a", "--reuse", "--evaluate.knn-k", "3"], 2, "leave out --reuse"),
         (["evaluate", "--out", "other", "--reuse", "--vggsounder"], 2, "none of the run's 2 clips"),
+        (["evaluate", "--out", "halfway", "--reuse"], 2, "holds no results of the evaluation"),
+        (["evaluate", "--out", "a", "--vggsounder-labels", "no.csv"], 1, "labels cannot be read"),
+        (["evaluate", "--out", "a", "--export-predictions", "b"], 2, "a folder; name a file in it"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(
@@ -217,6 +221,8 @@ def test_what_cannot_be_compared_is_one_line(
     Path("evil.pkl").write_bytes(pickle.dumps({"x": print}))
     scores = dict.fromkeys(STREAMS, softmax(np.eye(2)))
     predicted_run(Path("other"), predictions(["x", "y"], ["p", "q"], [0, 1], scores))
+    predicted_run(Path("halfway"), predictions(["x", "y"], ["p", "q"], [0, 1], scores))
+    Path("halfway/results.json").unlink()
     capsys.readouterr()
     assert main(arguments) == code
     printed = capsys.readouterr()
@@ -259,6 +265,17 @@ def test_judging_needs_neither_ray_nor_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_pages_and_predictions_are_written_to_folders_to_make_and_to_uris(runs: Path) -> None:
+    remote = fsspec.filesystem("memory")
+    for place in ("new/folder", "memory://judged"):
+        assert main(["compare", "a", "b", "--html", f"{place}/c.html"]) == 0
+        export = ["--export-predictions", f"{place}/b.pkl"]
+        assert main(["evaluate", "--out", "b", "--reuse", *export]) == 0
+    assert not list(runs.glob("memory*"))
+    for name in ("c.html", "b.pkl"):
+        assert remote.cat_file(f"/judged/{name}") == Path("new/folder", name).read_bytes()
 
 
 def test_a_probe_beside_a_classifier_is_named_as_one(
