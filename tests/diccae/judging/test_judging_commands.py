@@ -209,6 +209,7 @@ def test_predictions_from_before_a_fine_tuning_are_not_compared(
         (["evaluate", "--out", "halfway", "--reuse"], 2, "holds no results of the evaluation"),
         (["evaluate", "--out", "a", "--vggsounder-labels", "no.csv"], 1, "labels cannot be read"),
         (["evaluate", "--out", "a", "--export-predictions", "b"], 2, "a folder; name a file in it"),
+        (["compare", "a", "--predictions", "numbers.csv"], 1, "none of the 2 names in it, such as"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(
@@ -223,6 +224,7 @@ def test_what_cannot_be_compared_is_one_line(
     predicted_run(Path("other"), predictions(["x", "y"], ["p", "q"], [0, 1], scores))
     predicted_run(Path("halfway"), predictions(["x", "y"], ["p", "q"], [0, 1], scores))
     Path("halfway/results.json").unlink()
+    Path("numbers.csv").write_text(f"id,av\n{CLIPS[0]},0\n{CLIPS[1]},17\n")
     capsys.readouterr()
     assert main(arguments) == code
     printed = capsys.readouterr()
@@ -276,6 +278,30 @@ def test_pages_and_predictions_are_written_to_folders_to_make_and_to_uris(runs: 
     assert not list(runs.glob("memory*"))
     for name in ("c.html", "b.pkl"):
         assert remote.cat_file(f"/judged/{name}") == Path("new/folder", name).read_bytes()
+
+
+def _own_label(clip: int) -> str:
+    given = _predictions(1)
+    return str(given.about.classes[given.labels_M[clip]])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("marked.csv", f'\ufeffclip_id,av\n{CLIPS[0]},"{_own_label(0)}"\n'),
+        ("spaced.csv", f'clip_id, av\n{CLIPS[0]}, "{_own_label(0)}"\n'),
+        ("alone.json", json.dumps({CLIPS[0]: {"predictions": {"av": _own_label(0)}}})),
+        ("listed.json", json.dumps({CLIPS[0]: {"predictions": {"av": [_own_label(0)]}}})),
+    ],
+)
+def test_a_right_answer_of_another_project_is_right_however_it_is_written(
+    runs: Path, capsys: pytest.CaptureFixture[str], name: str, content: str
+) -> None:
+    Path(name).write_text(content, encoding="utf-8")
+    assert main(["compare", "a", "--predictions", name, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["n_clips"], found["unknown"]) == (1, [])
+    assert found["streams"]["fusion"]["all"]["b"] == 1.0
 
 
 def test_a_probe_beside_a_classifier_is_named_as_one(

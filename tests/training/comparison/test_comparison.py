@@ -129,7 +129,15 @@ def test_scores_are_read_by_the_names_of_their_places(tmp_path: Path) -> None:
     [
         ("p.txt", "x", "found '.txt', can read .csv, .parquet, .json, .pkl"),
         ("p.csv", "clip,av\nx,dog\n", "columns clip, av; one of clip_id"),
-        ("p.csv", "id,av\nx,dog\nx,cat\n", "a clip stands in it twice"),
+        ("p.csv", "id,av\nx,dog\nx,cat\n", "a clip stands in it twice ('x')"),
+        (
+            "p.csv",
+            "id,av\nx,child speech, kid\n",
+            "line 2: 3 columns, expected 2 (id, av); a class",
+        ),
+        ("p.csv", "id,av\nx,dog\ny\n", "line 3: 1 columns, expected 2"),
+        ("p.json", {"x": {"predictions": {"a": 3}}}, "x, a: predictions are 3; expected a list"),
+        ("p.json", {"x": {"logits": {"a": [1, [2]]}}}, "cannot be read"),
         ("p.csv", "id,sound\nx,dog\n", "names no class in any of 1 clips"),
         ("p.json", "{", "cannot be read"),
         ("p.json", "[]", "expected {clip_id"),
