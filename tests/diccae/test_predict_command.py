@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -221,3 +222,16 @@ def test_vectors_of_no_clip_are_not_written_and_the_clips_answers_are(
     assert json.loads(printed.out)["n_failed"] == 1
     assert "none.parquet: 0 clips, so it was not written" in printed.err
     assert not Path("none.parquet").exists()
+
+
+def test_a_name_that_is_not_utf8_costs_that_clip_alone(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    name = os.fsdecode(b"caf\xe9.mp4")
+    shutil.copy(place / "clips" / "a.mp4", name)
+    assert main(["predict", "--model", "run", "--html", "named.html", name, "clips/a.mp4"]) == 3
+    printed = capsys.readouterr()
+    assert "caf\ufffd.mp4  open_failed: its name is not UTF-8" in printed.out
+    assert "clips/a.mp4\n  audio " in printed.out
+    assert "caf\ufffd.mp4" in Path("named.html").read_text()
