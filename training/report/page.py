@@ -68,8 +68,19 @@ def write_report(
         `store_uri` that cannot be read.
     """
     run = read_run(run_folder)
-    pictures, notes = _open_pictures(run, store_uri)
-    page = build_page(run, pictures, [*_of_other_weights(run), *notes], with_sound)
+    about = _of_other_weights(run)
+    try:
+        pictures, notes = _open_pictures(run, store_uri)
+        page = build_page(run, pictures, [*about, *notes], with_sound)
+    except Exception as error:
+        # Also of a store whose table is there, and a shard that it points at is not.
+        is_away = isinstance(error, PipelineError) or is_storage_failure(error)
+        if store_uri is not None or not is_away:
+            raise
+        log.warning("report without frames: %s", error)
+        uri = _store(run).get("uri")
+        note = f"Frames are left out: the feature store {uri} cannot be read now."
+        page = build_page(run, None, [*about, note], with_sound)
     may_write()
     run.place.write_bytes("report.html", page.encode())
     return run.place.uri_of("report.html")
@@ -90,14 +101,7 @@ def _open_pictures(run: ReportData, store_uri: str | None) -> tuple[Pictures | N
     uri = store_uri or store.get("uri")
     if uri is None:
         return None, ["Frames are left out: the run folder names no feature store."]
-    try:
-        pictures = _pictures_of(uri, store.get("version"), is_moved=store_uri is not None)
-    except Exception as error:
-        is_away = isinstance(error, PipelineError) or is_storage_failure(error)
-        if store_uri is not None or not is_away:
-            raise
-        log.warning("report without frames: %s", error)
-        return None, [f"Frames are left out: the feature store {uri} cannot be read now."]
+    pictures = _pictures_of(uri, store.get("version"), is_moved=store_uri is not None)
     return pictures, _of_other_clips(pictures, uri, store)
 
 

@@ -322,6 +322,20 @@ def test_a_store_that_is_gone_costs_the_frames_only(run: Path) -> None:
         write_report(run, str(run / "gone"))
 
 
+def test_shards_that_are_gone_cost_the_frames_only(run: Path, tmp_path: Path) -> None:
+    store = make_store(str(tmp_path / "store"))
+    described = json.loads((run / "run.json").read_text())
+    described["store"]["uri"] = store.uri
+    (run / "run.json").write_text(json.dumps(described))
+    shutil.rmtree(tmp_path / "store" / "features")
+    page = Path(write_report(run, with_sound=False)).read_text()
+    assert f"the feature store {store.uri} cannot be read now" in _text(page)
+    assert "<img" not in page
+    assert page.count('class="absent"') == 1
+    with pytest.raises(PipelineError, match="is not there"):
+        write_report(run, store.uri, with_sound=False)
+
+
 def test_a_folder_without_a_run_or_with_a_broken_part_is_an_error(run: Path) -> None:
     with pytest.raises(TrainingError, match="no run folder"):
         write_report(run / "encoder")
