@@ -11,7 +11,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -196,10 +196,13 @@ class RunFolder:
         }
         write_json(self.place, "run.json", record)
 
-    def write_results(self, **fields: Any) -> dict[str, Any]:
-        """Merge fields into `results.json`; times of stages are kept beside each other."""
+    def write_results(self, *, without: Collection[str] = (), **fields: Any) -> dict[str, Any]:
+        """Merge fields into `results.json`; times of stages are kept beside each other.
+
+        Args: without: fields of before that are not kept.
+        """
         self.check()
-        old = self.results
+        old = {name: value for name, value in self.results.items() if name not in without}
         seconds = {**old.get("seconds", {}), **fields.pop("seconds", {})}
         results = {**old, **fields, "seconds": seconds}
         write_json(self.place, "results.json", results)

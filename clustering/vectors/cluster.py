@@ -27,6 +27,9 @@ from clustering.kmeans.space import whole_rows
 from clustering.vectors.source import VectorFile, VectorSource, find_files, shares_of, width_of
 
 _ID_NAMES = ("id", "clip_id", "key")
+_STAMPS = ("mtime", "ETag", "etag", "LastModified", "updated", "created")
+"""Of a listing's entry, the first that is there tells a file from another one of its name and size:
+disks have the time, object stores a tag of the content."""
 
 
 def cluster_vectors(
@@ -92,18 +95,15 @@ def _passes(
 
 
 def _read_ids(files: list[VectorFile], id_column: str | None) -> pa.ChunkedArray | None:
-    """Ids of all rows in order, or None: number the rows. Raises: BadVectors for duplicates."""
+    """Ids of all rows in order, or None: number the rows. Raises: BadVectors for duplicates, or
+    columns that are not of one type."""
     shared = set.intersection(*(set(file.columns) for file in files))
     name = id_column or next((known for known in _ID_NAMES if known in shared), None)
     if name is None:
         return None
     if name not in shared:
         raise BadVectors(f"no column {name!r} in every file; they share {sorted(shared)}.")
-    chunks = []
-    for file in files:
-        with storage.opened(file.uri) as handle:
-            chunks += pq.read_table(handle, columns=[name])[name].chunks
-    ids = pa.chunked_array(chunks) if chunks else pa.chunked_array([pa.array([])])
+    ids = _column(files, name)
     if ids.null_count or pc.count_distinct(ids).as_py() != len(ids):
         counts = pc.value_counts(ids)
         twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
@@ -114,13 +114,35 @@ def _read_ids(files: list[VectorFile], id_column: str | None) -> pa.ChunkedArray
     return ids
 
 
+def _column(files: list[VectorFile], name: str) -> pa.ChunkedArray:
+    """A column of all files in order; categories, as pandas writes them, as what they stand for."""
+    parts = []
+    for file in files:
+        with storage.opened(file.uri) as handle:
+            part = pq.read_table(handle, columns=[name])
+        if pa.types.is_dictionary(part[name].type):
+            part = part.set_column(0, name, part[name].cast(part[name].type.value_type))
+        parts.append(part)
+    try:
+        return pa.concat_tables(parts, promote_options="permissive")[name]
+    except pa.ArrowException as error:
+        kinds = sorted(
+            {f"{part[name].type} in {f.uri}" for part, f in zip(parts, files, strict=True)}
+        )
+        raise BadVectors(
+            f"column {name!r} is not of one type ({', '.join(kinds[:3])}). Write it as one type in "
+            "every file, or name another id column."
+        ) from error
+
+
 def _token(files: list[VectorFile], column: str) -> str:
     """Name of the input's content, as far as the listing tells."""
     facts: list[Any] = [column]
     for file in files:
         filesystem, path = storage.open_filesystem(file.uri)
         info = filesystem.info(path)
-        facts.append([file.uri, file.group_rows, info["size"], str(info.get("mtime"))])
+        stamp = next((str(info[name]) for name in _STAMPS if info.get(name)), "")
+        facts.append([file.uri, file.group_rows, info["size"], stamp])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

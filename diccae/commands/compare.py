@@ -26,7 +26,7 @@ class CompareArgs:
     resamples: int = 2000
     """Of the bootstrap."""
     html: str | None = None
-    """Write a page to this file."""
+    """Write a page to this file; a path or URI."""
     json: bool = False
     """Print one JSON line, with every class and every clip left out."""
 
@@ -55,5 +55,6 @@ def main(argv: Sequence[str]) -> int:
     )
     print(json.dumps(found.as_json()) if args.json else comparison_table(found))
     if args.html:
-        say(f"{write_page(found, args.html)}")
+        write_page(found, args.html)
+        say(args.html)
     return 0

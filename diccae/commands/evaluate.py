@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diccae.args import Options
 from diccae.config import RunConfig
+from diccae.errors import UsageError
 from diccae.screen import say, table
 from training.config import STREAMS
 
@@ -25,7 +26,7 @@ class EvaluateArgs:
     vggsounder_labels: str | None = None
     """A CSV of VGGSounder's columns instead of the one in its package, such as an older version."""
     export_predictions: str | None = None
-    """Write the predictions to this file, as VGGSounder's own benchmark reads them."""
+    """Path or URI of a file for the predictions, as VGGSounder's own benchmark reads them."""
     reuse: bool = False
     """Take the predictions of the last evaluation; models and clips are not touched."""
     json: bool = False
@@ -45,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
     args = OPTIONS.parse(argv, own_config)
     folder = RunFolder(args.out)
+    _refuse(args)
     log_to_screen()
     from diccae.judging.vggsounder import export_predictions, vggsounder_table
 
@@ -62,6 +64,23 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _refuse(args: EvaluateArgs) -> None:
+    """What would end the command after the evaluation, its results unshown."""
+    if not (args.vggsounder or args.vggsounder_labels or args.export_predictions):
+        return
+    from pipeline.storage import Location
+    from training.vggsounder.labels import class_names, read_labels
+
+    if args.vggsounder or args.vggsounder_labels:
+        read_labels(args.vggsounder_labels)
+    if args.export_predictions:
+        class_names()
+        place = Location(args.export_predictions)
+        if place.fs.isdir(place.path):
+            where = f"--export-predictions {args.export_predictions}"
+            raise UsageError(f"{where}: a folder; name a file in it")
+
+
 def _evaluate(args: EvaluateArgs, folder: "RunFolder") -> dict[str, Any]:
     from diccae.judging.predicted import predictions_of
     from diccae.judging.vggsounder import run_vggsounder
@@ -69,6 +88,11 @@ def _evaluate(args: EvaluateArgs, folder: "RunFolder") -> dict[str, Any]:
     if args.reuse:
         predictions_of(folder, args.run.digest())
         results = folder.results
+        if "n_test" not in results:
+            raise UsageError(
+                f"{folder.uri}/results.json: holds no results of the evaluation whose predictions "
+                "are there (it was interrupted): leave out --reuse"
+            )
     else:
         from diccae.stages.evaluate import run_evaluate
 

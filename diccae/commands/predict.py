@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -16,6 +15,7 @@ from diccae.cli import OK, TOO_MANY_FAILURES
 from diccae.errors import UsageError
 from diccae.screen import say
 from pipeline.reasons import Rejected
+from pipeline.storage import Location, place_of
 
 if TYPE_CHECKING:
     from training.predict.clips import Decoded
@@ -38,9 +38,10 @@ class PredictArgs:
     csv: bool = False
     """Print CSV, a row for each clip, stream and class."""
     html: str | None = None
-    """File for a page with frames, spectrogram, sound and answers of each clip."""
+    """File for a page with frames, spectrogram, sound and answers of each clip; a path or URI."""
     embeddings: str | None = None
-    """Parquet file for the embeddings of the run's encoder, as `diccae embed` writes them."""
+    """Parquet file for the embeddings of the run's encoder, as `diccae embed` writes them; a path
+    or URI."""
     tracking_uri: str | None = None
     """MLflow to ask for models:/...; None: MLFLOW_TRACKING_URI."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -135,27 +136,28 @@ class _Kept:
             from training.predict.page import predictions_page
 
             page = predictions_page(args.model, self._shown, note)
-            Path(args.html).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.html).write_text(page, encoding="utf-8")
+            place, name = place_of(args.html)
+            place.write_bytes(name, page.encode())
             say(f"page      {args.html}")
         if args.embeddings:
-            _write_vectors(self._embedded, Path(args.embeddings))
-            say(f"vectors   {args.embeddings}: {len(self._embedded):,} clips")
+            if self._embedded:
+                _write_vectors(self._embedded, args.embeddings)
+            left = "" if self._embedded else ", so it was not written"
+            say(f"vectors   {args.embeddings}: {len(self._embedded):,} clips{left}")
 
 
-def _write_vectors(embedded: "list[tuple[str, Answer]]", path: Path) -> None:
+def _write_vectors(embedded: "list[tuple[str, Answer]]", uri: str) -> None:
     import numpy as np
     import pyarrow.parquet as pq
 
     from training.predict.vectors import vectors_table
 
-    if not embedded:
-        raise UsageError("--embeddings: none of the clips could be decoded, nothing to write")
     streams = embedded[0][1].embeddings
     vectors = {s: np.stack([answer.embeddings[s] for _, answer in embedded]) for s in streams}
     names = [name for name, _ in embedded]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(vectors_table(names, [None] * len(names), vectors), path)
+    place, file = place_of(uri)
+    with place.written(file) as path:
+        pq.write_table(vectors_table(names, [None] * len(names), vectors), path)
 
 
 def _refuse_device(device: str) -> None:
@@ -172,3 +174,7 @@ def _refuse(args: PredictArgs) -> None:
         raise UsageError("--json and --csv both print to stdout: choose one")
     if args.top < 1:
         raise UsageError(f"--top {args.top}: at least 1")
+    for option, uri in (("--html", args.html), ("--embeddings", args.embeddings)):
+        # Now, and not after an hour of clips whose answers would be lost with it.
+        if uri is not None and (place := Location(uri)).fs.isdir(place.path):
+            raise UsageError(f"{option} {uri}: a folder; name a file in it")

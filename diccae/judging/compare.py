@@ -5,12 +5,12 @@ disagree on it are not compared.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from diccae.errors import UsageError
 from diccae.judging.predicted import predictions_of
 from diccae.run_folder import RunFolder
 from diccae.screen import table
+from pipeline.storage import place_of
 from training.comparison.answers import Answers, of_run, read_answers
 from training.comparison.compare import Comparison, Pairs, Truth, compare, confused_pairs
 from training.comparison.differences import Difference
@@ -48,10 +48,23 @@ def run_compare(
         theirs = predictions_of(second)
         _check_labels(truth, theirs, run_a, run_b)
         b = of_run(second.place.name, theirs)
-        if a.name == b.name:
-            a, b = a._replace(name=run_a), b._replace(name=run_b)
+        a, b = _told_apart((a, b), (run_a, run_b), (ours, theirs))
         folders.append(second)
     return compare(a, b, truth, _pairs(folders, [a, b], truth, n_pairs), resamples)
+
+
+def _told_apart(
+    models: Sequence[Answers], runs: Sequence[str], given: Sequence[Predictions]
+) -> list[Answers]:
+    """Runs of one name by their paths, and the probe of a run without a classifier as that: what it
+    says is no answer of a fine-tuned model."""
+    names = [model.name for model in models]
+    if names[0] == names[1]:
+        names = list(runs)
+    scorers = [each.about.scorer for each in given]
+    if scorers[0] != scorers[1]:
+        names = [f"{name} ({scorer})" for name, scorer in zip(names, scorers, strict=True)]
+    return [model._replace(name=name) for model, name in zip(models, names, strict=True)]
 
 
 def _truth(given: Predictions) -> dict[str, Truth]:
@@ -143,10 +156,9 @@ def _some(names: Sequence[str]) -> str:
     return f" (such as {', '.join(names[:3])})" if names else ""
 
 
-def write_page(found: Comparison, file: str) -> Path:
-    """Write the comparison as one page."""
+def write_page(found: Comparison, uri: str) -> None:
+    """Write the comparison as one page. Args: uri: of the file."""
     from training.comparison.page import page
 
-    path = Path(file)
-    path.write_text(page(found), encoding="utf-8")
-    return path
+    place, name = place_of(uri)
+    place.write_bytes(name, page(found).encode())

@@ -5,7 +5,6 @@ whose labels they are, how many of their clips were predicted, and which class a
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from diccae.errors import UsageError
@@ -85,7 +84,7 @@ def _logged(found: dict[str, Any]) -> list[tuple[str, float]]:
 
 def export_predictions(folder: RunFolder, file: str) -> dict[str, Any]:
     """Write the run's predictions as VGGSounder's benchmark reads them."""
-    return write_pickle(Path(file), predictions_of(folder))
+    return write_pickle(file, predictions_of(folder))
 
 
 def vggsounder_table(found: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from training.cluster_config import ScaleConfig
 from training.data.rows import RowIndex, clip_keys, index_rows, with_labels
 from training.data.validation import groups_of
 from training.evaluation.class_confusions import class_confusions
-from training.evaluation.metrics import present
+from training.evaluation.metrics import names, present
 from training.evaluation.results import read_confusion
 from training.on_ray.evaluate import applied_by, evaluate
 from training.run.pinned import Pinned
@@ -27,6 +27,9 @@ from training.tracking import tracker as tracking
 from training.weights.beside import write_readme
 from training.weights.files import read_card
 from training.weights.measured import Measured, write_measured
+
+_VGGSOUNDER = "vggsounder"
+"""Of results.json: what `diccae.judging.vggsounder` makes of the predictions."""
 
 
 def run_evaluate(
@@ -57,7 +60,8 @@ def run_evaluate(
     found = evaluation.as_json()
     tell_the_classifier(folder, config, found)
     seconds = {"evaluate": round(time.monotonic() - started, 2)}
-    results = folder.write_results(**found, seconds=seconds, config_hash=config.digest())
+    about = {"seconds": seconds, "config_hash": config.digest()}
+    results = folder.write_results(without=_outdated(folder, found, say), **found, **about)
     if handle.run_id:
         folder.check()
         settings = config.model_dump(mode="json", include={"evaluate"})
@@ -65,6 +69,17 @@ def run_evaluate(
         tracking.log_results(handle, dict(scalars(found)), used)
     say_if_untracked(handle, "results are", say)
     return results
+
+
+def _outdated(folder: RunFolder, found: Mapping[str, Any], say: Say) -> set[str]:
+    """What results.json has of an evaluation before and this one did not measure: it is of other
+    predictions, and beside these numbers would be taken for theirs."""
+    measured = {*names(with_classifier=True), _VGGSOUNDER}
+    outdated = (measured & folder.results.keys()) - found.keys()
+    if _VGGSOUNDER in outdated:
+        what = "its numbers were of the predictions before"
+        say(f"vggsounder  {what}: evaluate --reuse --vggsounder measures them again")
+    return outdated
 
 
 def tell_the_classifier(folder: RunFolder, config: RunConfig, found: Mapping[str, Any]) -> None:

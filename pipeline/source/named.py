@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pipeline.errors import StoreError
 from pipeline.reasons import Reason, Rejected
 from pipeline.source.files import File, find_videos, local_file, remote_file
-from pipeline.source.tar_parts import is_part
+from pipeline.source.tar_parts import is_part, is_utf8, readable
 from pipeline.storage import Location, is_storage_failure
 
 
@@ -34,6 +34,10 @@ def named_clips(names: Iterable[str]) -> list[NamedClip]:
 
 
 def _named(name: str) -> list[NamedClip]:
+    if not is_utf8(name):
+        # Neither a page nor a table could say whose answer it is.
+        why = "its name is not UTF-8; rename it, or link to it by another name"
+        return [NamedClip(readable(name), {}, Rejected(Reason.OPEN_FAILED, why))]
     try:
         location = Location(name)
         file = _file(location)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -189,3 +190,48 @@ def test_a_model_of_before_says_what_to_do(
         (tmp_path / "old" / "classifier.json").write_text(json.dumps({"feature_spec": {}} | card))
         assert main(["predict", "--model", str(tmp_path / "old"), clip]) == 1
         assert said in capsys.readouterr().err
+
+
+def test_what_is_written_may_lie_in_a_bucket_and_a_folder_is_refused_at_once(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    there = "memory://predicted"
+    written = ["--html", f"{there}/page.html", "--embeddings", f"{there}/v.parquet"]
+    assert main(["predict", "--model", "run", *written, "clips/a.mp4"]) == 0
+    assert not list(place.glob("memory*"))
+    remote = fsspec.filesystem("memory")
+    _check_page(remote.cat_file("/predicted/page.html").decode() + "open_failed: Invalid data", 1)
+    with remote.open("/predicted/v.parquet") as file:
+        _check_vectors(pq.read_table(file), ["clips/a.mp4"])
+    capsys.readouterr()
+    for option in ("--html", "--embeddings"):
+        assert main(["predict", "--model", "run", option, "clips", "clips/a.mp4"]) == 2
+        printed = capsys.readouterr()
+        assert f"{option} clips: a folder; name a file in it" in printed.err
+        assert printed.out == ""
+
+
+def test_vectors_of_no_clip_are_not_written_and_the_clips_answers_are(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    options = ["--json", "--embeddings", "none.parquet"]
+    assert main(["predict", "--model", "run", *options, "broken.mp4"]) == 3
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["n_failed"] == 1
+    assert "none.parquet: 0 clips, so it was not written" in printed.err
+    assert not Path("none.parquet").exists()
+
+
+def test_a_name_that_is_not_utf8_costs_that_clip_alone(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    name = os.fsdecode(b"caf\xe9.mp4")
+    shutil.copy(place / "clips" / "a.mp4", name)
+    assert main(["predict", "--model", "run", "--html", "named.html", name, "clips/a.mp4"]) == 3
+    printed = capsys.readouterr()
+    assert "caf\ufffd.mp4  open_failed: its name is not UTF-8" in printed.out
+    assert "clips/a.mp4\n  audio " in printed.out
+    assert "caf\ufffd.mp4" in Path("named.html").read_text()

@@ -199,7 +199,7 @@ def _evaluation(run: Path, clips: _Clips, names: list[str], size: Size) -> None:
 
 
 def _json(run: Path, store: FeatureStore, names: list[str], size: Size) -> None:
-    pinned = {"uri": store.uri, "version": 1, "digest": "d1" * 32}
+    pinned = {"uri": store.uri, "version": 1, "digest": store.snapshot(1).digest}
     described = {"name": "vggsound-full", "config_hash": "c0ffee", "store": pinned}
     described |= {"started": "2026-11-20T21:00:00Z", "versions": {"torch": "2.11.0"}}
     (run / "run.json").write_text(json.dumps(described))

@@ -15,6 +15,7 @@ Shapes: M clips, C classes.
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ def read_answers(file: str, classes_file: str | None = None) -> Answers:
         raise TrainingError(f"{file}: found {path.suffix!r}, can read {', '.join(readers)}")
     try:
         answers = read(path, classes_file)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, pa.ArrowException) as error:
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise TrainingError(f"{file}: cannot be read ({error})") from error
     given = {s: said for s, said in answers.said.items() if any(each for each in said)}
     if not given:
@@ -75,15 +76,28 @@ def read_answers(file: str, classes_file: str | None = None) -> Answers:
             f"{file}: names no class in any of {len(answers.clip_ids)} clips; expected a column, "
             "or a list, for one of " + ", ".join(_STREAMS)
         )
-    if len(set(answers.clip_ids)) < len(answers.clip_ids):
-        raise TrainingError(f"{file}: a clip stands in it twice; expected a row a clip")
+    [(clip_id, times)] = Counter(answers.clip_ids).most_common(1)
+    if times > 1:
+        raise TrainingError(
+            f"{file}: a clip stands in it twice ({clip_id!r}); expected a row a clip"
+        )
     return answers._replace(said=given)
 
 
 def _csv(path: Path, _: str | None) -> Answers:
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+    # Spreadsheets write a mark before the first column's name.
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, skipinitialspace=True)
+        header = [name.strip() for name in next(reader, [])]
+        rows = []
+        for row in filter(None, reader):
+            if len(row) != len(header):
+                raise TrainingError(
+                    f"{path}, line {reader.line_num}: {len(row)} columns, expected {len(header)} "
+                    f"({', '.join(header)}); a class name with a comma needs quotes"
+                )
+            rows.append([cell.strip() for cell in row])
+    columns = {name: [row[k] for row in rows] for k, name in enumerate(header)}
     return _columns(path, columns)
 
 
@@ -140,7 +154,7 @@ def _said_of(
         if given is None:
             continue
         if kind == "predictions":
-            return tuple(str(each) for each in given)
+            return _listed(path, clip_id, key, given)
         scores_C = np.asarray(given)
         if scores_C.shape != (len(names),) or scores_C.dtype.kind not in "fiu":
             raise TrainingError(
@@ -153,13 +167,29 @@ def _said_of(
     return None
 
 
+def _listed(path: Path, clip_id: object, key: str, given: Any) -> tuple[str, ...]:
+    """The names in a list; a name alone is one name, and not a list of its letters."""
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, list | tuple | np.ndarray):
+        raise TrainingError(
+            f"{path}, clip {clip_id}, {key}: predictions are {given!r:.40}; expected a list of "
+            "names"
+        )
+    return tuple(str(each) for each in np.ravel(np.asarray(given, object)))
+
+
 def _names(classes_file: str | None) -> list[str]:
     if classes_file is None:
         return class_names()
     try:
-        with open(classes_file, encoding="utf-8", newline="") as file:
-            return [row["display_name"] for row in csv.DictReader(file)]
-    except (OSError, KeyError) as error:
+        with open(classes_file, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+        # As `weights import` reads such a list: its own numbers are the places.
+        if rows and "index" in rows[0]:
+            rows.sort(key=lambda row: int(row["index"]))
+        return [row["display_name"] for row in rows]
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise TrainingError(
             f"{classes_file}: no list of classes ({error}); a CSV with a column display_name"
         ) from error

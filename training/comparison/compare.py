@@ -89,7 +89,8 @@ def compare(
 ) -> Comparison:
     """Compare on the clips that both answered and whose label is known.
 
-    Raises: TrainingError if there is no such clip, or no stream both have.
+    Raises: TrainingError if there is no such clip, no stream both have, or no class that b names
+        is known here.
     """
     rows_b = {clip_id: i for i, clip_id in enumerate(b.clip_ids)}
     common = [(i, rows_b[c]) for i, c in enumerate(a.clip_ids) if c in rows_b and c in truth]
@@ -182,8 +183,17 @@ def _named(names: Sequence[str], said: Sequence[Said]) -> NDArray[np.bool_]:
 
 
 def _unknown(b: Answers, a: Answers, truth: Mapping[str, Truth]) -> list[str]:
-    """Names of b that are neither a label nor a name of a."""
+    """Names of b that are neither a label nor a name of a.
+
+    Raises: TrainingError if all are: b would be wrong everywhere by the way it writes names.
+    """
     known = {each.label for each in truth.values()}
     known |= {name for said in a.said.values() for one in said for name in one or ()}
     named = {name for said in b.said.values() for one in said for name in one or ()}
+    if named and not named & known:
+        raise TrainingError(
+            f"{b.name}: none of the {len(named)} names in it, such as {min(named)!r}, is a class "
+            f"of {a.name}, such as {min(known)!r}. Classes are matched by name: write them as the "
+            "run does, or say with --classes which ones its scores are of"
+        )
     return sorted(named - known)

@@ -80,6 +80,23 @@ def models_of(run: Location) -> dict[str, str]:
     }
 
 
+def models_predicted(schema: pa.Schema) -> dict[str, str] | None:
+    """`models_of` the run that a file of predictions is of; None if it does not say."""
+    about = (schema.metadata or {}).get(_ABOUT)
+    found: dict[str, str] | None = json.loads(about).get("models") if about else None
+    return found
+
+
+def retrained_since(run: Location, models: Mapping[str, str] | None) -> list[str]:
+    """The models of a run that are others than those its predictions are of, or came since.
+
+    A model that is gone is none of them: predictions are kept longer than weights.
+    Args: models: of `About`; None, of an earlier version, is taken for those that are there.
+    """
+    now = models_of(run) if models is not None else {}
+    return [kind for kind, digest in now.items() if (models or {}).get(kind) != digest]
+
+
 def write_predictions(file: Path, given: Predictions) -> None:
     """Write the file. Half a second and 50 MB for VGGSound's 15,446 clips of 309 classes."""
     main = given.scores.get("fusion", next(iter(given.scores.values())))

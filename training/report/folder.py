@@ -22,6 +22,7 @@ from clustering.rounds.files import is_complete, load_round, round_uri, rounds_a
 from clustering.rounds.protocol import PublishedRound
 from pipeline.storage import Location
 from training.errors import TrainingError
+from training.evaluation.predictions import models_predicted, retrained_since
 from training.evaluation.results import (
     ConfusionCounts,
     UnitVectors,
@@ -59,6 +60,8 @@ class ReportData(NamedTuple):
     predictions: pa.Table | None
     embeddings: UnitVectors | None
     artifacts: list[Artifact]
+    retrained: list[str]
+    """Models that are others by now than those evaluated, or came since."""
 
 
 def read_run(folder: str | Path) -> ReportData:
@@ -72,6 +75,7 @@ def read_run(folder: str | Path) -> ReportData:
             f"{place.uri}: no run folder (neither run.json nor results.json is in it); "
             "give the --out of a pretrain, finetune or demo run"
         )
+    predictions = _read(place, "evaluation/predictions.parquet", _without_probabilities)
     return ReportData(
         place=place,
         run=_json(place, "run.json"),
@@ -81,10 +85,17 @@ def read_run(folder: str | Path) -> ReportData:
         finetuning=_columns(place, "finetune.jsonl", "finetune/"),
         rounds=_rounds(place.below("rounds")),
         confusion=_read(place, "evaluation/confusion.npz", read_confusion),
-        predictions=_read(place, "evaluation/predictions.parquet", _without_probabilities),
+        predictions=predictions,
         embeddings=_read(place, "evaluation/embeddings.npz", _sound_and_picture),
         artifacts=_artifacts(place),
+        retrained=_retrained(place, predictions),
     )
+
+
+def _retrained(place: Location, predictions: pa.Table | None) -> list[str]:
+    if predictions is None:
+        return []
+    return retrained_since(place, models_predicted(predictions.schema))
 
 
 def _read(place: Location, name: str, read: Callable[[Path], T]) -> T | None:

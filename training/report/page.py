@@ -7,12 +7,13 @@ is named.
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
+from pipeline.storage import is_storage_failure
 from training.report import confusion_map, galleries, sections
 from training.report.agreement import truths_of, with_agreement
 from training.report.clips.media import media_of
@@ -67,27 +68,64 @@ def write_report(
         `store_uri` that cannot be read.
     """
     run = read_run(run_folder)
-    pictures, note = _open_pictures(run, store_uri)
-    page = build_page(run, pictures, note, with_sound)
+    about = _of_other_weights(run)
+    try:
+        pictures, notes = _open_pictures(run, store_uri)
+        page = build_page(run, pictures, [*about, *notes], with_sound)
+    except Exception as error:
+        # Also of a store whose table is there, and a shard that it points at is not.
+        is_away = isinstance(error, PipelineError) or is_storage_failure(error)
+        if store_uri is not None or not is_away:
+            raise
+        log.warning("report without frames: %s", error)
+        uri = _store(run).get("uri")
+        note = f"Frames are left out: the feature store {uri} cannot be read now."
+        page = build_page(run, None, [*about, note], with_sound)
     may_write()
     run.place.write_bytes("report.html", page.encode())
     return run.place.uri_of("report.html")
 
 
-def _open_pictures(run: ReportData, store_uri: str | None) -> tuple[Pictures | None, str]:
-    """The frames of the run's own version, or why there are none."""
+def _of_other_weights(run: ReportData) -> list[str]:
+    if not run.retrained:
+        return []
+    return [
+        f"These results are of other weights than the run has now ({' and '.join(run.retrained)} "
+        "of it came since): run diccae evaluate, then diccae report again."
+    ]
+
+
+def _open_pictures(run: ReportData, store_uri: str | None) -> tuple[Pictures | None, list[str]]:
+    """The frames of the run's own version, and what there is to say of them."""
     store = _store(run)
     uri = store_uri or store.get("uri")
-    version = store.get("version") if uri == store.get("uri") else None
     if uri is None:
-        return None, "Frames are left out: the run folder names no feature store."
+        return None, ["Frames are left out: the run folder names no feature store."]
+    pictures = _pictures_of(uri, store.get("version"), is_moved=store_uri is not None)
+    return pictures, _of_other_clips(pictures, uri, store)
+
+
+def _pictures_of(uri: str, version: int | None, *, is_moved: bool) -> Pictures:
+    """Those of the version that the run read; of a store that has none of that number, since its
+    clips were ingested anew, the newest."""
     try:
-        return Pictures(uri, version), ""
-    except (PipelineError, OSError) as error:
-        if store_uri is not None:
+        return Pictures(uri, version)
+    except PipelineError:
+        if not is_moved or version is None:
             raise
-        log.warning("report without frames: %s", error)
-        return None, f"Frames are left out: the feature store {uri} cannot be read now."
+        return Pictures(uri, None)
+
+
+def _of_other_clips(pictures: Pictures, uri: str, store: dict[str, Any]) -> list[str]:
+    """What to say of frames and labels that may not be those the run read."""
+    if store.get("digest") in (None, pictures.digest):
+        return []
+    return [
+        f"Frames, sounds and labels of clusters are of version {pictures.version} of {uri}, which "
+        f"holds other clips than the run read (digest {pictures.digest[:12]}, of the run "
+        f"{store['digest'][:12]}): a clip may be shown as another one of its name. Name the store "
+        "that the run read with --store."
+    ]
 
 
 def _store(run: ReportData) -> dict[str, Any]:
@@ -95,7 +133,7 @@ def _store(run: ReportData) -> dict[str, Any]:
 
 
 def build_page(
-    run: ReportData, pictures: Pictures | None, note: str = "", with_sound: bool = True
+    run: ReportData, pictures: Pictures | None, notes: Sequence[str] = (), with_sound: bool = True
 ) -> str:
     """The page's text."""
     clip_of = pictures.by_key() if pictures and run.rounds else {}
@@ -105,7 +143,7 @@ def build_page(
     media = media_of(pictures, choice.framed(), choice.heard(), with_sound)
     drawn = sections.curve_panels(run)
     body = [
-        *([f'<p class="absent">{text(note)}</p>'] if note else []),
+        *(f'<p class="absent">{text(note)}</p>' for note in notes),
         sections.results(run),
         label_noise(run.results),
         sections.training(drawn),

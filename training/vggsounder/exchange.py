@@ -14,6 +14,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+from pipeline.storage import place_of
 from training.errors import TrainingError
 from training.evaluation.predictions import Predictions
 from training.vggsounder.labels import class_names
@@ -23,8 +24,8 @@ _NEVER = -1.0
 """Score of a class that the run does not know: below every probability, and finite."""
 
 
-def write_pickle(file: Path, predictions: Predictions) -> dict[str, Any]:
-    """Write the file. Returns: what was written.
+def write_pickle(file: str | Path, predictions: Predictions) -> dict[str, Any]:
+    """Write the file. Args: file: path or URI. Returns: what was written.
 
     Raises: TrainingError for a stream that was not scored, or a class that VGGSounder has not.
     """
@@ -50,6 +51,7 @@ def write_pickle(file: Path, predictions: Predictions) -> dict[str, Any]:
         clip_id: {"logits": {name: scores_MC[i] for name, scores_MC in by_name.items()}}
         for i, clip_id in enumerate(predictions.clip_ids)
     }
-    with open(file, "wb") as opened:
+    place, base = place_of(file)
+    with place.written(base) as path, open(path, "wb") as opened:
         pickle.dump(content, opened, protocol=4)
     return {"file": str(file), "n_clips": len(content), "classes": len(theirs)}

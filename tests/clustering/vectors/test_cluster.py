@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -259,3 +260,59 @@ def test_input_that_is_not_there_or_not_usable(data, tmp_path: Path) -> None:
     _write(tmp_path / "few.parquet", _list(data.x[:5]))
     with pytest.raises(BadVectors, match="5 rows for k = 12 clusters"):
         _cluster(tmp_path / "few.parquet", tmp_path / "out")
+
+
+def test_a_killed_run_does_not_go_on_with_other_vectors_put_in_their_place(
+    mixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An object store has no time of modification, and the files are of one size."""
+    config = KMeansConfig(init="random", tol=0)
+    remote = fsspec.filesystem("memory")
+    files = []
+    for seed in (1, 2):
+        table = pa.table({"embedding": _fixed_list(mixture(n=600, k=12, width=8, seed=seed).x)})
+        options = {"compression": "none", "use_dictionary": False}
+        pq.write_table(table, tmp_path / f"{seed}.parquet", **options)
+        files.append((tmp_path / f"{seed}.parquet").read_bytes())
+    assert len(files[0]) == len(files[1])
+    remote.pipe_file("/vectors/v.parquet", files[0])
+
+    def dying(self, state):
+        save(self, state)
+        raise KeyboardInterrupt
+
+    save = StateFile.save
+    with monkeypatch.context() as patch:
+        patch.setattr(StateFile, "save", dying)
+        with pytest.raises(KeyboardInterrupt):
+            _cluster_remote("memory://vectors/v.parquet", config)
+    remote.pipe_file("/vectors/v.parquet", files[1])
+    made = _cluster_remote("memory://vectors/v.parquet", config)
+    expected = _cluster(tmp_path / "2.parquet", tmp_path / "out", config=config)
+    assert made["digest"] == expected["digest"]
+
+
+def _cluster_remote(where: str, config: KMeansConfig) -> dict:
+    pool = PoolConfig(n_actors=1, cpus_per_actor=0.1)
+    config = config.model_copy(update={"k": 12})
+    return cluster_vectors(where, "memory://clustered", config, pool, seed=0, column="embedding")
+
+
+def test_ids_may_be_categories_and_files_may_name_their_type_otherwise(
+    data, tmp_path: Path
+) -> None:
+    """As pandas and polars write one column."""
+    names = [f"c{i:04d}" for i in range(2500)]
+    kinds = (pa.dictionary(pa.int32(), pa.string()), pa.large_string(), pa.string())
+    folder = tmp_path / "v"
+    for i, kind in enumerate(kinds):
+        part = slice(1000 * i, 1000 * (i + 1))
+        table = pa.table({"id": pa.array(names[part]).cast(kind), "embedding": _list(data.x[part])})
+        folder.mkdir(exist_ok=True)
+        pq.write_table(table, folder / f"{i}.parquet")
+    _cluster(folder, tmp_path / "out")
+    assert pq.read_table(tmp_path / "out" / "labels.parquet")["id"].to_pylist() == names
+    table = pa.table({"id": np.arange(5), "embedding": _list(data.x[:5])})
+    pq.write_table(table, folder / "3.parquet")
+    with pytest.raises(BadVectors, match=r"column 'id' is not of one type .*int64"):
+        _cluster(folder, tmp_path / "out")

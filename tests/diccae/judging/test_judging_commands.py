@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from support.predicted import STREAMS, predicted_run, predictions, softmax
@@ -173,6 +174,28 @@ def test_predictions_from_before_a_fine_tuning_are_not_reused(
     assert "of other weights than the run has now" in capsys.readouterr().err
 
 
+def test_predictions_from_before_a_fine_tuning_are_not_compared(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are of a probe, or of a classifier that is another one by now."""
+    models = {"encoder": "1" * 64, "classifier": "2" * 64}
+    for known in ({"encoder": models["encoder"]}, models):
+        about = _predictions(1).about._replace(models=known)
+        name = f"with-{len(known)}"
+        run = predicted_run(runs / name, _predictions(1)._replace(about=about))
+        assert main(["compare", "a", name]) == 0, "weights that are gone are no other weights"
+        for kind, digest in models.items():
+            (run / kind).mkdir()
+            (run / kind / f"{kind}.json").write_text(json.dumps({"sha256": digest}))
+        assert main(["compare", "a", name]) == (0 if known == models else 2)
+    (run / "classifier" / "classifier.json").write_text(json.dumps({"sha256": "3" * 64}))
+    capsys.readouterr()
+    assert main(["compare", name, "a"]) == 2
+    said = capsys.readouterr().err
+    assert "of other weights than the run has now (classifier of it came since)" in said
+    assert f"run diccae evaluate --out {run} first" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -183,6 +206,10 @@ def test_predictions_from_before_a_fine_tuning_are_not_reused(
         (["compare", "a", "b", "c"], 2, "found 3 runs"),
         (["evaluate", "--out", "a", "--reuse", "--evaluate.knn-k", "3"], 2, "leave out --reuse"),
         (["evaluate", "--out", "other", "--reuse", "--vggsounder"], 2, "none of the run's 2 clips"),
+        (["evaluate", "--out", "halfway", "--reuse"], 2, "holds no results of the evaluation"),
+        (["evaluate", "--out", "a", "--vggsounder-labels", "no.csv"], 1, "labels cannot be read"),
+        (["evaluate", "--out", "a", "--export-predictions", "b"], 2, "a folder; name a file in it"),
+        (["compare", "a", "--predictions", "numbers.csv"], 1, "none of the 2 names in it, such as"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(
@@ -195,6 +222,9 @@ def test_what_cannot_be_compared_is_one_line(
     Path("evil.pkl").write_bytes(pickle.dumps({"x": print}))
     scores = dict.fromkeys(STREAMS, softmax(np.eye(2)))
     predicted_run(Path("other"), predictions(["x", "y"], ["p", "q"], [0, 1], scores))
+    predicted_run(Path("halfway"), predictions(["x", "y"], ["p", "q"], [0, 1], scores))
+    Path("halfway/results.json").unlink()
+    Path("numbers.csv").write_text(f"id,av\n{CLIPS[0]},0\n{CLIPS[1]},17\n")
     capsys.readouterr()
     assert main(arguments) == code
     printed = capsys.readouterr()
@@ -237,3 +267,49 @@ def test_judging_needs_neither_ray_nor_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_pages_and_predictions_are_written_to_folders_to_make_and_to_uris(runs: Path) -> None:
+    remote = fsspec.filesystem("memory")
+    for place in ("new/folder", "memory://judged"):
+        assert main(["compare", "a", "b", "--html", f"{place}/c.html"]) == 0
+        export = ["--export-predictions", f"{place}/b.pkl"]
+        assert main(["evaluate", "--out", "b", "--reuse", *export]) == 0
+    assert not list(runs.glob("memory*"))
+    for name in ("c.html", "b.pkl"):
+        assert remote.cat_file(f"/judged/{name}") == Path("new/folder", name).read_bytes()
+
+
+def _own_label(clip: int) -> str:
+    given = _predictions(1)
+    return str(given.about.classes[given.labels_M[clip]])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("marked.csv", f'\ufeffclip_id,av\n{CLIPS[0]},"{_own_label(0)}"\n'),
+        ("spaced.csv", f'clip_id, av\n{CLIPS[0]}, "{_own_label(0)}"\n'),
+        ("alone.json", json.dumps({CLIPS[0]: {"predictions": {"av": _own_label(0)}}})),
+        ("listed.json", json.dumps({CLIPS[0]: {"predictions": {"av": [_own_label(0)]}}})),
+    ],
+)
+def test_a_right_answer_of_another_project_is_right_however_it_is_written(
+    runs: Path, capsys: pytest.CaptureFixture[str], name: str, content: str
+) -> None:
+    Path(name).write_text(content, encoding="utf-8")
+    assert main(["compare", "a", "--predictions", name, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["n_clips"], found["unknown"]) == (1, [])
+    assert found["streams"]["fusion"]["all"]["b"] == 1.0
+
+
+def test_a_probe_beside_a_classifier_is_named_as_one(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = _predictions(3)
+    predicted_run(Path("c"), given._replace(about=given.about._replace(scorer="probe")))
+    for other, named in (("c", ["a (classifier)", "c (probe)"]), ("b", ["a", "b"])):
+        assert main(["compare", "a", other, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert [found["a"], found["b"]] == named

@@ -115,11 +115,13 @@ def test_a_csv_of_another_project_names_classes_with_commas(tmp_path: Path) -> N
 
 def test_scores_are_read_by_the_names_of_their_places(tmp_path: Path) -> None:
     scores = {"x": {"logits": {"a": [0.1, 0.9], "v": [0.8, 0.2], "av": [1, 2]}}}
-    names = _write(tmp_path / "names.csv", 'index,display_name\n0,"a, b"\n1,c\n')
-    found = read_answers(_write(tmp_path / "p.json", scores), names)
-    assert {s: said[0] for s, said in found.said.items()} == {
-        "audio": ("c",), "video": ("a, b",), "fusion": ("c",),
-    }  # fmt: skip
+    in_order, otherwise = '0,"a, b"\n1,c\n', '1,c\n0,"a, b"\n'
+    for listed in (f"index,display_name\n{in_order}", f"\ufeffindex,display_name\n{otherwise}"):
+        names = _write(tmp_path / "names.csv", listed)
+        found = read_answers(_write(tmp_path / "p.json", scores), names)
+        assert {s: said[0] for s, said in found.said.items()} == {
+            "audio": ("c",), "video": ("a, b",), "fusion": ("c",),
+        }  # fmt: skip
     with pytest.raises(TrainingError, match=r"shape \(2,\), and 309 classes have names"):
         read_answers(str(tmp_path / "p.json"))
 
@@ -129,7 +131,15 @@ def test_scores_are_read_by_the_names_of_their_places(tmp_path: Path) -> None:
     [
         ("p.txt", "x", "found '.txt', can read .csv, .parquet, .json, .pkl"),
         ("p.csv", "clip,av\nx,dog\n", "columns clip, av; one of clip_id"),
-        ("p.csv", "id,av\nx,dog\nx,cat\n", "a clip stands in it twice"),
+        ("p.csv", "id,av\nx,dog\nx,cat\n", "a clip stands in it twice ('x')"),
+        (
+            "p.csv",
+            "id,av\nx,child speech, kid\n",
+            "line 2: 3 columns, expected 2 (id, av); a class",
+        ),
+        ("p.csv", "id,av\nx,dog\ny\n", "line 3: 1 columns, expected 2"),
+        ("p.json", {"x": {"predictions": {"a": 3}}}, "x, a: predictions are 3; expected a list"),
+        ("p.json", {"x": {"logits": {"a": [1, [2]]}}}, "cannot be read"),
         ("p.csv", "id,sound\nx,dog\n", "names no class in any of 1 clips"),
         ("p.json", "{", "cannot be read"),
         ("p.json", "[]", "expected {clip_id"),

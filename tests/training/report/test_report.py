@@ -190,7 +190,8 @@ def make_run(folder: Path, store_uri: str) -> Path:
     _rounds(folder)
     _evaluation(folder)
     _write_json(folder / "encoder" / "encoder.json", {"config": {}})
-    store = {"uri": store_uri, "version": 1, "digest": "d1" * 32}
+    digest = FeatureStore.open(store_uri).snapshot(1).digest
+    store = {"uri": store_uri, "version": 1, "digest": digest}
     versions = {"torch": "2.11.0", "ray": "2.60.0", "python": "3.11.7", "diccae": "0.1.0"}
     run = {"name": "fake <run>", "config_hash": "c0ffee", "versions": versions, "store": store}
     run |= {"started": "2026-11-20T21:00:00Z", "mlflow": {"uri": "sqlite:///x", "run_id": "abc"}}
@@ -321,6 +322,20 @@ def test_a_store_that_is_gone_costs_the_frames_only(run: Path) -> None:
         write_report(run, str(run / "gone"))
 
 
+def test_shards_that_are_gone_cost_the_frames_only(run: Path, tmp_path: Path) -> None:
+    store = make_store(str(tmp_path / "store"))
+    described = json.loads((run / "run.json").read_text())
+    described["store"]["uri"] = store.uri
+    (run / "run.json").write_text(json.dumps(described))
+    shutil.rmtree(tmp_path / "store" / "features")
+    page = Path(write_report(run, with_sound=False)).read_text()
+    assert f"the feature store {store.uri} cannot be read now" in _text(page)
+    assert "<img" not in page
+    assert page.count('class="absent"') == 1
+    with pytest.raises(PipelineError, match="is not there"):
+        write_report(run, store.uri, with_sound=False)
+
+
 def test_a_folder_without_a_run_or_with_a_broken_part_is_an_error(run: Path) -> None:
     with pytest.raises(TrainingError, match="no run folder"):
         write_report(run / "encoder")
@@ -363,6 +378,56 @@ def test_a_source_that_was_replaced_is_not_played(run: Path, tmp_path: Path) -> 
     page = Path(write_report(run, store.uri)).read_text()
     assert 'data-origin="source"' not in page
     assert "its source was replaced since" in _text(page)
+
+
+def _relabelled(store: FeatureStore, label: str) -> None:
+    """Another version, in which every clip is of one class."""
+    clips = store.snapshot().clips
+    at = clips.column_names.index("label")
+    store.append(clips.set_column(at, "label", pa.array([label] * len(clips))), {})
+
+
+def test_a_store_is_looked_at_in_the_version_that_the_run_read(run: Path, tmp_path: Path) -> None:
+    """Wherever it lies, and however the path of the same place is written."""
+    moved = make_store(str(tmp_path / "store"))
+    _relabelled(moved, "of another version")
+    described = json.loads((run / "run.json").read_text())
+    for uri, asked in ((str(run / "gone"), moved.uri), (moved.uri, f"{tmp_path}/./store")):
+        described["store"]["uri"] = uri
+        (run / "run.json").write_text(json.dumps(described))
+        page = Path(write_report(run, asked, with_sound=False)).read_text()
+        assert "of another version" not in page
+        assert 'class="absent"' not in page
+    described["store"]["version"] = 99
+    (run / "run.json").write_text(json.dumps(described))
+    text = _text(Path(write_report(run, moved.uri, with_sound=False)).read_text())
+    assert "version 2 of" in text
+    assert "holds other clips than the run read" in text
+
+
+def test_a_store_made_anew_in_its_place_is_said_to_hold_other_clips(
+    run: Path, tmp_path: Path
+) -> None:
+    described = json.loads((run / "run.json").read_text())
+    described["store"]["digest"] = "d1" * 32
+    (run / "run.json").write_text(json.dumps(described))
+    page = Path(write_report(run, with_sound=False)).read_text()
+    assert "holds other clips than the run read" in _text(page)
+    assert "of the run d1d1d1d1d1d1" in _text(page)
+
+
+def test_results_of_other_weights_than_the_run_has_are_said_to_be(run: Path) -> None:
+    file = run / "evaluation" / "predictions.parquet"
+    about = {"classes": CLASSES, "scorer": "classifier", "config_hash": "c0ffee"}
+    about["models"] = {"encoder": "1" * 64, "classifier": "2" * 64}
+    table = pq.read_table(file).replace_schema_metadata({"diccae": json.dumps(about)})
+    pq.write_table(table, file)
+    for digest, is_said in (("2" * 64, False), ("3" * 64, True)):
+        _write_json(run / "encoder" / "encoder.json", {"sha256": "1" * 64})
+        _write_json(run / "classifier" / "classifier.json", {"sha256": digest})
+        text = _text(Path(write_report(run, with_sound=False)).read_text())
+        said = "results are of other weights than the run has now (classifier of it came since)"
+        assert (said in text) == is_said
 
 
 WIDTHS = (1920, 1280, 390)

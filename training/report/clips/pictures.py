@@ -58,6 +58,16 @@ class Pictures:
         """What the features of that version are."""
         return self._snapshot.spec
 
+    @property
+    def version(self) -> int:
+        """Which version it is."""
+        return self._snapshot.version
+
+    @property
+    def digest(self) -> str:
+        """What clips that version holds, see `Snapshot.digest`."""
+        return self._snapshot.digest
+
     def by_key(self) -> dict[int, tuple[str, str]]:
         """Clip id and label by the key that clustering knows a clip by."""
         ids = list(self.label_of)
