@@ -18,7 +18,7 @@ def use_cpu(n_threads: int) -> None:
     """Compute with `n_threads`, and keep freed memory for the tensors of the next step.
 
     glibc maps every large tensor anew and gives it back when it is freed, so each step would touch
-    its pages for the first time again: a tenth of its CPU time (benchmarks/README.md).
+    its pages for the first time again: up to a tenth of its CPU time (benchmarks/README.md).
     """
     torch.set_num_threads(n_threads)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
