@@ -2,8 +2,8 @@
 
 Each side is a process of its own, as `use_cpu` holds until its end; they take turns. The step is
 the encoder's forward and backward pass on 256 clips of two seconds at 96x96 (a batch of 128 and its
-second views, as of `configs/av-digits.yaml`), GroupNorm stems, without losses. Printed: seconds and CPU seconds a step,
-page faults, the largest resident memory, and the ratio of the medians of each.
+second views, as of `configs/av-digits.yaml`), GroupNorm stems, without losses. Printed: seconds and
+CPU seconds a step, page faults, the largest resident memory, and the ratio of the medians of each.
 
     python benchmarks/kept_memory.py --threads 2 --rounds 3
 """
