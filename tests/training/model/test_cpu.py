@@ -20,8 +20,8 @@ def _faults() -> int:
 def _before_and_after(rank: int, size: int) -> tuple[int, int, int]:
     before = _faults()
     use_cpu(3)
-    _faults()
-    return before, _faults(), torch.get_num_threads()
+    # The heap takes a few turns to find room for all: where it lies decides how many.
+    return before, min(_faults() for _ in range(5)), torch.get_num_threads()
 
 
 def test_memory_of_a_step_is_kept_for_the_next() -> None:
