@@ -3,11 +3,14 @@
 import os
 import secrets
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 
 import fsspec
 import pytest
+from support.processes import shared_server
+from support.warm_workers import warm_workers
 
 # Tiny tensors: a second BLAS thread costs more than it brings, and disturbs the tests beside it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -68,28 +71,31 @@ def ray_session() -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
     # A short private folder: socket paths are limited to 107 bytes, and a shared one could make
     # this session join somebody else's cluster.
-    with tempfile.TemporaryDirectory(prefix="dray", dir="/tmp", ignore_cleanup_errors=True) as tmp:
+    folder = tempfile.TemporaryDirectory(prefix="dray", dir="/tmp", ignore_cleanup_errors=True)
+    with folder as tmp, warm_workers() as python:
         os.makedirs(f"{tmp}/ray", exist_ok=True)
         os.environ["RAY_TMPDIR"] = tmp
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            object_store_memory=300 * 2**20,
-            log_to_driver=False,
-            configure_logging=False,
-            _temp_dir=tmp,
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "executable", python)
+            ray.init(
+                address="local",
+                num_cpus=4,
+                include_dashboard=False,
+                object_store_memory=300 * 2**20,
+                log_to_driver=False,
+                configure_logging=False,
+                _temp_dir=tmp,
+            )
         yield
         ray.shutdown()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_process_for_fbanks() -> Iterator[None]:
-    """See `support.fbanks`."""
+def shared_processes() -> Iterator[None]:
+    """See `support.fbanks` and `support.processes`."""
     from support.fbanks import shared_process
 
-    with shared_process():
+    with shared_process(), shared_server():
         yield
 
 

@@ -1,9 +1,19 @@
-"""Processes that tests look for and kill. Ray's come and go while they are looked at."""
+"""Processes that tests look for and kill, and those that ranks are forked from.
+
+Ray's come and go while they are looked at.
+"""
 
 import contextlib
+import multiprocessing
 import os
+from collections.abc import Iterator
 
 import psutil
+import pytest
+
+# What ranks import, which takes longer than what they compute; the first optimizer of a process
+# imports torch._dynamo.
+_PRELOADED = ["torch._dynamo", "torch.distributed", "support.trainers", "training.data.reader"]
 
 
 def below(name: str) -> list[psutil.Process]:
@@ -31,3 +41,12 @@ def ray_env() -> dict[str, str]:
     import ray
 
     return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+
+@contextlib.contextmanager
+def shared_server() -> Iterator[None]:
+    """One server for ranks and for ablations, which name less: the first to start it decides."""
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "set_forkserver_preload", lambda names: None)
+        yield

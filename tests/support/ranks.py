@@ -14,14 +14,9 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-# What ranks import, which takes longer than what they compute; the first optimizer of a process
-# imports torch._dynamo.
-_PRELOADED = ["torch._dynamo", "torch.distributed", "support.trainers", "training.data.reader"]
-
 
 def run_ranks(n_ranks: int, fn: Callable[[int, int], Any]) -> list[Any]:
     """Run fn(rank, n_ranks) on n gloo ranks; returns what each rank returned."""
-    multiprocessing.set_forkserver_preload(_PRELOADED)
     context = multiprocessing.get_context("forkserver")
     payload = _pickled(fn)
     with tempfile.TemporaryDirectory() as folder:
