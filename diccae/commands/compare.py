@@ -18,7 +18,8 @@ class CompareArgs:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """RUN_A RUN_B, evaluated run folders; RUN_A alone with --predictions. Differences are b - a."""
     predictions: str | None = None
-    """Predictions of another model: CSV, Parquet, or VGGSounder's JSON or pickle (read as data)."""
+    """Predictions of another model: a CSV, Parquet, or VGGSounder's JSON or pickle (read as
+    data); a path or URI."""
     classes: str | None = None
     """Names of the scores' places in --predictions (CSV with display_name); else VGGSounder's."""
     pairs: int = 20
@@ -39,6 +40,10 @@ def main(argv: Sequence[str]) -> int:
     args = OPTIONS.parse(argv)
     if not 1 <= len(args.runs) <= 2:
         raise UsageError(f"compare: found {len(args.runs)} runs; expected RUN_A RUN_B")
+    if args.classes is not None and args.predictions is None:
+        raise UsageError(
+            f"compare: --classes {args.classes} names what --predictions scores; runs know theirs"
+        )
     if args.resamples < 100 or args.pairs < 0:
         raise UsageError(
             f"compare: --resamples {args.resamples} --pairs {args.pairs}; at least 100, and 0"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diccae.args import Options
+from diccae.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ OPTIONS = Options("doctor", DoctorArgs)
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns: 1 if a check failed."""
     args = OPTIONS.parse(argv)
+    if args.init is not None and args.config is None:
+        raise UsageError(f"doctor: --init {args.init} is checked against a run: give its --config")
     from diccae.doctor.examine import run_doctor
 
     checks = run_doctor(args.store, args.mlflow_uri, args.address, args.config, args.init)

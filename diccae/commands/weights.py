@@ -44,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
     args = OPTIONS.parse(argv)
     from training.weights.files import by_part
 
+    _check(args)
     done = _export(args) if args.action == "export" else _import(args)
     if args.json:
         print(json.dumps(done))
@@ -51,6 +52,18 @@ def main(argv: Sequence[str]) -> int:
         for name, value in done.items():
             print(f"{name:<11} {by_part(value) if isinstance(value, list) else value}")
     return 0
+
+
+def _check(args: WeightsArgs) -> None:
+    """Options of the other action, which would do nothing."""
+    given = {"--store": args.store, "--classes": args.classes, "--config": args.config}
+    idle = [name for name, value in given.items() if value is not None]
+    if args.action == "export" and idle:
+        raise UsageError(
+            f"export: {', '.join(idle)}: of import; what is exported is all in {args.model}"
+        )
+    if args.action == "import" and args.to != "cavmae":
+        raise UsageError(f"import: --to {args.to}: of export; any kind of weights is imported")
 
 
 def _export(args: WeightsArgs) -> dict[str, Any]:

@@ -62,10 +62,11 @@ def check_mlflow(uri: str) -> Check:
     if not uri.startswith("sqlite:///"):
         return Check("mlflow", True, f"{uri}: not tried; MLflow opens it when a run starts")
     file = Path(uri.removeprefix("sqlite:///"))
-    folder = file.parent if file.parent.is_dir() else Path.cwd()
-    ok = os.access(file if file.exists() else folder, os.W_OK)
-    state = "exists" if file.exists() else "will be made"
-    hint = "" if ok else f"make {folder} writable or choose another tracking.uri"
+    # MLflow makes the folders, too.
+    there = next(place for place in (file, *file.absolute().parents) if place.exists())
+    ok = os.access(there, os.W_OK) and (there == file or there.is_dir())
+    state = "exists" if there == file else "will be made"
+    hint = "" if ok else f"make {there} writable or choose another tracking.uri"
     return Check("mlflow", ok, f"{file} {state}", hint)
 
 

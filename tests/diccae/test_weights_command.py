@@ -131,6 +131,34 @@ def test_what_does_not_fit_is_one_line_and_leaves_no_run(
     assert not Path("run/run.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--store", "store"], 2, "export: --store: of import"),
+        (["--classes", "a.csv", "--config", "run.yaml"], 2, "export: --classes, --config: of import"),
+        (["--out", "to/cavmae"], 1, "ends in nothing, and is read by its ending: one of .pth"),
+        (["--out", "to/cavmae.safetensors"], 1, "ends in .safetensors, and is read by its ending"),
+        (["--to", "hub-folder", "--out", "trunk"], 1, "trunk: holds the model of an encoder.json"),
+    ],
+)
+def test_what_export_would_not_do_or_could_not_be_read_back_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str
+) -> None:
+    out = [] if "--out" in arguments else ["--out", "to/cavmae.pth"]
+    assert main(["weights", "export", "--model", "model", *out, *arguments]) == code
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1
+    assert not Path("to").exists()
+    assert {file.name for file in Path("trunk").iterdir()} >= {"encoder.json", "README.md"}
+    assert not Path("trunk/classifier.json").exists()
+
+
+def test_import_takes_any_layout(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _import("--model", "trunk", "--to", "hub-folder", "--out", "run") == 2
+    assert "import: --to hub-folder: of export" in capsys.readouterr().err
+
+
 def test_runs_of_one_name_keep_the_versions_of_each_other(place: Path) -> None:
     store = FeatureStore.open("store")
     first = store.version()

@@ -17,13 +17,14 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.storage import fetched
 from training.comparison.plain_pickle import NotPlain, load_plain
 from training.errors import TrainingError
 from training.evaluation.predictions import Predictions, read_predictions
@@ -58,16 +59,19 @@ def of_run(name: str, predictions: Predictions) -> Answers:
 def read_answers(file: str, classes_file: str | None = None) -> Answers:
     """Read a file of another project.
 
-    Args: classes_file: the names of its scores' places (CSV with display_name), None: VGGSounder's.
+    Args: file: path or URI. classes_file: the names of its scores' places (CSV with display_name),
+        path or URI; None: VGGSounder's.
     Raises: TrainingError naming what was found and what is read.
     """
-    path = Path(file)
     readers = {".csv": _csv, ".parquet": _parquet, ".json": _by_clip, ".pkl": _by_clip}
-    read = readers.get(path.suffix.lower())
-    if read is None:
-        raise TrainingError(f"{file}: found {path.suffix!r}, can read {', '.join(readers)}")
+    suffix = PurePosixPath(file).suffix.lower()
+    if suffix not in readers:
+        raise TrainingError(f"{file}: found {suffix!r}, can read {', '.join(readers)}")
     try:
-        answers = read(path, classes_file)
+        with fetched(file) as path:
+            answers = readers[suffix](path, classes_file)
+    except TrainingError as error:
+        raise TrainingError(f"{file}: {error}") from error
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise TrainingError(f"{file}: cannot be read ({error})") from error
     given = {s: said for s, said in answers.said.items() if any(each for each in said)}
@@ -93,12 +97,12 @@ def _csv(path: Path, _: str | None) -> Answers:
         for row in filter(None, reader):
             if len(row) != len(header):
                 raise TrainingError(
-                    f"{path}, line {reader.line_num}: {len(row)} columns, expected {len(header)} "
+                    f"line {reader.line_num}: {len(row)} columns, expected {len(header)} "
                     f"({', '.join(header)}); a class name with a comma needs quotes"
                 )
             rows.append([cell.strip() for cell in row])
     columns = {name: [row[k] for row in rows] for k, name in enumerate(header)}
-    return _columns(path, columns)
+    return _columns(path.name, columns)
 
 
 def _parquet(path: Path, _: str | None) -> Answers:
@@ -106,20 +110,20 @@ def _parquet(path: Path, _: str | None) -> Answers:
     if any(name.startswith("probabilities_") for name in names):
         return of_run(path.name, read_predictions(path))
     wanted = [name for name in names if name in (*_IDS, *_STREAMS)]
-    return _columns(path, pq.read_table(path, columns=wanted).to_pydict())
+    return _columns(path.name, pq.read_table(path, columns=wanted).to_pydict())
 
 
-def _columns(path: Path, columns: Mapping[str, list[Any]]) -> Answers:
+def _columns(name: str, columns: Mapping[str, list[Any]]) -> Answers:
     ids = next((columns[name] for name in _IDS if name in columns), None)
     if ids is None:
         found = ", ".join(columns) or "nothing"
-        raise TrainingError(f"{path}: columns {found}; one of {', '.join(_IDS)} has to be there")
+        raise TrainingError(f"columns {found}; one of {', '.join(_IDS)} has to be there")
     said: dict[str, list[Said]] = {
         _STREAMS[name]: [(str(each),) if each else () for each in values]
         for name, values in columns.items()
         if name in _STREAMS
     }
-    return Answers(path.name, [_clip_id(each) for each in ids], said)
+    return Answers(name, [_clip_id(each) for each in ids], said)
 
 
 def _by_clip(path: Path, classes_file: str | None) -> Answers:
@@ -131,22 +135,20 @@ def _by_clip(path: Path, classes_file: str | None) -> Answers:
             found = load_plain(content)
         except NotPlain as error:
             raise TrainingError(
-                f"{path}: holds {error}; only arrays of numbers, dicts, lists, names and numbers "
+                f"holds {error}; only arrays of numbers, dicts, lists, names and numbers "
                 "are read, and nothing of it was run"
             ) from error
     if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
-        raise TrainingError(f"{path}: expected {{clip_id: {{'logits' or 'predictions': ...}}}}")
+        raise TrainingError("expected {clip_id: {'logits' or 'predictions': ...}}")
     names = _names(classes_file) if any("logits" in each for each in found.values()) else []
     said: dict[str, list[Said]] = {
-        stream: [_said_of(path, clip_id, each, key, names) for clip_id, each in found.items()]
+        stream: [_said_of(clip_id, each, key, names) for clip_id, each in found.items()]
         for key, stream in STREAM_OF.items()
     }
     return Answers(path.name, [_clip_id(clip_id) for clip_id in found], said)
 
 
-def _said_of(
-    path: Path, clip_id: object, entry: Mapping[str, Any], key: str, names: Sequence[str]
-) -> Said:
+def _said_of(clip_id: object, entry: Mapping[str, Any], key: str, names: Sequence[str]) -> Said:
     """Top-1 of the scores if there are any, else what is named."""
     for kind in ("logits", "predictions"):
         values = entry.get(kind)
@@ -154,27 +156,26 @@ def _said_of(
         if given is None:
             continue
         if kind == "predictions":
-            return _listed(path, clip_id, key, given)
+            return _listed(clip_id, key, given)
         scores_C = np.asarray(given)
         if scores_C.shape != (len(names),) or scores_C.dtype.kind not in "fiu":
             raise TrainingError(
-                f"{path}, clip {clip_id}, {key}: scores of shape {scores_C.shape}, and "
+                f"clip {clip_id}, {key}: scores of shape {scores_C.shape}, and "
                 f"{len(names)} classes have names; give those of the file with --classes"
             )
         if not np.isfinite(scores_C).all():
-            raise TrainingError(f"{path}, clip {clip_id}, {key}: scores that are not finite")
+            raise TrainingError(f"clip {clip_id}, {key}: scores that are not finite")
         return (names[int(scores_C.argmax())],)
     return None
 
 
-def _listed(path: Path, clip_id: object, key: str, given: Any) -> tuple[str, ...]:
+def _listed(clip_id: object, key: str, given: Any) -> tuple[str, ...]:
     """The names in a list; a name alone is one name, and not a list of its letters."""
     if isinstance(given, str):
         return (given,)
     if not isinstance(given, list | tuple | np.ndarray):
         raise TrainingError(
-            f"{path}, clip {clip_id}, {key}: predictions are {given!r:.40}; expected a list of "
-            "names"
+            f"clip {clip_id}, {key}: predictions are {given!r:.40}; expected a list of names"
         )
     return tuple(str(each) for each in np.ravel(np.asarray(given, object)))
 
@@ -183,7 +184,7 @@ def _names(classes_file: str | None) -> list[str]:
     if classes_file is None:
         return class_names()
     try:
-        with open(classes_file, encoding="utf-8-sig", newline="") as file:
+        with fetched(classes_file) as path, open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
         # As `weights import` reads such a list: its own numbers are the places.
         if rows and "index" in rows[0]:

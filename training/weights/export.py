@@ -24,6 +24,7 @@ from training.weights.beside import readme_of, write_readme
 from training.weights.card import ModelCard
 from training.weights.files import (
     HUB_TENSORS,
+    check_pickled_name,
     fetched_tensors,
     load_classifier,
     load_encoder,
@@ -61,8 +62,10 @@ def export_file(model_uri: str, uri: str) -> tuple[int, str | None]:
     label list (`.csv`).
 
     Returns: the number of tensors, and where the label list is (`read_class_names` reads it).
-    Raises: WeightsError if there is no such model, or CAV-MAE has no place for its stems.
+    Raises: WeightsError if there is no such model, CAV-MAE has no place for its stems, or the
+        file's ending is not one of a file that torch.save wrote.
     """
+    check_pickled_name(uri)
     saved: tuple[Encoder | Classifier, ModelCard]
     name = saved_name(model_uri)
     saved = load_classifier(model_uri) if name == "classifier" else load_encoder(model_uri)
@@ -88,10 +91,12 @@ def export_hub(model_uri: str, uri: str) -> list[str]:
     """Write a saved model as a folder that Hugging Face's tools take, and that is still a saved
     model to diccae: the same tensors under their name, config.json, the card and README.md.
 
-    Returns: names of the files. Raises: WeightsError if there is no such model.
+    Returns: names of the files.
+    Raises: WeightsError if there is no such model, or the folder holds one of the other kind.
     """
     source, target = Location(model_uri), Location(uri)
     kind = saved_name(source.uri)
+    _check_free(target, kind)
     _, digest = read_card(source.uri, kind)
     with fetched_tensors(source.uri, kind) as tensors, target.written(HUB_TENSORS) as copy:
         if sha256(tensors) != digest:
@@ -106,6 +111,16 @@ def export_hub(model_uri: str, uri: str) -> list[str]:
     write_readme(target.uri, kind)
     files = [HUB_TENSORS, "config.json", f"{kind}.json"]
     return [*files, *(["measured.json"] if measured else []), "README.md"]
+
+
+def _check_free(target: Location, kind: str) -> None:
+    """The card tells what a folder holds, and two would contradict each other."""
+    for other in {"encoder", "classifier"} - {kind}:
+        if target.exists(f"{other}.json"):
+            raise WeightsError(
+                f"{target.uri}: holds the model of an {other}.json, and an {kind} was to be "
+                "written: name another folder, or empty it"
+            )
 
 
 def _hub_config(card: Mapping[str, Any]) -> bytes:

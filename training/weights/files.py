@@ -132,6 +132,16 @@ def read_weights(uri: str) -> tuple[dict[str, Tensor], ModelCard | None]:
     return _read_saved(uri, saved_name(uri))
 
 
+def check_pickled_name(uri: str) -> None:
+    """Raises: WeightsError if a file of this name would not be read back as torch.save wrote it."""
+    suffix = PurePosixPath(urlsplit(uri).path).suffix
+    if suffix not in _PICKLED:
+        raise WeightsError(
+            f"{uri}: ends in {suffix or 'nothing'}, and is read by its ending: one of "
+            + ", ".join(_PICKLED)
+        )
+
+
 def saved_name(uri: str) -> Literal["encoder", "classifier"]:
     """What a saved model's folder holds."""
     return "classifier" if Location(uri).exists("classifier.json") else "encoder"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support.mlflow_server import Server
 
+from diccae.cli import main
 from diccae.doctor import child, libraries, machine, services
 from diccae.doctor.check import Check
 from diccae.doctor.examine import run_doctor
@@ -177,10 +178,22 @@ def test_mlflow_lets_us_in_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_mlflow_is_there_or_not(something_else: str, tmp_path: Path) -> None:
     assert services.check_mlflow(f"sqlite:///{tmp_path}/mlflow.db").ok
-    for uri in (something_else, "http://127.0.0.1:9"):
+    assert services.check_mlflow(f"sqlite:///{tmp_path}/not/made/mlflow.db").ok
+    (tmp_path / "file").touch()
+    in_a_file = f"sqlite:///{tmp_path}/file/mlflow.db"
+    for uri in (something_else, "http://127.0.0.1:9", in_a_file):
         check = services.check_mlflow(uri)
         assert not check.ok
         assert check.hint
+
+
+def test_weights_without_the_run_they_are_for_are_not_passed_over(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["doctor", "--init", "cav-mae.pth"]) == 2
+    assert "--init cav-mae.pth is checked against a run: give its --config" in (
+        capsys.readouterr().err
+    )
 
 
 def test_whatever_is_named_is_checked_and_every_failure_has_a_next_step(

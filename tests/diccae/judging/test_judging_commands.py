@@ -204,6 +204,7 @@ def test_predictions_from_before_a_fine_tuning_are_not_compared(
         (["compare", "a", "nowhere"], 1, "run diccae evaluate on the run first"),
         (["compare", "a", "--predictions", "evil.pkl"], 1, "nothing of it was run"),
         (["compare", "a", "b", "c"], 2, "found 3 runs"),
+        (["compare", "a", "b", "--classes", "c.csv"], 2, "names what --predictions scores"),
         (["evaluate", "--out", "a", "--reuse", "--evaluate.knn-k", "3"], 2, "leave out --reuse"),
         (["evaluate", "--out", "other", "--reuse", "--vggsounder"], 2, "none of the run's 2 clips"),
         (["evaluate", "--out", "halfway", "--reuse"], 2, "holds no results of the evaluation"),
@@ -278,6 +279,25 @@ def test_pages_and_predictions_are_written_to_folders_to_make_and_to_uris(runs: 
     assert not list(runs.glob("memory*"))
     for name in ("c.html", "b.pkl"):
         assert remote.cat_file(f"/judged/{name}") == Path("new/folder", name).read_bytes()
+
+
+def test_predictions_and_their_classes_may_be_in_a_bucket(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remote = fsspec.filesystem("memory")
+    given = _predictions(3)
+    scores = {clip: {"logits": {"av": scores_C}} for clip, scores_C in
+              zip(given.clip_ids, given.scores["fusion"], strict=True)}  # fmt: skip
+    remote.pipe_file("/theirs/p.pkl", pickle.dumps(scores))
+    rows = [f'{k},m,"{name}"' for k, name in enumerate(given.about.classes)]
+    listed = "\n".join(["index,mid,display_name", *rows])
+    remote.pipe_file("/theirs/classes.csv", listed.encode())
+    named = ["--predictions", "memory://theirs/p.pkl", "--classes", "memory://theirs/classes.csv"]
+    assert main(["compare", "a", *named]) == 0
+    remote.pipe_file("/theirs/p.pkl", pickle.dumps({CLIPS[0]: {"logits": {"av": [1.0]}}}))
+    capsys.readouterr()
+    assert main(["compare", "a", *named]) == 1
+    assert f"memory://theirs/p.pkl: clip {CLIPS[0]}, av: scores of" in capsys.readouterr().err
 
 
 def _own_label(clip: int) -> str:
