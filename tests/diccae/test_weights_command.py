@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_no_run(
     ("arguments", "code", "said"),
     [
         (["--store", "store"], 2, "export: --store: of import"),
-        (["--classes", "a.csv", "--config", "run.yaml"], 2, "export: --classes, --config: of import"),
+        (["--classes", "a.csv", "--config", "run.yaml"], 2, "export: --classes, --config: of"),
         (["--out", "to/cavmae"], 1, "ends in nothing, and is read by its ending: one of .pth"),
         (["--out", "to/cavmae.safetensors"], 1, "ends in .safetensors, and is read by its ending"),
         (["--to", "hub-folder", "--out", "trunk"], 1, "trunk: holds the model of an encoder.json"),
