@@ -44,6 +44,8 @@ class Answers(NamedTuple):
     clip_ids: list[str]
     said: Mapping[str, Sequence[Said]]
     """By stream, [M]."""
+    classes: tuple[str, ...] = ()
+    """All that a model can name, where that is known."""
 
 
 def of_run(name: str, predictions: Predictions) -> Answers:
@@ -53,7 +55,7 @@ def of_run(name: str, predictions: Predictions) -> Answers:
         stream: [(names[k],) for k in scores_MC.argmax(1).tolist()]
         for stream, scores_MC in predictions.scores.items()
     }
-    return Answers(name, predictions.clip_ids, said)
+    return Answers(name, predictions.clip_ids, said, tuple(names))
 
 
 def read_answers(file: str, classes_file: str | None = None) -> Answers:

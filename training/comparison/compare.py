@@ -183,12 +183,12 @@ def _named(names: Sequence[str], said: Sequence[Said]) -> NDArray[np.bool_]:
 
 
 def _unknown(b: Answers, a: Answers, truth: Mapping[str, Truth]) -> list[str]:
-    """Names of b that are neither a label nor a name of a.
+    """Names of b that are neither a label nor a class of a.
 
     Raises: TrainingError if all are: b would be wrong everywhere by the way it writes names.
     """
     known = {each.label for each in truth.values()}
-    known |= {name for said in a.said.values() for one in said for name in one or ()}
+    known |= {*a.classes} | {name for said in a.said.values() for one in said for name in one or ()}
     named = {name for said in b.said.values() for one in said for name in one or ()}
     if named and not named & known:
         raise TrainingError(

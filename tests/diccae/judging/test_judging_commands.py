@@ -300,6 +300,18 @@ def test_predictions_and_their_classes_may_be_in_a_bucket(
     assert f"memory://theirs/p.pkl: clip {CLIPS[0]}, av: scores of" in capsys.readouterr().err
 
 
+def test_a_class_of_the_run_is_known_though_no_clip_has_it_and_no_model_named_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scores = dict.fromkeys(STREAMS, np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]], np.float32))
+    predicted_run(tmp_path / "a", predictions(["x", "y"], ["dog", "cat", "owl"], [0, 1], scores))
+    Path("theirs.csv").write_text("clip_id,av\nx,owl\ny,wolf\n")
+    capsys.readouterr()
+    assert main(["compare", "a", "--predictions", "theirs.csv", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unknown"] == ["wolf"]
+
+
 def _own_label(clip: int) -> str:
     given = _predictions(1)
     return str(given.about.classes[given.labels_M[clip]])
