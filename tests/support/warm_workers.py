@@ -45,6 +45,8 @@ _IMPORTED = [
     "google.protobuf.message",
     "jsonschema",
 ]
+# Ray leaves the first one out for a worker without a runtime environment of its own.
+_WORKERS = ("setup_worker.py", "default_worker.py")
 _LENGTH = 4  # Bytes of a message's length.
 
 
@@ -80,7 +82,7 @@ def warm_workers() -> Iterator[str]:
 
 def _start(arguments: list[str]) -> int:
     """As Python would, for a worker by the server; its exit code."""
-    if Path(arguments[0]).name != "setup_worker.py":
+    if Path(arguments[0]).name not in _WORKERS:
         os.execv(os.environ[_PYTHON], [os.environ[_PYTHON], *arguments])
     server = socket.socket(socket.AF_UNIX)
     server.connect(os.environ[_SOCKET])
@@ -93,12 +95,17 @@ def _start(arguments: list[str]) -> int:
     return int.from_bytes(server.recv(1), "big")
 
 
-def _received(asker: socket.socket) -> tuple[dict[str, Any], list[int]]:
+def _received(asker: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """None of an asker that was killed before it had said all."""
     length, streams, _, _ = socket.recv_fds(asker, _LENGTH, 3)
     message = bytearray()
     while len(message) < int.from_bytes(length, "big"):
-        message += asker.recv(2**20)
-    return json.loads(message), streams
+        part = asker.recv(2**20)
+        if not part:
+            break
+        message += part
+    whole = len(message) == int.from_bytes(length, "big")
+    return (json.loads(message) if message and whole else None), streams
 
 
 def _serve(listener: socket.socket) -> dict[str, Any] | None:
@@ -122,7 +129,7 @@ def _serve(listener: socket.socket) -> dict[str, Any] | None:
                 continue
             asker = listener.accept()[0]
             given, streams = _received(asker)
-            if not (pid := os.fork()):
+            if given and not (pid := os.fork()):
                 waits.close()
                 for descriptor in [*workers, *(s.detach() for _, s in workers.values())]:
                     os.close(descriptor)
@@ -131,6 +138,9 @@ def _serve(listener: socket.socket) -> dict[str, Any] | None:
                 return given | {"streams": streams}
             for stream in streams:
                 os.close(stream)
+            if not given:
+                asker.close()
+                continue
             descriptor = os.pidfd_open(pid)
             workers[descriptor] = pid, asker
             waits.register(descriptor, selectors.EVENT_READ)

@@ -71,9 +71,12 @@ def read_answers(file: str, classes_file: str | None = None) -> Answers:
         raise TrainingError(f"{file}: found {suffix!r}, can read {', '.join(readers)}")
     try:
         with fetched(file) as path:
-            answers = readers[suffix](path, classes_file)
-    except TrainingError as error:
-        raise TrainingError(f"{file}: {error}") from error
+            try:
+                answers = readers[suffix](path, classes_file)
+            except TrainingError as error:
+                # The user's name of the file, and not that of a copy.
+                said = str(error).removeprefix(f"{path}: ")
+                raise TrainingError(f"{file}: {said}") from error
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise TrainingError(f"{file}: cannot be read ({error})") from error
     given = {s: said for s, said in answers.said.items() if any(each for each in said)}

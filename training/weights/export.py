@@ -118,8 +118,8 @@ def _check_free(target: Location, kind: str) -> None:
     for other in {"encoder", "classifier"} - {kind}:
         if target.exists(f"{other}.json"):
             raise WeightsError(
-                f"{target.uri}: holds the model of an {other}.json, and an {kind} was to be "
-                "written: name another folder, or empty it"
+                f"{target.uri}: holds the model of an {other}.json, and the {kind} was to "
+                "be written: name another folder, or empty it"
             )
 
 
