@@ -34,6 +34,21 @@ ask for whole ones, and on a small machine would otherwise wait for ever."""
 _NO_API_SERVER = "http://127.0.0.1:9"
 """Where an embedded cluster says its API server is: at a port that answers nothing."""
 
+_EMBEDDED_ENV = {
+    # Above four times this many workers Ray prints a notice to stdout; its own light actors
+    # already are more than that on two cores.
+    "RAY_worker_maximum_startup_concurrency": "16",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # Nobody preempts us.
+    # Workers for a first job, one a CPU; training's and an ingest's have an environment of their
+    # own and are started anew.
+    "RAY_prestart_worker_first_driver": "0",
+    # Nobody is shown the lines of Ray's logs, or what its dashboard would say of the machine.
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "3600",
+    "REPORTER_UPDATE_INTERVAL_MS": "3600000",
+}
+"""Without what nobody uses inside one process: 5 s of a short run's minute on two cores."""
+
 MAXIMA = "DICCAE_AUTOSCALING_GROUPS"
 """Variable in which a rendered manifest says what its cluster can grow to."""
 _ROLE, _TRAIN = "diccae.io/role", "train"
@@ -73,10 +88,7 @@ def start_ray() -> None:
         if cores is None:
             ray.init(address="auto", **quiet)
             return
-        # Above four times this many workers Ray prints a notice to stdout; its own light actors
-        # already are more than that on two cores.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # Nobody preempts us.
+        os.environ |= _EMBEDDED_ENV | os.environ
         # It has none. Ray Train's guard of placement groups would wait for one for 12 s at the end
         # of each fit, or ask that of another cluster on this machine whether our run is alive.
         os.environ["RAY_API_SERVER_ADDRESS"] = _NO_API_SERVER

@@ -133,10 +133,10 @@ class VideoConvStem(nn.Module):
 
     def forward(self, frames_BCHW: Tensor) -> Tensor:
         """frames_BCHW [B, 3, H, W] float, normalised -> [B, L, D]."""
-        half = F.avg_pool2d(_laid_out(frames_BCHW, self.norm), 2)
+        half = F.avg_pool2d(frames_BCHW, 2)
         around = F.avg_pool2d(half, 8, ceil_mode=True)
         around = F.interpolate(around, size=half.shape[-2:], mode="bilinear")
         with convolution_numerics(frames_BCHW.device):
-            x_BChw = self.blocks(torch.cat([half, half - around], dim=1))
+            x_BChw = self.blocks(_laid_out(torch.cat([half, half - around], dim=1), self.norm))
         tokens_BLD: Tensor = self.proj(x_BChw.flatten(2).transpose(1, 2))
         return tokens_BLD

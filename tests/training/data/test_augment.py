@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.trainers import make_trainer, pretrain_config
 from torch import Tensor
+from torch.nn import functional
 
 from training.config import AugmentConfig
 from training.data.augment import (
@@ -167,3 +168,25 @@ def _chunks(config, folder: Path) -> list[Chunk]:
     trainer.chunks.of = of  # type: ignore[method-assign]
     trainer.run(until_epoch=1)
     return seen[0]
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_a_crop_is_an_affine_map_of_all_frames_of_a_clip(flip: float) -> None:
+    config = AugmentConfig(crop_scale_min=0.3, flip=flip, brightness=0.0, contrast=0.0)
+    frames_BFCHW = torch.rand(5, 3, 3, 48, 36)
+    seen = augment_frames(frames_BFCHW, config, torch.Generator().manual_seed(3))
+
+    draws = torch.Generator().manual_seed(3)
+    scale_B = (torch.rand(5, generator=draws) * 0.7 + 0.3).sqrt()
+    dx_B, dy_B = (torch.rand(5, generator=draws) * 2 - 1 for _ in range(2))
+    theta_B23 = torch.zeros(5, 2, 3)
+    theta_B23[:, 0, 0] = scale_B * (-1 if flip else 1)
+    theta_B23[:, 1, 1] = scale_B
+    theta_B23[:, 0, 2] = dx_B * (1 - scale_B)
+    theta_B23[:, 1, 2] = dy_B * (1 - scale_B)
+    grid_BHW2 = functional.affine_grid(theta_B23, [5, 3, 48, 36], align_corners=False)
+    for f in range(3):
+        expected = functional.grid_sample(
+            frames_BFCHW[:, f], grid_BHW2, padding_mode="border", align_corners=False
+        )
+        torch.testing.assert_close(seen[:, f], expected, rtol=0, atol=1e-6)
