@@ -16,7 +16,7 @@ import tyro
 from diccae.subcommands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[!.]*/README.md"), *ROOT.glob("docs/*.md")])
 PACKAGES = ("pipeline", "clustering", "training", "deploy", "diccae")
 TOPS = "|".join([*PACKAGES, "configs", "benchmarks", "tests", "docs"])
 
