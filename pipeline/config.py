@@ -79,9 +79,9 @@ class IngestConfig(Frozen):
     workers: int | None = Field(None, ge=1)
     """Most decode actors; None: one per CPU that the cluster has or gets, per core of a machine
     alone."""
-    local_clips: int = Field(64, ge=0)
+    local_clips: int | None = Field(None, ge=0)
     """Up to this many clips are decoded by processes of this machine, and Ray is never started; 0
-    leaves every clip to Ray."""
+    leaves every clip to Ray. None: 64 beside a cluster, 1,024 on a machine alone."""
     cpus_per_worker: float = Field(0.9, gt=0)
     """CPUs an actor reserves; below 1 so that Ray Data's own tasks always find room."""
     timeout_s: float = Field(60.0, gt=0)

@@ -20,6 +20,9 @@ from training.cluster_config import TrackingConfig
 from training.tracking import tracker as tracking
 from training.tracking.copier import RunHandle
 
+_LOCAL_CLIPS_ALONE = 1024
+"""Where Ray brings no cores it costs 14 s of two of them; that is little only above this."""
+
 
 def run_ingest(
     clips: str | None,
@@ -36,9 +39,7 @@ def run_ingest(
     Args: clips, videos, label_from_folder: as list_sources takes them; tracked: where to write
         the ingest down as an MLflow run of its own; None or no URI: not.
     """
-    if config.workers is None:
-        # One per core: the spare CPUs of an embedded cluster are none to decode on.
-        config = config.model_copy(update={"workers": embedded_cores()})
+    config = _for_machine_alone(config) if embedded_cores() else config
     params = {"clips": clips, "videos": videos, "store": store, "ingest": config.model_dump()}
     if spec is not None:
         params["features"] = spec.model_dump()
@@ -60,6 +61,13 @@ def run_ingest(
         )
         run.conclude(summary)
     return summary
+
+
+def _for_machine_alone(config: IngestConfig) -> IngestConfig:
+    """What the config leaves open, where Ray would start in this process and bring no cores."""
+    # One per core: the spare CPUs of an embedded cluster are none to decode on.
+    usual = {"workers": embedded_cores(), "local_clips": _LOCAL_CLIPS_ALONE}
+    return config.model_copy(update={k: v for k, v in usual.items() if getattr(config, k) is None})
 
 
 def _start_cluster(clips: str | None, videos: str | None, store: str) -> None:

@@ -35,6 +35,9 @@ from pipeline.store.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
 from pipeline.store.shards import discard_unfinished
 from pipeline.store.store import FeatureStore, Snapshot
 
+_LOCAL_CLIPS = 64
+"""About what two cores decode while a cluster takes up its work."""
+
 
 @dataclass(frozen=True)
 class IngestSummary:
@@ -258,7 +261,8 @@ class _Run:
 
     def _decoded(self, todo: pa.Table) -> Iterator[pa.Table]:
         """Rows of the clips table, a finished shard's at a time; each clip of `todo` once."""
-        if len(todo) > self.config.local_clips:
+        given = self.config.local_clips
+        if len(todo) > (_LOCAL_CLIPS if given is None else given):
             from pipeline.ingest.on_ray import run_shards
 
             self.start_ray()

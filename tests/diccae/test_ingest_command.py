@@ -10,6 +10,8 @@ from deltalake import DeltaTable
 from support.cheap_source import CHEAP_SPECS, CheapSource
 
 from diccae.cli import main
+from diccae.errors import UsageError
+from diccae.stages import ingest
 from pipeline.ingest.maintenance import status
 from pipeline.store.store import FeatureStore
 
@@ -159,3 +161,30 @@ def test_of_two_first_ingests_at_once_one_makes_the_store(
     assert made == [b"under way", about.read_bytes()]
     counts = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(one["new"], one["unchanged"]) for one in counts] == [(4, 0), (0, 4)]
+
+
+@pytest.mark.parametrize("is_beside_a_cluster", [False, True])
+def test_more_clips_than_a_cluster_is_worth_are_decoded_here_on_a_machine_alone(
+    is_beside_a_cluster: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """65 files that fail at once: one more than what is decoded here beside a cluster."""
+    videos, store = tmp_path / "videos", str(tmp_path / "store")
+    videos.mkdir()
+    for i in range(65):
+        (videos / f"c{i}.mp4").write_text("no video")
+
+    def join() -> None:
+        raise UsageError("a cluster was asked for")
+
+    monkeypatch.setattr(ingest, "start_ray", join)
+    if is_beside_a_cluster:
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    else:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    typed = ["ingest", "--videos", str(videos), "--store", store, "--ingest.max-failed-frac", "1"]
+    code = main(typed)
+    assert ("a cluster was asked for" in capsys.readouterr().err) == is_beside_a_cluster
+    assert (code, status(store)["failed"]) == ((2, 0) if is_beside_a_cluster else (0, 65))

@@ -57,6 +57,7 @@ def test_interrupted_ingest_commits_what_is_done(
     # Nothing but the end of the run commits.
     command += ["--ingest.shard-clips", "16", "--ingest.commit-shards", "1000"]
     command += ["--ingest.commit-seconds", "3600", "--ingest.workers", "2"]
+    command += ["--ingest.local-clips", "0"]
     env = dict(os.environ) if name == "SIGINT" else ray_env()
     run = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env
