@@ -82,7 +82,7 @@ def _finetune(folder: RunFolder, args: FinetuneArgs) -> None:
 
 def _dry_run(folder: RunFolder, args: FinetuneArgs) -> int:
     from diccae.stages.run_record import pin_for
-    from training.loop.dry_run import dry_run_finetuning
+    from training.run.dry_run import dry_run_finetuning
 
     data = pin_for(folder, args.run, args.store)
     n_clips, n_classes = len(data.train), len(data.train.classes)

@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _dry_run(config: RunConfig, store: str) -> int:
-    from training.loop.dry_run import dry_run
+    from training.run.dry_run import dry_run
     from training.run.pinned import check, pin
 
     data = pin(store, config.data.version, config)

@@ -54,7 +54,7 @@ def check_memory(file: str, store: str | None) -> Check:
     """A step of pretraining and of fine-tuning fits the card, or on a CPU the machine."""
     from diccae.config import load_config
     from pipeline.store.store import FeatureStore
-    from training.loop.dry_run import step_bytes
+    from training.run.dry_run import step_bytes
 
     config = load_config(file)
     spec = config.features

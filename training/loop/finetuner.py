@@ -1,8 +1,7 @@
 """Finetuner: supervised fine-tuning step by step, with the confusion-aware cross-entropy.
 
 Knows nothing of Ray, MLflow or files. Invariants: with `auxiliary`, `confusion`, smoothing and
-mixup off it is plain cross-entropy on the fused stream; a step depends on the config, the weights
-and the planned clips alone, whatever the number of workers.
+mixup off it is plain cross-entropy on the fused stream; those of StepLoop.
 
 Shapes: n clips of this rank, C classes.
 """
@@ -11,27 +10,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clustering.kmeans.label_table import NO_LABEL
 from training.config import FinetuneConfig, TrainingConfig
 from training.data.augment import augment_fbank, augment_frames, normalise_frames
-from training.data.device import DeviceBatch, on_device
-from training.data.order import BatchPlan, EpochReads, FrameDraw, lanes_of
+from training.data.device import DeviceBatch
+from training.data.order import FrameDraw
 from training.data.reader import Reader
 from training.data.rows import RowIndex
 from training.data.views import step_generator
 from training.errors import TrainingError
-from training.loop.finite import FiniteSteps, StepTaken
 from training.loop.hooks import Hooks, World
-from training.loop.meter import Meter
 from training.loop.mixup import Mixed, meeting, mix
-from training.loop.schedule import (
-    learning_rate,
-    make_optimizer,
-    restore_optimizer,
-    set_learning_rate,
-)
+from training.loop.step_loop import Course, StepLoop
 from training.losses.confusion import ConfusionState
 from training.losses.gather import RankShare
 from training.losses.terms import multi_label_loss, soft_targets, supervised_loss
@@ -39,7 +31,7 @@ from training.model.classifier import Classifier
 from training.model.numerics import trunk_numerics
 
 
-class Finetuner:
+class Finetuner(StepLoop):
     """Fine-tunes a classifier on the labelled rows of `index` (docs/design.md, "Fine-tuning")."""
 
     def __init__(
@@ -54,29 +46,16 @@ class Finetuner:
     ) -> None:
         """Raises: TrainingError if a clip has no label, or more than the loss can use."""
         refuse_labels(index, config.finetune.loss)
-        self.config, self.tuning, self.reader = config, config.finetune, reader
-        self.world, self.hooks, self.n_classes = world, hooks, len(index.classes)
-        self.plan = BatchPlan.of(len(index), self.tuning.batch_size, config.data)
-        self.lanes = lanes_of(world.rank, world.size, self.plan.lanes)
+        self.tuning, self.n_classes = config.finetune, len(index.classes)
+        course = Course(self.tuning.epochs, self.tuning.batch_size, self.tuning.optim)
+        super().__init__(config, course, index, reader=reader, world=world, hooks=hooks)
         self.share = RankShare(self.plan.rows_of_workers(world.size), world.rank)
-        self.steps_per_epoch = self.plan.steps(len(index))
-        self.total_steps = self.steps_per_epoch * self.tuning.epochs
-        self.step = 0
-        self.meter = Meter(world.device)
-        self.meter.keep("world_size", world.size)
         self.classifier = classifier.to(world.device).train()
         if config.pretrain.compile:
             self.classifier.encoder.compile_blocks()
         self.model = world.wrapped(classifier)
         learned = ((n, p) for n, p in classifier.named_parameters() if p.requires_grad)
-        self.optimizer = make_optimizer(learned, self.tuning.optim, world.runs_ahead)
-        self.steps = FiniteSteps(
-            self.optimizer,
-            index.clip_ids_N,
-            world,
-            keep=lambda content: self.hooks.failed(content),
-            state=self.state_dict,
-        )
+        self._optimise(learned, self.state_dict)
         self.confusion = self._uniform_confusion(index)
         self.confusion_step = 0
         """Of the last update of the confusion matrix."""
@@ -98,31 +77,19 @@ class Finetuner:
         """Train to the end, from `state` if given. Returns: the metrics of the last log."""
         if state is not None:
             self.load_state_dict(state)
-        first_epoch, first_step = divmod(self.step, self.steps_per_epoch)
-        frames = FrameDraw(self.config.data.frames_per_clip)
-        epochs = [
-            EpochReads(epoch, first_step if epoch == first_epoch else 0, frames)
-            for epoch in range(first_epoch, self.tuning.epochs)
-        ]
-        batches = on_device(self.reader.stream(epochs), self.world.device)
-        while self.step < self.total_steps:
-            with self.meter.timed("data_wait"):
-                batch = next(batches)
-            self._train_step(batch)
-            self.step += 1
-            self._after_step()
+        self._train(self.course.epochs)
         if self.averages:
             self.classifier.load_state_dict(self.averages)
         return self.meter.last
+
+    def _frames(self, epoch: int) -> FrameDraw:
+        return FrameDraw(self.config.data.frames_per_clip)
 
     def _train_step(self, batch: DeviceBatch) -> None:
         epoch = self.step // self.steps_per_epoch
         with self.meter.computed("augment"):
             inputs = self._inputs(batch, epoch)
-        lr = learning_rate(self.tuning.optim, self.step, self.steps_per_epoch, self.tuning.epochs)
-        set_learning_rate(self.optimizer, lr)
-        self.meter.keep("lr", lr)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._start_gradients()
         with self.meter.computed("forward"):
             with trunk_numerics(self.config.pretrain, self.world.device):
                 logits = self.model(inputs.fbank_nTM, inputs.frames_nFCHW)
@@ -130,11 +97,7 @@ class Finetuner:
         with self.meter.computed("backward"):
             loss.backward()
         with self.meter.computed("update"):
-            limit = self.tuning.optim.clip_norm
-            norm = nn.utils.clip_grad_norm_(
-                self.classifier.parameters(), limit if limit is not None else float("inf")
-            )
-            self.steps.take(StepTaken(self.step, batch.read, loss.detach(), norm))
+            norm = self._take_step(self.classifier, batch.read, loss.detach())
         logits_nC = logits[self._main].detach()
         if not self.classifier.multi_label:
             posteriors_nC = self.classifier.probabilities(logits_nC)
@@ -187,34 +150,20 @@ class Finetuner:
             pictures.append(augment_frames(mixed.frames_nFCHW[rows], augment, generator))
         return mixed._replace(fbank_nTM=torch.cat(fbanks), frames_nFCHW=torch.cat(pictures))
 
-    def _after_step(self) -> None:
-        at_epoch_end = self.step % self.steps_per_epoch == 0
-        schedule = self.config.pretrain
-        due = at_epoch_end or self.step % self.config.confusion.update_steps == 0
-        if due and not self.classifier.multi_label:
-            elapsed = (self.step - self.confusion_step) / self.steps_per_epoch
-            epochs_done = self.step / self.steps_per_epoch
-            self.confusion.update(elapsed, epochs_done - self.tuning.confusion_after_epochs)
-            self.confusion_step = self.step
-        leaving = False
-        if at_epoch_end or self.step % schedule.log_every == 0:
-            self._log()
-            leaving = self.hooks.leaving()
-        if at_epoch_end:
-            self._average()
-        if at_epoch_end or leaving or self.step % schedule.checkpoint_every == 0:
-            self.steps.settle()
-            self.hooks.save(self.state_dict())
+    def _update_confusion(self) -> None:
+        if self.classifier.multi_label:
+            return
+        elapsed = (self.step - self.confusion_step) / self.steps_per_epoch
+        epochs_done = self.step / self.steps_per_epoch
+        self.confusion.update(elapsed, epochs_done - self.tuning.confusion_after_epochs)
+        self.confusion_step = self.step
 
-    def _log(self) -> None:
-        metrics = self.meter.flush(self.step, self.tuning.batch_size)
-        metrics["epoch"] = self.step / self.steps_per_epoch
-        if not self.classifier.multi_label:
-            metrics["confusion/mean_offdiagonal"] = float(self.confusion.mean_offdiagonal)
-        if self.world.rank == 0:
-            self.hooks.log(self.step, metrics)
+    def _measured(self, at_epoch_end: bool) -> dict[str, float]:
+        if self.classifier.multi_label:
+            return {}
+        return {"confusion/mean_offdiagonal": float(self.confusion.mean_offdiagonal)}
 
-    def _average(self) -> None:
+    def _end_epoch(self) -> None:
         """Running mean of the weights from `average_from_epoch` on."""
         first = self.tuning.average_from_epoch
         if first is None or self.step // self.steps_per_epoch < first:
@@ -224,29 +173,21 @@ class Finetuner:
             mean = self.averages.setdefault(name, torch.zeros_like(value))
             mean += (value - mean) / self.n_averaged
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs; loads with weights_only=True. Collective."""
+    def _own_state(self) -> dict[str, Any]:
         return {
-            "step": self.step,
             "classifier": {k: v.cpu() for k, v in self.classifier.state_dict().items()},
-            "optimizer": self.optimizer.state_dict(),
             "confusion": self.confusion.state_dict(),
             "confusion_step": self.confusion_step,
             "averages": {k: v.cpu() for k, v in self.averages.items()},
             "n_averaged": self.n_averaged,
-            "meter": self.meter.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a checkpoint."""
+    def _load_own_state(self, state: dict[str, Any]) -> None:
         self.classifier.load_state_dict(state["classifier"])
-        restore_optimizer(self.optimizer, state["optimizer"], self.world.runs_ahead)
         self.confusion.load_state_dict(state["confusion"])
         self.confusion_step = state["confusion_step"]
         self.averages = {k: v.to(self.world.device) for k, v in state["averages"].items()}
         self.n_averaged = state["n_averaged"]
-        self.meter.load_state_dict(state["meter"])
-        self.step = state["step"]
 
 
 def idle_additions(tuning: FinetuneConfig) -> Iterator[str]:

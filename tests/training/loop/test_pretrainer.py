@@ -22,6 +22,7 @@ from training.config import LossConfig, RoundsConfig
 from training.data.device import DeviceBatch
 from training.errors import NonFiniteLoss, TrainingError
 from training.evaluation.variants import Variant
+from training.loop.gradients import StepLoss
 from training.loop.hooks import World
 from training.losses import objective
 from training.losses.confusion import confusion_weights
@@ -399,7 +400,7 @@ def test_no_round_is_left_out_however_long_its_lead(
         pretrain={"epochs": 6}, rounds={"lead_steps": lead_steps, "every_epochs": every_epochs}
     )
     trainer, _ = make_trainer(config, tmp_path)
-    rounds, step = trainer.labelling.rounds, trainer._train_step
+    rounds, gradients_of = trainer.labelling.rounds, trainer.gradients.of
     assert rounds is not None
     requests: list[RoundRequest] = []
     start, first_steps = rounds.start, {}
@@ -408,12 +409,12 @@ def test_no_round_is_left_out_however_long_its_lead(
         requests.append(request)
         start(request)
 
-    def watched(batch: DeviceBatch) -> None:
+    def watched(*given: Any) -> StepLoss:
         first_steps.setdefault(trainer.labelling.round, trainer.step)
-        step(batch)
+        return gradients_of(*given)
 
     rounds.start = started  # type: ignore[method-assign]
-    trainer._train_step = watched  # type: ignore[method-assign]
+    trainer.gradients.of = watched  # type: ignore[method-assign]
     trainer.run()
     assert [request.step for request in requests] == asked
     assert [request.effective_step for request in requests] == applied
@@ -427,17 +428,17 @@ def test_the_first_step_of_a_round_weighs_by_the_confusion_published_with_it(
     confusion = {"update": update, "update_steps": 1000, "ramp_epochs": 2.0, "gamma": 2.0}
     config = pretrain_config(pretrain={"epochs": 5}, confusion=confusion)
     trainer, _ = make_trainer(config, tmp_path)
-    step, labelling = trainer._train_step, trainer.labelling
+    gradients_of, labelling = trainer.gradients.of, trainer.labelling
     first_steps: dict[int, int] = {}
     used: dict[int, torch.Tensor] = {}
 
-    def watched(batch: DeviceBatch) -> None:
+    def watched(*given: Any) -> StepLoss:
         if labelling.labelled and labelling.round not in first_steps:
             first_steps[labelling.round] = trainer.step
             used[labelling.round] = labelling.in_force[0].confusion.weights_KK.clone()
-        step(batch)
+        return gradients_of(*given)
 
-    trainer._train_step = watched  # type: ignore[method-assign]
+    trainer.gradients.of = watched  # type: ignore[method-assign]
     trainer.run()
     assert list(first_steps) == [1, 2, 3, 4]
     for number, weights_KK in used.items():

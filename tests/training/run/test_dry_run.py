@@ -7,9 +7,9 @@ from support.memory import SPEC
 from support.trainers import finetune_config, pretrain_config
 
 from training.data.views import Chunk
-from training.loop.dry_run import dry_run, dry_run_finetuning
 from training.loop.gradients import Gradients
 from training.losses.objective import Labels
+from training.run.dry_run import dry_run, dry_run_finetuning
 
 
 def test_what_is_at_once_on_a_device_is_a_chunk_of_its_share() -> None:
