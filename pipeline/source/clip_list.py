@@ -1,7 +1,8 @@
 """read_entries: the lines of VGGSound's CSV or of a manifest, each checked.
 
 Knows nothing of the files it names or of the store. Invariant: a clip_id occurs once, clip_id and
-split are names that a folder may have, and no entry reaches outside the folder of videos.
+split are names that a folder may have, a label is one line, and no entry reaches outside the folder
+of videos.
 """
 
 import csv
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import SourceError
+from pipeline.source.tar_parts import CONTROL
 from pipeline.storage import Location
 from pipeline.store.schema import LABEL_SEPARATOR
 
@@ -90,7 +92,7 @@ def read_entries(clips: str, base: str) -> tuple[list[Entry], bool]:
                 entries, is_manifest = _csv_entries(file, clips, base, problems)
     except FileNotFoundError:
         raise SourceError(f"{clips}: no such file") from None
-    except (UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as error:
+    except (UnicodeDecodeError, pa.ArrowInvalid) as error:
         raise SourceError(f"{clips}: cannot be read as UTF-8 CSV or Parquet: {error}") from error
     problems += _twice(entries, clips)
     refuse(problems)
@@ -139,10 +141,10 @@ def warn_of_unknown_labels(clips: str, entries: list[Entry]) -> None:
 def _csv_entries(
     file: Iterable[str], clips: str, base: str, problems: list[str]
 ) -> tuple[list[Entry], bool]:
-    reader = csv.reader(file, skipinitialspace=True)
-    rows = ((reader.line_num, row) for row in reader if row)
+    rows = _records(file, clips, problems)
     first = next(rows, None)
-    if first is None:
+    # Without the first line nobody can say what the others are lines of.
+    if first is None or problems:
         return [], False
     header = [name.strip() for name in first[1]]
     if "uri" in header:
@@ -153,6 +155,32 @@ def _csv_entries(
         )
         return _manifest_entries(whole, header, clips, base, problems), True
     return list(_vggsound_entries(first, rows, clips, problems)), False
+
+
+def _records(
+    file: Iterable[str], clips: str, problems: list[str]
+) -> Iterator[tuple[int, list[str]]]:
+    """The lines that are not blank: number, cells. A quote that is never closed takes the lines
+    after it, up to the next quote, for a piece of its cell: they are a problem and no lines."""
+    reader = csv.reader(file, skipinitialspace=True)
+    before = 0
+    while True:
+        where = f"{clips} line {before + 1}"
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problems.append(f"{where}: {error}; is a quote opened there and never closed?")
+            return
+        first, before = before + 1, reader.line_num
+        if first < before:
+            problems.append(
+                f"{where}: a quote opened there reaches to line {before}; a clip is one line: "
+                "close the quote, or take it out"
+            )
+        elif row:
+            yield first, row
 
 
 def _is_whole(row: list[str], columns: Sequence[str], where: str, problems: list[str]) -> bool:
@@ -183,6 +211,8 @@ def _vggsound_entries(
             problems.append(f"{where}: start {start!r} is not a whole number of seconds")
         elif not label or not split:
             problems.append(f"{where}: the {'split' if label else 'label'} is empty")
+        elif re.search(CONTROL, label):
+            problems.append(f"{where}: {_not_a_label(label)}")
         elif not _is_safe(split):
             problems.append(
                 f"{where}: {split!r} is not a split: it holds a path or a control character"
@@ -258,16 +288,25 @@ def _manifest_entry(line: int, row: dict[str, Any], base: str) -> Entry:
 def _labels(row: dict[str, Any]) -> list[str]:
     """The classes of a manifest's clip, none twice: `label`, or `labels`, which Parquet may hold as
     a list."""
-    if "labels" not in row:
+    if "labels" in row:
+        given = row["labels"]
+        is_list = isinstance(given, list)
+        parts = map(_text, given) if is_list else _text(given).split(LABEL_SEPARATOR)
+        labels = list(dict.fromkeys(label for part in parts if (label := part.strip())))
+        if wrong := [label for label in labels if LABEL_SEPARATOR in label]:
+            raise ValueError(
+                f"label {wrong[0]!r} holds {LABEL_SEPARATOR}, which stands between labels"
+            )
+    else:
         label = _text(row.get("label"))
-        return [label] if label else []
-    given = row["labels"]
-    is_list = isinstance(given, list)
-    parts = map(_text, given) if is_list else _text(given).split(LABEL_SEPARATOR)
-    labels = list(dict.fromkeys(label for part in parts if (label := part.strip())))
-    if wrong := [label for label in labels if LABEL_SEPARATOR in label]:
-        raise ValueError(f"label {wrong[0]!r} holds {LABEL_SEPARATOR}, which stands between labels")
+        labels = [label] if label else []
+    if wrong := [label for label in labels if re.search(CONTROL, label)]:
+        raise ValueError(_not_a_label(wrong[0]))
     return labels
+
+
+def _not_a_label(label: str) -> str:
+    return f"label {label!r} holds a control character; take it out: a label is one line of text"
 
 
 def _text(value: Any) -> str:
