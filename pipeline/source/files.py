@@ -17,6 +17,7 @@ from pipeline.source.tar_parts import (
     CONTROL,
     PART_SUFFIXES,
     SEPARATOR,
+    PartIndex,
     index_parts,
     is_part,
     is_utf8,
@@ -60,6 +61,8 @@ class Videos(NamedTuple):
     found: list[Found]
     unreadable: list[str]
     """Paths of folders and files that are there and could not be looked at."""
+    damaged: dict[str, frozenset[str]]
+    """URIs of tar parts that cannot be read to their end: the URIs of the members that can."""
 
 
 def find_videos(videos: str, cache: Location | None) -> Videos:
@@ -82,7 +85,7 @@ def find_videos(videos: str, cache: Location | None) -> Videos:
     walk.read_parts(cache)
     if walk.n_warnings > _MOST_WARNINGS:
         _log.warning("%s: ... and %d more", videos, walk.n_warnings - _MOST_WARNINGS)
-    return Videos(walk.found, walk.unreadable)
+    return Videos(walk.found, walk.unreadable, walk.damaged)
 
 
 def _part_file(location: Location, uri: str) -> File:
@@ -98,6 +101,7 @@ class _Walk:
         self.found: list[Found] = []
         self.parts: list[tuple[str, File]] = []
         self.unreadable: list[str] = []
+        self.damaged: dict[str, frozenset[str]] = {}
         self.n_warnings = 0
         self._prefix = f"{top}/"
 
@@ -156,7 +160,7 @@ class _Walk:
             if index.is_refused:
                 self._set_aside(part.uri, index.damage)
             elif index.damage:
-                _log.warning("%s: %s; clips behind that count as missing", part.uri, index.damage)
+                self._note_damage(part.uri, index)
             suffix = next(suffix for suffix in PART_SUFFIXES if path.lower().endswith(suffix))
             folder = path[: -len(suffix)]
             seen: set[str] = set()
@@ -174,6 +178,13 @@ class _Walk:
                     continue
                 file = File(uri, size, part.mtime_ns, part.fp_kind, f"{part.fp}-{size}")
                 self.found.append(Found(f"{folder}/{member}", file, is_member=True))
+
+    def _note_damage(self, part: str, index: PartIndex) -> None:
+        _log.warning(
+            "%s: %s; its clips in the store that lie behind that stay as they are, others are "
+            "missing: copy the part again", part, index.damage,
+        )  # fmt: skip
+        self.damaged[part] = frozenset(f"{part}{SEPARATOR}{member}" for member in index.members)
 
     def _set_aside(self, path: str, why: str) -> None:
         self.unreadable.append(path)

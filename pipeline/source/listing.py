@@ -37,6 +37,12 @@ _MOST_TOLD = 20
 _LISTED_AT_ONCE = 16
 
 
+_Files = list[tuple[File | None, float | None]]
+"""The file of each clip, with the start when it is an untrimmed video."""
+_Looked = tuple[_Files, list[str], dict[str, frozenset[str]]]
+"""Also what was unreadable, and what is damaged."""
+
+
 class Listing(NamedTuple):
     """The source as it is now."""
 
@@ -44,23 +50,34 @@ class Listing(NamedTuple):
     """SOURCE_SCHEMA, unique clip_id."""
     unreadable: list[str]
     """Folders and files that are there and could not be looked at."""
+    damaged: dict[str, frozenset[str]]
+    """Tar parts that cannot be read to their end, as `Videos` has them."""
 
     def without_unreadable(self, states: pa.Table) -> tuple[pa.Table, pa.Table]:
         """Source clips and store rows (with clip_id, uri) without those whose file lies where
         nothing could be read: whether they changed or went is not known."""
-        if not self.unreadable or not len(states):
+        if not (self.unreadable or self.damaged) or not len(states):
             return self.clips, states
         unreadable = set(self.unreadable)
         known_uris = states["uri"].fill_null("").to_pylist()
         hidden = np.array([not unreadable.isdisjoint(_places(uri)) for uri in known_uris], bool)
+        behind = np.array([self._is_behind_damage(uri) for uri in known_uris], bool)
+        # A clip of a damaged part may have come elsewhere meanwhile.
+        there = self.clips["clip_id"].filter(pc.is_valid(self.clips["fp"])).combine_chunks()
+        hidden |= behind & ~pc.is_in(states["clip_id"], value_set=there).to_numpy()
         ids = states["clip_id"].filter(pa.array(hidden)).combine_chunks()
         known = pc.is_in(self.clips["clip_id"], value_set=ids)
         return self.clips.filter(pc.invert(known)), states.filter(pa.array(~hidden))
 
     def unreadable_above(self, uris: list[str]) -> list[str]:
-        """The unreadable places that any of these files lies at or below."""
+        """The unreadable places that any of these files lies at or below, or behind damage of."""
         places = {place for uri in uris for place in _places(uri)}
-        return [place for place in self.unreadable if place in places]
+        damaged = [part for part in self.damaged if any(part_of(uri) == part for uri in uris)]
+        return [place for place in self.unreadable if place in places] + damaged
+
+    def _is_behind_damage(self, uri: str) -> bool:
+        part = part_of(uri) if self.damaged else None
+        return part in self.damaged and uri not in self.damaged[part]
 
 
 def _places(uri: str) -> Iterator[str]:
@@ -101,18 +118,18 @@ def list_sources(
         raise SourceError(f"{clips}: no clips listed")
     warn_of_unknown_labels(clips, entries)
     if is_manifest:
-        found, unreadable = _find_manifest_files(entries, base)
+        found, unreadable, damaged = _find_manifest_files(entries, base)
     else:
         if videos is None:
             raise SourceError(f"{clips}: give the folder of its clips with --videos")
-        found, unreadable = _find_clip_files(entries, videos, cache)
+        found, unreadable, damaged = _find_clip_files(entries, videos, cache)
     if not any(file for file, _ in found):
         expected = _uri_below(base, entries[0].uri or f"{entries[0].clip_id}.mp4")
         raise SourceError(
             f"{videos or clips}: none of the {len(entries)} clips of {clips} has a file (such as "
             f"{expected}). Is it mounted, and the right folder?"
         )
-    return Listing(_as_table(entries, found), unreadable)
+    return Listing(_as_table(entries, found), unreadable, damaged)
 
 
 def local_clip(clips: str, videos: str | None) -> str | None:
@@ -135,7 +152,7 @@ def _base(clips: str, videos: str | None) -> str:
 
 def _list_folder(videos: str, cache: Location | None, label_from_folder: bool) -> Listing:
     """Every video of a folder as a clip of the train split."""
-    found, unreadable = find_videos(videos, cache)
+    found, unreadable, damaged = find_videos(videos, cache)
     if not found:
         raise SourceError(f"{videos}: no videos there. Is it mounted, and the right folder?")
     by_id: dict[str, list[Found]] = {}
@@ -153,7 +170,8 @@ def _list_folder(videos: str, cache: Location | None, label_from_folder: bool) -
     n_top = sum(entry.label is None for entry in entries) if label_from_folder else 0
     if n_top:
         _log.warning("%s: %d clips lie in no folder below it and get no label", videos, n_top)
-    return Listing(_as_table(entries, [(one.file, None) for one in taken.values()]), unreadable)
+    clips = _as_table(entries, [(one.file, None) for one in taken.values()])
+    return Listing(clips, unreadable, damaged)
 
 
 def _told_apart(
@@ -173,7 +191,7 @@ def _told_apart(
     return {clip_id: alike[0] for clip_id, alike in by_id.items() if clip_id not in several}
 
 
-def _as_table(entries: list[Entry], found: list[tuple[File | None, float | None]]) -> pa.Table:
+def _as_table(entries: list[Entry], found: _Files) -> pa.Table:
     files = [file for file, _ in found]
     columns: dict[str, list[Any]] = {
         "clip_id": [entry.clip_id for entry in entries],
@@ -194,14 +212,10 @@ def _as_table(entries: list[Entry], found: list[tuple[File | None, float | None]
     return pa.table(columns, schema=SOURCE_SCHEMA)
 
 
-_Files = tuple[list[tuple[File | None, float | None]], list[str]]
-"""The file of each clip, with the start when it is an untrimmed video; and what was unreadable."""
-
-
-def _find_clip_files(entries: list[Entry], videos: str, cache: Location | None) -> _Files:
+def _find_clip_files(entries: list[Entry], videos: str, cache: Location | None) -> _Looked:
     listed = {name for entry in entries for name in (entry.clip_id, entry.ytid)}
     alike: dict[str, list[Found]] = {}
-    seen, unreadable = find_videos(videos, cache)
+    seen, unreadable, damaged = find_videos(videos, cache)
     for one in seen:
         others = alike.setdefault(PurePosixPath(one.path).stem, [])
         # A part may hold what lies beside it, too: the first is taken.
@@ -209,22 +223,22 @@ def _find_clip_files(entries: list[Entry], videos: str, cache: Location | None) 
             others.append(one)
     asked_for = {stem: files for stem, files in alike.items() if stem in listed}
     by_stem = _told_apart(videos, asked_for, unreadable)
-    found: list[tuple[File | None, float | None]] = []
+    found: _Files = []
     for entry in entries:
         trimmed = by_stem.get(entry.clip_id)
         untrimmed = None if trimmed else by_stem.get(entry.ytid)
         one_file = trimmed or untrimmed
         found.append((one_file and one_file.file, entry.start_s if untrimmed else None))
-    return found, unreadable
+    return found, unreadable, damaged
 
 
-def _find_manifest_files(entries: list[Entry], base: str) -> _Files:
+def _find_manifest_files(entries: list[Entry], base: str) -> _Looked:
     """Folders of object stores are listed once, not asked per file."""
     uris = [_uri_below(base, entry.uri) for entry in entries]
     folders = _listed(dict.fromkeys(map(_folder_of, itertools.filterfalse(_is_path, uris))))
     unreadable: list[str] = []
     warnings: list[str] = []
-    found: list[tuple[File | None, float | None]] = []
+    found: _Files = []
     for entry, uri in zip(entries, uris, strict=True):
         if _is_path(uri):
             file = _stat(uri.removeprefix("file://"), unreadable, warnings)
@@ -235,7 +249,7 @@ def _find_manifest_files(entries: list[Entry], base: str) -> _Files:
         _log.warning("%s", warning)
     if len(warnings) > _MOST_TOLD:
         _log.warning("%s: ... and %d more", base, len(warnings) - _MOST_TOLD)
-    return found, unreadable
+    return found, unreadable, {}
 
 
 def _uri_below(base: str, uri: str) -> str:

@@ -5,6 +5,7 @@ Knows nothing of decoding or of the clips table. Invariant: damage in a part cos
 through once to learn what is in it; whatever a part says, reading it takes little memory and disk.
 """
 
+import bz2
 import gzip
 import hashlib
 import json
@@ -14,10 +15,11 @@ import re
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -44,6 +46,10 @@ _SCHEMA = pa.schema([("member", pa.string()), ("size", pa.int64())])
 _DAMAGE_KEY = b"diccae.damage"
 _NOT_UTF8_KEY = b"diccae.not_utf8"
 """Missing from what was written before there was one."""
+_READER_KEY = b"diccae.reader"
+_READER = b"2"
+"""What a reader of another number took for damage is looked at again; one without a number stopped
+behind the first of several compressed streams."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,54 @@ class _BoundedTar(tarfile.TarFile):
     header_bytes = 0
 
 
+_UNFOLD: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b\x08": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ": lzma.LZMAFile,
+    b"\x5d\0\0\x80": lzma.LZMAFile,
+}
+"""By how a file begins, whatever its name says."""
+
+
+class _Unfolded:
+    """The tar in a compressed part, of however many streams it is made: bgzip, pigz -i, pbzip2 and
+    whoever appends make several, and tarfile itself stops behind the first."""
+
+    def __init__(self, file: Any, unfold: Callable[[Any], Any]) -> None:
+        self._file = file
+        self._has_failed = False
+        self._tar = unfold(SimpleNamespace(read=self._read_file))
+
+    def _read_file(self, size: int = -1) -> bytes:
+        try:
+            block: bytes = self._file.read(size)
+        except OSError:
+            self._has_failed = True
+            raise
+        return block
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, those before damage without it. Raises: one of _DAMAGE; what the file
+        raises."""
+        try:
+            block: bytes = self._tar.read1(size)
+        except OSError as error:
+            # bz2 says by it what the others have errors of their own for.
+            if self._has_failed:
+                raise
+            raise tarfile.ReadError(f"invalid compressed data: {error}") from error
+        return block
+
+
+def _open_tar(file: Any) -> tarfile.TarFile:
+    """A part as a stream. Raises: one of _DAMAGE."""
+    head = file.read(max(map(len, _UNFOLD)))
+    file.seek(0)
+    unfold = next((way for magic, way in _UNFOLD.items() if head.startswith(magic)), None)
+    stream: Any = _Unfolded(file, unfold) if unfold else file
+    return _BoundedTar.open(fileobj=stream, mode="r|")
+
+
 def part_of(uri: str) -> str | None:
     """The tar part a clip lies in, if it does."""
     # Folders above it and names of members hold the separator, too.
@@ -147,15 +201,8 @@ def index_parts(parts: list[tuple[str, str]], cache: Location | None) -> list[Pa
 def _index_part(uri: str, fingerprint: str, cache: Location | None) -> PartIndex:
     key = hashlib.blake2b(f"{uri}\0{fingerprint}".encode(), digest_size=12).hexdigest()
     name = f"parts/{key}.parquet"
-    if cache is not None and cache.fs.exists(cache.join(name)):
-        table = pq.read_table(pa.BufferReader(cache.read_bytes(name)))
-        about = table.schema.metadata
-        return PartIndex(
-            table["member"].to_pylist(),
-            table["size"].to_pylist(),
-            about[_DAMAGE_KEY].decode(),
-            json.loads(about.get(_NOT_UTF8_KEY, b"[]")),
-        )
+    if cache is not None and (kept := _kept_index(cache, name)) is not None:
+        return kept
     try:
         index = _read_index(uri)
     except Exception as error:
@@ -164,11 +211,33 @@ def _index_part(uri: str, fingerprint: str, cache: Location | None) -> PartIndex
         return PartIndex([], [], str(error), is_refused=True)
     if cache is not None:
         sink = pa.BufferOutputStream()
-        about = {_DAMAGE_KEY: index.damage, _NOT_UTF8_KEY: json.dumps(index.not_utf8)}
+        about = {
+            _DAMAGE_KEY: index.damage,
+            _NOT_UTF8_KEY: json.dumps(index.not_utf8),
+            _READER_KEY: _READER,
+        }
         schema = _SCHEMA.with_metadata(about)
         pq.write_table(pa.table([index.members, index.sizes], schema=schema), sink)
         cache.write_bytes(name, sink.getvalue().to_pybytes())
     return index
+
+
+def _kept_index(cache: Location, name: str) -> PartIndex | None:
+    """What was found before; None if that is to be looked at (again)."""
+    if not cache.fs.exists(cache.join(name)):
+        return None
+    table = pq.read_table(pa.BufferReader(cache.read_bytes(name)))
+    about = table.schema.metadata
+    damage = about[_DAMAGE_KEY].decode()
+    # A part that was read to its end is not read again: that may take hours.
+    if damage and about.get(_READER_KEY) != _READER:
+        return None
+    return PartIndex(
+        table["member"].to_pylist(),
+        table["size"].to_pylist(),
+        damage,
+        json.loads(about.get(_NOT_UTF8_KEY, b"[]")),
+    )
 
 
 def _read_index(uri: str) -> PartIndex:
@@ -177,7 +246,7 @@ def _read_index(uri: str) -> PartIndex:
     fs, path = open_filesystem(uri)
     with fs.open(path, "rb") as file:
         try:
-            with _BoundedTar.open(fileobj=file, mode="r|*") as tar:
+            with _open_tar(file) as tar:
                 for member in tar:
                     if member.isfile():
                         found.append((member.name, member.size))
@@ -206,7 +275,7 @@ def stream_members(uri: str, wanted: set[str]) -> Iterator[tuple[str, str]]:
     fs, path = open_filesystem(uri)
     with fs.open(path, "rb") as file:
         try:
-            with _BoundedTar.open(fileobj=file, mode="r|*") as tar:
+            with _open_tar(file) as tar:
                 for member in tar:
                     if member.name in left:
                         left.discard(member.name)
