@@ -25,7 +25,7 @@ from pipeline.decode.payload import fbank_array
 from pipeline.errors import SourceError, StoreError
 from pipeline.reasons import Reason
 from pipeline.storage import Location
-from pipeline.store.schema import CLIPS_SCHEMA, ROW_GROUP_ROWS, SHARD_SCHEMA
+from pipeline.store.schema import CLIPS_SCHEMA, ROW_GROUP_ROWS, SHARD_SCHEMA, split_labels
 from pipeline.store.shards import ShardWriter, read_rows
 from pipeline.store.store import FeatureStore, Snapshot
 
@@ -291,7 +291,9 @@ def export(
 
     folder: `<out>/<split>/<clip_id>/frame_00.jpg ..., fbank.npy, clip.json`;
     webdataset: `<out>/<split>-000000.tar` of `<clip_id>.frame_00.jpg`, `.fbank.npy`, `.json`,
-    a dot in an id being %2E there and a per cent sign %25.
+    a dot in an id being %2E there and a per cent sign %25. The JSON has what the shard holds of the
+    clip beside frames and fbank, its `split`, `label` (the first, or null), `labels` (all) and
+    `group`, which is not to be divided between training and validation (null in stores of before).
 
     Raises: SourceError if `out` is not an empty or new local folder, or if a split is no name for a
         folder; StoreError.
@@ -325,13 +327,15 @@ def _exported(snapshot: Snapshot, split: str) -> Iterator[tuple[str, dict[str, b
         for begin in range(0, len(mine), ROW_GROUP_ROWS):
             part = mine.slice(begin, ROW_GROUP_ROWS)
             table = read_rows(snapshot.uri, shard, part["row"].to_numpy(), SHARD_SCHEMA.names)
-            for row, label in zip(table.to_pylist(), part["label"].to_pylist(), strict=True):
+            for row, known in zip(table.to_pylist(), part.to_pylist(), strict=True):
                 frames, fbank = row.pop("frames"), row.pop("fbank")
                 files = {f"frame_{i:02d}.jpg": jpeg for i, jpeg in enumerate(frames)}
                 buffer = io.BytesIO()
                 np.save(buffer, fbank_array(fbank, snapshot.spec))
                 files["fbank.npy"] = buffer.getvalue()
-                about = row | {"label": label, "split": split}
+                first, more = known["label"], split_labels(known["more_labels"])
+                about = row | {"label": first, "labels": [first, *more] if first else []}
+                about |= {"split": split, "group": known["group"]}
                 files["json"] = json.dumps(about, ensure_ascii=False).encode()
                 yield row["clip_id"], files
 

@@ -330,6 +330,22 @@ def test_export_holds_every_clip_for_other_tools(kind, store, tmp_path):
         export(store.uri, str(out), kind)
 
 
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+def test_export_has_all_labels_of_a_clip_and_its_group(kind, store, tmp_path):
+    commit(store, ["a"], label="Speech", more_labels="Dog, barking|Music", group="recording 7")
+    commit(store, ["b"], label=None)
+    out = tmp_path / "out"
+    export(store.uri, str(out), kind)
+    if kind == "folder":
+        a, b = (json.loads((out / "train" / name / "clip.json").read_text()) for name in "ab")
+    else:
+        with tarfile.open(out / "train-000000.tar") as tar:
+            a, b = (json.load(tar.extractfile(f"{name}.json")) for name in "ab")
+    assert (a["label"], a["group"]) == ("Speech", "recording 7")
+    assert a["labels"] == ["Speech", "Dog, barking", "Music"]
+    assert (b["label"], b["labels"], b["group"]) == (None, [], None)
+
+
 def test_every_clip_has_a_key_of_its_own_in_a_webdataset_tar(store, tmp_path):
     ids = ["v1.0", "v1_0", "v1%2E0", "plain"]
     commit(store, ids)
