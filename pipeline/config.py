@@ -105,8 +105,9 @@ class IngestConfig(Frozen):
     stall_timeout_s: float = Field(900.0, gt=0)
     """The run stops with an error when no clip was finished for this long."""
     fingerprint: Literal["stat", "sha256"] = "stat"
-    """`stat`: size and mtime (etag on object stores); `sha256`: content, read only when the stat
-    changed, so that a mere touch costs a hash instead of a decode."""
+    """`stat`: size and mtime (etag on object stores); `sha256`: content of files, and of clips in
+    tar parts, on this machine's file system; read only when the stat changed, so that a mere touch
+    of what was decoded with it costs a hash instead of a decode. On object stores: the etag."""
     retry_failed: bool = False
     """Decode clips again that failed before."""
     retry_reasons: tuple[str, ...] = ()

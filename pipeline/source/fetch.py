@@ -90,8 +90,13 @@ def _fetch_part(part: str, clips: list[dict[str, Any]], config: IngestConfig) ->
         else:
             # Windows of an untrimmed video are clips of one member.
             by_member.setdefault(clip["uri"].removeprefix(part + SEPARATOR), []).append(clip)
+    hashes = config.fingerprint == "sha256" and is_on_this_machine(part)
     for member, path in stream_members(part, set(by_member)):
         *others, last = by_member.pop(member)
+        if hashes:
+            content = {"fp": sha256_of(path), "fp_kind": "sha256"}
+            for clip in (*others, last):
+                clip |= content
         try:
             for clip in others:
                 yield Fetched(clip, path, is_temporary=True, is_shared=True)
@@ -128,7 +133,14 @@ def _fetch_files(clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[
 
 def is_local_file(uri: str) -> bool:
     """Whether a clip is a file of its own on this machine's file system."""
-    return part_of(uri) is None and ("://" not in uri or uri.startswith("file://"))
+    return part_of(uri) is None and is_on_this_machine(uri)
+
+
+def is_on_this_machine(uri: str) -> bool:
+    """Whether a clip, or the tar part it lies in, is a file on this machine's file system. Only
+    there has it a time beside its content hash, which tells that it was not touched; a hash in the
+    place of an etag would leave nothing to tell that by."""
+    return "://" not in uri or uri.startswith("file://")
 
 
 def _local(clip: dict[str, Any], config: IngestConfig) -> Fetched:
