@@ -25,8 +25,8 @@ from pipeline.decode.payload import fbank_array
 from pipeline.errors import SourceError, StoreError
 from pipeline.reasons import Reason
 from pipeline.storage import Location
-from pipeline.store.schema import CLIPS_SCHEMA, ROW_GROUP_ROWS, SHARD_SCHEMA, split_labels
-from pipeline.store.shards import ShardWriter, read_rows
+from pipeline.store.schema import CLIPS_SCHEMA, SHARD_SCHEMA, split_labels
+from pipeline.store.shards import ShardWriter, by_shard, read_rows
 from pipeline.store.store import FeatureStore, Snapshot
 
 _log = logging.getLogger(__name__)
@@ -193,18 +193,16 @@ def _move(
     """Copy rows to new shards. Yields (clip_id, shard, row)."""
     run = f"compact{time.time_ns():x}"
     writer: ShardWriter | None = None
-    for shard in pc.unique(rows["shard"]).to_pylist():
-        wanted = rows.filter(pc.equal(rows["shard"], shard))["row"].to_numpy()
-        for begin in range(0, len(wanted), ROW_GROUP_ROWS):
-            part = wanted[begin : begin + ROW_GROUP_ROWS]
-            for row in read_rows(store.uri, shard, part, SHARD_SCHEMA.names).to_pylist():
-                if writer is None or writer.n_rows == shard_clips:
-                    if writer is not None:
-                        writer.publish()
-                    index = 0 if writer is None else int(writer.name.split("-")[2]) + 1
-                    name = f"features/part-{run}-{index:06d}-0.parquet"
-                    writer = ShardWriter(store.location, name, spec)
-                yield row["clip_id"], writer.name, writer.add(row)
+    for shard, part in by_shard(rows):
+        table = read_rows(store.uri, shard, part["row"].to_numpy(), SHARD_SCHEMA.names)
+        for row in table.to_pylist():
+            if writer is None or writer.n_rows == shard_clips:
+                if writer is not None:
+                    writer.publish()
+                index = 0 if writer is None else int(writer.name.split("-")[2]) + 1
+                name = f"features/part-{run}-{index:06d}-0.parquet"
+                writer = ShardWriter(store.location, name, spec)
+            yield row["clip_id"], writer.name, writer.add(row)
     if writer is not None:
         writer.publish()
 
@@ -321,23 +319,19 @@ def export(
 
 def _exported(snapshot: Snapshot, split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Clips as small files: name -> content."""
-    rows = snapshot.rows(split)
-    for shard in pc.unique(rows["shard"]).to_pylist():
-        mine = rows.filter(pc.equal(rows["shard"], shard))
-        for begin in range(0, len(mine), ROW_GROUP_ROWS):
-            part = mine.slice(begin, ROW_GROUP_ROWS)
-            table = read_rows(snapshot.uri, shard, part["row"].to_numpy(), SHARD_SCHEMA.names)
-            for row, known in zip(table.to_pylist(), part.to_pylist(), strict=True):
-                frames, fbank = row.pop("frames"), row.pop("fbank")
-                files = {f"frame_{i:02d}.jpg": jpeg for i, jpeg in enumerate(frames)}
-                buffer = io.BytesIO()
-                np.save(buffer, fbank_array(fbank, snapshot.spec))
-                files["fbank.npy"] = buffer.getvalue()
-                first, more = known["label"], split_labels(known["more_labels"])
-                about = row | {"label": first, "labels": [first, *more] if first else []}
-                about |= {"split": split, "group": known["group"]}
-                files["json"] = json.dumps(about, ensure_ascii=False).encode()
-                yield row["clip_id"], files
+    for shard, part in by_shard(snapshot.rows(split)):
+        table = read_rows(snapshot.uri, shard, part["row"].to_numpy(), SHARD_SCHEMA.names)
+        for row, known in zip(table.to_pylist(), part.to_pylist(), strict=True):
+            frames, fbank = row.pop("frames"), row.pop("fbank")
+            files = {f"frame_{i:02d}.jpg": jpeg for i, jpeg in enumerate(frames)}
+            buffer = io.BytesIO()
+            np.save(buffer, fbank_array(fbank, snapshot.spec))
+            files["fbank.npy"] = buffer.getvalue()
+            first, more = known["label"], split_labels(known["more_labels"])
+            about = row | {"label": first, "labels": [first, *more] if first else []}
+            about |= {"split": split, "group": known["group"]}
+            files["json"] = json.dumps(about, ensure_ascii=False).encode()
+            yield row["clip_id"], files
 
 
 def _write_folder(folder: Path, split: str, clips: Iterator[tuple[str, dict[str, bytes]]]) -> int:

@@ -24,7 +24,7 @@ from pipeline.source.fetch import Fetched, fetch_all
 from pipeline.source.tar_parts import part_of
 from pipeline.storage import is_storage_failure
 from pipeline.store.schema import CLIPS_SCHEMA
-from pipeline.store.shards import read_rows, shard_spec_hash
+from pipeline.store.shards import by_shard, read_rows, shard_spec_hash
 from pipeline.store.store import FeatureStore, Snapshot
 
 _LEASE_STALE_S = 60.0
@@ -98,8 +98,8 @@ def _check_shards(snapshot: Snapshot, live: pa.Table) -> Iterator[dict[str, str]
     keys = snapshot.states(["clip_id", "row_key"])
     position = pc.index_in(live["clip_id"], value_set=keys["clip_id"].combine_chunks())
     live = live.append_column("row_key", keys["row_key"].take(position))
-    for shard in pc.unique(live["shard"]).to_pylist():
-        mine = live.filter(pc.equal(live["shard"], shard)).to_pylist()
+    for shard, rows in by_shard(live, None):
+        mine = rows.to_pylist()
         try:
             stored = read_rows(snapshot.uri, shard, None, ["clip_id", "row_key"]).to_pylist()
             spec_hash = shard_spec_hash(snapshot.uri, shard)

@@ -26,8 +26,7 @@ import pyarrow.compute as pc
 from pipeline.config import FeatureSpec
 from pipeline.decode.payload import decode_jpegs, fbank_array
 from pipeline.quality.run import Progress, refuse_no_clips
-from pipeline.store.schema import ROW_GROUP_ROWS
-from pipeline.store.shards import read_rows
+from pipeline.store.shards import by_shard, read_rows
 from pipeline.store.store import FeatureStore, Snapshot
 
 
@@ -152,7 +151,7 @@ def _summed(
 
     n_threads = os.cpu_count() or 1
     with ThreadPoolExecutor(n_threads) as pool:
-        pieces = list(_pieces(rows))
+        pieces = [(shard, piece["row"].to_numpy()) for shard, piece in by_shard(rows)]
         # Not all at once: what is read waits in memory.
         for begin in range(0, len(pieces), 4 * n_threads):
             for n_clips, sums in pool.map(work, pieces[begin : begin + 4 * n_threads]):
@@ -160,13 +159,6 @@ def _summed(
                 rate = n_done / max(time.monotonic() - began, 1e-3)
                 on_progress(Progress(len(rows), n_done, rate, (len(rows) - n_done) / rate))
                 yield sums
-
-
-def _pieces(rows: pa.Table) -> Iterator[tuple[str, np.ndarray]]:
-    for shard in pc.unique(rows["shard"]).to_pylist():
-        at = rows.filter(pc.equal(rows["shard"], shard))["row"].to_numpy()
-        for begin in range(0, len(at), ROW_GROUP_ROWS):
-            yield shard, at[begin : begin + ROW_GROUP_ROWS]
 
 
 def _sums_of(rows: list[dict[str, Any]], spec: FeatureSpec) -> _Sums:

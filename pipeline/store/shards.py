@@ -7,8 +7,9 @@ not at all, and is never changed.
 import os
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -116,6 +117,21 @@ class _Watched:
 
     def tell(self) -> int:
         return self._tried(self._file.tell)
+
+
+def by_shard(rows: pa.Table, most: int | None = ROW_GROUP_ROWS) -> Iterator[tuple[str, pa.Table]]:
+    """Pieces of `Snapshot.rows`, in its order: a shard, and at most so many rows of it (None: all).
+
+    Args: rows: those of a shard beside each other. One pass: a search for the rows of each shard
+        took seconds at 200,000 clips.
+    """
+    rows = rows.combine_chunks()
+    shards = rows["shard"].to_numpy()
+    step = most or max(1, len(rows))
+    ends = np.flatnonzero(shards[1:] != shards[:-1]) + 1
+    for begin, end in pairwise([0, *ends.tolist(), len(rows)]):
+        for at in range(begin, end, step):
+            yield shards[at], rows.slice(at, min(step, end - at))
 
 
 def read_rows(store_uri: str, shard: str, rows: np.ndarray | None, columns: list[str]) -> pa.Table:
