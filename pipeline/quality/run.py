@@ -2,7 +2,7 @@
 
 Composes scan, duplicates, rules and table; knows nothing of the screen. Invariant: only clips that
 are new, changed or measured by an older version are looked at, and what a stopped run has measured
-is not measured again.
+is not measured again; calls at one time take in what the others measured.
 """
 
 import os
@@ -25,7 +25,10 @@ from pipeline.quality.table import (
     FILE,
     MEASURED_SCHEMA,
     TABLE_SCHEMA,
+    read_about,
     read_measured,
+    read_table,
+    table_lease,
     write_part,
     write_table,
 )
@@ -91,7 +94,8 @@ def check_quality(
     """Measure what is new, find duplicates, judge by all rules, write the table.
 
     Args: split: look at clips of this split only; rows of others stay as they are.
-    Raises: StoreError; KeyboardInterrupt (what is measured is kept).
+    Raises: StoreError; StoreLocked if this call was silent while it wrote, and another took over;
+        KeyboardInterrupt (what is measured is kept).
     """
     started = time.monotonic()
     store = FeatureStore.open(uri)
@@ -99,22 +103,48 @@ def check_quality(
     states = _states(snapshot)
     if split is not None:
         refuse_no_clips(snapshot, states, split)
-    known = read_measured(store.location)
-    todo = _todo(states, known, split, reads_sources)
+    todo = _todo(states, read_measured(store.location).clips, split, reads_sources)
     settings = ScanSettings(store.uri, snapshot.spec, reads_sources)
     fresh = _measure(store, todo, settings, workers, on_progress)
-    measured = _merged(known, fresh)
-    table = _judged(measured, fresh["clip_id"], states)
-    about = {
-        "version": snapshot.version,
-        "spec_hash": snapshot.spec_hash,
-        "rules": {rule.name: rule.version for rule in RULES},
-    }
-    write_table(store.location, table, measured, about)
+    try:
+        snapshot, table = _brought_in(store, snapshot, fresh, reads_sources)
+    except BaseException:
+        if len(fresh):
+            write_part(store.location, fresh)
+        raise
     mine = table.filter(table["in_store"])
     if split is not None:
         mine = mine.filter(pc.equal(mine["split"], split))
     return _summary(store, snapshot, mine, looked_at=len(fresh), started=started)
+
+
+def _brought_in(
+    store: FeatureStore, snapshot: Snapshot, fresh: pa.Table, reads_sources: bool
+) -> tuple[Snapshot, pa.Table]:
+    """Replace the quality table by one that holds `fresh`, too.
+
+    Returns: what it was made from and the table. Another call may have written meanwhile: what it
+    measured stays, and a newer version that it has seen is not taken back.
+    """
+    with table_lease(store.location) as lease:
+        known = read_measured(store.location)
+        if read_table(store.location, ["clip_id"]) is not None:
+            newest = read_about(store.location)["version"]
+            snapshot = store.snapshot() if newest > snapshot.version else snapshot
+        states = _states(snapshot)
+        # Not what another call measured of the same content, which may say more.
+        wanted = _todo(states, known.clips, None, reads_sources)["clip_id"].combine_chunks()
+        fresh = fresh.filter(pc.is_in(fresh["clip_id"], value_set=wanted))
+        measured = _merged(known.clips, fresh)
+        table = _judged(measured, fresh["clip_id"], states)
+        about = {
+            "version": snapshot.version,
+            "spec_hash": snapshot.spec_hash,
+            "rules": {rule.name: rule.version for rule in RULES},
+        }
+        lease.check()
+        write_table(store.location, table, measured, about, parts=known.parts)
+    return snapshot, table
 
 
 def _summary(

@@ -2,16 +2,18 @@
 
 Knows nothing of how signals are measured. Invariant: `quality/table.parquet` is whole and says, in
 its metadata, which version of the clips table it was made from and by which rules; a row speaks of
-one content of one clip (row_key, or the file of a clip that has no features).
+one content of one clip (row_key, or the file of a clip that has no features). Who replaces the
+table holds `table_lease` from the reading on, so that calls at one time lose nothing of each other.
 
 quality/table.parquet    one row per clip: signals, a verdict per rule, duplicate_of
 quality/prints.parquet   what duplicates are found by, a few kB a clip
-quality/parts/           what a scan that was stopped had measured
+quality/parts/           what a scan that was stopped, or is still at work, has measured
+quality/lease/           who replaces the table
 """
 
 import json
 import uuid
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,12 +22,14 @@ import pyarrow.parquet as pq
 from pipeline.errors import StoreError
 from pipeline.quality.rules import RULES, rules_named
 from pipeline.storage import Location
+from pipeline.store.lease import Lease
 from pipeline.store.schema import SOURCE_SCHEMA
 
 FILE = "quality/table.parquet"
 _PRINTS_FILE = "quality/prints.parquet"
 _PARTS = "quality/parts"
 _ABOUT = b"diccae.quality"
+_LEASE_STALE_S = 60.0
 
 _IDENTITY = [
     *(SOURCE_SCHEMA.field(name) for name in ("clip_id", "uri", "start_s", "end_s", "split")),
@@ -93,24 +97,37 @@ def no_table(uri: str) -> StoreError:
     )
 
 
-def read_measured(location: Location) -> pa.Table:
-    """Everything that was measured so far: table, prints and the parts of a stopped scan.
+class Measured(NamedTuple):
+    """Everything that was measured so far."""
 
-    Columns of MEASURED_SCHEMA and the twins found before; the newest row of a clip wins.
-    """
+    clips: pa.Table
+    """Columns of MEASURED_SCHEMA and the twins found before, one row a clip."""
+    parts: list[str]
+    """Names of the parts that went into it."""
+
+
+def table_lease(location: Location) -> Lease:
+    """The right to replace the table, for the moments between `read_measured` and `write_table`;
+    who comes second waits."""
+    return Lease(location.below("quality"), _LEASE_STALE_S, "store quality", waits=True)
+
+
+def read_measured(location: Location) -> Measured:
+    """Table, prints and the parts of scans; a row of a part wins over that of the table."""
     columns = [*MEASURED_SCHEMA, *_TWINS[:2]]
     schema = pa.schema(columns)
     tables = [schema.empty_table()]
     table, prints = read_table(location), _read(location, _PRINTS_FILE)
     if table is not None and prints is not None:
         tables.append(_with_prints(table, prints).select(schema.names).cast(schema))
-    for entry in location.ls(_PARTS):
-        part = _read(location, f"{_PARTS}/{entry['name'].rsplit('/', 1)[-1]}")
+    parts = [f"{_PARTS}/{entry['name'].rsplit('/', 1)[-1]}" for entry in location.ls(_PARTS)]
+    for name in parts:
+        part = _read(location, name)
         if part is not None and part.schema.names == MEASURED_SCHEMA.names:
             for field in _TWINS[:2]:
                 part = part.append_column(field, pa.nulls(len(part), field.type))
             tables.append(part.cast(schema))
-    return _last_of_each(pa.concat_tables(tables))
+    return Measured(_last_of_each(pa.concat_tables(tables)), parts)
 
 
 def write_part(location: Location, measured: pa.Table) -> None:
@@ -119,17 +136,24 @@ def write_part(location: Location, measured: pa.Table) -> None:
 
 
 def write_table(
-    location: Location, table: pa.Table, prints: pa.Table, about: dict[str, Any]
+    location: Location,
+    table: pa.Table,
+    prints: pa.Table,
+    about: dict[str, Any],
+    *,
+    parts: list[str],
 ) -> None:
-    """Replace the quality table. Args: table: TABLE_SCHEMA; prints: rows in the same order."""
-    done = [entry["name"].rsplit("/", 1)[-1] for entry in location.ls(_PARTS)]
+    """Replace the quality table; only for who holds `table_lease`.
+
+    Args: table: TABLE_SCHEMA; prints: rows in the same order; parts: those that are in the table.
+    """
     location.write_bytes(
         _PRINTS_FILE, _to_bytes(prints.select(["clip_id", "row_key", *_names(_PRINTS)]))
     )
     named = table.cast(TABLE_SCHEMA).replace_schema_metadata({_ABOUT: json.dumps(about)})
     location.write_bytes(FILE, _to_bytes(named))
-    for name in done:
-        location.remove(f"{_PARTS}/{name}")
+    for name in parts:
+        location.remove(name)
 
 
 def hits(table: pa.Table, names: list[str]) -> pa.Table:

@@ -7,7 +7,7 @@ notices before its next commit.
 Commits are safe without it (each builds on the version its writer has seen); the lease saves the
 work that two runs would do twice, and tells the second user so. The next attempt of a job that died
 is no second user: what it finds is its own lease, mostly too young to be taken over, and a refusal
-would use up one of the job's few retries. It waits.
+would use up one of the job's few retries. It waits, as does who asks to, for what takes moments.
 """
 
 import contextlib
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 JOB = "DICCAE_JOB"
 """Variable that the attempts of one job share, and no other start has."""
+_LOOK_AGAIN_S = 1.0
+"""Who waits looks as often, or more often where leases are shorter."""
 LEASE_FOLDER = "lease"
 """Below the place that is held."""
 _LOST = "this run was taken for dead and lost its lease. {}"
@@ -42,9 +44,13 @@ _ended: set[str] = set()
 class Lease:
     """Context manager; `check` before each commit."""
 
-    def __init__(self, location: Location, stale_s: float, purpose: str) -> None:
-        """Args: stale_s: silence after which a holder is taken for dead; purpose: for messages."""
+    def __init__(
+        self, location: Location, stale_s: float, purpose: str, *, waits: bool = False
+    ) -> None:
+        """Args: stale_s: silence after which a holder is taken for dead; purpose: for messages;
+        waits: for any holder, instead of being refused."""
         self._location = location
+        self._waits = waits
         self._stale_s = stale_s
         self._me: dict[str, Any] = {
             "owner": uuid.uuid4().hex,
@@ -68,16 +74,21 @@ class Lease:
         return self._generation
 
     def __enter__(self) -> "Lease":
-        """Waits for an earlier attempt of our job. Raises: StoreLocked if somebody else writes."""
-        waits = False
+        """Waits for an earlier attempt of our job, or for anybody if told to.
+
+        Raises: StoreLocked if somebody else writes.
+        """
+        has_told = False
         while (holder := self._take()) is not None:
             said = _describe(self._location, holder, self._stale_s)
-            if not self._me["job"] or holder.get("job") != self._me["job"]:
+            is_ours = bool(self._me["job"]) and holder.get("job") == self._me["job"]
+            if not (is_ours or self._waits):
                 raise StoreLocked(said)
-            if not waits:
-                logger.warning("%s It is an earlier attempt of this job: waiting for it.", said)
-            waits = True
-            time.sleep(self._stale_s / 6)
+            if not has_told:
+                who = "It is an earlier attempt of this job: waiting" if is_ours else "Waiting"
+                logger.warning("%s %s for it.", said, who)
+            has_told = True
+            time.sleep(min(self._stale_s / 6, _LOOK_AGAIN_S))
         self._thread.start()
         return self
 
