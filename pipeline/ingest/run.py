@@ -247,6 +247,7 @@ class _Run:
     def decode(self, todo: pa.Table) -> None:
         """Decode all clips, committing as shards are finished."""
         self.store.write_spec(self.spec)
+        self.lease.check()
         discard_unfinished(self.store.location)
         try:
             for states in self._decoded(todo):
@@ -256,7 +257,8 @@ class _Run:
             self._waiting += self._vanished
         finally:
             self._commit()
-            discard_unfinished(self.store.location)
+            # Not all: the lease may be lost, and its new holder be at work.
+            discard_unfinished(self.store.location, self.run_id)
         self._report()
 
     def _decoded(self, todo: pa.Table) -> Iterator[pa.Table]:

@@ -32,10 +32,14 @@ _UNFINISHED = ".part-"
 T = TypeVar("T")
 
 
-def discard_unfinished(location: Location) -> None:
-    """Delete what writers that were killed left in a local store; only for who holds its lease."""
+def discard_unfinished(location: Location, run_id: str | None = None) -> None:
+    """Delete what writers that were killed left in a local store.
+
+    Args: run_id: of this run alone; None: of all runs, only for who holds the store's lease.
+    """
+    prefix = _UNFINISHED if run_id is None else f"{_UNFINISHED}{run_id}-"
     for entry in location.ls("features") if location.is_local else []:
-        if os.path.basename(entry["name"]).startswith(_UNFINISHED):
+        if os.path.basename(entry["name"]).startswith(prefix):
             Path(entry["name"]).unlink(missing_ok=True)
 
 
@@ -43,13 +47,14 @@ class ShardWriter:
     """Writes rows to a temporary file, row group by row group; `publish` makes it a shard."""
 
     def __init__(self, location: Location, name: str, spec: FeatureSpec) -> None:
-        """Args: name: `features/part-....parquet`."""
+        """Args: name: `features/part-<run id>-....parquet`."""
         self._location, self.name = location, name
         if location.is_local:
-            folder = os.path.dirname(location.join(name))
+            folder, base = os.path.split(location.join(name))
             os.makedirs(folder, exist_ok=True)
             # Not by mkstemp, whose files are its owner's alone: others of a shared store read them.
-            self._scratch = f"{folder}/{_UNFINISHED}{uuid.uuid4().hex}.tmp"
+            # With the name of the shard, so that a run knows which are its own.
+            self._scratch = f"{folder}/.{base}.{uuid.uuid4().hex}.tmp"
         else:
             handle, self._scratch = tempfile.mkstemp(prefix=_UNFINISHED, suffix=".tmp")
             os.close(handle)

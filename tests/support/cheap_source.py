@@ -77,6 +77,7 @@ class CheapSource:
         for clip in self.clips:
             self.file(clip).write_text("good")
         self.decoded: list[str] = []
+        self.run_id = ""
         self.before_shard: Callable[[], None] = lambda: None
         patch.setattr(run._Run, "_decoded", lambda this, todo: self._decode(this, todo))
 
@@ -90,6 +91,7 @@ class CheapSource:
                 os.utime(self.file(clip), ns=(10**9 + i, 10**9 + i))
 
     def _decode(self, this: run._Run, todo: pa.Table) -> Iterator[pa.Table]:
+        self.run_id = this.run_id
         for states in decode_cheaply(this, todo):
             self.before_shard()
             self.decoded += states["clip_id"].to_pylist()

@@ -7,8 +7,9 @@ from support.cheap_source import CHEAP_SPECS, CheapSource, features
 from pipeline.errors import MassRemoval, StoreLocked, TooManyFailures
 from pipeline.ingest.maintenance import compact, failures, status, vacuum
 from pipeline.ingest.verify import verify
+from pipeline.store.lease import Lease
 from pipeline.store.schema import CLIPS_SCHEMA
-from pipeline.store.shards import read_rows
+from pipeline.store.shards import ShardWriter, read_rows
 from pipeline.store.store import FeatureStore
 
 OLD, NEW = CHEAP_SPECS
@@ -197,3 +198,29 @@ def test_a_run_that_lost_its_lease_commits_nothing_over_its_successor(source, mo
         source.ingest(NEW)
     assert FeatureStore.open(source.store).snapshot().spec == OLD
     assert stored(source)["c0"].endswith("good again")
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, OSError])
+def test_a_run_that_lost_its_lease_leaves_the_unfinished_shards_of_its_successor(
+    source, monkeypatch, end
+):
+    """Stopped for a while, it may end before it has rows to commit, which would tell it."""
+    location = FeatureStore.open(source.store).location
+    left: list[ShardWriter] = []
+
+    def lose_and_end() -> None:
+        monkeypatch.setattr("pipeline.store.lease.Lease._is_alive", lambda *args: False)
+        with Lease(location, 30.0, "the successor"):
+            for run_id in ("successor", source.run_id):
+                left.append(ShardWriter(location, f"features/part-{run_id}-000000-0.parquet", OLD))
+                left[-1].add({"clip_id": "c0", "row_key": "key"})
+        raise end
+
+    source.file("c0").write_text("good again")
+    source.before_shard = lose_and_end
+    with pytest.raises(end):
+        source.ingest()
+    left[0].publish()
+    assert len(read_rows(source.store, left[0].name, None, ["clip_id"])) == 1
+    with pytest.raises(FileNotFoundError):
+        left[1].publish()
