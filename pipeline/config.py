@@ -113,8 +113,10 @@ class IngestConfig(Frozen):
     retry_reasons: tuple[str, ...] = ()
     """Like retry_failed, for these reason codes only."""
     max_failed_frac: float = Field(0.10, ge=0, le=1)
-    """Above this share of failed decodes the run ends with exit code 3 (after committing), and
-    another spec is not put in force."""
+    """Above this share of failed decodes the run ends with exit code 3 (after committing): of the
+    clips it decodes for the first time, or of 100 clips of the store where those are fewer. Clips
+    that are tried again and fail again do not count. Another spec is not put in force above this
+    share of all its clips."""
     allow_mass_delete: bool = False
     """Let a run remove more than max_removed_frac of the store, or of the clips it decodes."""
     max_removed_frac: float = Field(0.20, ge=0, le=1)

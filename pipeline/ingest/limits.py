@@ -17,6 +17,8 @@ from pipeline.errors import MassRemoval, SpecWithheld, TooManyFailures
 from pipeline.reasons import Reason
 
 _MOST_PLACES = 3
+_FEWEST_JUDGED = 100
+"""Clips that a share of failures is of at least, where the store has so many."""
 
 FAILURE_COLUMNS = ["clip_id", "reason", "detail", "spec_hash"]
 """Columns of the clips table that `Failures.of_spec` needs."""
@@ -75,6 +77,14 @@ class Failures(NamedTuple):
     by_reason: Counter[str]
     n_clips: int
     example: str = ""
+    of_at_least: int = 0
+    """Clips that the share is of, if `n_clips` are fewer."""
+
+    @classmethod
+    def of_run(cls, by_reason: Counter[str], n_clips: int, n_of_spec: int) -> "Failures":
+        """Of clips that one run decoded for the first time: a handful in a store of many says
+        nothing of the others. Args: n_of_spec: clips decoded under its spec, by whatever run."""
+        return cls(by_reason, n_clips, of_at_least=min(n_of_spec, _FEWEST_JUDGED))
 
     @classmethod
     def of_spec(cls, states: pa.Table, spec_hash: str) -> "Failures":
@@ -94,7 +104,7 @@ class Failures(NamedTuple):
 
     def are_too_many(self, config: IngestConfig) -> bool:
         """Whether the config allows fewer."""
-        return self.n_failed > config.max_failed_frac * self.n_clips
+        return self.n_failed > config.max_failed_frac * max(self.n_clips, self.of_at_least)
 
 
 def refuse_failures(
@@ -114,9 +124,10 @@ def refuse_failures(
         return
     reasons = ", ".join(f"{name} {n}" for name, n in failures.by_reason.most_common())
     example = f"; such as {failures.example}" if failures.example else ""
+    again = 0 if withheld else int(summary["failed"]) - failures.n_failed
     said = (
         f"{failures.n_failed} of {failures.n_clips} clips failed ({reasons}{example}), more than "
-        f"{config.max_failed_frac:.0%}. "
+        f"{config.max_failed_frac:.0%}{f'; {again} more failed again' if again else ''}. "
     )
     look = f"diccae store failures --store {shlex.quote(store_uri)}"
     if withheld:
@@ -126,5 +137,5 @@ def refuse_failures(
             "higher --ingest.max-failed-frac."
         )
     else:
-        said += f'The {failures.n_clips - failures.n_failed} good ones are committed. See "{look}".'
+        said += f'The {summary["ok"]} good ones are committed. See "{look}".'
     raise TooManyFailures(said, summary)

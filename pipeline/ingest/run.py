@@ -174,6 +174,10 @@ class _Run:
     n_committed: int = 0
     by_reason: Counter[str] = field(default_factory=Counter)
     """Failed decodes, and files that vanished before theirs."""
+    n_first: int = 0
+    """Clips decoded for the first time, as they are and under this spec; no vanished ones."""
+    first_failures: Counter[str] = field(default_factory=Counter)
+    """Of those; a clip that is tried again and fails again is no news."""
     _first_decoded: datetime | None = None
     _withheld: Failures | None = None
     """Why the spec was not put in force."""
@@ -286,6 +290,10 @@ class _Run:
             self._first_decoded = pc.min(states["decoded_at"]).as_py()
         failed = states.filter(pc.equal(states["status"], "failed"))
         self.by_reason.update(failed["reason"].to_pylist())
+        is_again = pc.greater(states["attempts"], 1).fill_null(False)
+        first = states.filter(pc.invert(pc.or_(is_gone, is_again)))
+        self.n_first += len(first)
+        self.first_failures.update(first["reason"].drop_null().to_pylist())
         self.n_ok += len(states) - len(failed)
         self.n_done += len(states)
         is_late = time.monotonic() - self._last_commit > self.config.commit_seconds
@@ -321,9 +329,15 @@ class _Run:
 
     def refuse_too_many_failures(self, summary: IngestSummary) -> None:
         """Raises: TooManyFailures."""
-        failed = Counter({r: n for r, n in self.by_reason.items() if r != Reason.MISSING})
-        failures = self._withheld or Failures(failed, self.n_ok + self.n_failed)
-        withheld = self.spec.spec_hash() if self._withheld else None
+        spec_hash = self.spec.spec_hash()
+        failures = self._withheld
+        if failures is None:
+            n_of_spec = 0
+            if self.first_failures:
+                states = self.store.snapshot().states(FAILURE_COLUMNS, spec_hash)
+                n_of_spec = Failures.of_spec(states, spec_hash).n_clips
+            failures = Failures.of_run(self.first_failures, self.n_first, n_of_spec)
+        withheld = spec_hash if self._withheld else None
         refuse_failures(failures, self.config, self.store.uri, summary.to_json(), withheld=withheld)
 
 
