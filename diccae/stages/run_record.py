@@ -5,6 +5,7 @@ whole life, and is one MLflow run however often it is started; a classifier trai
 another, which has the curves of pretraining, too.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,13 +81,19 @@ def remember(
         with folder.place.written(_LEFT_OUT) as file:
             pq.write_table(data.left_out.clips, file)
         pinned["left_out"] = data.left_out.about()
-    # With the version: folders of one name elsewhere must not let go of each other's.
-    FeatureStore.open(store).pin(snapshot.version, f"run-{folder.place.name}-v{snapshot.version}")
+    FeatureStore.open(store).pin(snapshot.version, _pin_name(folder, snapshot.version), folder.uri)
     folder.write_record(
         store=pinned,
         config_hash=config.digest(),
         **({"statistics": dict(statistics)} if statistics else {}),
     )
+
+
+def _pin_name(folder: RunFolder, version: int) -> str:
+    """One for each folder and version: folders of one name elsewhere must not let go of each
+    other's. The same for a start that died before it wrote run.json, and begins again."""
+    place = hashlib.sha256(folder.uri.encode()).hexdigest()[:8]
+    return f"run-{folder.place.name}-v{version}-{place}"
 
 
 def open_run(folder: RunFolder, config: RunConfig, store: str | None, say: Say) -> None:

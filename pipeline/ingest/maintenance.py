@@ -43,8 +43,9 @@ def status(uri: str, version: int | None = None) -> dict[str, Any]:
 
     Returns: {"clips", "ok", "failed" (decodes), "missing" (no file), "undecoded" (nothing of the
         spec in force yet), "by_reason" (of the failed), "by_split" (ok clips), "spec" (hash of the
-        one in force), "version", "pins" (all pinned versions by name), "shards", "bytes"} of the
-        live shards. clips = ok + failed + missing + undecoded.
+        one in force), "version", "pins" (all pinned versions by name), "pinned_for" (the run
+        folders, where pins name theirs), "shards", "bytes"} of the live shards.
+        clips = ok + failed + missing + undecoded.
     Raises: StoreError.
     """
     store = FeatureStore.open(uri)
@@ -52,7 +53,7 @@ def status(uri: str, version: int | None = None) -> dict[str, Any]:
     states = snapshot.states(["status", "reason", "spec_hash"])
     live = snapshot.rows(None)
     shards = set(pc.unique(live["shard"]).to_pylist())
-    sizes = shard_sizes(store)
+    sizes, pins = shard_sizes(store), store.pins_in_full()
     is_missing = pc.equal(states["reason"], Reason.MISSING.value).fill_null(False)
     in_force = pc.equal(states["spec_hash"], snapshot.spec_hash)
     is_failed = pc.and_(in_force, pc.equal(states["status"], "failed"))
@@ -68,7 +69,8 @@ def status(uri: str, version: int | None = None) -> dict[str, Any]:
         "by_split": dict(sorted(Counter(live["split"].to_pylist()).items())),
         "spec": snapshot.spec_hash,
         "version": snapshot.version,
-        "pins": store.pins(),
+        "pins": {name: int(about["version"]) for name, about in pins.items()},
+        "pinned_for": {name: about["run"] for name, about in pins.items() if about.get("run")},
         "shards": len(shards),
         "bytes": sum(sizes.get(shard, (0, 0.0))[0] for shard in shards),
     }

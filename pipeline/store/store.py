@@ -310,9 +310,12 @@ class FeatureStore:
         older = [version for version, modified in commits if modified < moment]
         return older[-1:] + younger
 
-    def pin(self, version: int, name: str) -> None:
-        """Keep a version readable until `unpin(name)`, whatever vacuum does."""
-        about = {"version": version, "pinned_at": datetime.now(UTC).isoformat()}
+    def pin(self, version: int, name: str, run: str = "") -> None:
+        """Keep a version readable until `unpin(name)`, whatever vacuum does.
+
+        Args: run: URI of the run folder that reads it.
+        """
+        about = {"version": version, "pinned_at": datetime.now(UTC).isoformat(), "run": run}
         self.location.write_bytes(f"pins/{name}.json", json.dumps(about).encode())
 
     def unpin(self, name: str) -> None:
@@ -321,11 +324,13 @@ class FeatureStore:
 
     def pins(self) -> dict[str, int]:
         """Pinned versions by name."""
+        return {name: int(about["version"]) for name, about in self.pins_in_full().items()}
+
+    def pins_in_full(self) -> dict[str, dict[str, Any]]:
+        """What each pin says, by name: version, pinned_at, run (those of before have none)."""
         names = [entry["name"].rsplit("/", 1)[-1] for entry in self.location.ls("pins")]
         return {
-            name.removesuffix(".json"): json.loads(self.location.read_bytes(f"pins/{name}"))[
-                "version"
-            ]
+            name.removesuffix(".json"): json.loads(self.location.read_bytes(f"pins/{name}"))
             for name in names
             if name.endswith(".json")
         }

@@ -1,5 +1,6 @@
 """Published weights as a run, and a run's model for CAV-MAE, by command."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -169,12 +170,57 @@ def test_runs_of_one_name_keep_the_versions_of_each_other(place: Path) -> None:
     broken["spec_hash"] = SPEC.spec_hash()
     store.append(pa.Table.from_pylist([{**broken, "reason": "timeout"}], CLIPS_SCHEMA), {})
     assert main([*arguments, "--out", "b/run"]) == 0
-    old, new = f"run-run-v{first}", f"run-run-v{first + 1}"
-    assert status("store")["pins"] == {old: first, new: first + 1}
+    about = status("store")
+    old, new = (
+        f"run-run-v{version}-{hashlib.sha256(str(place / run).encode()).hexdigest()[:8]}"
+        for version, run in ((first, "a/run"), (first + 1, "b/run"))
+    )
+    assert about["pins"] == {old: first, new: first + 1}
+    assert about["pinned_for"] == {old: str(place / "a/run"), new: str(place / "b/run")}
     with pytest.raises(StoreError, match=f"no pin 'run-run'; there are {old}, {new}"):
         unpin("store", "run-run")
     assert main(["store", "unpin", "--store", "store", "--pin", old]) == 0
     assert status("store")["pins"] == {new: first + 1}
+
+
+def test_runs_of_one_name_and_version_have_a_pin_each(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of them let go of the version that both read."""
+    store = FeatureStore.open("store")
+    version = store.version()
+    arguments = ["weights", "import", "--config", "run.yaml", "--store", "store"]
+    arguments += ["--model", "trunk"]
+    # As the version before this one named it, for a run that may still live.
+    old = f"run-base-v{version}"
+    store.pin(version, old)
+    for run in ("alice/base", "bob/base"):
+        assert main([*arguments, "--out", run]) == 0
+    assert main(["store", "status", "--store", "store"]) == 0
+    said = capsys.readouterr().out
+    pins = {run: name for name, run in status("store")["pinned_for"].items()}
+    assert set(pins) == {str(place / "alice/base"), str(place / "bob/base")}
+    assert all(run in said for run in pins)
+    assert main(["store", "unpin", "--store", "store", "--pin", pins.pop(f"{place}/bob/base")]) == 0
+    assert status("store")["pins"] == {old: version, pins[f"{place}/alice/base"]: version}
+
+
+def test_a_start_that_died_before_it_was_written_down_takes_its_own_pin_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["weights", "import", "--config", "run.yaml", "--store", "store"]
+    arguments += ["--model", "trunk", "--out", "a/run"]
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr("diccae.stages.run_record.RunFolder.write_record", die)
+        assert main(arguments) == 130
+    begun = status("store")["pins"]
+    assert len(begun) == 1
+    assert main(arguments) == 0
+    assert status("store")["pins"] == begun
 
 
 def test_pretraining_says_what_the_weights_give_before_the_cluster_is_used(
