@@ -41,13 +41,14 @@ def main(argv: Sequence[str]) -> int:
     from diccae.stages.evaluate import inference_demands
     from diccae.stages.statistics import for_embedding
     from pipeline.store.store import FeatureStore
+    from pipeline.store.vacuumed import whole_snapshot
     from training.data.rows import index_rows
     from training.on_ray.inference import Job, run_jobs, write_vectors
     from training.predict.apply import Models
     from training.weights.card import Applied
     from training.weights.files import read_card
 
-    snapshot = FeatureStore.open(args.store).snapshot(args.version)
+    snapshot = whole_snapshot(FeatureStore.open(args.store), args.version)
     run = for_embedding(args.run, args.encoder, snapshot.spec)
     index = index_rows(snapshot, args.split)
     start_ray()

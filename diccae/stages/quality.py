@@ -7,6 +7,7 @@ from diccae.screen import ProgressLine, clock, table
 from pipeline.quality.run import Progress, QualitySummary, check_quality
 from pipeline.quality.stats import FeatureStats, compute_stats
 from pipeline.store.store import FeatureStore, Snapshot
+from pipeline.store.vacuumed import whole_snapshot
 
 
 def run_quality(store: str, split: str | None, *, reads_sources: bool) -> QualitySummary:
@@ -23,7 +24,8 @@ def run_stats(store: str, split: str, version: int | None = None) -> FeatureStat
     line = _Line("stats")
     target = FeatureStore.open(store)
     try:
-        return compute_stats(target, target.snapshot(version), split, on_progress=line.show)
+        snapshot = whole_snapshot(target, version)
+        return compute_stats(target, snapshot, split, on_progress=line.show)
     finally:
         line.close()
 

@@ -17,6 +17,7 @@ from diccae.errors import UsageError
 from diccae.run_folder import RunFolder
 from pipeline.quality.leave_out import LeftOut
 from pipeline.store.store import FeatureStore
+from pipeline.store.vacuumed import whole_snapshot
 from training.run.pinned import Pinned, pin
 from training.tracking import tracker as tracking
 from training.tracking.copier import RunHandle
@@ -31,12 +32,14 @@ _LEFT_OUT = "left_out.parquet"
 def pin_for(folder: RunFolder, config: RunConfig, store: str | None = None) -> Pinned:
     """The data of the run: the version it pinned when it started, else that of `store`.
 
-    Raises: UsageError if the store is another one by now, or there is none to pin.
+    Raises: UsageError if the store is another one by now, or there is none to pin; StoreError if
+        the version to pin was vacuumed.
     """
     known = folder.record.get("store")
     if known is None:
         if store is None:
             raise UsageError(f"{folder.uri}: no pretraining run in it; name the data with --store")
+        whole_snapshot(FeatureStore.open(store), config.data.version)
         return pin(store, config.data.version, config)
     data = pin(known["uri"], int(known["version"]), config, _left_out_before(folder))
     if data.snapshot.digest != known["digest"]:

@@ -28,6 +28,7 @@ from pipeline.storage import Location
 from pipeline.store.schema import CLIPS_SCHEMA, SHARD_SCHEMA, split_labels
 from pipeline.store.shards import ShardWriter, by_shard, read_rows
 from pipeline.store.store import FeatureStore, Snapshot
+from pipeline.store.vacuumed import whole_snapshot
 
 _log = logging.getLogger(__name__)
 
@@ -46,10 +47,10 @@ def status(uri: str, version: int | None = None) -> dict[str, Any]:
         one in force), "version", "pins" (all pinned versions by name), "pinned_for" (the run
         folders, where pins name theirs), "shards", "bytes"} of the live shards.
         clips = ok + failed + missing + undecoded.
-    Raises: StoreError.
+    Raises: StoreError, also for a version that was vacuumed.
     """
     store = FeatureStore.open(uri)
-    snapshot = store.snapshot(version)
+    snapshot = whole_snapshot(store, version)
     states = snapshot.states(["status", "reason", "spec_hash"])
     live = snapshot.rows(None)
     shards = set(pc.unique(live["shard"]).to_pylist())
@@ -304,7 +305,7 @@ def export(
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         what = "not empty" if folder.is_dir() else "a file"
         raise SourceError(f"{out}: {what}; name a new folder for the export")
-    snapshot = FeatureStore.open(uri).snapshot(version)
+    snapshot = whole_snapshot(FeatureStore.open(uri), version)
     write = _write_folder if format == "folder" else _write_tars
     splits = pc.unique(snapshot.rows(None)["split"]).to_pylist()
     for split in splits:

@@ -165,8 +165,10 @@ def _read(store_uri: str, shard: str, use: Callable[[pq.ParquetFile, str], T]) -
             return use(pq.ParquetFile(pa.PythonFile(watched, mode="r")), path)
     except FileNotFoundError as error:
         raise DamagedShard(
-            f"{path}: the clips table points at this shard and it is not there. The store was "
-            f'changed outside diccae; run "diccae store verify --store {store_uri} --repair".'
+            f"{path}: the clips table points at this shard and it is not there. A vacuum takes "
+            f'those of old versions that nobody pins ("diccae store status --store {store_uri} '
+            '--version N" says so); else the store was changed outside diccae: run "diccae store '
+            f'verify --store {store_uri} --repair".'
         ) from error
     except StoreError:
         raise

@@ -13,6 +13,7 @@ from support.stores import noise_store
 from diccae.cli import main
 from pipeline.config import FeatureSpec
 from pipeline.store.schema import CLIPS_SCHEMA
+from pipeline.store.store import FeatureStore
 
 OLD, NEW = CHEAP_SPECS
 
@@ -79,6 +80,74 @@ def test_an_older_version_is_exported_measured_and_asked_for_its_failures(
     assert answers("--version", str(older)) == [4, 4, 0]
     assert answers() == [2, 2, {"clips": 1, "examples": [example(failed)]}]
     assert len(list((tmp_path / "out2" / "train").iterdir())) == 4
+
+
+@pytest.fixture
+def vacuumed(source: CheapSource) -> tuple[str, list[int]]:
+    """A store and five versions, of which vacuum has left the second, which is pinned, the fourth,
+    whose shards the newest needs, too, and the newest."""
+    versions = [FeatureStore.open(source.store).version()]
+    for content in ("second", "third", "fourth", "fifth"):
+        # One clip stays, so that each version shares a shard with the others.
+        for clip in source.clips[:3] if content != "fifth" else ["c4"]:
+            source.file(clip).write_text(f"g {content}")
+        versions.append(source.ingest_folder().version)
+    FeatureStore.open(source.store).pin(versions[1], "run-1")
+    assert main(["store", "vacuum", "--store", source.store, "--retention-hours", "0"]) == 0
+    return source.store, versions
+
+
+def test_a_version_that_was_vacuumed_says_so_and_which_are_whole(
+    vacuumed: tuple[str, list[int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, (gone, pinned, gone_too, young, newest) = vacuumed
+    for version in (gone, gone_too):
+        for action in ("status", "export", "stats"):
+            out = ["--out", str(tmp_path / "out")] if action == "export" else []
+            capsys.readouterr()
+            arguments = ["store", action, "--store", store, "--version", str(version), *out]
+            assert main(arguments) == 1
+            said = capsys.readouterr().err
+            assert f"version {version} was vacuumed: " in said
+            assert f"Whole are {pinned}, {young} to {newest}: name one of them" in said
+            assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    for version in (pinned, young, newest):
+        assert main(["store", "status", "--store", store, "--version", str(version)]) == 0
+
+
+def test_a_version_whose_log_was_vacuumed_says_so(
+    source: CheapSource, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = FeatureStore.open(source.store).version()
+    source.file("c0").write_text("g2")
+    source.ingest_folder()
+    assert main(["store", "compact", "--store", source.store]) == 0
+    assert main(["store", "vacuum", "--store", source.store, "--retention-hours", "0"]) == 0
+    newest = FeatureStore.open(source.store).version()
+    capsys.readouterr()
+    assert main(["store", "status", "--store", source.store, "--version", str(first)]) == 1
+    said = capsys.readouterr().err
+    assert f"version {first} was vacuumed: 2 of its 2 log files are gone." in said
+    assert f"or none for {newest}, the newest" in said
+    assert said.count("\n") == 1
+
+
+def test_a_shard_that_the_newest_version_lacks_too_is_no_vacuum(
+    source: CheapSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = FeatureStore.open(source.store)
+    version = store.version()
+    source.clips.append("c4")
+    source.file("c4").write_text("good")
+    source.ingest_folder()
+    for shard in store.snapshot(version).shards():
+        Path(source.store, shard).unlink()
+    arguments = ["store", "export", "--store", source.store, "--version", str(version)]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "was vacuumed" not in said
+    assert "--repair" in said
 
 
 def example(clip: dict[str, object]) -> dict[str, object]:

@@ -205,6 +205,28 @@ def test_runs_of_one_name_and_version_have_a_pin_each(
     assert status("store")["pins"] == {old: version, pins[f"{place}/alice/base"]: version}
 
 
+def test_a_run_of_a_version_that_was_vacuumed_is_refused_before_it_begins(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = FeatureStore.open("store")
+    gone, clips = store.version(), store.snapshot().clips
+    shards = clips["shard"].to_pylist()
+    for shard in set(shards):
+        Path("store", shard).rename(Path("store", shard.replace("part-", "part-moved-")))
+    at = clips.column_names.index("shard")
+    names = pa.array([shard.replace("part-", "part-moved-") for shard in shards])
+    store.append(clips.set_column(at, clips.schema.field(at), names), {})
+    arguments = ["weights", "import", "--config", "run.yaml", "--store", "store"]
+    arguments += ["--model", "trunk", "--out", "run", "--data.version"]
+    assert main([*arguments, str(gone)]) == 1
+    said = capsys.readouterr().err
+    n_shards = len(set(shards))
+    assert f"version {gone} was vacuumed: {n_shards} of its {n_shards} shards are gone." in said
+    assert f"Whole are {gone + 1}: name one of them" in said
+    assert status("store")["pins"] == {}
+    assert main([*arguments, str(gone + 1)]) == 0
+
+
 def test_a_start_that_died_before_it_was_written_down_takes_its_own_pin_again(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
