@@ -115,6 +115,12 @@ def _part_of(base: RunConfig, names: Sequence[str]) -> Any:
     return create_model("Config", **fields).model_construct(**{n: getattr(base, n) for n in names})
 
 
+def refuse_negative_seed(seed: int) -> None:
+    """Of a command whose seed is no key of the config. Raises: UsageError."""
+    if seed < 0:
+        raise UsageError(f"--seed = {seed}: 0 or more")
+
+
 def config_in(words: Sequence[str]) -> str | None:
     """The file that a command line names with `--config`."""
     found = values_of(words, "--config")

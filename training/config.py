@@ -373,7 +373,7 @@ class EvaluateConfig(Frozen):
 class TrainingConfig(Frozen):
     """All of the above: one file describes one run."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seeds weights, data order, augmentation and clustering."""
     encoder: EncoderConfig = EncoderConfig()
     data: DataConfig = DataConfig()

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from clustering.config import KMeansConfig, PoolConfig
-from diccae.args import Options
+from diccae.args import Options, refuse_negative_seed
 from diccae.config import RunConfig, explain
 from diccae.errors import UsageError
 from diccae.reach import check_reach
@@ -48,6 +48,7 @@ OPTIONS = Options("cluster", ClusterArgs, ("clustering", "pool"))
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = OPTIONS.parse(argv)
+    refuse_negative_seed(args.seed)
     from clustering.vectors.cluster import cluster_vectors
 
     kmeans = _changed(args.run.clustering, k=args.k)

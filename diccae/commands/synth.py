@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diccae.args import Options
+from diccae.args import Options, refuse_negative_seed
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ OPTIONS = Options("synth", SynthArgs)
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = OPTIONS.parse(argv)
+    refuse_negative_seed(args.seed)
     from pipeline.synth import write_clips
 
     print(write_clips(args.out, args.train, args.test, args.seed))

@@ -94,6 +94,7 @@ def test_an_option_of_several_values_counts_each_time_it_is_given() -> None:
     [
         (["--optim.lr", "-3"], "optim.lr: Input should be greater than 0, found -3.0"),
         (["--loss.temperature=0"], "loss.temperature: Input should be greater than 0, found 0.0"),
+        (["--seed", "-1"], "seed: Input should be greater than or equal to 0, found -1"),
         (["--encoder.dim", "50", "--encoder.n-heads", "4"], "encoder: "),
     ],
 )
@@ -104,6 +105,20 @@ def test_a_value_out_of_range_on_the_command_line_is_one_line(
     printed = capsys.readouterr().err
     assert printed.startswith(f"diccae pretrain: {said}")
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["synth", "--out", "o"], ["cluster", "--vectors", "v", "--out", "o", "--k", "2"]],
+    ids=lambda argv: argv[0],
+)
+def test_a_negative_seed_of_an_option_is_refused(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*argv, "--seed", "-1"]) == 2
+    assert capsys.readouterr().err == f"diccae {argv[0]}: --seed = -1: 0 or more\n"
+    assert not any(tmp_path.iterdir())
 
 
 def test_malformed_command_line_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
