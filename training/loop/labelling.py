@@ -118,24 +118,35 @@ class Labelling:
             self.rounds.start(self.pending)
         self.world.barrier()
 
+    def passes_after(self, epochs_done: int) -> bool:
+        """Whether an evaluation pass may come at the end of this epoch, for a round."""
+        is_pass = self.config.rounds.features == "pass"
+        return is_pass and self._may_start(epochs_done * self.steps_per_epoch)
+
+    def _may_start(self, step: int) -> bool:
+        """Whether the schedule has a round at the end of an epoch; each until there is a first one.
+
+        None starts whose labels would teach the last step alone, or none.
+        """
+        schedule, epochs_done = self.config.rounds, step // self.steps_per_epoch
+        if self.rounds is None or epochs_done < schedule.warmup_epochs:
+            return False
+        if step + self.lead_steps >= self.total_steps - 1:
+            return False
+        return not (self.round and (epochs_done - schedule.warmup_epochs) % schedule.every_epochs)
+
     def _wants_round(self, step: int, loss_instance: float) -> bool:
         """Whether a round starts at the end of an epoch with this mean InfoNCE.
 
-        None does whose labels would teach the last step alone, or none. The first one waits until
-        InfoNCE has left its plateau, the log of the number of clips that are compared: labels made
-        on the plateau collapse the encoder.
+        The first one waits until InfoNCE has left its plateau, the log of the number of clips that
+        are compared: labels made on the plateau collapse the encoder.
         """
-        schedule, epochs_done = self.config.rounds, step // self.steps_per_epoch
-        if self.rounds is None or self.pending is not None:
-            return False
-        if epochs_done < schedule.warmup_epochs or step + self.lead_steps >= self.total_steps - 1:
-            return False
-        if (epochs_done - schedule.warmup_epochs) % schedule.every_epochs and self.round:
+        if self.pending is not None or not self._may_start(step):
             return False
         if self.round == 0 and loss_instance > self.gate_nats:
             log.warning(
                 "no labels after epoch %d: InfoNCE %.3f is not below ln n - margin = %.3f yet",
-                epochs_done,
+                step // self.steps_per_epoch,
                 loss_instance,
                 self.gate_nats,
             )

@@ -5,6 +5,7 @@ Invariants: those of StepLoop; the negatives of a clip are the same whatever the
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from clustering.rounds.protocol import Rounds
 from training.config import TrainingConfig
 from training.data.augment import normalise_fbank, normalise_frames
 from training.data.device import DeviceBatch, on_device
-from training.data.order import FrameDraw
+from training.data.order import EpochReads, FrameDraw
 from training.data.reader import Reader
 from training.data.rows import RowIndex
 from training.data.views import ChunkMaker
@@ -74,6 +75,18 @@ class Pretrainer(StepLoop):
             self._end_epoch()  # That after which another run stopped.
         self._train(last_epoch)
         return self.meter.last
+
+    def _batches(self, epochs: list[EpochReads]) -> Iterator[DeviceBatch]:
+        """The steps of these epochs, read ahead up to the next evaluation pass and not beyond.
+
+        What reads ahead keeps its place until it is asked for; the pass would wait for the place.
+        """
+        ahead: list[EpochReads] = []
+        for reads in epochs:
+            ahead.append(reads)
+            if reads is epochs[-1] or self.labelling.passes_after(reads.epoch + 1):
+                yield from on_device(self.reader.stream(ahead), self.world.device)
+                ahead = []
 
     def _frames(self, epoch: int) -> FrameDraw:
         return FrameDraw(self.config.data.frames_per_clip, 2 if self._intra(epoch) else 1)

@@ -7,7 +7,7 @@ the number of workers.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -101,13 +101,17 @@ class StepLoop(ABC):
             EpochReads(epoch, first_step if epoch == first_epoch else 0, self._frames(epoch))
             for epoch in range(first_epoch, until_epoch)
         ]
-        batches = on_device(self.reader.stream(epochs), self.world.device)
+        batches = self._batches(epochs)
         while self.step < self.last_step:
             with self.meter.timed("data_wait"):
                 batch = next(batches)
             self._train_step(batch)
             self.step += 1
             self._after_step()
+
+    def _batches(self, epochs: list[EpochReads]) -> Iterator[DeviceBatch]:
+        """The steps of these epochs, read ahead."""
+        return on_device(self.reader.stream(epochs), self.world.device)
 
     def _start_gradients(self) -> None:
         course = self.course

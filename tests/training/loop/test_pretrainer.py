@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from clustering.rounds.protocol import RoundRequest
 from training.cluster_config import TrackingConfig
 from training.config import LossConfig, RoundsConfig
 from training.data.device import DeviceBatch
+from training.data.order import EpochReads, FrameDraw
+from training.data.reader import Batch
 from training.errors import NonFiniteLoss, TrainingError
 from training.evaluation.variants import Variant
 from training.loop.gradients import StepLoss
@@ -229,6 +232,33 @@ def test_infonce_falls_below_its_plateau(tmp_path: Path) -> None:
     trainer, recorder = make_trainer(config, tmp_path, rounds=False)
     trainer.run()
     assert recorder.logged[-1][1]["loss_instance"] < math.log(16) - 0.25
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_nothing_is_read_ahead_of_an_evaluation_pass(
+    every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that reads ahead keeps its CPUs until its steps are asked for; a pass needs as many
+    for tasks of its own, and waited for them for ever."""
+    schedule = {"features": "pass", "every_epochs": every}
+    config = pretrain_config(rounds=schedule, pretrain={"epochs": 6})
+    trainer, _ = make_trainer(config, tmp_path)
+    wanted, passes = [0], list[int]()
+    stream, sweep = trainer.reader.stream, trainer.reader.sweep
+
+    def streamed(epochs: Iterable[EpochReads]) -> Iterator[Batch]:
+        wanted[0] += len(list(epochs)) * trainer.steps_per_epoch
+        return stream(epochs)
+
+    def swept(frames: FrameDraw) -> Iterator[Batch]:
+        passes.append(trainer.step // trainer.steps_per_epoch)
+        assert wanted[0] == trainer.step
+        return sweep(frames)
+
+    monkeypatch.setattr(trainer.reader, "stream", streamed)
+    monkeypatch.setattr(trainer.reader, "sweep", swept)
+    trainer.run()
+    assert passes == list(range(1, 6, every))
 
 
 def test_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path: Path) -> None:
