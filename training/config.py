@@ -214,7 +214,8 @@ class ConfusionConfig(Frozen):
     ema_per_epoch: float = Field(0.5, ge=0, lt=1)
     """What is left of the old estimate after one epoch."""
     update: Literal["dynamic", "static"] = "dynamic"
-    """`static` keeps the estimate made when a round is published."""
+    """`static` keeps the estimate made when a round is published; fine-tuning, which has none, is
+    `dynamic` always."""
     weights: Literal["degree", "shuffled", "constant"] = "degree"
     """Controls as large for each class: `shuffled` among its pairs, or `constant`, their mean."""
     update_steps: int = Field(10, ge=1)

@@ -69,6 +69,8 @@ class Finetuner(StepLoop):
         own = {
             "gamma": self.tuning.confusion,
             "pseudo_counts": self.tuning.confusion_pseudo_counts,
+            # A round publishes an estimate to keep; here none comes before the clips are seen.
+            "update": "dynamic",
         }
         confusion = self.config.confusion.model_copy(update=own)
         return ConfusionState(uniform_CC, clips_C, confusion, self.config.seed)

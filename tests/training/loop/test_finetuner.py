@@ -108,6 +108,19 @@ def test_confusion_weights_apply_after_their_epoch() -> None:
     assert any(not torch.equal(a, b) for a, b in pairs)
 
 
+def test_a_static_estimate_of_rounds_leaves_fine_tuning_its_own() -> None:
+    """No round publishes one here: kept as it began, every weight was 1."""
+    config = finetune_config(epochs=2, confusion_pseudo_counts=0.0)
+    found = []
+    for update in ("dynamic", "static"):
+        of_rounds = config.confusion.model_copy(update={"update": update})
+        tuner = make_tuner(config.model_copy(update={"confusion": of_rounds}))
+        tuner.run()
+        found.append(tuner.confusion.weights_KK)
+    assert torch.equal(*found)
+    assert float(found[0].max()) > 1
+
+
 def test_few_clips_of_a_class_are_little_evidence_of_whom_it_is_confused_with() -> None:
     """As they are in the train split, not as often as a balanced draw shows them."""
     index = memory_index()
