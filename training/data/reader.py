@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from clustering.kmeans.hashing import GOLDEN, hash64
 from pipeline.decode.payload import decode_jpegs, fbank_array
 from pipeline.store.store import read_rows
-from training.data.frames import segments
+from training.data.frames import frames_at
 from training.data.order import EpochReads, FrameDraw, Window, WindowPlan
 
 
@@ -70,14 +70,11 @@ def choose_frames(
     keys_n: NDArray[np.uint64], n_stored: int, frames: FrameDraw, seed: int, epoch: int
 ) -> NDArray[np.int64]:
     """Stored frames to decode, [n, v * F]: one from each of F equal segments of the clip."""
-    F = frames.frames_per_clip
-    low, width = segments(n_stored, F)
-    draws = np.full((len(keys_n), frames.n_views, F), 0.5)
+    v, F = frames.n_views, frames.frames_per_clip
+    places = np.full((len(keys_n), v, F), 0.5)
     if frames.random:
-        draws = _uniform(keys_n, seed, epoch, frames.n_views * F).reshape(draws.shape)
-    chosen = np.minimum(np.floor(low + draws * width).astype(np.int64), n_stored - 1)
-    chosen_nf: NDArray[np.int64] = chosen.reshape(len(keys_n), -1)
-    return chosen_nf
+        places = _uniform(keys_n, seed, epoch, v * F).reshape(places.shape)
+    return frames_at(n_stored, places).reshape(len(keys_n), -1)
 
 
 def _uniform(keys_n: NDArray[np.uint64], seed: int, epoch: int, k: int) -> NDArray[np.float64]:
