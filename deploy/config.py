@@ -7,7 +7,7 @@ Invariant: no secret can be written in it, only the names of the secrets the clu
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -33,7 +33,7 @@ class Toleration(Frozen):
 
     key: str
     """The taint's key; any value of it is accepted."""
-    effect: str = "NoSchedule"
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] = "NoSchedule"
     """The taint's effect."""
 
 
@@ -98,6 +98,8 @@ class ClusterConfig(Frozen):
     """Image of the train group (target `gpu`)."""
     mlflow_image: Image = "diccae:mlflow"
     """Image of the MLflow server (target `mlflow`)."""
+    image_pull_secrets: tuple[Name, ...] = ()
+    """Secrets (type docker-registry) of the registry, for every pod."""
     ray_version: str = "2.60.0"
     """Ray of both images; token authentication needs 2.52 or newer."""
     token_secret: Name = "diccae-ray-token"

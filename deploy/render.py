@@ -35,13 +35,15 @@ logs would lie where the head's dashboard does not see them."""
 
 _PLAIN = {
     "name", "namespace", "operator_namespace", "token_secret", "storage_secret", "mlflow_secret",
-    "mlflow_artifacts", "maxima", "token_file", "cpu_image", "gpu_image", "mlflow_image", "region",
+    "mlflow_artifacts", "maxima", "token_file", "cpu_image", "train_image", "mlflow_image",
+    "region",
 }  # fmt: skip
 """Fields whose pattern leaves nothing to quote, so that they may stand inside other words."""
 
 
 _COMPOSED = {
     "head", "decode", "train", "env", "command", "shared_claim", "shared_mount", "worker_profile",
+    "image_pull_secrets", "gpu_image",
 }  # fmt: skip
 """Fields that reach the templates as parts of other values."""
 
@@ -88,6 +90,13 @@ def _values(config: ClusterConfig) -> list[tuple[str, Any]]:
             for key, value in (config.env | {MAXIMA: json.dumps(maxima(config))}).items()
         ],
         "job_env": {"PYTHONUNBUFFERED": "1", JOB: f"{config.namespace}/{config.name}"},
+        "pull_secrets": [{"name": name} for name in config.image_pull_secrets],
+        "train_image": config.gpu_image if config.train.gpus else config.cpu_image,
+        "train_run_options": [
+            # Docker refuses it where there is no card.
+            *(["--gpus all"] if config.train.gpus else []),
+            f"--shm-size={config.train.shm_mib * 2**20}",
+        ],
         "idle_minutes": max(1, config.idle_s // 60),
         "mounts": _mounts(config),
         "maxima": shlex.quote(json.dumps(maxima(config))),

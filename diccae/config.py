@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
@@ -149,9 +149,16 @@ def _explain_one(item: Any, model: type[BaseModel], section: str) -> str:
     return f"unknown key {key}: {hint}"
 
 
+def _of_each(annotation: Any) -> Any:
+    """Of `tuple[T, ...]` T; else the annotation itself."""
+    inner = get_args(annotation)
+    return inner[0] if get_origin(annotation) is tuple and inner[1:] == (...,) else annotation
+
+
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
-        annotation = model.model_fields[part].annotation
+        # The place in a list of models is no field of theirs.
+        annotation = model if part.isdigit() else _of_each(model.model_fields[part].annotation)
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

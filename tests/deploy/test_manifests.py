@@ -158,6 +158,7 @@ UNUSUAL = ClusterConfig(
     cpu_image="registry.example/team/diccae@sha256:" + "0" * 64,
     env={"AWS_ENDPOINT_URL": "https://s3.example:9000", "QUOTED": 'a "b": {c} # d'},
     decode=GroupConfig(node_selector={"cloud.example/spot": "true"}, max_nodes=2, cpus=2),
+    image_pull_secrets=("registry-login",),
 )
 
 
@@ -216,6 +217,33 @@ def test_words_of_the_command_and_env_arrive_as_given() -> None:
     assert maxima[0] == {"role": "decode", "nodes": 2, "cpus": 2, "gpus": 0}
     start = yaml.safe_load(render(UNUSUAL)["ray-cluster.yaml"])["head_start_ray_commands"][-1]
     assert f"{MAXIMA}={json.dumps(maxima)}" in shlex.split(start)
+
+
+def test_every_pod_pulls_with_the_secret_of_the_registry() -> None:
+    pods = [pod for document in _documents(UNUSUAL) for pod in _pods_of(document)]
+    assert len(pods) == 5
+    for pod in pods:
+        assert pod["imagePullSecrets"] == [{"name": "registry-login"}]
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_nodes_that_train_without_a_card_ask_docker_for_none(gpus: int) -> None:
+    train = GroupConfig(gpus=gpus, max_nodes=1, instance="c6i.2xlarge")
+    cluster = yaml.safe_load(render(ClusterConfig(train=train))["ray-cluster.yaml"])
+    docker = cluster["available_node_types"]["train-gpu"]["docker"]
+    assert ("--gpus all" in docker["worker_run_options"]) == bool(gpus)
+    assert docker["worker_image"] == ("diccae:gpu" if gpus else "diccae:cpu")
+    group = _rayjob(ClusterConfig(train=train))["spec"]["rayClusterSpec"]["workerGroupSpecs"][1]
+    assert group["template"]["spec"]["containers"][0]["image"] == docker["worker_image"]
+
+
+def _pods_of(part: Any) -> Iterator[dict[str, Any]]:
+    """Everything below that has containers."""
+    below = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    if isinstance(part, dict) and "containers" in part:
+        yield part
+    for one in below:
+        yield from _pods_of(one)
 
 
 def test_a_shared_claim_is_in_every_pod_and_a_run_in_one_pod_is_refused(
@@ -508,6 +536,14 @@ def test_command_line_writes_the_manifests_or_names_the_wrong_key(
     for text, said in (
         ("namspace: x\n", "unknown key namspace: did you mean namespace?"),
         ("train: {gpuz: 4}\n", "unknown key train.gpuz: did you mean gpus?"),
+        (
+            "train: {tolerations: [{key: a, effect: nosched}]}\n",
+            "train.tolerations.0.effect: Input should be 'NoSchedule'",
+        ),
+        (
+            "train: {tolerations: [{key: a, value: b}]}\n",
+            "unknown key train.tolerations.0.value: known keys: effect, key",
+        ),
         ("- train\n", "found a list, expected keys and values"),
     ):
         config.write_text(text)

@@ -33,7 +33,9 @@ from training.errors import TrainingError
 from training.report.page import write_report
 
 CLASSES = [
-    "playing violin", "playing cello", "dog barking", "wolf howling", "church bell", "alarm clock",
+    "playing violin", "playing cello", "dog barking", "wolf howling",
+    "playing_the_church_bell_while_singing_in_a_crowded_subway_station",
+    "playing_the_alarm_clock_while_singing_in_a_crowded_subway_station",
     "child speech, kid speaking", "<script>alert('x')</script>", "rain", "printer",
 ]  # fmt: skip
 TWIN = {0: 1, 2: 3, 4: 5, 6: 7}
