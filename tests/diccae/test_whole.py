@@ -450,6 +450,23 @@ def test_a_lead_longer_than_an_epoch_is_cut_to_it_and_said(
     assert rounds_at(str(place / "lead" / "rounds")) == [1, 2]
 
 
+@pytest.mark.usefixtures("in_lab")
+def test_a_run_whose_loss_was_not_finite_goes_on_as_its_message_says(
+    place: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["pretrain", "--config", SMOKE, "--store", store, "--pretrain.epochs", "1"]
+    arguments += ["--rounds.labels", "none", "--loss.intra", "1"]
+    broken = ["--loss.temperature", "1e-45", "--out", str(place / "broken")]
+    assert main([*arguments, *broken]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "lower optim.lr or optim.clip_norm usually helps, with a new --out" in said
+    weights = said.split("--init ")[1].split(" if ")[0]
+    assert main([*arguments, "--out", str(place / "on"), "--init", weights]) == 0
+    assert "resized=[]" in capsys.readouterr().err
+    begun = [json.loads((place / run / "run.json").read_text()) for run in ("broken", "on")]
+    assert begun[0]["statistics"] == begun[1]["statistics"]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -30,6 +30,11 @@ from training.losses.terms import multi_label_loss, soft_targets, supervised_los
 from training.model.classifier import Classifier
 from training.model.numerics import trunk_numerics
 
+_WAY_ON = (
+    "A lower finetune.optim.lr or finetune.optim.clip_norm usually helps: with --fresh, which "
+    "begins again from the encoder."
+)
+
 
 class Finetuner(StepLoop):
     """Fine-tunes a classifier on the labelled rows of `index` (docs/design.md, "Fine-tuning")."""
@@ -55,7 +60,7 @@ class Finetuner(StepLoop):
             self.classifier.encoder.compile_blocks()
         self.model = world.wrapped(classifier)
         learned = ((n, p) for n, p in classifier.named_parameters() if p.requires_grad)
-        self._optimise(learned, self.state_dict)
+        self._optimise(learned, self.state_dict, _WAY_ON)
         self.confusion = self._uniform_confusion(index)
         self.confusion_step = 0
         """Of the last update of the confusion matrix."""
@@ -99,7 +104,8 @@ class Finetuner(StepLoop):
         with self.meter.computed("backward"):
             loss.backward()
         with self.meter.computed("update"):
-            norm = self._take_step(self.classifier, batch.read, loss.detach())
+            made = tuple(x.detach() for x in logits.values())
+            norm = self._take_step(self.classifier, batch.read, loss.detach(), made)
         logits_nC = logits[self._main].detach()
         if not self.classifier.multi_label:
             posteriors_nC = self.classifier.probabilities(logits_nC)

@@ -1,11 +1,14 @@
 """FiniteSteps: the optimiser's step, taken only while loss and gradients are finite.
 
 Knows nothing of how they came about. Invariants: when `NonFiniteLoss` is raised, the weights are
-those before the step that was not finite; the host waits for no step but the one before.
+those before the step that was not finite; the host waits for no step but the one before;
+ranks tell each other nothing of a step that is finite.
+
+Shapes: n clips of this rank.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -26,13 +29,22 @@ class StepTaken(NamedTuple):
     """Scalar, detached."""
     norm: Tensor
     """Scalar, of all gradients before clipping."""
+    outputs: tuple[Tensor, ...]
+    """What the model made of the clips, each [n, ...]; detached."""
+
+
+_MEND_FEATURES = (
+    "Lower rates do not help: let diccae store verify --repair --sample N, N as many as the store "
+    "has clips, forget such features, ingest again, and start with a new --out."
+)
 
 
 class FiniteSteps:
     """Takes steps of an optimiser.
 
     Args: keep: saves a failed step for replay and returns where it is. clip_ids_N: of the index
-        that positions of a batch are in. state: the trainer's state, asked for on a failure.
+        that positions of a batch are in. state: the trainer's, asked for on a failure and kept by
+        rank 0. way_on: what to do then, with `{weights}` for where that is.
     """
 
     def __init__(
@@ -43,9 +55,10 @@ class FiniteSteps:
         *,
         keep: Callable[[dict[str, Any]], str],
         state: Callable[[], dict[str, Any]],
+        way_on: str,
     ) -> None:
         self.optimizer, self.clip_ids_N, self.world = optimizer, clip_ids_N, world
-        self.keep, self.state = keep, state
+        self.keep, self.state, self.way_on = keep, state, way_on
         self.broken = torch.zeros((), device=world.device)
         self.last: _Watched | None = None
 
@@ -75,29 +88,71 @@ class FiniteSteps:
         if watched is not None and bool(watched.broken.wait()):
             self._fail(watched.taken)
 
-    def _fail(self, taken: StepTaken) -> None:
-        batch = taken.batch
-        clip_ids = self.clip_ids_N[batch.position].tolist()
-        where = self.keep(
-            {
-                "step": taken.step,
-                "rank": self.world.rank,
-                "clip_ids": clip_ids,
-                "state": self.state(),
-                "batch": {
-                    # torch has few operations on uint64; the bits are the same.
-                    name: torch.from_numpy(
-                        np.array(x.view(np.int64) if x.dtype == np.uint64 else x)
-                    )
-                    for name, x in batch._asdict().items()
-                },
-            }
-        )
-        raise NonFiniteLoss(
-            f"step {taken.step}, rank {self.world.rank}: loss {float(taken.loss)}, gradient norm "
-            f"{float(taken.norm)}; clips {', '.join(clip_ids[:8])}, ... The step is saved in "
-            f"{where} for replay. A lower optim.lr or optim.clip_norm usually helps."
-        )
+    def _fail(self, taken: StepTaken) -> NoReturn:
+        """On all ranks alike: gradients are one sum, so what is not finite in one is so in all."""
+        state = self.state()  # Collective; as large on every rank, so one of them keeps it.
+        content = {
+            "step": taken.step,
+            "rank": self.world.rank,
+            "clip_ids": self.clip_ids_N[taken.batch.position].tolist(),
+            # torch has few operations on uint64; the bits are the same.
+            "batch": {
+                name: torch.from_numpy(np.array(x.view(np.int64) if x.dtype == np.uint64 else x))
+                for name, x in taken.batch._asdict().items()
+            },
+        }
+        where = self.keep(content | ({"state": state} if self.world.rank == 0 else {}))
+        ranks = self.world.gathered(_Failed.of(where, content["clip_ids"], taken))
+        raise NonFiniteLoss(_told(taken.step, ranks, self.way_on))
+
+
+class _Failed(NamedTuple):
+    """A step that failed, as one rank saw it."""
+
+    where: str
+    clip_ids: list[str]
+    loss: float
+    norm: float
+    unread: list[str]
+    """Clips whose features are not finite."""
+    unmade: list[str]
+    """Clips of which the model made something that is not finite."""
+
+    @classmethod
+    def of(cls, where: str, clip_ids: list[str], taken: StepTaken) -> "_Failed":
+        """Looked at now: while steps are finite nothing is."""
+        read_n = torch.from_numpy(np.isfinite(taken.batch.fbank).all((1, 2)))
+        made_n = torch.ones_like(read_n)
+        for x in taken.outputs:
+            made_n &= torch.isfinite(x).flatten(1).all(1).cpu()
+        ids_n = np.array(clip_ids)
+        unread, unmade = (ids_n[~finite_n.numpy()].tolist() for finite_n in (read_n, made_n))
+        return cls(where, clip_ids, float(taken.loss), float(taken.norm), unread, unmade)
+
+
+def _told(step: int, ranks: list[_Failed], way_on: str) -> str:
+    """The same on every rank, whichever is heard."""
+    unread = {rank: failed.unread for rank, failed in enumerate(ranks) if failed.unread}
+    unmade = {rank: failed.unmade for rank, failed in enumerate(ranks) if failed.unmade}
+    everyone = {rank: failed.clip_ids for rank, failed in enumerate(ranks)}
+    if unread:
+        guilty, why, way_on = unread, "features that are not finite", _MEND_FEATURES
+    elif unmade and unmade != everyone:
+        guilty, why = unmade, "outputs of the model that are not finite"
+    else:
+        guilty, why = everyone, "no clip at fault alone"
+    first = ranks[min(guilty)]
+    clips = "; ".join(f"rank {rank}: {_some(ids)}" for rank, ids in guilty.items())
+    beside = ", the batches of other ranks beside it" if len(ranks) > 1 else ""
+    return (
+        f"step {step}: loss {first.loss}, gradient norm {first.norm}; {why}, of {clips}. "
+        f"The step is saved in {ranks[0].where} for replay{beside}. "
+        + way_on.format(weights=ranks[0].where)
+    )
+
+
+def _some(clip_ids: list[str]) -> str:
+    return ", ".join(clip_ids[:8]) + (", ..." if len(clip_ids) > 8 else "")
 
 
 class _Watched(NamedTuple):

@@ -30,6 +30,14 @@ class World(NamedTuple):
         if self.size > 1:
             dist.barrier()
 
+    def gathered(self, own: Any) -> list[Any]:
+        """What each worker gave, by rank; pickled, so for little and seldom."""
+        if self.size == 1:
+            return [own]
+        all_W: list[Any] = [None] * self.size
+        dist.all_gather_object(all_W, own)
+        return all_W
+
     def wrapped(self, module: nn.Module) -> nn.Module:
         """The module with its gradients averaged over workers; itself for a single one."""
         if self.size == 1:

@@ -29,6 +29,11 @@ from training.losses.objective import Labels, Phase
 from training.model.encoder import Encoder
 from training.model.numerics import trunk_numerics
 
+_WAY_ON = (
+    "A lower optim.lr or optim.clip_norm usually helps, with a new --out: from the start, or from "
+    "the weights of before that step with --init {weights} if they were good (metrics.jsonl)."
+)
+
 
 class Pretrainer(StepLoop):
     """DICCAE pretraining on the rows of `index` (docs/design.md, "Pretraining")."""
@@ -55,7 +60,7 @@ class Pretrainer(StepLoop):
         timed = functools.partial(self.meter.computed, "gather")
         self.share = RankShare(rows_W, world.rank, self.plan.lane_size, timed)
         self.gradients = Gradients(config, self.encoder, world, self.share, self.meter)
-        self._optimise(self.encoder.named_parameters(), self._state_of_failure)
+        self._optimise(self.encoder.named_parameters(), self._state_of_failure, _WAY_ON)
         self.labelling = Labelling(config, rounds, index, self.plan, world)
         self.sample = SampleProbe(index, world)
 
@@ -112,7 +117,8 @@ class Pretrainer(StepLoop):
         found = self.gradients.of(chunks, labels)
         loss = found.total.loss.detach() + self.config.loss.reconstruction * found.reconstruction
         with self.meter.computed("update"):
-            norm = self._take_step(self.encoder, batch.read, loss)
+            made = tuple(z.detach() for z in found.embeddings.z.values())
+            norm = self._take_step(self.encoder, batch.read, loss, made)
             self.labelling.observe(labels, found.total)
         self._count(found, labels, loss, norm)
         self.sample.add(batch.read.key, found.embeddings.z)

@@ -64,8 +64,9 @@ class StepLoop(ABC):
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         state_of_failure: Callable[[], dict[str, Any]],
+        way_on: str,
     ) -> None:
-        """To be called once the parameters are on their device."""
+        """To be called once the parameters are on their device; for the rest see FiniteSteps."""
         self.optimizer = make_optimizer(
             named_parameters, self.course.optim, fused=self.world.runs_ahead
         )
@@ -75,6 +76,7 @@ class StepLoop(ABC):
             self.world,
             keep=lambda content: self.hooks.failed(content),
             state=state_of_failure,
+            way_on=way_on,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,13 +122,15 @@ class StepLoop(ABC):
         self.meter.keep("lr", lr)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _take_step(self, module: nn.Module, read: Batch, loss: Tensor) -> Tensor:
+    def _take_step(
+        self, module: nn.Module, read: Batch, loss: Tensor, outputs: tuple[Tensor, ...]
+    ) -> Tensor:
         """With clipped gradients. Returns: their norm before. Raises: NonFiniteLoss."""
         limit = self.course.optim.clip_norm
         norm = nn.utils.clip_grad_norm_(
             module.parameters(), limit if limit is not None else float("inf")
         )
-        self.steps.take(StepTaken(self.step, read, loss, norm))
+        self.steps.take(StepTaken(self.step, read, loss, norm, outputs))
         return norm
 
     def _after_step(self) -> None:

@@ -98,13 +98,21 @@ def load_weights(
         optional += ("pos_embed_a", "modality_a", "modality_v")
     else:
         state = {key.removeprefix("encoder."): tensor for key, tensor in raw.items()}
-    resized = fit_positions(encoder, state, card.shape.n_mels // PATCH if card else 8)
+    resized = fit_positions(encoder, state, _audio_rows(encoder, layout, card))
     heads = take_heads(state, classes, source_classes or (card.classes if card else ()))
     try:
         missing, unexpected = fill(model, state, optional)
     except WeightsError as error:
         raise WeightsError(f"{uri}: {error}") from error
     return WeightsReport(layout, missing, unexpected + heads, resized, MadeWith.of(layout, card))
+
+
+def _audio_rows(encoder: Encoder, layout: layouts.Layout, card: ModelCard | None) -> int:
+    """Rows of the grid that a file's audio positions are of."""
+    if layout != "diccae":
+        return 8
+    # A file without a card does not say: a checkpoint of ours, for clips like those of this run.
+    return (card.shape if card else encoder.shape).n_mels // PATCH
 
 
 def made_with(uri: str) -> MadeWith:
@@ -297,7 +305,8 @@ def fetched_tensors(uri: str, kind: str) -> Iterator[Path]:
 
 
 def _read_pickled(uri: str) -> dict[str, Tensor]:
-    """A torch.save file: a state dict, or one under `model` or `state_dict`; tensors only."""
+    """A torch.save file: a state dict, or one under `model` or `state_dict`; or a checkpoint of
+    ours, or the `state` of a step that failed, which have the encoder's. Tensors only."""
     try:
         # MAE's own checkpoints keep their command line beside the weights: plain attributes
         allowed = torch.serialization.safe_globals([argparse.Namespace])
@@ -311,7 +320,7 @@ def _read_pickled(uri: str) -> dict[str, Tensor]:
             f"{uri} cannot be read as tensors alone ({reason}); it is damaged, or holds more than "
             "a state dict: save that by itself with torch.save"
         ) from error
-    for wrapper in ("model", "state_dict"):
+    for wrapper in ("model", "state_dict", "state", "encoder"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
     if not isinstance(loaded, Mapping):
