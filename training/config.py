@@ -89,7 +89,8 @@ class DataConfig(Frozen):
     """Frames a training step sees of each clip (CAV-MAE: 1, drawn at random)."""
     lanes: int = Field(8, ge=1)
     """Fixed number of data lanes, shared out among the workers, so that the order of data never
-    depends on how many there are. A multiple of their number keeps all of them equally busy."""
+    depends on how many there are. A multiple of their number keeps all of them equally busy.
+    Fine-tuning has as many as divide its batch, too."""
     shuffle_window: int = Field(256, ge=1)
     """Clips of a lane that are permuted together, and held in memory encoded."""
     fbank_mean: float | None = None

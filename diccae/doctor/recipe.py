@@ -36,8 +36,7 @@ def check_recipe(file: str, store: str | None, init: str | None) -> Check:
     batch_size = config.pretrain.batch_size
     plan = BatchPlan.of(batch_size, batch_size, config.data)
     check_alone(config)
-    tuned = config.finetune.batch_size
-    BatchPlan.of(tuned, tuned, config.data)
+    BatchPlan.of_finetuning(config.finetune.batch_size, config)
     rows = max(plan.rows_of_workers(config.scale.num_workers))
     detail = f"{file}: batches of {batch_size}, {rows} clips a worker"
     if store is None:

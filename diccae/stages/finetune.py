@@ -41,7 +41,7 @@ def run_finetune(
     config, statistics = settle(folder, config, data, say, encoder or own)
     if "statistics" not in folder.record:
         folder.write_record(statistics=statistics)
-    steps = BatchPlan.of(len(train), config.finetune.batch_size, config.data).steps(len(train))
+    plan = BatchPlan.of_finetuning(len(train), config)
     reads = {"--store": data.snapshot.uri, "--encoder": encoder}
     backend.ready(training_demands(config, None), reads, folder.uri)
     handle = known_run(folder, config, say)
@@ -49,11 +49,12 @@ def run_finetune(
     folder.check()
     uri = starting_encoder(config, train, encoder, folder.place, origin)
     _say_what_is_trained(config, train, len(data.train), uri, say)
+    total = plan.steps(len(train)) * config.finetune.epochs
     started = time.monotonic()
     written = Written(folder.place, handle, origin, folder.attempt)
     stage = partial(backend.finetune, config, train, uri, written)
     nodes = backend.watched_nodes(folder.attempt, handle, config.tracking.of_nodes)
-    with nodes, watched(folder.place, "finetune.jsonl", steps * config.finetune.epochs, "finetune"):
+    with nodes, watched(folder.place, "finetune.jsonl", total, "finetune"):
         with_status(folder, handle, config, stage, section="finetune")
     folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})
 

@@ -153,6 +153,25 @@ def test_an_encoder_for_clips_of_another_length_is_refused_before_anything_is_wr
         for_embedding(RunConfig(), "longer", SPEC)
 
 
+def test_fine_tuning_in_lanes_of_another_batch_starts_or_names_what_to_change(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """data.lanes is fixed when pretraining starts, days before."""
+    monkeypatch.setattr("diccae.stages.backend.start_ray", lambda: 1 / 0)
+    arguments = ["finetune", "--store", "store", "--out", "run"]
+    arguments += ["--data.lanes", "8", "--finetune.batch-size", "12"]
+    with pytest.raises(ZeroDivisionError):
+        main(arguments)
+    capsys.readouterr()
+    assert main([*arguments, "--scale.num-workers", "5"]) == 1
+    said = capsys.readouterr().err
+    assert "finetune.batch_size = 12 divides into 4 of data.lanes = 8" in said
+    assert "a multiple of 8, or scale.num_workers 4 or less" in said
+    assert said.count("\n") == 1
+    assert main([*arguments, "--finetune.batch-size", "24"]) == 1
+    assert "finetune.batch_size = 24, but the split has only 16" in capsys.readouterr().err
+
+
 def test_imported_weights_keep_their_statistics(place: Path) -> None:
     config = {"encoder": SIZES, "loss": {"instance_on": "z"}, "rounds": {"labels": "none"}}
     Path("run.yaml").write_text(json.dumps(config))

@@ -145,7 +145,7 @@ def make_tuner(
         auxiliary,
         multi_label=config.finetune.loss == "bce",
     )
-    plan = BatchPlan.of(len(index), config.finetune.batch_size, config.data)
+    plan = BatchPlan.of_finetuning(len(index), config)
     draws = balanced_draws(index, config.seed) if config.finetune.balanced else None
     lanes = lanes_of(world.rank, world.size, plan.lanes)
     reader = MemoryReader(WindowPlan(index, plan, lanes, config.seed, draws))

@@ -9,6 +9,7 @@ Shapes: N clips, B global batch, V lanes, b = B / V clips of a lane, S steps of 
 a worker's step, W distinct clips of a window, L labels of a clip, G row groups.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import FeatureSpec
 from pipeline.store.schema import ROW_GROUP_ROWS
-from training.config import DataConfig
+from training.config import DataConfig, TrainingConfig
 from training.data.rows import RowIndex
 from training.errors import TrainingError
 
@@ -108,19 +109,39 @@ class BatchPlan(NamedTuple):
     """Steps whose clips are permuted together."""
 
     @classmethod
-    def of(cls, n_clips: int, batch_size: int, data: DataConfig) -> "BatchPlan":
+    def of(
+        cls, n_clips: int, batch_size: int, data: DataConfig, key: str = "pretrain.batch_size"
+    ) -> "BatchPlan":
         """Raises: TrainingError if the batch does not divide into lanes, or exceeds the clips."""
         if batch_size % data.lanes:
             raise TrainingError(
-                f"batch_size = {batch_size} does not divide into data.lanes = {data.lanes}; "
+                f"{key} = {batch_size} does not divide into data.lanes = {data.lanes}; "
                 "choose a multiple"
             )
         if n_clips < batch_size:
             raise TrainingError(
-                f"batch_size = {batch_size}, but the split has only {n_clips} clips; lower "
-                "batch_size or ingest more clips"
+                f"{key} = {batch_size}, but the split has only {n_clips} clips; lower it or ingest "
+                "more clips"
             )
         return cls(batch_size, data.lanes, max(1, data.shuffle_window * data.lanes // batch_size))
+
+    @classmethod
+    def of_finetuning(cls, n_clips: int, config: TrainingConfig) -> "BatchPlan":
+        """In as many of the lanes of pretraining as divide the batch: there they are fixed by then.
+
+        Raises: TrainingError if workers are more than these, or clips fewer than the batch.
+        """
+        batch_size, data = config.finetune.batch_size, config.data
+        lanes = math.gcd(batch_size, data.lanes)
+        if config.scale.num_workers > lanes:
+            raise TrainingError(
+                f"finetune.batch_size = {batch_size} divides into {lanes} of data.lanes = "
+                f"{data.lanes}, too few for scale.num_workers = {config.scale.num_workers}, each "
+                f"reads at least one; make finetune.batch_size a multiple of {data.lanes}, or "
+                f"scale.num_workers {lanes} or less"
+            )
+        fewer = data.model_copy(update={"lanes": lanes})
+        return cls.of(n_clips, batch_size, fewer, "finetune.batch_size")
 
     @property
     def lane_size(self) -> int:

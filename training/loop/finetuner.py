@@ -16,7 +16,7 @@ from clustering.kmeans.label_table import NO_LABEL
 from training.config import FinetuneConfig, TrainingConfig
 from training.data.augment import augment_fbank, augment_frames, normalise_frames
 from training.data.device import DeviceBatch
-from training.data.order import FrameDraw
+from training.data.order import BatchPlan, FrameDraw
 from training.data.reader import Reader
 from training.data.rows import RowIndex
 from training.data.views import step_generator
@@ -52,7 +52,8 @@ class Finetuner(StepLoop):
         """Raises: TrainingError if a clip has no label, or more than the loss can use."""
         refuse_labels(index, config.finetune.loss)
         self.tuning, self.n_classes = config.finetune, len(index.classes)
-        course = Course(self.tuning.epochs, self.tuning.batch_size, self.tuning.optim)
+        plan = BatchPlan.of_finetuning(len(index), config)
+        course = Course(self.tuning.epochs, plan, self.tuning.optim)
         super().__init__(config, course, index, reader=reader, world=world, hooks=hooks)
         self.share = RankShare(self.plan.rows_of_workers(world.size), world.rank)
         self.classifier = classifier.to(world.device).train()
@@ -65,7 +66,6 @@ class Finetuner(StepLoop):
         self.confusion_step = 0
         """Of the last update of the confusion matrix."""
         self.averages: dict[str, Tensor] = {}
-        self.n_averaged = 0
 
     def _uniform_confusion(self, index: RowIndex) -> ConfusionState:
         shape = (self.n_classes, self.n_classes)

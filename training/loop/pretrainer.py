@@ -15,7 +15,7 @@ from clustering.rounds.protocol import Rounds
 from training.config import TrainingConfig
 from training.data.augment import normalise_fbank, normalise_frames
 from training.data.device import DeviceBatch, on_device
-from training.data.order import EpochReads, FrameDraw
+from training.data.order import BatchPlan, EpochReads, FrameDraw
 from training.data.reader import Reader
 from training.data.rows import RowIndex
 from training.data.views import ChunkMaker
@@ -50,7 +50,8 @@ class Pretrainer(StepLoop):
         hooks: Hooks,
     ) -> None:
         stage = config.pretrain
-        course = Course(stage.epochs, stage.batch_size, config.optim)
+        plan = BatchPlan.of(len(index), stage.batch_size, config.data)
+        course = Course(stage.epochs, plan, config.optim)
         super().__init__(config, course, index, reader=reader, world=world, hooks=hooks)
         self.encoder = encoder.to(world.device)
         if stage.compile:

@@ -29,11 +29,10 @@ from training.loop.schedule import (
 
 
 class Course(NamedTuple):
-    """How long, how wide and how fast a stage trains."""
+    """How long, in which batches and how fast a stage trains."""
 
     epochs: int
-    batch_size: int
-    """Clips of a global batch."""
+    plan: BatchPlan
     optim: OptimConfig
 
 
@@ -52,7 +51,7 @@ class StepLoop(ABC):
     ) -> None:
         self.config, self.course, self.reader = config, course, reader
         self.world, self.hooks, self.clip_ids_N = world, hooks, index.clip_ids_N
-        self.plan = BatchPlan.of(len(index), course.batch_size, config.data)
+        self.plan = course.plan
         self.lanes = lanes_of(world.rank, world.size, self.plan.lanes)
         self.steps_per_epoch = self.plan.steps(len(index))
         self.last_step = self.steps_per_epoch * course.epochs
@@ -151,7 +150,7 @@ class StepLoop(ABC):
 
     def _log(self, at_epoch_end: bool) -> None:
         measured = self._measured(at_epoch_end)
-        metrics = self.meter.flush(self.step, self.course.batch_size)
+        metrics = self.meter.flush(self.step, self.plan.batch_size)
         metrics["epoch"] = self.step / self.steps_per_epoch
         metrics |= measured
         if self.world.rank == 0:

@@ -60,7 +60,7 @@ def dry_run_finetuning(
     config: TrainingConfig, spec: FeatureSpec, n_clips: int, n_classes: int
 ) -> list[tuple[str, str]]:
     """Name and value of each line to show of fine-tuning; nothing is measured."""
-    plan = BatchPlan.of(n_clips, config.finetune.batch_size, config.data)
+    plan = BatchPlan.of_finetuning(n_clips, config)
     budget = finetuning_budget(config, input_shape(spec), n_classes)
     steps = plan.steps(n_clips) * config.finetune.epochs
     return budget_table(budget, *_load(plan, config.scale, None), steps)
@@ -75,8 +75,11 @@ class StepBytes(NamedTuple):
 
 def step_bytes(config: TrainingConfig, spec: FeatureSpec, n_classes: int) -> StepBytes:
     """What a worker's largest steps keep, by the budget; nothing is measured, no store read."""
-    sizes, shape = (config.pretrain.batch_size, config.finetune.batch_size), input_shape(spec)
-    plans = [BatchPlan.of(batch_size, batch_size, config.data) for batch_size in sizes]
+    batch_size, shape = config.pretrain.batch_size, input_shape(spec)
+    plans = [
+        BatchPlan.of(batch_size, batch_size, config.data),
+        BatchPlan.of_finetuning(config.finetune.batch_size, config),
+    ]
     micro_batches = (config.pretrain.micro_batch, None)
     clips = [_load(*x).at_once for x in zip(plans, [config.scale] * 2, micro_batches, strict=True)]
     return StepBytes(

@@ -163,7 +163,7 @@ def finetune_at(
 
 def _windows(config: TrainingConfig, index: RowIndex, world: World) -> WindowPlan:
     tuning = config.finetune
-    plan = BatchPlan.of(len(index), tuning.batch_size, config.data)
+    plan = BatchPlan.of_finetuning(len(index), config)
     lanes = lanes_of(world.rank, world.size, plan.lanes)
     draws = balanced_draws(index, config.seed) if tuning.balanced else None
     return WindowPlan(index, plan, lanes, config.seed + 1, draws)

@@ -67,7 +67,10 @@ def test_a_recipe_that_fits_is_well(
     ("sections", "said"),
     [
         ({"pretrain": {"batch_size": 30}}, "does not divide into data.lanes"),
-        ({"finetune": {"batch_size": 30}}, "does not divide into data.lanes"),
+        (
+            {"finetune": {"batch_size": 30}, "scale": {"num_workers": 4}},
+            "finetune.batch_size = 30 divides into 2 of data.lanes = 4",
+        ),
         ({"scale": {"num_workers": 5}}, "too few for 5 workers"),
         ({"rounds": {"warmup_epochs": 3}}, "lower rounds.warmup_epochs"),
         ({"clustering": {"k": 33}}, "K is at most half"),

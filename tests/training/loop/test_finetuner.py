@@ -164,6 +164,18 @@ def test_additions_that_begin_with_the_last_epoch_act() -> None:
     assert tuner.n_averaged == 1
 
 
+def test_a_batch_that_does_not_divide_into_the_lanes_of_pretraining_has_fewer() -> None:
+    found = []
+    for lanes in (4, 2):
+        config = finetune_config(batch_size=18, epochs=1)
+        data = config.data.model_copy(update={"lanes": lanes})
+        tuner = make_tuner(config.model_copy(update={"data": data}))
+        tuner.run()
+        found.append(_weights(tuner))
+    assert len(tuner.lanes) == 2
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_clips_without_a_label_are_refused() -> None:
     tuner = make_tuner(finetune_config())
     index = memory_index()
