@@ -88,8 +88,9 @@ def select_files(folder: Path, excludes: Sequence[str] = ()) -> Selection:
             "(keys, tokens, histories) would reach the cluster; name the project's own folder with "
             "--working-dir"
         )
-    walk = _Walk(folder.resolve(), GitIgnoreSpec.from_lines(excludes), [])
-    selection = Selection(list(walk.files(folder.resolve(), [])), walk.left_out)
+    root = folder.resolve()
+    walk = _Walk(root, GitIgnoreSpec.from_lines(excludes), [])
+    selection = Selection(list(walk.files(root, _rules_above(root))), walk.left_out)
     selection.files.sort()
     if not selection.files:
         raise PackageRefused(f"{folder}: every file is ignored, there is nothing to run")
@@ -114,14 +115,7 @@ class _Walk(NamedTuple):
 
     def files(self, folder: Path, rules: list[_Rules]) -> Iterator[PackagedFile]:
         """What goes of `folder`, given the rules of the folders above; notes what does not."""
-        lines = [
-            line
-            for name in _IGNORE_FILES
-            if (folder / name).is_file()
-            for line in (folder / name).read_text().splitlines()
-        ]
-        if lines:
-            rules = [*rules, _Rules(folder, GitIgnoreSpec.from_lines(lines))]
+        rules = [*rules, *_rules_in(folder)]
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)
         for entry in entries:
@@ -156,6 +150,53 @@ class _Walk(NamedTuple):
         if _is_credential(path, self.root):
             return "credentials"
         return "" if is_folder or entry.is_file() else "not a file"
+
+
+def _rules_in(folder: Path) -> list[_Rules]:
+    """Of a folder's own ignore files; one at most."""
+    return _rules_of(folder, *(folder / name for name in _IGNORE_FILES))
+
+
+def _rules_of(base: Path, *files: Path) -> list[_Rules]:
+    # Names of files are bytes, and so is what names them: not every one of them is UTF-8.
+    lines = [
+        line
+        for file in files
+        if file.is_file()
+        for line in os.fsdecode(file.read_bytes()).splitlines()
+    ]
+    return [_Rules(base, GitIgnoreSpec.from_lines(lines))] if lines else []
+
+
+def _rules_above(folder: Path) -> list[_Rules]:
+    """What the git repository around a folder says of it: that of its top first, as git reads it.
+
+    None where the folder is ignored as a whole, such as one that a build made: it was named on
+    purpose, and all of it would stay.
+    """
+    around = [folder, *folder.parents]
+    top = next((place for place in around if (place / ".git").exists()), None)
+    if top is None:
+        return []
+    rules = _rules_of(top, _git_folder(top / ".git") / "info" / "exclude")
+    for parent in reversed(around[1 : around.index(top) + 1]):
+        rules += _rules_in(parent)
+    within = around[: around.index(top)]
+    return [] if any(_ignored(place, True, _above(place, rules)) for place in within) else rules
+
+
+def _above(folder: Path, rules: list[_Rules]) -> list[_Rules]:
+    return [each for each in rules if each.base in folder.parents]
+
+
+def _git_folder(entry: Path) -> Path:
+    """Where git keeps what all worktrees share; in a worktree or submodule `.git` is a file."""
+    if entry.is_dir():
+        return entry
+    named = os.fsdecode(entry.read_bytes()).partition("gitdir:")[2].strip()
+    place = entry.parent / named
+    common = place / "commondir"
+    return place / os.fsdecode(common.read_bytes()).strip() if common.is_file() else place
 
 
 def _holds_a_home(folder: Path) -> bool:

@@ -43,6 +43,48 @@ def test_ignore_files_rule_their_folder_and_deeper_ones_may_take_back(tmp_path: 
     assert _names(root, "pkg/", "!notes.md") == [".gitignore", ".rayignore", "main.py"]
 
 
+def test_a_subfolder_obeys_the_repository_around_it(tmp_path: Path) -> None:
+    root = _tree(
+        tmp_path / "mono",
+        {
+            ".git/info/exclude": "scratch\n",
+            ".gitignore": "/work/app/data/\n*.log\n*.bin\n",
+            "work/.rayignore": "notes.md\n!keep.log\n",
+            "work/app/data/clips": "",
+            "work/app/x.log": "",
+            "work/app/keep.log": "",
+            "work/app/w.bin": "",
+            "work/app/.gitignore": "!w.bin",
+            "work/app/notes.md": "",
+            "work/app/scratch": "",
+            "work/app/main.py": "",
+        },
+    )
+    # What lies above the repository has no say.
+    (tmp_path / ".gitignore").write_text("main.py")
+    assert _names(root / "work/app") == [".gitignore", "keep.log", "main.py", "w.bin"]
+
+
+def test_a_worktree_obeys_the_excludes_of_its_repository(tmp_path: Path) -> None:
+    git = _tree(tmp_path / "git", {"info/exclude": "scratch", "worktrees/w/commondir": "../..\n"})
+    files = {".git": f"gitdir: {git}/worktrees/w\n", "app/scratch": "", "app/main.py": ""}
+    root = _tree(tmp_path / "tree", files)
+    assert _names(root / "app") == ["main.py"]
+
+
+@pytest.mark.parametrize("named", ["build", "build/job"])
+def test_an_ignored_folder_that_is_named_is_sent(tmp_path: Path, named: str) -> None:
+    root = _tree(tmp_path, {".git/HEAD": "", ".gitignore": "build/", f"{named}/main.py": ""})
+    assert _names(root / named) == ["main.py"]
+
+
+def test_an_ignore_file_need_not_be_utf8(tmp_path: Path) -> None:
+    root = _tree(tmp_path, {"main.py": ""})
+    (root / ".gitignore").write_bytes(b"# \xe4\ncaf\xe9*\n")
+    (root / os.fsdecode(b"caf\xe9.txt")).write_text("")
+    assert _names(root) == [".gitignore", "main.py"]
+
+
 def test_secrets_environments_and_history_never_travel(tmp_path: Path) -> None:
     root = _tree(
         tmp_path,
