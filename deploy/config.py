@@ -202,7 +202,7 @@ def read_config(path: str | None, command: Sequence[str] = ()) -> ClusterConfig:
     try:
         if path is not None:
             given = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ManifestError(f"{path}: {error}") from None
     if not isinstance(given, dict):
         raise ManifestError(f"{path}: found a {type(given).__name__}, expected keys and values")

@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"diccae: {error}", file=sys.stderr)
         return USAGE
+    except KeyboardInterrupt:  # Importing it takes half a second.
+        return _interrupted(name)
     return _run(command, args[1:])
 
 
@@ -60,8 +62,7 @@ def _run(command: ModuleType, argv: list[str]) -> int:
     try:
         code = command.main(argv)
     except KeyboardInterrupt:
-        print(f"diccae {name}: interrupted; run the same command again to go on", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted(name)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ERROR
@@ -73,6 +74,11 @@ def _run(command: ModuleType, argv: list[str]) -> int:
         print(f"diccae {name}: {outside or error}", file=sys.stderr)
         return int(exit_code or ERROR)
     return int(code or OK)
+
+
+def _interrupted(name: str) -> int:
+    print(f"diccae {name}: interrupted; run the same command again to go on", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _outside(error: Exception) -> str:

@@ -73,11 +73,20 @@ def load_config(path: str | Path | None) -> RunConfig:
 
 def _text_at(path: str | Path) -> str:
     if "://" not in str(path):
-        return Path(path).read_text()
+        return text_of(Path(path).read_bytes(), path)
     from pipeline.storage import place_of
 
     place, name = place_of(str(path))
-    return place.read_bytes(name).decode()
+    return text_of(place.read_bytes(name), path)
+
+
+def text_of(content: bytes, where: str | Path) -> str:
+    """The text of a config file. Raises: UsageError if it is none."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        found = f"byte {content[error.start]:#04x} at {error.start}"
+        raise UsageError(f"{where}: found {found}, expected UTF-8; save it as UTF-8") from None
 
 
 def parse_config(text: str, where: str | Path) -> RunConfig:
@@ -104,7 +113,8 @@ def _move_pool_keys(content: dict[str, Any]) -> None:
         moved = {key: clustering.pop(key) for key in PoolConfig.model_fields if key in clustering}
         if not moved.get("gpus_per_actor", True):
             del moved["gpus_per_actor"]  # It was 0 without a GPU; `clustering.device` says that.
-        if moved:
+        # What is no section is refused with all other values.
+        if moved and isinstance(content.get("pool") or {}, dict):
             content["pool"] = moved | (content.get("pool") or {})
 
 

@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from diccae import __version__
-from diccae.config import RunConfig, config_text, differing_keys, digest_of_text, parse_config
+from diccae.config import (
+    RunConfig,
+    config_text,
+    differing_keys,
+    digest_of_text,
+    parse_config,
+    text_of,
+)
 from diccae.errors import UsageError
 from diccae.resources import job_id
 from diccae.screen import ProgressLine, clock
@@ -26,7 +33,7 @@ from pipeline.errors import StoreLocked
 from pipeline.storage import Location, storage_failures_ignored
 from pipeline.store.lease import LEASE_FOLDER, Lease
 from training.attempt import UNHELD, Attempt
-from training.errors import ConfigMismatch
+from training.errors import ConfigMismatch, TrainingError
 from training.tracking.spool import PUBLISH_S
 
 _LIBRARIES = (
@@ -210,12 +217,26 @@ class RunFolder:
 
 
 def read_json(place: Location, name: str) -> dict[str, Any]:
-    """The content of a JSON file; empty if there is none."""
+    """The content of a JSON file; empty if there is none.
+
+    Raises: TrainingError if it is damaged.
+    """
     try:
-        content: dict[str, Any] = json.loads(place.read_bytes(name))
+        content = json.loads(place.read_bytes(name))
     except FileNotFoundError:
         return {}
+    except ValueError as error:  # Not JSON, or not even text.
+        raise _damaged(place, name, str(error)) from None
+    if not isinstance(content, dict):
+        raise _damaged(place, name, f"a {type(content).__name__}, expected an object")
     return content
+
+
+def _damaged(place: Location, name: str, found: str) -> TrainingError:
+    return TrainingError(
+        f"{place.uri_of(name)}: damaged, no JSON as diccae writes it (found {found}); put a copy "
+        "of it back, or start again in another --out"
+    )
 
 
 def write_json(place: Location, name: str, content: dict[str, Any]) -> None:
@@ -226,10 +247,11 @@ def write_json(place: Location, name: str, content: dict[str, Any]) -> None:
 def config_in(place: Location) -> RunConfig | None:
     """The config of the run in a folder, if there is one."""
     try:
-        text = place.read_bytes("config.yaml").decode()
+        content = place.read_bytes("config.yaml")
     except FileNotFoundError:
         return None
-    return parse_config(text, place.uri_of("config.yaml"))
+    where = place.uri_of("config.yaml")
+    return parse_config(text_of(content, where), where)
 
 
 def _versions() -> dict[str, str]:

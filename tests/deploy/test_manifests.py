@@ -545,8 +545,9 @@ def test_command_line_writes_the_manifests_or_names_the_wrong_key(
             "unknown key train.tolerations.0.value: known keys: effect, key",
         ),
         ("- train\n", "found a list, expected keys and values"),
+        ("# caf\xe9\n", "'utf-8' codec can't decode byte 0xe9 in position 5"),
     ):
-        config.write_text(text)
+        config.write_bytes(text.encode("latin-1"))
         capsys.readouterr()
         assert main(args) == 2
         printed = capsys.readouterr().err

@@ -48,6 +48,24 @@ def test_a_config_of_before_pool_had_its_section_opens(tmp_path: Path) -> None:
         load_config(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"# caf\xe9\nseed: 1", "found byte 0xe9 at 5, expected UTF-8"),
+        (b"pool: 3\nclustering: {n_actors: 2}", "pool: Input should be a valid dictionary"),
+    ],
+)
+def test_a_broken_config_is_one_line(
+    content: bytes, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    assert main(["pretrain", "--config", str(path), "--store", "s", "--out", "o"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"{path}: {said}" in err
+
+
 def test_missing_file_lists_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such config file"):
         load_config(tmp_path / "nothing.yaml")

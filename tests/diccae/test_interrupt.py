@@ -25,6 +25,22 @@ def source(store: str, tmp_path: Path) -> list[str]:
     return ["--clips", str(some), "--videos", str(clips / "videos")]
 
 
+def test_ctrl_c_while_a_command_is_imported_is_told_like_any_other() -> None:
+    code = (
+        "import os, signal, sys\n"
+        "class Import:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'tyro': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Import())\n"
+        "from diccae.cli import run\n"
+        "run()"
+    )
+    command = [sys.executable, "-c", code, "synth", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    said = "diccae synth: interrupted; run the same command again to go on\n"
+    assert (done.returncode, done.stderr) == (130, said)
+
+
 def test_a_terminated_ingest_without_ray_commits_what_is_done(
     source: list[str], tmp_path: Path
 ) -> None:
