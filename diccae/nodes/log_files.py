@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.passwords import without_passwords
+
 HEAD_BYTES, TAIL_BYTES = 64 * 2**10, 960 * 2**10
 """Of each file: how a process began, and what it said last; together 1 MiB."""
 MOST_FILES = 256
@@ -19,7 +21,6 @@ _WORKER = re.compile(r"worker-(?P<worker>[0-9a-f]+)-(?P<job>[0-9a-f]+)-(?P<pid>\
 _TRAIN = re.compile(r"ray-train-(?P<of>\w+-\w+)-(?P<worker>[0-9a-f]+)\.log")
 _MARKS = (b":job_id:", b":actor_name:", b":task_name:")
 """Lines that Ray's own log monitor reads."""
-_IN_A_URL = re.compile(rb"(://[^/\s:@]*:)[^/\s@]+@")
 _BEARER = re.compile(rb"(?i)(bearer\s+)[\w.~+/=-]+")
 _SHORTEST_SECRET = 6
 """A shorter value would be masked wherever its letters stand."""
@@ -102,4 +103,4 @@ class Masks:
         """The text with *** in their place, in that of a URL's password and of a bearer token."""
         for value in self._values:
             text = text.replace(value, b"***")
-        return _BEARER.sub(rb"\1***", _IN_A_URL.sub(rb"\1***@", text))
+        return _BEARER.sub(rb"\1***", without_passwords(text))

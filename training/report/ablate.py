@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.passwords import without_passwords
 from training.evaluation.metrics import headlines
 from training.evaluation.paired import PairedDifference, spread
 from training.evaluation.variants import Variant
@@ -88,7 +89,8 @@ def markdown(
         [
             f"# Ablation by {metric}",
             "",
-            f"Store {store['uri']} version {store['version']} (digest {store['digest'][:12]}), "
+            f"Store {without_passwords(store['uri'])} version {store['version']} "
+            f"(digest {store['digest'][:12]}), "
             f"config {pinned['config_hash']}. Per cent, mean ± s.d. over seeds.",
             "",
             *_table(*variant_rows(metrics, metric)),

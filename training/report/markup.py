@@ -1,19 +1,21 @@
 """The few shapes of HTML that a report is built of.
 
-Pure strings: knows nothing of runs. Invariant: text that comes from data is escaped here.
+Pure strings: knows nothing of runs. Invariant: text that comes from data is escaped here, and
+loses the passwords of its URLs: a page is passed on.
 """
 
 import html
 import math
 from collections.abc import Iterable, Sequence
 
+from pipeline.passwords import without_passwords
 from training.report.clips.media import Media
 from training.report.examples import Example
 
 
 def text(value: object) -> str:
-    """A value as HTML text or attribute."""
-    return html.escape(str(value), quote=True)
+    """A value as HTML text or attribute, without the passwords of URLs."""
+    return html.escape(without_passwords(str(value)), quote=True)
 
 
 def percent(value: float | None, digits: int = 1) -> str:

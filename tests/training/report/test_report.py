@@ -312,6 +312,20 @@ def test_a_bare_run_folder_is_a_page_of_absences(tmp_path: Path) -> None:
     assert page.count('class="absent"') == 7
 
 
+def test_a_page_shows_no_password(tmp_path: Path) -> None:
+    server, store = "http://ada:open-sesame@mlflow:5000/x", "sftp://ada:open-sesame@disk/store"
+    run = {"name": "bare", "mlflow": {"uri": server, "run_id": "abc"}, "store": {"uri": store}}
+    _write_json(tmp_path / "run.json", run)
+    _write_json(tmp_path / "results.json", {"store": {"uri": store}})
+    (tmp_path / "config.yaml").write_text(f"tracking:\n  uri: {server}\n")
+    page = Path(write_report(tmp_path)).read_text()
+    assert "open-sesame" not in page
+    shown = _text(page)
+    assert shown.count("http://ada:***@mlflow:5000/x") == 2
+    # The note on its frames, the pins, results.json.
+    assert shown.count("sftp://ada:***@disk/store") == 3
+
+
 def test_a_store_that_is_gone_costs_the_frames_only(run: Path) -> None:
     described = json.loads((run / "run.json").read_text())
     described["store"]["uri"] = str(run / "gone")
