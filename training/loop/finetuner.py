@@ -66,6 +66,7 @@ class Finetuner(StepLoop):
         self.confusion_step = 0
         """Of the last update of the confusion matrix."""
         self.averages: dict[str, Tensor] = {}
+        self.n_averaged = 0
 
     def _uniform_confusion(self, index: RowIndex) -> ConfusionState:
         shape = (self.n_classes, self.n_classes)
