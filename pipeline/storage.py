@@ -91,6 +91,10 @@ class Location:
             return []
         return [entry for entry in entries if entry["type"] == "file"]
 
+    def files(self, folder: str = "") -> list[str]:
+        """Names of the files (not folders) directly in `folder`; none if it is not there."""
+        return [entry["name"].rpartition("/")[2] for entry in self.ls(folder)]
+
     def entries(self, folder: str = "") -> list[str]:
         """Sorted names of files and folders directly in `folder`, unfinished ones left out; none
         if it is not there."""

@@ -274,7 +274,7 @@ def _young_versions(store: FeatureStore, oldest: float) -> list[int]:
     as well be storage that refuses for a moment.
     """
     young = store.versions_since(oldest)
-    there = {entry["name"].rsplit("/", 1)[-1] for entry in store.location.ls("clips")}
+    there = set(store.location.files("clips"))
     kept = list(itertools.dropwhile(lambda one: not store.snapshot(one).log_files <= there, young))
     if gone := young[: len(young) - len(kept)]:
         _log.warning(

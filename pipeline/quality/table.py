@@ -120,7 +120,7 @@ def read_measured(location: Location) -> Measured:
     table, prints = read_table(location), _read(location, _PRINTS_FILE)
     if table is not None and prints is not None:
         tables.append(_with_prints(table, prints).select(schema.names).cast(schema))
-    parts = [f"{_PARTS}/{entry['name'].rsplit('/', 1)[-1]}" for entry in location.ls(_PARTS)]
+    parts = [f"{_PARTS}/{name}" for name in location.files(_PARTS)]
     for name in parts:
         part = _read(location, name)
         if part is not None and part.schema.names == MEASURED_SCHEMA.names:

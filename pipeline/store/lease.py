@@ -171,7 +171,7 @@ def check_generation(uri: str, generation: int) -> None:
 
 
 def _newest_at(location: Location) -> int:
-    names = (entry["name"].rsplit("/", 1)[-1] for entry in location.ls(LEASE_FOLDER))
+    names = location.files(LEASE_FOLDER)
     numbers = (name.removesuffix(".json") for name in names if name.endswith(".json"))
     return max((int(number) for number in numbers if number.isdigit()), default=0)
 

@@ -38,9 +38,9 @@ def discard_unfinished(location: Location, run_id: str | None = None) -> None:
     Args: run_id: of this run alone; None: of all runs, only for who holds the store's lease.
     """
     prefix = _UNFINISHED if run_id is None else f"{_UNFINISHED}{run_id}-"
-    for entry in location.ls("features") if location.is_local else []:
-        if os.path.basename(entry["name"]).startswith(prefix):
-            Path(entry["name"]).unlink(missing_ok=True)
+    for name in location.files("features") if location.is_local else []:
+        if name.startswith(prefix):
+            Path(location.join(f"features/{name}")).unlink(missing_ok=True)
 
 
 class ShardWriter:

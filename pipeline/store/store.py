@@ -328,10 +328,9 @@ class FeatureStore:
 
     def pins_in_full(self) -> dict[str, dict[str, Any]]:
         """What each pin says, by name: version, pinned_at, run (those of before have none)."""
-        names = [entry["name"].rsplit("/", 1)[-1] for entry in self.location.ls("pins")]
         return {
             name.removesuffix(".json"): json.loads(self.location.read_bytes(f"pins/{name}"))
-            for name in names
+            for name in self.location.files("pins")
             if name.endswith(".json")
         }
 

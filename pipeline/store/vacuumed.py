@@ -26,11 +26,8 @@ class _Files(NamedTuple):
 
     @classmethod
     def there(cls, store: FeatureStore) -> "_Files":
-        log, shards = (
-            {entry["name"].rsplit("/", 1)[-1] for entry in store.location.ls(folder)}
-            for folder in ("clips", "features")
-        )
-        return cls(log, {f"features/{name}" for name in shards})
+        shards = {f"features/{name}" for name in store.location.files("features")}
+        return cls(set(store.location.files("clips")), shards)
 
     @classmethod
     def needed(cls, snapshot: Snapshot, there: "_Files") -> "_Files":

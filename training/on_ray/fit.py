@@ -92,8 +92,7 @@ def _drop_uncounted(folder: Location, counted: Sequence[tuple[Any, Any]], attemp
     with storage_failures_ignored():  # The run is done; room on storage is not worth its failure.
         attempt.check()
         # Ray's own list is a file beside them, whose name begins like theirs.
-        files = {PurePosixPath(entry["name"]).name for entry in folder.ls()}
-        for found in set(folder.entries()) - names - files:
+        for found in set(folder.entries()) - names - set(folder.files()):
             if found.startswith("checkpoint_"):
                 folder.remove_tree(found)
 
@@ -219,15 +218,16 @@ def _read_error(uri: str) -> TrainingError:
 
 
 def _explained(error: BaseException, place: Location, said: str) -> TrainingError:
-    """What a worker said in `said`, else the line of its error and where all of it is written."""
+    """What a worker wrote into the file `said`, else the line of its error and where all of it
+    is."""
     if place.exists(said):  # The last failure that scale.max_failures allowed.
         return _read_error(place.uri_of(said))
     name, text = "failed/traceback.txt", str(error)
     place.write_bytes(name, text.encode())
     lines = [line for line in text.splitlines() if _RAISED.match(line)]
-    said = lines[-1] if lines else type(error).__name__
+    raised = lines[-1] if lines else type(error).__name__
     return TrainingError(
-        f"training workers failed: {said} (the whole traceback is in {place.uri_of(name)})"
+        f"training workers failed: {raised} (the whole traceback is in {place.uri_of(name)})"
     )
 
 
