@@ -17,12 +17,13 @@ from pydantic import BaseModel, ValidationError, model_validator
 from clustering.config import KMeansConfig, PoolConfig
 from diccae.errors import UsageError
 from pipeline.config import FeatureSpec, IngestConfig
+from training.cluster_config import NOT_DECIDING
 from training.config import TrainingConfig
 
 SHIPPED = Path(__file__).resolve().parents[1] / "configs"
 """The recipes: beside the packages in a checkout, and in a wheel, too."""
-_NOT_DECIDING = ("scale", "pool", "tracking", "ingest")
-"""Sections that say how many workers there are, where, or what is logged."""
+_SECTIONS_NOT_DECIDING = tuple(key for key in NOT_DECIDING if key.endswith("."))
+"""What earlier versions left out of a digest."""
 
 
 class RunConfig(TrainingConfig):
@@ -47,13 +48,21 @@ class RunConfig(TrainingConfig):
         return _digest(self.model_dump(mode="json"))
 
 
-def digest_of_text(text: str) -> str:
-    """The digest that the version which wrote a config as YAML gave it: of the keys it knew."""
-    return _digest(yaml.safe_load(text))
+def digests_of_text(text: str) -> tuple[str, str]:
+    """What the version which wrote a config as YAML may have given it, of the keys it knew: this
+    one's digest, or the one of before single keys were left out."""
+    content = yaml.safe_load(text)
+    return _digest(content), _digest(content, _SECTIONS_NOT_DECIDING)
 
 
-def _digest(content: dict[str, Any]) -> str:
-    deciding = {k: v for k, v in content.items() if k not in _NOT_DECIDING}
+def _digest(content: dict[str, Any], left_out: tuple[str, ...] = NOT_DECIDING) -> str:
+    deciding = {
+        name: {k: v for k, v in section.items() if f"{name}.{k}" not in left_out}
+        if isinstance(section, dict)
+        else section
+        for name, section in content.items()
+        if f"{name}." not in left_out
+    }
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -22,7 +22,7 @@ from diccae.config import (
     RunConfig,
     config_text,
     differing_keys,
-    digest_of_text,
+    digests_of_text,
     parse_config,
     text_of,
 )
@@ -33,6 +33,7 @@ from pipeline.errors import StoreLocked
 from pipeline.storage import Location, storage_failures_ignored
 from pipeline.store.lease import LEASE_FOLDER, Lease
 from training.attempt import UNHELD, Attempt
+from training.cluster_config import NOT_DECIDING
 from training.errors import ConfigMismatch, TrainingError
 from training.tracking.spool import PUBLISH_S
 
@@ -46,8 +47,8 @@ _LIBRARIES = (
     "pyarrow",
     "deltalake",
 )
-_NOT_PINNED = ("scale.", "pool.", "tracking.", "ingest.", "finetune.", "evaluate.", "features.")
-"""Sections that may change between the stages of a run; its features are pinned with the store."""
+_NOT_PINNED = (*NOT_DECIDING, "finetune.", "evaluate.", "features.")
+"""What may change between the stages of a run; its features are pinned with the store."""
 
 
 LEASE_STALE_S = 60.0
@@ -140,12 +141,12 @@ class RunFolder:
         return config
 
     def digests(self) -> list[str]:
-        """Of its config: as this version has it, and as the version had it that wrote it down.
+        """Of its config: as this version has it, and as the version may have that wrote it down.
 
         They differ where keys were added since. Raises: UsageError if this is no run folder.
         """
         config = self.config()
-        return [config.digest(), digest_of_text(self.place.read_bytes("config.yaml").decode())]
+        return [config.digest(), *digests_of_text(self.place.read_bytes("config.yaml").decode())]
 
     def open(self, config: RunConfig, fresh: bool, pretraining: bool = False) -> bool:
         """Take the folder for this run. Returns: whether a run is being taken up again.

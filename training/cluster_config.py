@@ -1,11 +1,26 @@
 """ScaleConfig and TrackingConfig: what a run asks of its cluster, and where it is written down.
 
-Knows nothing of what is trained. Invariant: nothing here changes what a run learns.
+Knows nothing of what is trained. Invariant: nothing here, and nothing that NOT_DECIDING names,
+changes what a run learns, but for last digits.
 """
 
 from pydantic import Field
 
 from training.frozen import Frozen
+
+NOT_DECIDING = (
+    "scale.",
+    "pool.",
+    "tracking.",
+    "ingest.",
+    "rounds.timeout_s",
+    "pretrain.micro_batch",
+    "pretrain.compile",
+    "pretrain.checkpoint_every",
+    "pretrain.log_every",
+)
+"""Sections, and single keys, that a run may go on with other values of: how many workers there are,
+where, how long they wait, in which pieces they compute, and what is written down when."""
 
 
 class ScaleConfig(Frozen):

@@ -23,6 +23,7 @@ from diccae.stages.finetune import run_finetune
 from diccae.stages.pretrain import run_pretrain
 from pipeline.storage import Location
 from pipeline.store.store import FeatureStore
+from training.cluster_config import NOT_DECIDING
 from training.errors import TrainingError
 from training.evaluation import metrics
 from training.evaluation.variants import Variant
@@ -35,7 +36,6 @@ from training.tracking.copier import RunHandle
 Say = Callable[[str], None]
 
 TABLE = "ablation.json"
-_NOT_PINNED = ("scale.", "tracking.", "ingest.")
 
 
 class Plan(NamedTuple):
@@ -237,7 +237,7 @@ def _pinned(config: RunConfig, plan: Plan, store: str, out: Location) -> dict[st
         changed = [f"{k}: {known[k]} -> {pinned[k]}" for k in pinned if known[k] != pinned[k]]
         if changed:
             keys = differing_keys(old or config, config)
-            changed += [key for key in keys if not key.startswith(_NOT_PINNED)]
+            changed += [key for key in keys if not key.startswith(NOT_DECIDING)]
             raise UsageError(
                 f"{out.uri} holds another ablation: {'; '.join(changed)}. Use the old values or "
                 "another --out: what is compared is fixed before the first run."

@@ -26,7 +26,7 @@ def predictions_of(folder: RunFolder, config_hash: str | None = None) -> Predict
     predictions = read_predictions(file)
     found, models = predictions.about.config_hash, predictions.about.models
     # An earlier version hashed fewer keys; those that came since have their defaults in the run.
-    if config_hash not in (None, found) and [config_hash, found] != folder.digests():
+    if config_hash not in (None, found) and not _is_same(folder.digests(), config_hash, found):
         raise UsageError(
             f"{file}: of config {found}, and the run's is {config_hash} "
             "now (it was fine-tuned or evaluated otherwise since): leave out --reuse"
@@ -43,3 +43,8 @@ def predictions_of(folder: RunFolder, config_hash: str | None = None) -> Predict
             f"since): run diccae evaluate --out {folder.uri} first"
         )
     return predictions
+
+
+def _is_same(digests: list[str], config_hash: str | None, found: str) -> bool:
+    """Whether a config is the run's own, and a digest one that its version gave it."""
+    return config_hash == digests[0] and found in digests

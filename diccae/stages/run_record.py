@@ -223,5 +223,7 @@ def with_status(
 
 def _tell_settings(handle: RunHandle, config: RunConfig, section: str | None) -> None:
     if handle.run_id:
-        params = config.model_dump(mode="json", include={section} if section else set())
+        # Of pretraining: what it goes on with other values of than it began with.
+        sections = {section} if section else set(type(config).model_fields) - _OF_LATER_STAGES
+        params = config.model_dump(mode="json", include=sections)
         tracking.log_settings(handle, params, {"config_hash": config.digest()})

@@ -109,7 +109,7 @@ def test_an_ablation_of_a_version_with_fewer_keys_is_gone_on_with(
     kept = yaml.safe_load((out / "config.yaml").read_text())
     table = json.loads((out / "ablation.json").read_text())
     now = table["pinned"]["config_hash"]
-    assert _hash_of(kept) == now
+    assert _hash_of(kept) != now, "keys that decide nothing were part of it"
     assert kept["confusion"].pop("weights") == "degree"
     (out / "config.yaml").write_text(yaml.safe_dump(kept))
     table["pinned"]["config_hash"] = _hash_of(kept)
@@ -123,7 +123,7 @@ def test_an_ablation_of_a_version_with_fewer_keys_is_gone_on_with(
 
 
 def _hash_of(kept: dict[str, Any]) -> str:
-    """Of a kept config: `RunConfig.digest` of the version whose keys those are."""
+    """Of a kept config: `RunConfig.digest` of an earlier version whose keys those are."""
     elsewhere = ("scale", "pool", "tracking", "ingest")
     content = {section: keys for section, keys in kept.items() if section not in elsewhere}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -156,7 +156,9 @@ def test_differences_are_named_key_by_key() -> None:
 def test_digest_ignores_where_a_run_happens_but_not_what_it_is() -> None:
     base = RunConfig()
     assert RunConfig(scale={"num_workers": 4}).digest() == base.digest()
+    assert RunConfig(rounds={"timeout_s": 9}, pretrain={"compile": True}).digest() == base.digest()
     assert RunConfig(seed=1).digest() != base.digest()
+    assert RunConfig(rounds={"lead_steps": 9}).digest() != base.digest()
 
 
 @pytest.mark.parametrize(

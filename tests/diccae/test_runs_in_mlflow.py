@@ -110,8 +110,11 @@ def test_the_way_from_mlflow_to_folder_and_job_is_that_of_the_last_start(
     for job in ("raysubmit_1", "raysubmit_2"):
         given = json.dumps({"metadata": {"job_submission_id": job}})
         monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", given)
-        diccae(*_pretrain(store, out, "--tracking.uri", running.uri))
+        more = ["--pretrain.log-every", job[-1]]
+        diccae(*_pretrain(store, out, "--tracking.uri", running.uri, *more))
         told.append({key: _run(out).data.tags[key] for key in ("out", "job", "attempt")})
+    data = _run(out).data
+    assert (data.params["pretrain.log_every"], data.tags["pretrain.log_every"]) == ("1", "2")
     assert told == [
         {"out": str(out), "job": "raysubmit_1", "attempt": "1"},
         {"out": str(out), "job": "raysubmit_2", "attempt": "2"},

@@ -467,6 +467,29 @@ def test_a_run_whose_loss_was_not_finite_goes_on_as_its_message_says(
     assert begun[0]["statistics"] == begun[1]["statistics"]
 
 
+@pytest.mark.usefixtures("in_lab")
+def test_a_run_goes_on_with_what_its_errors_and_its_machines_ask_for(
+    place: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["pretrain", "--config", SMOKE, "--store", store, "--out", str(place / "waits")]
+    arguments += ["--rounds.lead-steps", "0"]
+    assert main([*arguments, "--rounds.timeout-s", "1e-9"]) == 1
+    assert "Raise rounds.timeout_s" in capsys.readouterr().err
+    begun = json.loads((place / "waits" / "run.json").read_text())
+    changed = ["--rounds.timeout-s", "600", "--pretrain.micro-batch", "16"]
+    changed += ["--pretrain.log-every", "1", "--pretrain.checkpoint-every", "1"]
+    assert main([*arguments, *changed, "--clustering.k", "9"]) == 2
+    assert "config: clustering.k: 8 -> 9. Use" in capsys.readouterr().err
+    assert main([*arguments, *changed]) == 0
+    assert "going on with the run" in capsys.readouterr().err
+    steps = [line["step"] for line in lines(place / "waits" / "metrics.jsonl")]
+    assert steps[-1] == 3 * N_TRAIN // 32
+    kept = yaml.safe_load((place / "waits" / "config.yaml").read_text())
+    assert (kept["pretrain"]["micro_batch"], kept["rounds"]["timeout_s"]) == (16, 600)
+    results = json.loads((place / "waits" / "results.json").read_text())
+    assert results["config_hash"] == begun["config_hash"]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from pipeline.storage import Location
+from training.cluster_config import NOT_DECIDING
 from training.config import TrainingConfig
 from training.data.order import BatchPlan, WindowPlan, balanced_draws, lanes_of
 from training.data.rows import RowIndex
@@ -34,7 +35,7 @@ _DECIDES: dict[str, Any] = {
     "data": True,
     "confusion": True,
     "finetune": True,
-    "pretrain": {"precision", "sdpa", "compile"},
+    "pretrain": {"precision", "sdpa"},
 }
 """What of the config a classifier depends on, besides its encoder and clips."""
 
@@ -88,10 +89,11 @@ def refuse_other_settings(config: TrainingConfig, encoder_uri: str | None, place
     new = json.loads(deciding(config, encoder_uri or place.uri_of("encoder")))
     # Left out of a config, the statistics are those the run began with, which cannot differ.
     left_to_run = {key for key in _STATISTICS if new.get(key) is None}
+    # Checkpoints of earlier versions have pretrain.compile among what decides.
     keys = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted((old.keys() | new.keys()) - left_to_run)
-        if old.get(key) != new.get(key)
+        if old.get(key) != new.get(key) and not key.startswith(NOT_DECIDING)
     ]
     if keys:
         raise ConfigMismatch(

@@ -14,7 +14,7 @@ import pytest
 from support.predicted import STREAMS, predicted_run, predictions, softmax
 
 from diccae.cli import main
-from diccae.config import RunConfig, digest_of_text
+from diccae.config import RunConfig, digests_of_text
 from training.evaluation.predictions import FILE, Predictions, read_predictions
 from training.report.markup import percent
 from training.vggsounder.exchange import write_pickle
@@ -146,18 +146,19 @@ def test_clips_of_one_model_alone_are_listed(
     assert list(found["streams"]) == ["audio"]
 
 
-def test_predictions_of_a_version_that_knew_fewer_keys_are_reused(runs: Path) -> None:
+@pytest.mark.parametrize("way", [0, 1], ids=["as now", "of whole sections"])
+def test_predictions_of_a_version_that_knew_fewer_keys_are_reused(runs: Path, way: int) -> None:
     text = (runs / "a" / "config.yaml").read_text()
     earlier = text.replace(f"  few_labels: {RunConfig().evaluate.few_labels}\n", "")
     assert earlier != text
-    about = _predictions(1).about._replace(config_hash=digest_of_text(earlier))
+    about = _predictions(1).about._replace(config_hash=digests_of_text(earlier)[way])
     given = _predictions(1)._replace(about=about)
-    (predicted_run(runs / "old", given) / "config.yaml").write_text(earlier)
-    assert main(["evaluate", "--out", "old", "--reuse", "--vggsounder"]) == 0
-    assert main(["evaluate", "--out", "old", "--reuse", "--evaluate.few-labels", "3"]) == 2
+    (predicted_run(runs / f"old{way}", given) / "config.yaml").write_text(earlier)
+    assert main(["evaluate", "--out", f"old{way}", "--reuse", "--vggsounder"]) == 0
+    assert main(["evaluate", "--out", f"old{way}", "--reuse", "--evaluate.few-labels", "3"]) == 2
     # Not any config of an earlier version: of these keys another value.
-    (runs / "old" / "config.yaml").write_text(earlier.replace("knn_k: ", "knn_k: 1"))
-    assert main(["evaluate", "--out", "old", "--reuse", "--vggsounder"]) == 2
+    (runs / f"old{way}" / "config.yaml").write_text(earlier.replace("knn_k: ", "knn_k: 1"))
+    assert main(["evaluate", "--out", f"old{way}", "--reuse", "--vggsounder"]) == 2
 
 
 def test_predictions_from_before_a_fine_tuning_are_not_reused(
