@@ -23,6 +23,7 @@ import psutil
 
 from clustering.config import PoolGroups
 from diccae.errors import ResourceError
+from diccae.joining import await_answer, told_if_nobody_answers
 from diccae.screen import say
 from training.cluster_config import ScaleConfig
 from training.config import TrainingConfig
@@ -72,7 +73,10 @@ def job_id() -> str:
 
 
 def start_ray() -> None:
-    """Join the cluster of this job (RAY_ADDRESS), or start one inside this process."""
+    """Join the cluster of this job (RAY_ADDRESS), or start one inside this process.
+
+    Raises: ResourceError if no cluster answers at that address.
+    """
     # Read at import: a thread that outlives an interrupted run would start another Ray.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
@@ -83,11 +87,11 @@ def start_ray() -> None:
     # Workers of an embedded cluster share the cores: one BLAS thread each unless told otherwise.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     quiet = {"log_to_driver": False, "configure_logging": False}
+    cores = embedded_cores()
+    if cores is None:
+        _join(os.environ["RAY_ADDRESS"], quiet)
+        return
     with _native_stderr_closed(), _sigterm_interrupts():
-        cores = embedded_cores()
-        if cores is None:
-            ray.init(address="auto", **quiet)
-            return
         os.environ |= _EMBEDDED_ENV | os.environ
         # It has none. Ray Train's guard of placement groups would wait for one for 12 s at the end
         # of each fit, or ask that of another cluster on this machine whether our run is alive.
@@ -102,6 +106,14 @@ def start_ray() -> None:
             _temp_dir=folder,
             **quiet,
         )
+
+
+def _join(address: str, quiet: dict[str, bool]) -> None:
+    import ray
+
+    await_answer(address)
+    with told_if_nobody_answers(address), _native_stderr_closed(), _sigterm_interrupts():
+        ray.init(address="auto", **quiet)
 
 
 def _stop_embedded(folder: str) -> None:
