@@ -1,8 +1,9 @@
 """`diccae submit`: run any diccae command as a job on a Ray cluster."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from deploy.command_line import values_of
 from diccae.args import Options, config_in
@@ -65,15 +66,28 @@ def _as_the_job_reads(command: list[str], working_dir: str) -> list[str]:
     Read as the job will, so that nothing is packed and sent to be told of a typo.
     Raises: UsageError, SystemExit(2).
     """
-    options = module_of(command[0]).OPTIONS
-    config = config_in(command)
+    options: Options[Any] = module_of(command[0]).OPTIONS
+    named = config_in(command)
     # Paths are the job's: those of the folder that is sent.
-    if config is not None and not (working_dir == "." and Path(config).exists()):
-        return command
-    out = getattr(options.parse(command[1:]), "out", None)
+    config = None if named is None else Path(working_dir, named)
+    if config is not None and (not config.exists() or "://" in str(named)):
+        out = _default_out(options.arguments)
+    else:
+        out = getattr(options.parse(_with_config(command[1:], config)), "out", None)
     if out is None or values_of(command, "--out"):
         return command
     return [*command, "--out", out]
+
+
+def _default_out(arguments: type[Any]) -> str | None:
+    """What a command takes for `--out` whatever its config says, which only the job can read."""
+    default = next((f.default for f in fields(arguments) if f.name == "out"), None)
+    return default if isinstance(default, str) else None
+
+
+def _with_config(words: list[str], config: Path | None) -> list[str]:
+    """The words with the config's path as it is from here; the last `--config` counts."""
+    return words if config is None else [*words, "--config", str(config)]
 
 
 def _pair(item: str) -> tuple[str, str]:

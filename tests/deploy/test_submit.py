@@ -478,6 +478,29 @@ def test_a_folder_that_a_command_takes_by_default_is_refused_as_one_that_is_name
     assert "http://127.0.0.1:9: no answer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("config", ["mine.yaml", "in-the-image.yaml", "s3://b/mine.yaml"])
+def test_a_default_folder_is_refused_whichever_config_is_named(
+    config: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "mine.yaml").write_text("seed: 1\n")
+    options = ["--address", "http://127.0.0.1:9", "--working-dir", str(project)]
+    assert main(["submit", *options, "--", "demo", "--config", config]) != 0
+    assert "--out out/demo: a folder of the job's own copy" in capsys.readouterr().err
+    named = ["--out", "s3://b/demo"]
+    assert main(["submit", *options, "--", "demo", f"--config={config}", *named]) != 0
+    assert "http://127.0.0.1:9: no answer" in capsys.readouterr().err
+
+
+def test_the_config_that_is_sent_is_read_before_it_is(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "mine.yaml").write_text("sead: 1\n")
+    options = ["--address", "http://127.0.0.1:9", "--working-dir", str(project)]
+    words = ["pretrain", "--config", "mine.yaml", "--store", "s3://b/s", "--out", "s3://b/o"]
+    assert main(["submit", *options, "--", *words]) == 2
+    assert f"{project}/mine.yaml: unknown key sead: did you mean seed?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [("ray://head:10001", "http://head:8265"), ("http://127.0.0.1:9", "no answer")],
