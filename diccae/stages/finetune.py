@@ -17,6 +17,7 @@ from training.data.rows import RowIndex, with_labels
 from training.loop.finetuner import idle_additions, refuse_labels
 from training.run.edge import Written
 from training.run.finetune import starting_encoder
+from training.run.pinned import refuse_unfit
 
 
 def run_finetune(
@@ -37,6 +38,8 @@ def run_finetune(
     train = with_labels(data.train, "finetune")
     refuse_labels(train, config.finetune.loss)
     has_own = folder.place.exists("encoder/encoder.json")
+    if encoder is None and not has_own:
+        refuse_unfit(config, data.snapshot.spec)
     own = folder.place.uri_of("encoder") if has_own else config.encoder.init
     config, statistics = settle(folder, config, data, say, encoder or own)
     if "statistics" not in folder.record:

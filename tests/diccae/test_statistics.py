@@ -153,6 +153,24 @@ def test_an_encoder_for_clips_of_another_length_is_refused_before_anything_is_wr
         for_embedding(RunConfig(), "longer", SPEC)
 
 
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_an_encoder_that_does_not_fit_the_features_is_refused_before_the_start(
+    command: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diccae.stages.backend.start_ray", lambda: pytest.fail("Ray was started"))
+    noise_store(place / "short", SPEC.model_copy(update={"fbank_frames": 8}), 16)
+    Path("vit.yaml").write_text(json.dumps({"encoder": {**SIZES, "stem": "patch"}}))
+    arguments = [command, "--store", "short", "--out", "run", "--config", "vit.yaml"]
+    if command == "pretrain":
+        arguments += ["--pretrain.batch-size", "8", "--loss.intra", "1", "--rounds.labels", "none"]
+    else:
+        arguments += ["--finetune.batch-size", "8"]
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "the encoder does not fit the store's features: " in said
+    assert said.count("\n") == 1
+
+
 def test_fine_tuning_in_lanes_of_another_batch_starts_or_names_what_to_change(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clustering.config import KMeansConfig
+from pipeline.config import FeatureSpec
 from pipeline.quality.leave_out import LeftOut, left_out
 from pipeline.store.store import FeatureStore, Snapshot
 from training.config import TrainingConfig
@@ -79,6 +80,11 @@ def check(config: TrainingConfig, clustering: KMeansConfig, data: Pinned) -> Non
             "half of that (a cluster of one clip has nothing to teach), and about one to three "
             "times the number of classes works best"
         )
+    refuse_unfit(config, spec)
+
+
+def refuse_unfit(config: TrainingConfig, spec: FeatureSpec) -> None:
+    """Raises: TrainingError for an encoder that cannot be made for such features."""
     try:
         # Blocks take whatever the stems give. Not on the meta device, where drawing a weight makes
         # torch import its compiler, 2 s of each start.
