@@ -48,21 +48,21 @@ def test_a_subfolder_obeys_the_repository_around_it(tmp_path: Path) -> None:
         tmp_path / "mono",
         {
             ".git/info/exclude": "scratch\n",
-            ".gitignore": "/work/app/data/\n*.log\n*.bin\n",
-            "work/.rayignore": "notes.md\n!keep.log\n",
-            "work/app/data/clips": "",
-            "work/app/x.log": "",
-            "work/app/keep.log": "",
-            "work/app/w.bin": "",
-            "work/app/.gitignore": "!w.bin",
-            "work/app/notes.md": "",
-            "work/app/scratch": "",
-            "work/app/main.py": "",
+            ".gitignore": "/team/app/data/\n*.log\n*.bin\n",
+            "team/.rayignore": "notes.md\n!keep.log\n",
+            "team/app/data/clips": "",
+            "team/app/x.log": "",
+            "team/app/keep.log": "",
+            "team/app/w.bin": "",
+            "team/app/.gitignore": "!w.bin",
+            "team/app/notes.md": "",
+            "team/app/scratch": "",
+            "team/app/main.py": "",
         },
     )
     # What lies above the repository has no say.
     (tmp_path / ".gitignore").write_text("main.py")
-    assert _names(root / "work/app") == [".gitignore", "keep.log", "main.py", "w.bin"]
+    assert _names(root / "team/app") == [".gitignore", "keep.log", "main.py", "w.bin"]
 
 
 def test_a_worktree_obeys_the_excludes_of_its_repository(tmp_path: Path) -> None:
