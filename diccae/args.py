@@ -78,13 +78,11 @@ def _on_top(
 
 def _cli(arguments: type[Args], command: str, argv: Sequence[str]) -> Args:
     words = _gathered(argv, set(_of_any_number(get_type_hints(arguments))))
+    shown = _with_own_switches_single(arguments)
 
     def parsed() -> Args:
         return tyro.cli(
-            arguments,
-            args=words,
-            prog=f"diccae {command}",
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+            shown, args=words, prog=f"diccae {command}", config=(tyro.conf.AvoidSubcommands,)
         )
 
     try:
@@ -95,6 +93,24 @@ def _cli(arguments: type[Args], command: str, argv: Sequence[str]) -> Args:
         if not stopped.code:
             raise
     return parsed()  # Again and aloud: what is malformed tyro tells best itself.
+
+
+def _with_own_switches_single(arguments: type[Args]) -> type[Args]:
+    """The arguments with one spelling for each switch of the command itself, which is off at first.
+
+    A key of the config keeps two, `--section.key` and `--section.no-key`: the words are read before
+    the config is known that they go on top of, and any of its keys may be on or off there.
+    """
+    kinds = get_type_hints(arguments)
+    own: dict[str, Any] = {
+        field.name: field.default
+        for field in dataclasses.fields(arguments)  # type: ignore[arg-type]
+        if kinds[field.name] is bool
+    }
+    own["__annotations__"] = {name: tyro.conf.FlagCreatePairsOff[bool] for name in own}
+    own["__doc__"] = arguments.__doc__
+    single: Any = type(arguments.__name__, (arguments,), own)
+    return dataclasses.dataclass(frozen=True)(single)  # type: ignore[no-any-return]
 
 
 def _refuse_out_of_range(stopped: SystemExit) -> None:

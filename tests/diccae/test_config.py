@@ -8,7 +8,7 @@ import fsspec
 import pytest
 
 from diccae.cli import main
-from diccae.commands import ablate, ingest, pretrain, submit
+from diccae.commands import ablate, evaluate, finetune, ingest, pretrain, submit
 from diccae.config import RunConfig, config_text, differing_keys, load_config
 from diccae.errors import UsageError
 from pipeline.config import FeatureSpec
@@ -200,3 +200,38 @@ def test_options_of_all_sections_go_together_on_a_store_that_exists(
     argv += ["--features.n-frames", "8", "--ingest.fingerprint", "sha256", "--tracking.uri", "x"]
     assert ingest.main(argv) == 0
     assert json.loads(capsys.readouterr().out)["new"] == 1
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_a_switch_of_the_runs_own_config_is_given_whichever_way_it_stands(
+    is_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The words are read before the run's config is known, and then on top of it."""
+    own = RunConfig(finetune={"balanced": is_on}, scale={"use_gpu": is_on})
+    (tmp_path / "config.yaml").write_text(config_text(own))
+    given: list[bool] = []
+
+    def evaluated(args: Any, _: Any) -> dict[str, Any]:
+        given.append(args.run.scale.use_gpu)
+        return {}
+
+    monkeypatch.setattr(
+        finetune, "_finetune", lambda _, args: given.append(args.run.finetune.balanced)
+    )
+    monkeypatch.setattr(evaluate, "_evaluate", evaluated)
+    out = ["--out", str(tmp_path)]
+    for word in ("", "no-"):
+        assert main(["finetune", *out, f"--finetune.{word}balanced"]) == 0
+        assert main(["evaluate", *out, f"--scale.{word}use-gpu", "--json"]) == 0
+    assert given == [True, True, False, False]
+    for section in (["--config", str(tmp_path / "config.yaml")], []):
+        assert main(["finetune", *out, *section]) == 0
+    assert given[4:] == [is_on, is_on]
+
+
+def test_a_switch_of_a_command_has_one_spelling(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    shown = capsys.readouterr().out
+    assert "--finetune.no-balanced" in shown
+    assert "--no-fresh" not in shown
