@@ -8,11 +8,13 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import tyro
 
+from diccae.commands.store import StoreArgs
+from diccae.config import RunConfig, load_config
 from diccae.subcommands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,13 +27,27 @@ every_page = pytest.mark.parametrize(
 )
 
 
+_COMMAND = r"^(?:diccae|python|make) .*"
+"""Tables and pictures stand in blocks, too."""
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """Language and content of each fenced block, lines put together that a backslash divides."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(language, block.replace("\\\n", " ")) for language, block in found]
+
+
 def _shell_lines(page: Path) -> Iterator[list[str]]:
     """The words of each command of a page's shell blocks."""
-    for block in re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
-        for line in block.replace("\\\n", " ").splitlines():
-            # No prose has the first word of a command; tables and pictures stand in blocks, too.
-            if re.match(r"(diccae|python|make) ", line) and "|" not in line and "[" not in line:
-                yield shlex.split(line, comments=True)
+    for language, block in _blocks(page.read_text()):
+        if language in ("", "sh"):
+            for line in re.findall(_COMMAND, block, re.MULTILINE):
+                if not _is_synopsis(line):
+                    yield shlex.split(line, comments=True)
+
+
+def _is_synopsis(line: str) -> bool:
+    return "|" in line or "[" in line
 
 
 class Parsed(BaseException):
@@ -59,6 +75,12 @@ def _parse(words: list[str]) -> None:
         _parse(options[options.index("--") + 1 :])
 
 
+def _parse_on_top_of(config: RunConfig, words: list[str]) -> None:
+    """As a command does that takes the config of the run which it goes on with."""
+    command, *options = words
+    importlib.import_module(f"diccae.commands.{command}").OPTIONS.parse(options, lambda _: config)
+
+
 @every_page
 def test_commands_of_the_documents_parse(page: Path, parsing_only: None) -> None:
     for words in _shell_lines(page):
@@ -66,10 +88,49 @@ def test_commands_of_the_documents_parse(page: Path, parsing_only: None) -> None
             _parse(words[1:])
 
 
+@every_page
+def test_commands_that_go_on_with_a_run_parse_whichever_of_the_pages_configs_it_has(
+    page: Path,
+) -> None:
+    named = sorted(set(re.findall(r"configs/[\w-]+\.yaml", page.read_text())))
+    for config in [load_config(ROOT / name) for name in named] or [RunConfig()]:
+        for words in _shell_lines(page):
+            if words[0] == "diccae" and words[1] in ("finetune", "evaluate"):
+                _parse_on_top_of(config, words[1:])
+
+
+@every_page
+def test_no_command_of_the_documents_is_overlooked(page: Path) -> None:
+    """A fence that is taken for its opposite would hide the commands after it."""
+    text = page.read_text()
+    assert len(re.findall(r"^ *```", text, re.MULTILINE)) == 2 * len(_blocks(text))
+    lines = re.findall(r"^diccae .*", text, re.MULTILINE)
+    commands = [line for line in lines if not _is_synopsis(line)]
+    found = [words for words in _shell_lines(page) if words[0] == "diccae"]
+    assert len(found) == len(commands)
+    synopses = 2 if page == ROOT / "pipeline" / "README.md" else 0
+    assert len(lines) - len(commands) == synopses
+
+
+def test_commands_after_a_block_of_python_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```python\nimport csv\n```\n\n```sh\ndiccae report \\\n  --out o\n```\n")
+    assert list(_shell_lines(page)) == [["diccae", "report", "--out", "o"]]
+
+
+def test_the_synopsis_of_store_names_every_action() -> None:
+    page = (ROOT / "pipeline" / "README.md").read_text()
+    named = re.search(r"^diccae store +(.*?) --store", page, re.MULTILINE)
+    assert named
+    actions = get_args(get_type_hints(StoreArgs)["action"])
+    assert tuple(named[1].split(" | ")) == actions
+
+
 def test_a_wrong_option_would_be_found(parsing_only: None) -> None:
-    assert sum(words[0] == "diccae" for page in PAGES for words in _shell_lines(page)) > 20
     with pytest.raises(SystemExit):
         _parse(shlex.split("pretrain --store a --out b --optim.lrr 1"))
+    with pytest.raises(SystemExit):
+        _parse_on_top_of(RunConfig(), shlex.split("finetune --out b --finetune.no-ballanced"))
 
 
 @every_page
