@@ -56,8 +56,13 @@ def test_a_config_of_before_pool_had_its_section_opens(tmp_path: Path) -> None:
     ],
 )
 def test_a_broken_config_is_one_line(
-    content: bytes, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: bytes,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # A run that is not refused must not begin in the checkout.
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
     assert main(["pretrain", "--config", str(path), "--store", "s", "--out", "o"]) == 2
@@ -117,9 +122,15 @@ def test_an_option_of_several_values_counts_each_time_it_is_given() -> None:
     ],
 )
 def test_a_value_out_of_range_on_the_command_line_is_one_line(
-    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(["pretrain", "--store", "s", "--out", "o", *options]) == 2
+    assert not any(tmp_path.iterdir())
     printed = capsys.readouterr().err
     assert printed.startswith(f"diccae pretrain: {said}")
     assert printed.count("\n") == 1
