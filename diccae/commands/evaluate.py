@@ -21,6 +21,8 @@ class EvaluateArgs:
 
     out: str
     """Run folder."""
+    store: str | None = None
+    """Where the run's store lies now, if it was moved; it must hold what the run read."""
     vggsounder: bool = False
     """Measure on VGGSounder's labels, too (pip install 'diccae[vggsounder]')."""
     vggsounder_labels: str | None = None
@@ -46,6 +48,11 @@ def main(argv: Sequence[str]) -> int:
 
     args = OPTIONS.parse(argv, own_config)
     folder = RunFolder(args.out)
+    if "store" not in folder.record:
+        raise UsageError(
+            f"{folder.uri}: no run.json that names a store, so no run that began; start it with "
+            f"diccae pretrain --out {args.out}, or finetune or weights import"
+        )
     _refuse(args)
     log_to_screen()
     from diccae.judging.vggsounder import export_predictions, vggsounder_table
@@ -85,6 +92,10 @@ def _evaluate(args: EvaluateArgs, folder: "RunFolder") -> dict[str, Any]:
     from diccae.judging.predicted import predictions_of
     from diccae.judging.vggsounder import run_vggsounder
 
+    if args.store is not None:
+        from diccae.stages.run_record import follow_store
+
+        follow_store(folder, args.run, args.store)
     if args.reuse:
         predictions_of(folder, args.run.digest())
         results = folder.results

@@ -21,7 +21,8 @@ class FinetuneArgs:
     out: str
     """Run folder of `diccae pretrain`, or a new one with --store."""
     store: str | None = None
-    """Feature store, for a folder without a pretraining run."""
+    """Feature store, for a folder without a pretraining run; of a run, where its store lies now, if
+    it was moved."""
     encoder: str | None = None
     """Folder of another encoder to start from, for clips of the sizes it was trained on."""
     fresh: bool = False
@@ -45,10 +46,14 @@ def main(argv: Sequence[str]) -> int:
         return folder.config() if is_own else None
 
     args = OPTIONS.parse(argv, own_config)
+    from diccae.stages.run_record import nothing_to_read
+
     folder = RunFolder(args.out)
     log_to_screen()
     if args.dry_run:
         return _dry_run(folder, args)
+    if args.store is None and "store" not in folder.record:
+        raise nothing_to_read(folder)
     with folder.held("finetune", args.run.scale.lease_stale_s):
         _finetune(folder, args)
     say(f"classifier in {args.out}/classifier; next: diccae evaluate --out {args.out}")

@@ -47,7 +47,7 @@ def run_pretrain(
     backend.ready(training_demands(config, pool), reads, folder.uri)
     handle = backend.track(folder, config, data, tags, say)
     backend.note(config.scale, handle, say)
-    total = _say_what_is_trained(config, data, store, say, span)
+    total = _say_what_is_trained(config, data, say, span)
     written = Written(folder.place, handle, provenance(folder, config), folder.attempt)
     started = time.monotonic()
     nodes = backend.watched_nodes(folder.attempt, handle, config.tracking.of_nodes)
@@ -73,17 +73,17 @@ def _settled(
     if init is not None and span.start is None:
         made = _say_what_weights_give(config, data, say).made_with
     config, statistics = settle(folder, config, data, say, init, made)
-    remember(folder, config, store, data, statistics)
+    remember(folder, config, data, statistics)
     return config, data
 
 
-def _say_what_is_trained(config: RunConfig, data: Pinned, store: str, say: Say, span: Span) -> int:
+def _say_what_is_trained(config: RunConfig, data: Pinned, say: Say, span: Span) -> int:
     """Returns: number of steps."""
     n_clips = len(data.train)
     steps = BatchPlan.of(n_clips, config.pretrain.batch_size, config.data).steps(n_clips)
     total = steps * (span.until_epoch or config.pretrain.epochs)
     say(
-        f"pretrain  {n_clips:,} clips of {store} version {data.snapshot.version}, "
+        f"pretrain  {n_clips:,} clips of {data.snapshot.uri} version {data.snapshot.version}, "
         f"{total:,} steps of {config.pretrain.batch_size}, encoder {config.encoder.preset}"
     )
     rounds, lead = config.rounds, lead_steps(config.rounds, steps)

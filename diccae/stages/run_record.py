@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from diccae.config import RunConfig
 from diccae.errors import UsageError
 from diccae.run_folder import RunFolder
+from pipeline.errors import StoreError
 from pipeline.quality.leave_out import LeftOut
-from pipeline.store.store import FeatureStore
+from pipeline.store.store import FeatureStore, Snapshot
 from pipeline.store.vacuumed import whole_snapshot
 from training.run.pinned import Pinned, pin
 from training.tracking import tracker as tracking
@@ -32,16 +33,18 @@ _LEFT_OUT = "left_out.parquet"
 def pin_for(folder: RunFolder, config: RunConfig, store: str | None = None) -> Pinned:
     """The data of the run: the version it pinned when it started, else that of `store`.
 
+    Args: store: of a run that has a store, the place where that lies now, if it was moved.
     Raises: UsageError if the store is another one by now, or there is none to pin; StoreError if
         the version to pin was vacuumed.
     """
     known = folder.record.get("store")
     if known is None:
         if store is None:
-            raise UsageError(f"{folder.uri}: no pretraining run in it; name the data with --store")
+            raise nothing_to_read(folder)
         whole_snapshot(FeatureStore.open(store), config.data.version)
         return pin(store, config.data.version, config)
-    data = pin(known["uri"], int(known["version"]), config, _left_out_before(folder))
+    where = known["uri"] if store is None else _same_store(folder, known, store)
+    data = pin(where, int(known["version"]), config, _left_out_before(folder))
     if data.snapshot.digest != known["digest"]:
         raise UsageError(
             f"{known['uri']} version {known['version']} holds other clips than this run read "
@@ -49,6 +52,52 @@ def pin_for(folder: RunFolder, config: RunConfig, store: str | None = None) -> P
             "command in the folder the run was started in, or put its store back"
         )
     return data
+
+
+def nothing_to_read(folder: RunFolder) -> UsageError:
+    """What to say of a folder without a run where no store is named either."""
+    return UsageError(f"{folder.uri}: no pretraining run in it; name the data with --store")
+
+
+def _same_store(folder: RunFolder, known: Mapping[str, Any], store: str) -> str:
+    """The URI of `store`, which is the one the run reads, or holds the same at its version.
+
+    Raises: UsageError if it does not.
+    """
+    there, version = FeatureStore.open(store), int(known["version"])
+    if there.uri == known["uri"]:
+        return there.uri
+    try:
+        digest = there.snapshot(version).digest
+        found = f"holds other clips in that version (digest {digest[:12]})"
+    except StoreError as error:
+        digest, found = "", f"does not have it: {error}"
+    if digest != known["digest"]:
+        raise UsageError(
+            f"--store {store}: the run in {folder.uri} reads version {version} of {known['uri']} "
+            f"(digest {known['digest'][:12]}), and this store {found}. Go on with --store "
+            f"{known['uri']}, or name another --out for a run on this one"
+        )
+    return there.uri
+
+
+def follow_store(folder: RunFolder, config: RunConfig, store: str) -> None:
+    """Write down where the run's store lies now. Raises: UsageError if `store` is another one."""
+    _write_down_place(folder, pin_for(folder, config, store).snapshot)
+
+
+def _write_down_place(folder: RunFolder, snapshot: Snapshot) -> None:
+    known = folder.record["store"]
+    if snapshot.uri != known["uri"]:
+        folder.check()
+        _keep(folder, snapshot)
+        folder.write_record(store=known | {"uri": snapshot.uri})
+
+
+def _keep(folder: RunFolder, snapshot: Snapshot) -> None:
+    """Have no vacuum take what the run reads."""
+    name = _pin_name(folder, snapshot.version)
+    FeatureStore.open(snapshot.uri).pin(snapshot.version, name, folder.uri)
 
 
 def _left_out_before(folder: RunFolder) -> LeftOut | None:
@@ -63,15 +112,15 @@ def _left_out_before(folder: RunFolder) -> LeftOut | None:
 def remember(
     folder: RunFolder,
     config: RunConfig,
-    store: str,
     data: Pinned,
     statistics: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write down what the run reads, and keep that version from `store vacuum`.
+    """Write down what the run reads, and where; keep that version from `store vacuum`.
 
     Args: statistics: what its fbanks are normalised with, if that is known yet.
     """
     if folder.record.get("store"):
+        _write_down_place(folder, data.snapshot)
         return
     folder.check()
     snapshot = data.snapshot
@@ -84,7 +133,7 @@ def remember(
         with folder.place.written(_LEFT_OUT) as file:
             pq.write_table(data.left_out.clips, file)
         pinned["left_out"] = data.left_out.about()
-    FeatureStore.open(store).pin(snapshot.version, _pin_name(folder, snapshot.version), folder.uri)
+    _keep(folder, snapshot)
     folder.write_record(
         store=pinned,
         config_hash=config.digest(),
@@ -100,15 +149,17 @@ def _pin_name(folder: RunFolder, version: int) -> str:
 
 
 def open_run(folder: RunFolder, config: RunConfig, store: str | None, say: Say) -> None:
-    """Pin data and make the MLflow run of a folder that has none yet.
+    """Pin data and make the MLflow run of a folder that has none yet; of another one write down
+    where its store lies now.
 
-    Raises: UsageError without a store to pin.
+    Raises: UsageError without a store to pin, or with another one than the run's.
     """
     if folder.record.get("store"):
+        if store is not None:
+            follow_store(folder, config, store)
         return
     data = pin_for(folder, config, store)
-    assert store is not None
-    remember(folder, config, store, data)
+    remember(folder, config, data)
     tracking_run(folder, config, data, say)
 
 

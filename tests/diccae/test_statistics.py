@@ -51,7 +51,7 @@ def _settled(
     folder.open(config, fresh=False)
     data = pin_for(folder, config, "store")
     config, statistics = settle(folder, config, data, said.append, weights)
-    remember(folder, config, "store", data, statistics)
+    remember(folder, config, data, statistics)
     return config.data.statistics, said
 
 
@@ -103,7 +103,7 @@ def test_weights_of_an_old_run_are_taken_with_what_its_folder_says(place: Path) 
 def test_an_old_run_goes_on_with_the_numbers_of_its_config(place: Path) -> None:
     folder = RunFolder("run")
     folder.open(_given(THEIRS), fresh=False)
-    remember(folder, _given(THEIRS), "store", pin_for(folder, _given(THEIRS), "store"))
+    remember(folder, _given(THEIRS), pin_for(folder, _given(THEIRS), "store"))
     assert "statistics" not in folder.record
     assert _settled(RunConfig()) == (
         THEIRS,
@@ -221,7 +221,7 @@ def test_rules_leave_train_clips_out_of_a_run_for_good(place: Path, capsys) -> N
     folder.open(config, fresh=False)
     data = pin_for(folder, config, "store")
     assert len(data.train) == 11
-    remember(folder, config, "store", data)
+    remember(folder, config, data)
     about = folder.record["store"]["left_out"]
     assert (about["rules"], about["clips"]) == ({"still": 1}, 5)
     _mark_still(table, 9)  # A later look at the store changes nothing of a run that began.

@@ -147,7 +147,7 @@ def _run_on_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     store = "store"
     folder = RunFolder(tmp_path / "run")
     folder.open(config, fresh=False)
-    remember(folder, config, store, pin_for(folder, config, store))
+    remember(folder, config, pin_for(folder, config, store))
     return tmp_path / "run"
 
 

@@ -1,0 +1,136 @@
+"""A run whose store was moved, or that is told of another one."""
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from support.stores import noise_store
+
+from diccae.cli import main
+from diccae.config import RunConfig, config_text
+from diccae.run_folder import RunFolder
+from diccae.stages import pretrain
+from diccae.stages.run_record import pin_for, remember
+from pipeline.config import FeatureSpec
+from pipeline.store.schema import CLIPS_SCHEMA
+from pipeline.store.store import FeatureStore
+from training.tracking.copier import RunHandle
+
+SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
+CONFIG = RunConfig.model_validate(
+    {
+        "features": SPEC.model_dump(),
+        "encoder": {"preset": "tiny", "dim": 16, "projection": 8},
+        "data": {"fbank_mean": 0.0, "fbank_std": 1.0, "frames_per_clip": 1, "lanes": 1},
+        "rounds": {"labels": "none"},
+        "pretrain": {"batch_size": 4, "epochs": 1},
+    }
+)
+
+
+class _Began(Exception):
+    """The stage is about to compute."""
+
+
+class _Idle:
+    """A backend with which a stage gets as far as its computation."""
+
+    def ready(self, *_: Any) -> None:
+        """Nothing is needed."""
+
+    def track(self, *_: Any) -> RunHandle:
+        """No MLflow."""
+        return RunHandle("", "", "")
+
+    note = ready
+
+    def watched_nodes(self, *_: Any, **__: Any) -> None:
+        """Raises: _Began."""
+        raise _Began
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that began on `store`, beside `run.yaml`."""
+    monkeypatch.chdir(tmp_path)
+    noise_store(tmp_path / "store", SPEC, 8)
+    Path("run.yaml").write_text(config_text(CONFIG))
+    folder = RunFolder("run")
+    folder.open(CONFIG, fresh=False)
+    remember(folder, CONFIG, pin_for(folder, CONFIG, "store"))
+    idle = functools.partial(pretrain.run_pretrain, backend=_Idle())  # type: ignore[arg-type]
+    monkeypatch.setattr(pretrain, "run_pretrain", idle)
+    return tmp_path / "run"
+
+
+def _pretrain(store: str) -> int:
+    return main(["pretrain", "--config", "run.yaml", "--out", "run", "--store", store])
+
+
+def _known(run: Path) -> dict[str, Any]:
+    known: dict[str, Any] = json.loads((run / "run.json").read_text())["store"]
+    return known
+
+
+def test_a_run_goes_on_where_its_store_was_moved_to(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _known(run)
+    Path("store").rename("moved")
+    with pytest.raises(_Began):
+        _pretrain("moved")
+    moved = str(run.parent / "moved")
+    assert f"8 clips of {moved} version {before['version']}" in capsys.readouterr().err
+    assert _known(run) == before | {"uri": moved}
+    assert pin_for(RunFolder(run), CONFIG).snapshot.uri == moved
+
+
+def _finetune(store: str) -> int:
+    return main(["finetune", "--out", "run", "--store", store])
+
+
+def _evaluate(store: str) -> int:
+    return main(["evaluate", "--out", "run", "--store", store])
+
+
+@pytest.mark.parametrize("command", [_pretrain, _finetune, _evaluate])
+def test_another_store_than_the_runs_is_refused(
+    run: Path, command: Callable[[str], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _known(run)
+    other = noise_store(run.parent / "other", SPEC, 4)
+    short = FeatureStore.create(str(run.parent / "short"), SPEC)
+    for store, said in ((other, "other clips in that version"), (short, "does not have it")):
+        assert command(store.uri) == 2
+        told = capsys.readouterr().err
+        assert f"--store {store.uri}: the run in {run} reads version 1 of {before['uri']}" in told
+        assert said in told
+    assert _known(run) == before
+    assert not other.pins()
+
+
+def test_a_copy_that_has_grown_since_is_the_runs_store_all_the_same(run: Path) -> None:
+    shutil.copytree("store", "copy")
+    store = FeatureStore.open("copy")
+    gone = store.snapshot().clips.to_pylist()[0] | {"status": "removed"}
+    store.append(pa.Table.from_pylist([gone], CLIPS_SCHEMA), {})
+    with pytest.raises(_Began):
+        _pretrain("copy")
+    assert _known(run)["uri"] == str(run.parent / "copy")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "finetune"])
+def test_a_folder_whose_run_never_began_is_told_so_and_left_as_it_is(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(config_text(CONFIG))
+    assert main([command, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert ("diccae pretrain --out" if command == "evaluate" else "--store") in said
+    assert "--store" not in said or command == "finetune"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
