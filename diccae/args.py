@@ -82,7 +82,10 @@ def _cli(arguments: type[Args], command: str, argv: Sequence[str]) -> Args:
 
     def parsed() -> Args:
         return tyro.cli(
-            shown, args=words, prog=f"diccae {command}", config=(tyro.conf.AvoidSubcommands,)
+            shown,
+            args=words,
+            prog=f"diccae {command}",
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues),
         )
 
     try:
@@ -110,7 +113,7 @@ def _with_own_switches_single(arguments: type[Args]) -> type[Args]:
     own["__annotations__"] = {name: tyro.conf.FlagCreatePairsOff[bool] for name in own}
     own["__doc__"] = arguments.__doc__
     single: Any = type(arguments.__name__, (arguments,), own)
-    return dataclasses.dataclass(frozen=True)(single)  # type: ignore[no-any-return]
+    return dataclasses.dataclass(frozen=True)(single)
 
 
 def _refuse_out_of_range(stopped: SystemExit) -> None:

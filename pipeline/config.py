@@ -12,6 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.reasons import Reason
+
 FRAME_LENGTH_MS = 25.0
 FRAME_SHIFT_MS = 10.0
 
@@ -110,7 +112,7 @@ class IngestConfig(Frozen):
     of what was decoded with it costs a hash instead of a decode. On object stores: the etag."""
     retry_failed: bool = False
     """Decode clips again that failed before."""
-    retry_reasons: tuple[str, ...] = ()
+    retry_reasons: tuple[Reason, ...] = ()
     """Like retry_failed, for these reason codes only."""
     max_failed_frac: float = Field(0.10, ge=0, le=1)
     """Above this share of failed decodes the run ends with exit code 3 (after committing): of the

@@ -188,3 +188,21 @@ def test_more_clips_than_a_cluster_is_worth_are_decoded_here_on_a_machine_alone(
     code = main(typed)
     assert ("a cluster was asked for" in capsys.readouterr().err) == is_beside_a_cluster
     assert (code, status(store)["failed"]) == ((2, 0) if is_beside_a_cluster else (0, 65))
+
+
+def test_a_reason_that_there_is_not_is_refused_wherever_it_is_given(
+    source: CheapSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(command(source, "--ingest.retry-reasons", "timeout", "tired"))
+    assert stopped.value.code == 2
+    config = tmp_path / "c.yaml"
+    config.write_text("ingest: {retry_reasons: [tired]}")
+    assert main(command(source, "--config", str(config))) == 2
+    assert "ingest.retry_reasons.0: Input should be 'missing', 'open_" in capsys.readouterr().err
+    source.file("c1").write_text("bad")
+    assert main(command(source)) == 3
+    for reasons, n_retried in ((["timeout"], 0), (["timeout", "open_failed"], 1)):
+        capsys.readouterr()
+        assert main(command(source, "--plan", "--ingest.retry-reasons", *reasons)) == 0
+        assert answer(capsys)[0]["retried"] == n_retried
