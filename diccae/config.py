@@ -109,6 +109,7 @@ def parse_config(text: str, where: str | Path) -> RunConfig:
             f"{where}: found {type(content).__name__}, expected sections such as data:"
         )
     _move_pool_keys(content)
+    _drop_switches(content, where)
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
@@ -125,6 +126,21 @@ def _move_pool_keys(content: dict[str, Any]) -> None:
         # What is no section is refused with all other values.
         if moved and isinstance(content.get("pool") or {}, dict):
             content["pool"] = moved | (content.get("pool") or {})
+
+
+def _drop_switches(content: dict[str, Any], where: str | Path) -> None:
+    """What holds for one call alone is no key any more; each config saved before has these, off.
+
+    Raises: UsageError for one that is on.
+    """
+    section = content.get("ingest")
+    for key in ("probe", "allow_mass_delete"):
+        if isinstance(section, dict) and section.pop(key, False):
+            option = f"--{key.replace('_', '-')}"
+            raise UsageError(
+                f"{where}: ingest.{key} is no key of a config any more, since it is meant for one "
+                f"call alone: leave it out, and give diccae ingest {option} when you mean it"
+            )
 
 
 def config_text(config: BaseModel) -> str:

@@ -119,15 +119,12 @@ class IngestConfig(Frozen):
     clips it decodes for the first time, or of 100 clips of the store where those are fewer. Clips
     that are tried again and fail again do not count. Another spec is not put in force above this
     share of all its clips."""
-    allow_mass_delete: bool = False
-    """Let a run remove more than max_removed_frac of the store, or of the clips it decodes."""
     max_removed_frac: float = Field(0.20, ge=0, le=1)
     """Above this share of vanished clips (of those in the store, and of two or more of those to
-    decode while they are decoded) the source is taken for unmounted."""
+    decode while they are decoded) the source is taken for unmounted; 1 lets all go, which is what
+    --allow-mass-delete makes of it for one run."""
     leave_out: tuple[str, ...] = ()
     """Rules of `diccae store quality` (such as still, duplicate): clips that hit one, and whose
     file is still the one that was looked at, count as not listed."""
     lease_stale_s: float = Field(60.0, gt=1)
     """A writer that was silent for this long is taken for dead."""
-    probe: bool = False
-    """`--plan` also reads the containers of the clips to do and counts unclean timelines."""

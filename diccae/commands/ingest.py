@@ -52,9 +52,9 @@ def main(argv: Sequence[str]) -> int:
     config = _with_switches(args)
     is_asked = is_asked or "features" in load_config(args.config).model_fields_set
     spec = args.run.features if is_asked else None
-    if config.probe and not args.plan:
+    if args.probe and not args.plan:
         raise UsageError(
-            "--probe (ingest.probe) belongs to --plan, and nothing was done: a run decodes every "
+            "--probe belongs to --plan, and nothing was done: a run decodes every "
             "timeline as it is. Add --plan, or leave it out."
         )
     if args.plan:
@@ -88,14 +88,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _with_switches(args: IngestArgs) -> IngestConfig:
     """The config's ingest section, with what the short options turn on."""
-    given = args.run.ingest
-    return given.model_copy(
-        update={
-            "retry_failed": args.retry_failed or given.retry_failed,
-            "allow_mass_delete": args.allow_mass_delete or given.allow_mass_delete,
-            "probe": args.probe or given.probe,
-        }
-    )
+    given: dict[str, Any] = {"retry_failed": True} if args.retry_failed else {}
+    if args.allow_mass_delete:
+        given["max_removed_frac"] = 1.0
+    return args.run.ingest.model_copy(update=given)
 
 
 def _own_spec(args: IngestArgs) -> RunConfig | None:
@@ -120,6 +116,7 @@ def _plan(args: IngestArgs, spec: FeatureSpec | None, config: IngestConfig) -> i
         spec,
         config,
         label_from_folder=args.label_from_folder,
+        probe=args.probe,
     )
     found = {**plan.counts, "restated": len(plan.restated)}
     if args.json:

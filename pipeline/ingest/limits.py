@@ -32,7 +32,7 @@ def refuse_vanished(n_vanished: int, n_todo: int, config: IngestConfig) -> None:
     """
     # Of the clips to do, not of all: the end of another spec that was stopped has few of them.
     # One file that went is no mount that did.
-    if config.allow_mass_delete or n_vanished <= max(1.0, config.max_removed_frac * n_todo):
+    if n_vanished <= max(1.0, config.max_removed_frac * n_todo):
         return
     raise MassRemoval(
         f"{n_vanished} of the {n_todo} clips to decode vanished since the run began, more than "

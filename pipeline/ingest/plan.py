@@ -274,7 +274,7 @@ def _refuse_mass_removal(
     n_gone: int, n_left_out: int, n_present: int, config: IngestConfig
 ) -> None:
     most = config.max_removed_frac * n_present
-    if config.allow_mass_delete or n_gone + n_left_out <= most:
+    if n_gone + n_left_out <= most:
         return
     if n_gone > most:
         raise MassRemoval(

@@ -86,16 +86,18 @@ def plan_ingest(
     config: IngestConfig,
     *,
     label_from_folder: bool = False,
+    probe: bool = False,
 ) -> Plan:
     """What `ingest` would do; starts nothing and changes nothing.
 
+    Args: probe: read the containers of the clips to do and count unclean timelines.
     Raises: SourceError, StoreError, MassRemoval.
     """
     existing = FeatureStore.open(store) if FeatureStore.exists(store) else None
     known = existing.snapshot() if existing else None
     asked = Asked(clips, videos, store, spec, config, label_from_folder).here(known)
     plan = asked.plan(known, existing.location if existing else None)
-    if not config.probe:
+    if not probe:
         return plan
     from pipeline.ingest.probe import probe_timelines
 

@@ -133,12 +133,35 @@ def test_a_probe_belongs_to_a_plan(
         raise AssertionError("containers are read for nothing")
 
     monkeypatch.setattr("pipeline.ingest.probe.probe_timelines", refuse)
-    for option in (["--probe"], ["--ingest.probe"]):
-        assert main(command(source, *ANOTHER_SPEC, *option)) == 2
-        told = capsys.readouterr().err
-        assert "--probe (ingest.probe) belongs to --plan" in told
-        assert told.count("\n") == 1
-    assert source.ingest_folder(NEW, probe=True).ok == 4
+    assert main(command(source, *ANOTHER_SPEC, "--probe")) == 2
+    told = capsys.readouterr().err
+    assert "--probe belongs to --plan" in told
+    assert told.count("\n") == 1
+    with pytest.raises(AssertionError, match="containers are read"):
+        main(command(source, *ANOTHER_SPEC, "--probe", "--plan"))
+
+
+@pytest.mark.parametrize("key", ["probe", "allow_mass_delete"])
+def test_what_is_meant_for_one_call_is_no_key_of_a_config(
+    key: str, source: CheapSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A probe made every ingest of the config fail; deletions were let through for ever."""
+    for clip in ("c0", "c1"):
+        source.file(clip).unlink()
+    config = tmp_path / "c.yaml"
+    with_config = command(source, "--config", str(config))
+    config.write_text(f"ingest: {{{key}: true}}")
+    assert main(with_config) == 2
+    told = capsys.readouterr().err
+    option = f"--{key.replace('_', '-')}"
+    assert f"{config}: ingest.{key} is no key of a config any more" in told
+    assert f"give diccae ingest {option}" in told
+    # As each config stands that was saved with a run before.
+    config.write_text(f"ingest: {{{key}: false}}")
+    assert main(with_config) == 2
+    assert "Use --allow-mass-delete" in capsys.readouterr().err
+    assert main([*with_config, "--allow-mass-delete"]) == 0
+    assert answer(capsys)[0]["removed"] == 2
 
 
 def test_of_two_first_ingests_at_once_one_makes_the_store(

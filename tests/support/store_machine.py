@@ -200,8 +200,8 @@ class StoreMachine(RuleBasedStateMachine):
             writer.writerows([clip, one.uri, one.label, one.split]
                              for clip, one in self.listing.items())  # fmt: skip
         config = IngestConfig(
-            fingerprint=kind, retry_failed=retry, allow_mass_delete=anything, commit_shards=2,
-            max_failed_frac=1.0,
+            fingerprint=kind, retry_failed=retry, commit_shards=2, max_failed_frac=1.0,
+            max_removed_frac=1.0 if anything else 0.2,
         )  # fmt: skip
         self.kind = kind
         self.made = self.model.predict(

@@ -42,7 +42,7 @@ def states(*clips: dict) -> pa.Table:
 
 MISSING = {"fp": None, "fp_kind": None, "size": None, "mtime_ns": None}
 FAILED = {"status": "failed", "reason": "video_decode"}
-ANYTHING = IngestConfig(allow_mass_delete=True)
+ANYTHING = IngestConfig(max_removed_frac=1.0)
 
 CASES = {
     "new": ({"clip_id": "a"}, None, "new", "new"),

@@ -320,7 +320,7 @@ def test_probe_counts_timelines_that_frame_counting_gets_wrong(moving_clip, ffmp
     names = ["clean000000", "cut00000000", "broken00000", "inpart00000"]
     csv.write_text("".join(f"{name},{i},dog,train\n" for i, name in enumerate(names)))
     store = tmp_path / "store"
-    plan = plan_ingest(str(csv), str(videos), str(store), None, IngestConfig(probe=True))
+    plan = plan_ingest(str(csv), str(videos), str(store), None, IngestConfig(), probe=True)
     assert plan.counts["new"] == 4
     found = plan.timelines
     examples = found.pop("examples")

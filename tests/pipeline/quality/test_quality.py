@@ -239,7 +239,7 @@ def test_a_rule_that_takes_much_of_a_store_is_named_before_it_does(copy, quality
     assert "left out by --ingest.leave-out still silent: together more than 5%" in said
     assert "Use --allow-mass-delete" in said
     assert "mounted" not in said
-    allowed = config.model_copy(update={"allow_mass_delete": True})
+    allowed = config.model_copy(update={"max_removed_frac": 1.0})
     assert plan_ingest(*source, copy.store, None, allowed).counts["removed"] == 2
 
 
@@ -291,7 +291,7 @@ def test_an_ingest_brings_a_duplicate_back_when_the_clip_that_was_kept_is_gone(
     quality(copy.store)
     videos = str(copy.clips.folder / "videos")
     listed = (copy.clips.folder / "clips.csv").read_text()
-    config = IngestConfig(leave_out=("duplicate",), allow_mass_delete=True, workers=1)
+    config = IngestConfig(leave_out=("duplicate",), max_removed_frac=1.0, workers=1)
 
     def run(lines: str) -> set[str]:
         """Those of `_EQUAL` in the store after an ingest of a list."""

@@ -328,7 +328,7 @@ def test_an_object_replaced_by_one_of_its_size_is_no_longer_left_out(copied, s3,
     content = client.get_object(Bucket="data", Key=key)["Body"].read()
     try:
         client.put_object(Bucket="data", Key=key, Body=content[:-1] + bytes([content[-1] ^ 1]))
-        config = CONFIG.model_copy(update={"leave_out": (first.name,), "allow_mass_delete": True})
+        config = CONFIG.model_copy(update={"leave_out": (first.name,), "max_removed_frac": 1.0})
         plan = plan_ingest("s3://data/clips.csv", "s3://data/videos", store.uri, None, config)
     finally:
         client.put_object(Bucket="data", Key=key, Body=content)
