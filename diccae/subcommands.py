@@ -13,7 +13,7 @@ COMMANDS = {
     "demo": "generate clips, ingest, pretrain, fine-tune, evaluate, report: all of it, once",
     "synth": "write labelled clips in confusable pairs",
     "ingest": "raw clips -> feature store, only what is new or changed",
-    "store": "status, failures, quality, stats, verify, compact, vacuum, unpin, export of a store",
+    "store": "status, versions, pins, failures, quality, stats, verify, compact, vacuum, export",
     "pretrain": "feature store -> encoder, with clustering rounds beside it",
     "finetune": "encoder -> classifier",
     "evaluate": "top-1, probes, retrieval, confusions -> results.json",

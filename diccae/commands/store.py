@@ -9,7 +9,7 @@ import tyro
 
 from diccae.args import Options
 from diccae.errors import UsageError
-from diccae.screen import say
+from diccae.screen import say, table
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,14 @@ class StoreArgs:
     action: tyro.conf.Positional[
         Literal[
             "status",
+            "versions",
             "failures",
             "verify",
             "quality",
             "stats",
             "compact",
             "vacuum",
+            "pin",
             "unpin",
             "export",
         ]
@@ -35,7 +37,9 @@ class StoreArgs:
     store: str
     """URI of the feature store."""
     version: int | None = None
-    """status, failures, stats, export: an older version of the store."""
+    """status, failures, stats, export: an older version of the store; pin: the one to keep."""
+    last: int = 20
+    """versions: at most so many, the newest and besides them those that are pinned."""
     reason: str | None = None
     """failures: clips that failed with this reason alone."""
     examples: int = 3
@@ -54,9 +58,13 @@ class StoreArgs:
     retention_hours: float = 168.0
     """vacuum: keep unreferenced shards this long."""
     dry_run: bool = False
-    """vacuum: list what would be removed, and remove nothing."""
+    """vacuum, unpin --gone: list what would be removed, and remove nothing."""
     pin: str | None = None
-    """unpin: the pin to let go of, as `status` names it; until then a run's version is kept."""
+    """pin: its name; unpin: the pin to let go of, as `status` names it. Until then no vacuum takes
+    what the version needs."""
+    gone: bool = False
+    """unpin: all pins whose run folder no longer holds a run; one that cannot be reached is not
+    gone."""
     out: str | None = None
     """export: a new or empty folder of this machine."""
     format: Literal["folder", "webdataset"] = "folder"
@@ -66,7 +74,8 @@ class StoreArgs:
 
 
 _TAKEN_BY = {
-    "version": ("status", "failures", "stats", "export"),
+    "version": ("status", "failures", "stats", "export", "pin"),
+    "last": ("versions",),
     "reason": ("failures",),
     "examples": ("failures",),
     "spec": ("failures",),
@@ -75,8 +84,9 @@ _TAKEN_BY = {
     "sample": ("verify",),
     "repair": ("verify",),
     "retention_hours": ("vacuum",),
-    "dry_run": ("vacuum",),
-    "pin": ("unpin",),
+    "dry_run": ("vacuum", "unpin"),
+    "pin": ("pin", "unpin"),
+    "gone": ("unpin",),
     "out": ("export",),
     "format": ("export",),
 }
@@ -92,7 +102,9 @@ def main(argv: Sequence[str]) -> int:
     from pipeline.ingest import maintenance
 
     if args.action == "status":
-        return _show(maintenance.status(args.store, args.version), args.json)
+        return _status(maintenance.status(args.store, args.version), args.json)
+    if args.action == "versions":
+        return _versions(args)
     if args.action == "failures":
         found = maintenance.failures(
             args.store, args.reason, args.examples, spec=args.spec, version=args.version
@@ -119,22 +131,87 @@ def _refuse_options_of_others(args: StoreArgs) -> None:
 
 
 def _change_or_copy(args: StoreArgs) -> int:
-    """The actions that write: compact, vacuum, unpin, export."""
+    """The actions that write: compact, vacuum, pin, unpin, export."""
     from pipeline.ingest import maintenance
 
     if args.action == "compact":
         return _show(maintenance.compact(args.store), args.json)
     if args.action == "vacuum":
         return _vacuum(args)
+    if args.action == "pin":
+        return _pin(args)
     if args.action == "unpin":
-        if args.pin is None:
-            say("diccae store unpin: --pin NAME is needed; diccae store status names them")
-            return 2
-        return _show({"pins": maintenance.unpin(args.store, args.pin)}, args.json)
+        return _unpin(args)
     if args.out is None:
-        say("diccae store export: --out DIR is needed")
-        return 2
+        raise UsageError("export: --out DIR is needed")
     return _show(maintenance.export(args.store, args.out, args.format, args.version), args.json)
+
+
+def _versions(args: StoreArgs) -> int:
+    from pipeline.store.versions import versions
+
+    found = versions(args.store, args.last)
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    rows = [
+        [
+            str(one["version"]), one["time"], "vacuumed" if one["clips"] is None else
+            f"{one['clips']:,}", one["spec"] or "", one["by"], " ".join(one["pins"]),
+        ]
+        for one in found
+    ]  # fmt: skip
+    print(table(["version", "time", "clips", "spec", "by", "pins"], rows))
+    return 0
+
+
+def _pin(args: StoreArgs) -> int:
+    from pipeline.store.versions import pin
+
+    if args.version is None or args.pin is None:
+        raise UsageError("pin: --version N --pin NAME are needed; diccae store versions lists them")
+    return _pins_left(pin(args.store, args.version, args.pin), args.json)
+
+
+def _unpin(args: StoreArgs) -> int:
+    from pipeline.store.versions import unpin
+
+    if args.gone == (args.pin is not None):
+        raise UsageError("unpin: --pin NAME or --gone is needed; diccae store status names them")
+    if not args.gone:
+        if args.dry_run:
+            raise UsageError("unpin: --dry-run belongs to --gone")
+        return _pins_left(unpin(args.store, args.pin or ""), args.json)
+    from diccae.stages.pins import let_go_of_gone
+
+    found = let_go_of_gone(args.store, args.dry_run)
+    if args.json:
+        print(json.dumps(found._asdict()))
+        return 0
+    for name in found.gone:
+        print(f"{name}  {'gone' if args.dry_run else 'let go of'}")
+    for name, why in found.unknown.items():
+        print(f"{name}  stays: {why}")
+    print(f"{len(found.gone)} gone, {len(found.unknown)} that nobody can say of")
+    return 0
+
+
+def _pins_left(pins: dict[str, int], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"pins": pins}))
+    else:
+        print("\n".join(f"{name}  version {n}" for name, n in pins.items()) or "no pins")
+    return 0
+
+
+def _status(result: dict[str, Any], as_json: bool) -> int:
+    if as_json:
+        return _show(result, True)
+    pins, runs = result.pop("pins"), result.pop("pinned_for")
+    _show({**result, "pins": len(pins)}, False)
+    for name, version in pins.items():
+        print(f"    {name}  version {version}  {runs.get(name, '')}".rstrip())
+    return 0
 
 
 def _vacuum(args: StoreArgs) -> int:

@@ -141,6 +141,14 @@ def remember(
     )
 
 
+def let_go(folder: RunFolder) -> None:
+    """Let go of what the run reads, before the run is deleted."""
+    known = folder.record.get("store")
+    if known and FeatureStore.exists(known["uri"]):
+        folder.check()
+        FeatureStore.open(known["uri"]).unpin(_pin_name(folder, int(known["version"])))
+
+
 def _pin_name(folder: RunFolder, version: int) -> str:
     """One for each folder and version: folders of one name elsewhere must not let go of each
     other's. The same for a start that died before it wrote run.json, and begins again."""

@@ -77,19 +77,6 @@ def status(uri: str, version: int | None = None) -> dict[str, Any]:
     }
 
 
-def unpin(uri: str, name: str) -> dict[str, int]:
-    """Let go of a pin: the next vacuum may remove what only its version needs.
-
-    Returns: the pins that are left. Raises: StoreError if there is no such pin.
-    """
-    store = FeatureStore.open(uri)
-    pins = store.pins()
-    if name not in pins:
-        raise StoreError(f"{uri}: no pin {name!r}; there are {', '.join(sorted(pins)) or 'none'}")
-    store.unpin(name)
-    return store.pins()
-
-
 def failures(
     uri: str,
     reason: str | None = None,

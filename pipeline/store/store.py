@@ -10,6 +10,7 @@ there nor the commits before (log.LogKeys says which rows count).
 
 import contextlib
 import json
+import platform
 import re
 import uuid
 from collections.abc import Callable, Iterator
@@ -156,6 +157,12 @@ class FeatureStore:
         try:
             return Snapshot(self, self._load(version))
         except (DeltaError, OSError, ValueError, OverflowError) as error:
+            newest = self.version()
+            if version is not None and not 0 <= version <= newest:
+                raise StoreError(
+                    f"{self.uri}: no version {version}; there are 0 to {newest}, and "
+                    f'"diccae store versions --store {self.uri}" says what they are'
+                ) from None
             raise StoreError(
                 f"{self.uri}: version {version} cannot be read ({error}). "
                 "Versions are kept by pins and by the retention of store vacuum."
@@ -316,6 +323,7 @@ class FeatureStore:
         Args: run: URI of the run folder that reads it.
         """
         about = {"version": version, "pinned_at": datetime.now(UTC).isoformat(), "run": run}
+        about["machine"] = platform.node()
         self.location.write_bytes(f"pins/{name}.json", json.dumps(about).encode())
 
     def unpin(self, name: str) -> None:
@@ -327,12 +335,18 @@ class FeatureStore:
         return {name: int(about["version"]) for name, about in self.pins_in_full().items()}
 
     def pins_in_full(self) -> dict[str, dict[str, Any]]:
-        """What each pin says, by name: version, pinned_at, run (those of before have none)."""
+        """What each pin says, by name: version, pinned_at, run and the machine it was made on
+        (those of before have none)."""
         return {
             name.removesuffix(".json"): json.loads(self.location.read_bytes(f"pins/{name}"))
             for name in self.location.files("pins")
             if name.endswith(".json")
         }
+
+    def history(self) -> list[dict[str, Any]]:
+        """What Delta and our commits say of each version, newest first: version, timestamp (ms),
+        operation, operationParameters; run_id of an ingest, or by."""
+        return list(self._newest().history())
 
     def version(self) -> int:
         """The newest version."""

@@ -18,24 +18,29 @@ _MOST_LOOKED_AT = 20
 """Versions before the newest one that are looked at for whole ones."""
 
 
-class _Files(NamedTuple):
+class Files(NamedTuple):
     """Names of files, of the log and of features."""
 
     log: set[str]
     shards: set[str]
 
     @classmethod
-    def there(cls, store: FeatureStore) -> "_Files":
+    def there(cls, store: FeatureStore) -> "Files":
+        """All that a store has."""
         shards = {f"features/{name}" for name in store.location.files("features")}
         return cls(set(store.location.files("clips")), shards)
 
     @classmethod
-    def needed(cls, snapshot: Snapshot, there: "_Files") -> "_Files":
+    def needed(cls, snapshot: Snapshot, there: "Files") -> "Files":
         """By the data set of a version; no shards if its log cannot be read."""
         if not snapshot.log_files <= there.log:
             return cls(snapshot.log_files, set())
         shards = pc.unique(snapshot.rows(None)["shard"]).to_pylist()
         return cls(snapshot.log_files, set(shards))
+
+    def are_in(self, there: "Files") -> bool:
+        """Whether none of these is missing there."""
+        return self.log <= there.log and self.shards <= there.shards
 
 
 def whole_snapshot(store: FeatureStore, version: int | None) -> Snapshot:
@@ -46,12 +51,12 @@ def whole_snapshot(store: FeatureStore, version: int | None) -> Snapshot:
     snapshot = store.snapshot(version)
     if version is None:
         return snapshot
-    there = _Files.there(store)
-    needed = _Files.needed(snapshot, there)
+    there = Files.there(store)
+    needed = Files.needed(snapshot, there)
     log, shards = needed.log - there.log, needed.shards - there.shards
     if log or shards:
         newest = store.snapshot()
-        still = _Files.needed(newest, there)
+        still = Files.needed(newest, there)
         if newest.version != snapshot.version and (log - still.log or shards - still.shards):
             n_gone, of = (len(log), "log files") if log else (len(shards), "shards")
             n_all = len(needed.log if log else needed.shards)
@@ -63,13 +68,12 @@ def whole_snapshot(store: FeatureStore, version: int | None) -> Snapshot:
     return snapshot
 
 
-def _whole_versions(store: FeatureStore, newest: Snapshot, there: _Files) -> list[int]:
+def _whole_versions(store: FeatureStore, newest: Snapshot, there: Files) -> list[int]:
     """The newest, those before it up to the first that is not whole, and pinned ones."""
 
     def is_whole(version: int) -> bool:
         with contextlib.suppress(StoreError):
-            needed = _Files.needed(store.snapshot(version), there)
-            return needed.log <= there.log and needed.shards <= there.shards
+            return Files.needed(store.snapshot(version), there).are_in(there)
         return False
 
     before = range(newest.version - 1, max(newest.version - 1 - _MOST_LOOKED_AT, -1), -1)

@@ -99,7 +99,7 @@ def test_a_number_that_cannot_be_is_one_line_and_removes_nothing(
     for action, option, value, said in (
         ("vacuum", "--retention-hours", "-5", "a retention of -5 hours; allowed are 0 to"),
         ("vacuum", "--retention-hours", "nan", "a retention of nan hours; allowed are 0 to"),
-        ("status", "--version", "-1", "version -1 cannot be read"),
+        ("status", "--version", "-1", "no version -1; there are 0 to 1, and"),
         ("export", "--out", str(stray), "a file; name a new folder"),
     ):
         assert main(["store", action, "--store", store, option, value]) in (1, 2)

@@ -134,3 +134,14 @@ def test_a_folder_whose_run_never_began_is_told_so_and_left_as_it_is(
     assert ("diccae pretrain --out" if command == "evaluate" else "--store") in said
     assert "--store" not in said or command == "finetune"
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_run_that_is_begun_anew_lets_go_of_what_the_old_one_read(run: Path) -> None:
+    store = FeatureStore.open("store")
+    (old,) = store.pins()
+    gone = store.snapshot().clips.to_pylist()[0] | {"status": "removed"}
+    newest = store.append(pa.Table.from_pylist([gone], CLIPS_SCHEMA), {})
+    with pytest.raises(_Began):
+        main(["pretrain", "--config", "run.yaml", "--out", "run", "--store", "store", "--fresh"])
+    assert list(store.pins().values()) == [newest]
+    assert old not in store.pins()

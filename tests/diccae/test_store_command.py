@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -157,9 +158,9 @@ def example(clip: dict[str, object]) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("action", "option", "actions"),
     [
-        ("compact", "--dry-run", "vacuum"),
+        ("compact", "--dry-run", "vacuum, unpin"),
         ("status", "--split=test", "quality, stats"),
-        ("verify", "--version=1", "status, failures, stats, export"),
+        ("verify", "--version=1", "status, failures, stats, export, pin"),
     ],
 )
 def test_an_option_that_an_action_does_not_take_is_refused_by_name(
@@ -170,3 +171,85 @@ def test_an_option_that_an_action_does_not_take_is_refused_by_name(
     name = option.partition("=")[0]
     assert f"{name} is no option of {action}, but of {actions}; leave it out" in printed
     assert printed.count("\n") == 1
+
+
+def _said(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    capsys.readouterr()
+    assert main(["store", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_versions_are_listed_with_what_made_them_and_who_keeps_them(
+    vacuumed: tuple[str, list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri, (gone, pinned, gone_too, young, newest) = vacuumed
+    found = {one["version"]: one for one in _said(capsys, "versions", "--store", uri)}
+    assert list(found) == list(range(newest, -1, -1))
+    clips = [found[version]["clips"] for version in (gone, pinned, gone_too, young, newest)]
+    assert clips == [None, 4, None, 4, 5]
+    assert found[pinned]["pins"] == ["run-1"]
+    assert found[0]["by"] == "store made"
+    assert found[newest]["by"].startswith("ingest ")
+    assert {one["spec"] for one in found.values()} == {OLD.spec_hash()}
+    few = _said(capsys, "versions", "--store", uri, "--last", "1")
+    assert [one["version"] for one in few] == [newest, pinned]
+    assert main(["store", "versions", "--store", uri]) == 0
+    assert "vacuumed" in capsys.readouterr().out
+    assert main(["store", "status", "--store", uri, "--version", str(newest + 5)]) == 1
+    told = capsys.readouterr().err
+    assert f"no version {newest + 5}; there are 0 to {newest}, and" in told
+    assert "Kernel" not in told
+
+
+def test_a_version_is_pinned_by_hand_until_it_is_unpinned(
+    vacuumed: tuple[str, list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri, (gone, pinned, _, young, newest) = vacuumed
+
+    def pin(version: int, name: str) -> list[str]:
+        return ["store", "pin", "--store", uri, "--version", str(version), "--pin", name]
+
+    assert main(pin(young, "paper")) == 0
+    assert FeatureStore.open(uri).pins() == {"paper": young, "run-1": pinned}
+    for version, name, said in (
+        (newest, "paper", f"pin 'paper' keeps version {young}"),
+        (newest, "a/b", "pin 'a/b'; a name has"),
+        (gone, "old", f"version {gone} was vacuumed"),
+        (99, "old", "no version 99"),
+    ):
+        assert main(pin(version, name)) == 1
+        assert said in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["store", "status", "--store", uri]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert f"    paper  version {young}" in shown
+    assert f"    run-1  version {pinned}" in shown
+    assert main(["store", "unpin", "--store", uri, "--pin", "paper"]) == 0
+    assert FeatureStore.open(uri).pins() == {"run-1": pinned}
+
+
+def test_pins_of_runs_that_are_gone_are_let_go_of_and_no_others(
+    source: CheapSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = FeatureStore.open(source.store)
+    runs = tmp_path / "runs"
+    for name in ("live", "cleared", "removed"):
+        (runs / name).mkdir(parents=True)
+        store.pin(1, name, str(runs / name))
+    (runs / "live" / "run.json").write_text("{}")
+    (runs / "removed").rmdir()
+    (tmp_path / "mount").mkdir()
+    store.pin(1, "unmounted", str(tmp_path / "mount" / "run"))
+    store.pin(1, "by-hand")
+    store.pin(1, "elsewhere", str(runs / "elsewhere"))
+    about = Path(source.store, "pins", "elsewhere.json")
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"machine": "another"}))
+    unpin = ["unpin", "--store", source.store, "--gone"]
+    before = store.pins()
+    found = _said(capsys, *unpin, "--dry-run")
+    assert store.pins() == before
+    assert found == _said(capsys, *unpin)
+    assert found["gone"] == ["cleared", "removed"]
+    assert set(found["unknown"]) == {"elsewhere", "unmounted"}
+    assert set(store.pins()) == {"live", "by-hand", "elsewhere", "unmounted"}
+    assert main(["store", *unpin, "--pin", "live"]) == 2

@@ -12,9 +12,10 @@ from support.stores import noise_store
 from diccae.cli import main
 from pipeline.config import FeatureSpec
 from pipeline.errors import StoreError
-from pipeline.ingest.maintenance import status, unpin
+from pipeline.ingest.maintenance import status
 from pipeline.store.schema import CLIPS_SCHEMA
 from pipeline.store.store import FeatureStore
+from pipeline.store.versions import unpin
 from training.config import EncoderConfig
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder, InputShape
