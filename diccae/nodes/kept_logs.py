@@ -53,8 +53,8 @@ def attempts_at(place: Location) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def read_kept(out: str, attempt: int | None, of: str) -> tuple[str, list[str]]:
-    """A log that a run kept, and the names of all of that attempt.
+def read_kept(out: str, attempt: int | None, of: str) -> tuple[list[str], list[str]]:
+    """The logs asked for that a run kept, and the names of all of that attempt.
 
     Args: attempt: None: the newest. of: a name, or the beginning of one; `all` for every log.
     Raises: UsageError naming what there is.
@@ -77,4 +77,4 @@ def read_kept(out: str, attempt: int | None, of: str) -> tuple[str, list[str]]:
         told = ", ".join(names)
         raise UsageError(f"{place.uri}: attempt {number} kept no log {of}; it kept {told}")
     texts = [place.read_bytes(f"{folder}/{name}").decode(errors="replace") for name in wanted]
-    return "".join(texts), names
+    return texts, names

@@ -144,3 +144,35 @@ def test_kept_logs_are_read_by_attempt_and_process(
     assert main(["logs", "--out", str(run), "--of", "nobody"]) == 2
     assert "it kept driver.log, process-7-aa.err" in capsys.readouterr().err
     assert main(["logs"]) == 2
+
+
+def test_the_last_lines_of_kept_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("driver.log", "process-7-aa.err"):
+        _write(tmp_path / "logs" / "attempt-1" / name, f"first\nsecond\nlast of {name}\n")
+    logs = ["logs", "--out", str(tmp_path), "--of", "all", "--tail"]
+    assert main([*logs, "1"]) == 0
+    assert capsys.readouterr().out == "last of driver.log\nlast of process-7-aa.err\n"
+    assert main([*logs, "9"]) == 0
+    assert capsys.readouterr().out.count("\n") == 6
+    assert main([*logs, "0"]) == 2
+    assert "--tail 0: 1 or more are allowed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--out", "run", "--follow"], "--follow goes with a job, not with --out"),
+        (["--out", "run", "--address", "x"], "--address goes with a job, not with --out"),
+        (["job", "--attempt", "2"], "--attempt goes with --out, not with a job"),
+        (["job", "--of", "all"], "--of goes with --out, not with a job"),
+        (["job", "--follow", "--tail", "3"], "--tail 3: goes without --follow"),
+        ([], "name a job (diccae jobs lists them), or a run with --out"),
+    ],
+)
+def test_an_option_of_logs_that_would_not_be_looked_at_is_refused(
+    typed: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["logs", *typed]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"diccae logs: {said}")
+    assert told.count("\n") == 1
