@@ -21,6 +21,12 @@ class ClusterUnreachable(DeployError):
     """Nothing that speaks the Ray jobs API answers at the address."""
 
 
+class NotSent(DeployError):
+    """A path of the command line that the job would not have, or not keep."""
+
+    exit_code: ClassVar[int] = 2
+
+
 class PackageRefused(DeployError):
     """The folder cannot be packed, or packs to more than a cluster should be sent."""
 

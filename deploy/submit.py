@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from deploy.command_line import values_of
 from deploy.connect import Cluster, connect
-from deploy.errors import DeployError
+from deploy.errors import DeployError, NotSent
 from deploy.jobs import Say, facts, how_to, stay_with
 from deploy.package import Selection, megabytes, select_files, write_zip
 
@@ -71,6 +71,27 @@ def submit(
     return stay_with(cluster, address, job_id, say=say, write=write)
 
 
+def preview(
+    args: Sequence[str], *, working_dir: str | Path = ".", excludes: Sequence[str] = (), write: Say
+) -> int:
+    """Write what `submit` would send, file by file, what it would leave out and why, and the
+    command; no cluster is asked. Returns: 0. Raises: as submit does before it connects."""
+    selection = select_files(Path(working_dir), excludes)
+    _refuse_what_goes_with_the_job(args, selection)
+    for file in selection.files:
+        write(f"send      {file.name}  {file.size:,} bytes\n")
+    for name, why in selection.left_out:
+        write(f"leave out {name}  {why}\n")
+    write(
+        f"package   {len(selection.files):,} files, {selection.size:,} bytes before compression, "
+        f"of {working_dir}; {len(selection.left_out):,} files and folders left out\n"
+    )
+    for note in _paths_of_this_machine(args, Path(working_dir), selection):
+        write(f"{note}\n")
+    write(f"command   diccae {shlex.join(args)}\n")
+    return 0
+
+
 def _hand_over(cluster: Cluster, args: Sequence[str], package: Path, env: Mapping[str, str]) -> str:
     """Upload the package and start the command in it; the id of the job."""
     entrypoint = f'{_FIND_PYTHON} exec "$python" {shlex.join(["-m", "diccae", *args])}'
@@ -110,7 +131,7 @@ def _refuse_what_goes_with_the_job(args: Sequence[str], selection: Selection) ->
     """Refuse what the job would write into its copy of the code, which Ray removes, and which is
     another one as soon as a file has changed, and a store that it would not find there.
 
-    Raises: DeployError.
+    Raises: NotSent.
     """
     sent = _sent(selection)
     for option in ("--out", "--store"):
@@ -119,7 +140,7 @@ def _refuse_what_goes_with_the_job(args: Sequence[str], selection: Selection) ->
                 continue
             if option == "--store" and args[0] != "ingest" and os.path.normpath(path) in sent:
                 continue
-            raise DeployError(
+            raise NotSent(
                 f"{option} {path}: a folder of the job's own copy of the code, which is gone when "
                 "the job is; name a bucket (s3://...), or a whole path that all nodes reach"
             )

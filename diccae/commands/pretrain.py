@@ -42,7 +42,7 @@ class PretrainArgs:
     dry_run: bool = False
     """Only print parameters, FLOPs, memory, steps and the time they would take."""
     json: bool = False
-    """Print the results as one JSON line on stdout."""
+    """Print the results as one JSON line on stdout, with --dry-run what that says."""
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         encoder = config.encoder.model_copy(update={"init": args.init})
         config = config.model_copy(update={"encoder": encoder})
     if args.dry_run:
-        return _dry_run(config, args.store)
+        return _dry_run(config, args.store, args.json)
     from diccae.run_folder import RunFolder, log_to_screen
     from diccae.stages.pretrain import run_pretrain
     from diccae.stages.run_record import let_go
@@ -78,12 +78,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _dry_run(config: RunConfig, store: str) -> int:
+def _dry_run(config: RunConfig, store: str, as_json: bool) -> int:
     from training.run.dry_run import dry_run
     from training.run.pinned import check, pin
 
     data = pin(store, config.data.version, config)
     check(config, config.clustering, data)
-    for name, value in dry_run(config, data.snapshot.spec, len(data.train), config.clustering.k):
+    found = dry_run(config, data.snapshot.spec, len(data.train), config.clustering.k)
+    if as_json:
+        print(json.dumps(dict(found)))
+        return 0
+    for name, value in found:
         print(f"{name:<18} {value}")
     return 0

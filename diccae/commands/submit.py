@@ -30,6 +30,9 @@ class SubmitArgs:
     """Patterns left out of the package, beside .gitignore."""
     no_wait: bool = False
     """Submit and return at once."""
+    dry_run: bool = False
+    """Only list what would be sent, what would be left out and why, and the command; no cluster is
+    asked."""
 
 
 OPTIONS = Options("submit", SubmitArgs)
@@ -46,8 +49,10 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("nothing to run; end the line with: -- pretrain --config FILE ...")
     command = _as_the_job_reads(command, args.working_dir)
     from deploy.connect import address_or_default
-    from deploy.submit import submit
+    from deploy.submit import preview, submit
 
+    if args.dry_run:
+        return preview(command, working_dir=args.working_dir, excludes=args.exclude, write=write)
     return submit(
         address_or_default(args.address),
         command,
