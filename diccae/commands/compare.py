@@ -39,15 +39,13 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = OPTIONS.parse(argv)
     if not 1 <= len(args.runs) <= 2:
-        raise UsageError(f"compare: found {len(args.runs)} runs; expected RUN_A RUN_B")
+        raise UsageError(f"found {len(args.runs)} runs; expected RUN_A RUN_B")
     if args.classes is not None and args.predictions is None:
         raise UsageError(
-            f"compare: --classes {args.classes} names what --predictions scores; runs know theirs"
+            f"--classes {args.classes} names what --predictions scores; runs know theirs"
         )
     if args.resamples < 100 or args.pairs < 0:
-        raise UsageError(
-            f"compare: --resamples {args.resamples} --pairs {args.pairs}; at least 100, and 0"
-        )
+        raise UsageError(f"--resamples {args.resamples} --pairs {args.pairs}; at least 100, and 0")
     from diccae.judging.compare import comparison_table, run_compare, write_page
 
     found = run_compare(

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command. Returns: 1 if a check failed."""
     args = OPTIONS.parse(argv)
     if args.init is not None and args.config is None:
-        raise UsageError(f"doctor: --init {args.init} is checked against a run: give its --config")
+        raise UsageError(f"--init {args.init} is checked against a run: give its --config")
     from diccae.doctor.examine import run_doctor
 
     checks = run_doctor(args.store, args.mlflow_uri, args.address, args.config, args.init)
