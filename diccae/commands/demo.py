@@ -1,5 +1,7 @@
 """`diccae demo`: everything, once."""
 
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,5 +46,7 @@ def main(argv: Sequence[str]) -> int:
     demo = run_demo(args.run, args.out, data, args.fresh, say)
     print(f"{results_table(demo.results)}\n\nreport    {demo.page}")
     if demo.mlflow_uri:
-        print(f"curves    mlflow ui --backend-store-uri {demo.mlflow_uri}")
+        # `make demo` runs in an environment that need not be on the PATH of who reads this.
+        mlflow = "mlflow" if shutil.which("mlflow") else f"{sys.executable} -m mlflow"
+        print(f"curves    {mlflow} ui --backend-store-uri {demo.mlflow_uri}")
     return 0

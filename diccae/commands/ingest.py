@@ -120,7 +120,7 @@ def _plan(args: IngestArgs, spec: FeatureSpec | None, config: IngestConfig) -> i
     )
     found = {**plan.counts, "restated": len(plan.restated)}
     if args.json:
-        about: dict[str, Any] = {"puts_in_force": plan.puts_in_force}
+        about: dict[str, Any] = {"to_decode": len(plan.todo), "puts_in_force": plan.puts_in_force}
         if plan.out_of_reach is not None:
             n_clips, places = plan.out_of_reach
             about["out_of_reach"] = {"clips": n_clips, "places": places}
@@ -129,6 +129,7 @@ def _plan(args: IngestArgs, spec: FeatureSpec | None, config: IngestConfig) -> i
         return 0
     for name, count in found.items():
         print(f"{name:<13} {count:>12,}  {_WHY[name]}")
+    print(f"{'to decode':<13} {len(plan.todo):>12,}  of all these")
     if plan.puts_in_force:
         print("the features asked for come into force at the end of the run")
     if plan.out_of_reach is not None:

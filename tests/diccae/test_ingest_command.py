@@ -224,8 +224,11 @@ def test_a_reason_that_there_is_not_is_refused_wherever_it_is_given(
     assert main(command(source, "--config", str(config))) == 2
     assert "ingest.retry_reasons.0: Input should be 'missing', 'open_" in capsys.readouterr().err
     source.file("c1").write_text("bad")
+    assert main([word for word in command(source, "--plan") if word != "--json"]) == 0
+    assert "to decode                1  of all these" in capsys.readouterr().out
     assert main(command(source)) == 3
     for reasons, n_retried in ((["timeout"], 0), (["timeout", "open_failed"], 1)):
         capsys.readouterr()
         assert main(command(source, "--plan", "--ingest.retry-reasons", *reasons)) == 0
-        assert answer(capsys)[0]["retried"] == n_retried
+        plan, _ = answer(capsys)
+        assert (plan["retried"], plan["to_decode"]) == (n_retried, n_retried)
