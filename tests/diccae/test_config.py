@@ -220,6 +220,7 @@ def test_a_switch_of_the_runs_own_config_is_given_whichever_way_it_stands(
     """The words are read before the run's config is known, and then on top of it."""
     own = RunConfig(finetune={"balanced": is_on}, scale={"use_gpu": is_on})
     (tmp_path / "config.yaml").write_text(config_text(own))
+    (tmp_path / "run.json").write_text('{"store": {}}')
     given: list[bool] = []
 
     def evaluated(args: Any, _: Any) -> dict[str, Any]:
