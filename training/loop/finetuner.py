@@ -184,10 +184,10 @@ class Finetuner(StepLoop):
 
     def _own_state(self) -> dict[str, Any]:
         return {
-            "classifier": {k: v.cpu() for k, v in self.classifier.state_dict().items()},
+            "classifier": dict(self.classifier.state_dict()),
             "confusion": self.confusion.state_dict(),
             "confusion_step": self.confusion_step,
-            "averages": {k: v.cpu() for k, v in self.averages.items()},
+            "averages": dict(self.averages),
             "n_averaged": self.n_averaged,
         }
 

@@ -170,7 +170,7 @@ class Pretrainer(StepLoop):
 
     def _own_state(self) -> dict[str, Any]:
         return {
-            "encoder": {k: v.detach().cpu() for k, v in self.encoder.state_dict().items()},
+            "encoder": dict(self.encoder.state_dict()),
             "labelling": self.labelling.state_dict(),
             "sample": self.sample.state_dict(),
         }

@@ -55,6 +55,6 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
 
     config = TrainingConfig.model_validate(settings["config"])
     written = ray_fit.written(settings)
-    edge = ray_fit.this_edge(config.scale, written.attempt)
+    edge = ray_fit.this_edge(config.scale, written, CHECKPOINTS)
     index: RowIndex = ray.get(settings["index"][0])
     return finetune_at(edge, config, index, settings["encoder"], written, settings["decides"])

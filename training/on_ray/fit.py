@@ -8,12 +8,10 @@ weights_only=True.
 import json
 import os
 import re
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from pipeline.storage import Location, place_of, storage_failures_ignored
@@ -26,9 +24,9 @@ from training.data.reader import Reader
 from training.errors import RunTaken, TrainingError
 from training.loop.hooks import World
 from training.model.cpu import use_cpu
+from training.on_ray.checkpoints import last_state, report_state, settle
 from training.on_ray.reader import RayReader
 from training.on_ray.storage import arrow_filesystem
-from training.run.checkpoints import state_in, write_state
 from training.run.edge import Edge, Written
 from training.tracking.copier import RunHandle
 from training.weights.files import absolute_uri
@@ -194,6 +192,7 @@ def _told(config: dict[str, Any]) -> Any:
     try:
         return given.loop(given.settings)
     except Exception as error:
+        settle()  # Else the checkpoint on its way ended with this process.
         given.attempt.check()  # Rather this than what it may have led to, such as a lost actor.
         if isinstance(error, TrainingError):
             _write_error(given.said, error)
@@ -243,15 +242,18 @@ def this_world(scale: ScaleConfig) -> World:
     return World(context.get_world_rank(), context.get_world_size(), device)
 
 
-def this_edge(scale: ScaleConfig, attempt: Attempt) -> Edge:
-    """This worker's surroundings; sets its number of threads."""
-    world = this_world(scale)
+def this_edge(scale: ScaleConfig, written: Written, name: str) -> Edge:
+    """This worker's surroundings; sets its number of threads.
+
+    Args: name: folder of the run for its checkpoints, as `fit` was given it.
+    """
+    world, place = this_world(scale), written.out.below(name)
 
     def reader(windows: WindowPlan) -> Reader:
         return RayReader(windows, scale.reader_tasks, scale.reader_cpus)
 
     def save(state: dict[str, Any]) -> None:
-        report_state(state, world.rank, attempt)
+        report_state(state, world.rank, place, written.attempt)
 
     return Edge(world, reader, last_state(), save, leaving_notice())
 
@@ -260,36 +262,6 @@ def written(settings: dict[str, Any]) -> Written:
     """Where the run is written down, as the driver said it."""
     handle, attempt = RunHandle(*settings["handle"]), Attempt(*settings["attempt"])
     return Written(settings["out"], handle, settings["provenance"], attempt)
-
-
-def last_state() -> dict[str, Any] | None:
-    """The newest checkpoint of this run, or None."""
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        return state_in(Path(folder))
-
-
-def report_state(state: dict[str, Any], rank: int, attempt: Attempt = UNHELD) -> None:
-    """Checkpoint: written by rank 0, reported by all. Raises: RunTaken."""
-    import ray.train
-
-    attempt.check()
-    state = {**state, "attempt": attempt.number}
-    metrics = {"step": state["step"]}
-    if rank != 0:
-        ray.train.report(metrics)
-        return
-    folder = tempfile.mkdtemp(prefix="diccae-checkpoint-")
-    try:
-        write_state(state, Path(folder))
-        attempt.check()  # Again: a large state takes a while, and Ray's copy begins now.
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def leaving_notice() -> Callable[[], bool]:

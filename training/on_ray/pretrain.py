@@ -77,6 +77,6 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     config = TrainingConfig.model_validate(settings["config"])
     index = ray.get(settings["index"][0])
     written = ray_fit.written(settings)
-    edge = ray_fit.this_edge(config.scale, written.attempt)
+    edge = ray_fit.this_edge(config.scale, written, CHECKPOINTS)
     span = Span(*settings["span"])
     return pretrain_at(edge, config, index, settings["rounds"], written, span)

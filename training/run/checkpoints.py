@@ -32,9 +32,21 @@ class Span(NamedTuple):
 WHOLE = Span()
 
 
-def write_state(state: dict[str, Any], folder: Path) -> None:
-    """Write a checkpoint into a folder that is there."""
-    torch.save({**state, "format": _FORMAT}, folder / _STATE)
+def write_state(
+    state: dict[str, Any],
+    folder: str | Path | Location,
+    may_write: Callable[[], None] | None = None,
+) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Args: may_write: asked once more before it is at its place: a large one takes a while; raises
+        if it must not.
+    """
+    place = folder if isinstance(folder, Location) else Location(folder)
+    with place.written(_STATE) as path:
+        torch.save({**state, "format": _FORMAT}, path)
+        if may_write is not None:
+            may_write()
 
 
 def state_in(folder: str | Path, numbers_only: bool = False) -> dict[str, Any]:

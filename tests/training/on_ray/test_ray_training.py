@@ -34,8 +34,11 @@ from training.errors import WeightsError
 from training.loop.hooks import Hooks, World
 from training.loop.pretrainer import Pretrainer
 from training.model.make import make_encoder
+from training.on_ray import checkpoints
+from training.on_ray.checkpoints import report_state
 from training.on_ray.fit import fit, interruptible, this_world
 from training.on_ray.pretrain import pretrain
+from training.run.checkpoints import state_in
 from training.run.pinned import check, pin
 from training.tracking.copier import RunHandle
 
@@ -239,6 +242,44 @@ def test_an_error_on_one_rank_ends_all_of_them(ray_session: None, tmp_path: Path
     with pytest.raises(WeightsError, match="/nowhere/encoder cannot be read"):
         fit(_one_rank_fails, {}, Location(tmp_path), "pretrain", CONFIG.scale)
     assert time.monotonic() - started < 100, "waited for the collective's own timeout"
+
+
+def _trains_beside_its_checkpoint(settings: dict[str, Any]) -> None:
+    """Storage takes the first checkpoint once training has gone on from it; then rank 0 fails."""
+    rank, out = this_world(CONFIG.scale).rank, Location(settings["out"])
+    write = checkpoints.write_state
+
+    def late(*arguments: Any) -> None:
+        while not out.exists("went-on"):
+            time.sleep(0.05)
+        write(*arguments)
+
+    checkpoints.write_state = late
+    state = {"step": 1, "weight": torch.zeros(4), "optimizer": {"state": [torch.zeros(4)]}}
+    for step in (1, 2):
+        report_state({**state, "step": step}, rank, out.below("pretrain"))
+        state["weight"] += 1
+        state["optimizer"]["state"][0] += 1
+        out.write_bytes("went-on", b"")
+    if rank == 0:
+        raise WeightsError("the step after")
+    dist.barrier()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_its_failure_leaves_it(
+    ray_session: None, tmp_path: Path
+) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    settings, once = {"out": str(tmp_path)}, CONFIG.scale.model_copy(update={"max_failures": 0})
+    with pytest.raises(WeightsError, match="the step after"):
+        fit(_trains_beside_its_checkpoint, settings, Location(tmp_path), "pretrain", once)
+    found = sorted((tmp_path / "pretrain").glob("checkpoint_*/*"))
+    assert [path.name for path in found] == ["state.pt"] * 2
+    for step, path in enumerate(found, 1):
+        state = state_in(path.parent)
+        assert state["step"] == step
+        assert state["weight"].tolist() == [step - 1] * 4, "later steps are in it"
+        assert state["optimizer"]["state"][0].tolist() == [step - 1] * 4
 
 
 def _elastic(store: str, folder: Path, *arguments: int) -> list[dict[str, Any]]:

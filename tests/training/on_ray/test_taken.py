@@ -11,7 +11,8 @@ from pipeline.store.lease import Lease
 from training.attempt import Attempt
 from training.errors import RunTaken, WeightsError
 from training.on_ray import fit
-from training.on_ray.fit import _Failure, _Given, _told, interruptible, report_state
+from training.on_ray.checkpoints import report_state
+from training.on_ray.fit import _Failure, _Given, _told, interruptible
 
 
 def _no_actor(settings: dict[str, Any]) -> None:
@@ -37,7 +38,7 @@ def test_a_worker_says_that_the_folder_was_taken_and_not_what_came_of_it(tmp_pat
         assert ended.error.exit_code == 4
         assert "locked by the second" in str(ended.error)
         with pytest.raises(RunTaken):
-            report_state({"step": 1}, 0, first)
+            report_state({"step": 1}, 0, location, first)
         with pytest.raises(WeightsError):  # The words of the first are not those of the second.
             _told(_given(tmp_path, second))
 
