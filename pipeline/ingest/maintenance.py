@@ -26,7 +26,7 @@ from pipeline.errors import SourceError, StoreError
 from pipeline.reasons import Reason
 from pipeline.storage import Location
 from pipeline.store.schema import CLIPS_SCHEMA, SHARD_SCHEMA, split_labels
-from pipeline.store.shards import ShardWriter, by_shard, read_rows
+from pipeline.store.shards import ShardWriter, shard_n_rows, side_by_side, with_features
 from pipeline.store.store import FeatureStore, Snapshot
 from pipeline.store.vacuumed import whole_snapshot
 
@@ -173,8 +173,9 @@ def compact(uri: str, shard_clips: int = 256) -> dict[str, Any]:
 
 def _sparse_shards(live: pa.Table, uri: str) -> list[str]:
     counts = Counter(live["shard"].to_pylist())
-    rows_of = {shard: len(read_rows(uri, shard, None, ["row_key"])) for shard in counts}
-    return [shard for shard, n in counts.items() if n < _SPARSE_FRAC * rows_of[shard]]
+    n_rows = side_by_side(lambda shard: shard_n_rows(uri, shard), counts)
+    of_shards = zip(counts.items(), n_rows, strict=True)
+    return [shard for (shard, n_live), n in of_shards if n_live < _SPARSE_FRAC * n]
 
 
 def _move(
@@ -183,8 +184,7 @@ def _move(
     """Copy rows to new shards. Yields (clip_id, shard, row)."""
     run = f"compact{time.time_ns():x}"
     writer: ShardWriter | None = None
-    for shard, part in by_shard(rows):
-        table = read_rows(store.uri, shard, part["row"].to_numpy(), SHARD_SCHEMA.names)
+    for _, table in with_features(store.uri, rows, SHARD_SCHEMA.names):
         for row in table.to_pylist():
             if writer is None or writer.n_rows == shard_clips:
                 if writer is not None:
@@ -309,8 +309,8 @@ def export(
 
 def _exported(snapshot: Snapshot, split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Clips as small files: name -> content."""
-    for shard, part in by_shard(snapshot.rows(split)):
-        table = read_rows(snapshot.uri, shard, part["row"].to_numpy(), SHARD_SCHEMA.names)
+    rows = snapshot.rows(split)
+    for part, table in with_features(snapshot.uri, rows, SHARD_SCHEMA.names):
         for row, known in zip(table.to_pylist(), part.to_pylist(), strict=True):
             frames, fbank = row.pop("frames"), row.pop("fbank")
             files = {f"frame_{i:02d}.jpg": jpeg for i, jpeg in enumerate(frames)}

@@ -24,7 +24,7 @@ from pipeline.source.fetch import Fetched, fetch_all
 from pipeline.source.tar_parts import part_of
 from pipeline.storage import is_storage_failure
 from pipeline.store.schema import CLIPS_SCHEMA
-from pipeline.store.shards import by_shard, read_rows, shard_spec_hash
+from pipeline.store.shards import by_shard, read_rows, side_by_side, spec_hash_of
 from pipeline.store.store import FeatureStore, Snapshot
 
 _LEASE_STALE_S = 60.0
@@ -98,14 +98,20 @@ def _check_shards(snapshot: Snapshot, live: pa.Table) -> Iterator[dict[str, str]
     keys = snapshot.states(["clip_id", "row_key"])
     position = pc.index_in(live["clip_id"], value_set=keys["clip_id"].combine_chunks())
     live = live.append_column("row_key", keys["row_key"].take(position))
-    for shard, rows in by_shard(live, None):
-        mine = rows.to_pylist()
+
+    def opened(of_shard: tuple[str, pa.Table]) -> pa.Table | DamagedShard:
         try:
-            stored = read_rows(snapshot.uri, shard, None, ["clip_id", "row_key"]).to_pylist()
-            spec_hash = shard_spec_hash(snapshot.uri, shard)
+            return read_rows(snapshot.uri, of_shard[0], None, ["clip_id", "row_key"])
         except DamagedShard as error:
-            yield from (_problem(clip, str(error)) for clip in mine)
+            return error
+
+    tables = side_by_side(opened, by_shard(live))
+    for (_, rows), table in zip(by_shard(live), tables, strict=True):
+        mine = rows.to_pylist()
+        if isinstance(table, DamagedShard):
+            yield from (_problem(clip, str(table)) for clip in mine)
             continue
+        stored, spec_hash = table.to_pylist(), spec_hash_of(table)
         if spec_hash != snapshot.spec_hash:
             problem = f"features of spec {spec_hash} in place of {snapshot.spec_hash}"
             yield from (_problem(clip, problem) for clip in mine)

@@ -27,8 +27,7 @@ from pipeline.reasons import Reason, Rejected
 from pipeline.source.fetch import Fetched, fetch_all
 from pipeline.source.tar_parts import part_of
 from pipeline.storage import is_storage_failure
-from pipeline.store.schema import ROW_GROUP_ROWS
-from pipeline.store.shards import read_rows
+from pipeline.store.shards import by_row_group, read_pieces
 
 MEASURED_BY = 1
 """Version of the measurement: raised when a signal or a print becomes another number."""
@@ -186,11 +185,13 @@ class _Looker:
         found: dict[str, dict[str, Any]] = {}
         for shard in dict.fromkeys(clip["shard"] for clip in clips if clip["shard"]):
             mine = sorted((c for c in clips if c["shard"] == shard), key=lambda clip: clip["row"])
-            for begin in range(0, len(mine), ROW_GROUP_ROWS):
-                some = mine[begin : begin + ROW_GROUP_ROWS]
-                at = np.array([clip["row"] for clip in some])
-                table = read_rows(self.settings.store_uri, shard, at, _FEATURE_COLUMNS)
-                for clip, row in zip(some, table.to_pylist(), strict=True):
+            places_n = np.array([clip["row"] for clip in mine])
+            pieces = by_row_group(places_n)
+            tables = read_pieces(
+                self.settings.store_uri, shard, [places_n[at] for at in pieces], _FEATURE_COLUMNS
+            )
+            for at, table in zip(pieces, tables, strict=True):
+                for clip, row in zip(mine[at], table.to_pylist(), strict=True):
                     fbank_TM = fbank_array(row["fbank"], self.settings.spec)
                     arguments = (row["frames"], row["frame_ts_ms"], fbank_TM, row["fbank_frames"])
                     found[clip["clip_id"]] = measure_features(*arguments)._asdict()

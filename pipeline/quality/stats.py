@@ -15,7 +15,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ import pyarrow.compute as pc
 from pipeline.config import FeatureSpec
 from pipeline.decode.payload import decode_jpegs, fbank_array
 from pipeline.quality.run import Progress, refuse_no_clips
-from pipeline.store.shards import by_shard, read_rows
+from pipeline.store.shards import by_shard, side_by_side, with_features
 from pipeline.store.store import FeatureStore, Snapshot
 
 
@@ -140,25 +139,21 @@ def _summed(
     with_pixels: bool,
     on_progress: Callable[[Progress], None],
 ) -> Iterator[_Sums]:
-    """Sums of pieces of at most a row group, by threads: JPEGs and numpy leave the lock alone."""
+    """Sums of each row group, a shard to a thread: JPEGs and numpy leave the lock alone."""
     began, n_done = time.monotonic(), 0
     columns = ["fbank", *(["frames"] if with_pixels else [])]
     spec = snapshot.spec  # Read once, before the threads.
 
-    def work(piece: tuple[str, np.ndarray]) -> tuple[int, _Sums]:
-        table = read_rows(snapshot.uri, *piece, columns)
-        return len(table), _sums_of(table.to_pylist(), spec)
+    def work(of_shard: tuple[str, pa.Table]) -> list[tuple[int, _Sums]]:
+        tables = with_features(snapshot.uri, of_shard[1], columns)
+        return [(len(table), _sums_of(table.to_pylist(), spec)) for _, table in tables]
 
-    n_threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(n_threads) as pool:
-        pieces = [(shard, piece["row"].to_numpy()) for shard, piece in by_shard(rows)]
-        # Not all at once: what is read waits in memory.
-        for begin in range(0, len(pieces), 4 * n_threads):
-            for n_clips, sums in pool.map(work, pieces[begin : begin + 4 * n_threads]):
-                n_done += n_clips
-                rate = n_done / max(time.monotonic() - began, 1e-3)
-                on_progress(Progress(len(rows), n_done, rate, (len(rows) - n_done) / rate))
-                yield sums
+    for of_shard in side_by_side(work, by_shard(rows), os.cpu_count() or 1):
+        for n_clips, sums in of_shard:
+            n_done += n_clips
+            rate = n_done / max(time.monotonic() - began, 1e-3)
+            on_progress(Progress(len(rows), n_done, rate, (len(rows) - n_done) / rate))
+            yield sums
 
 
 def _sums_of(rows: list[dict[str, Any]], spec: FeatureSpec) -> _Sums:

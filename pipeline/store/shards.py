@@ -7,11 +7,14 @@ not at all, and is never changed.
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from threading import Lock
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +31,10 @@ _COMPRESSION = {
 } | {"frames.list.element": "NONE", "frame_ts_ms.list.element": "ZSTD"}
 
 _UNFINISHED = ".part-"
+AT_ONCE = 8
+"""Shards that a process asks for at once: as many as Arrow has threads for reading."""
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 
@@ -124,68 +130,216 @@ class _Watched:
         return self._tried(self._file.tell)
 
 
-def by_shard(rows: pa.Table, most: int | None = ROW_GROUP_ROWS) -> Iterator[tuple[str, pa.Table]]:
-    """Pieces of `Snapshot.rows`, in its order: a shard, and at most so many rows of it (None: all).
+def by_shard(rows: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    """`Snapshot.rows` shard by shard, in its order.
 
     Args: rows: those of a shard beside each other. One pass: a search for the rows of each shard
         took seconds at 200,000 clips.
     """
     rows = rows.combine_chunks()
-    shards = rows["shard"].to_numpy()
-    step = most or max(1, len(rows))
-    ends = np.flatnonzero(shards[1:] != shards[:-1]) + 1
-    for begin, end in pairwise([0, *ends.tolist(), len(rows)]):
-        for at in range(begin, end, step):
-            yield shards[at], rows.slice(at, min(step, end - at))
+    for begin, end in _runs(rows["shard"].to_numpy()):
+        yield rows["shard"][begin].as_py(), rows.slice(begin, end - begin)
 
 
-def read_rows(store_uri: str, shard: str, rows: np.ndarray | None, columns: list[str]) -> pa.Table:
+def by_row_group(rows_n: np.ndarray) -> list[slice]:
+    """Which of these rows of a shard, in ascending order, lie in one row group."""
+    return [slice(begin, end) for begin, end in _runs(rows_n // ROW_GROUP_ROWS)]
+
+
+def _runs(values_n: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Begin and end of each run of equal values; none of no values."""
+    ends = (np.flatnonzero(values_n[1:] != values_n[:-1]) + 1).tolist()
+    return pairwise([0, *ends, len(values_n)] if len(values_n) else [])
+
+
+def with_features(
+    store_uri: str, rows: pa.Table, columns: list[str]
+) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """`Snapshot.rows` and what the shards hold of them, a row group at a time.
+
+    Raises: as read_rows.
+    """
+    for shard, mine in by_shard(rows):
+        places_n = mine["row"].to_numpy()
+        pieces = by_row_group(places_n)
+        tables = read_pieces(store_uri, shard, [places_n[piece] for piece in pieces], columns)
+        for piece, table in zip(pieces, tables, strict=True):
+            yield mine.slice(piece.start, piece.stop - piece.start), table
+
+
+def read_rows(
+    store_uri: str,
+    shard: str,
+    rows: np.ndarray | None,
+    columns: list[str],
+    *,
+    keeps_footer: bool = False,
+) -> pa.Table:
     """Rows of one shard, reading only the row groups and columns needed.
 
-    Args: shard: as in the clips table; rows: positions in the order wanted, None for all.
+    Args: shard: as in the clips table; rows: positions in the order wanted, None for all;
+        keeps_footer: the shard will be read again, and that its file has not changed since is not
+        in question: where a request costs, two of the next reading are spared.
+    Returns: the columns; the schema has the metadata of the shard (`spec_hash_of`).
     Raises: DamagedShard if the shard is missing, no whole file, or has fewer rows; StoreError if
         the storage refuses, which says nothing of the shard.
     """
-    return _read(store_uri, shard, lambda parquet, path: _take(parquet, rows, columns, path))
+    (table,) = _read(
+        store_uri,
+        shard,
+        lambda parquet, path: iter([_take(parquet, rows, columns, path)]),
+        keeps_footer=keeps_footer,
+    )
+    return table
 
 
-def shard_spec_hash(store_uri: str, shard: str) -> str:
-    """Hash of the spec a shard was written with. Raises: as read_rows."""
-    metadata = _read(store_uri, shard, lambda parquet, _: parquet.schema_arrow.metadata or {})
-    return FeatureSpec.hash_of(metadata.get(SPEC_KEY, b""))
+def read_pieces(
+    store_uri: str, shard: str, pieces: list[np.ndarray], columns: list[str]
+) -> Iterator[pa.Table]:
+    """The same for several lots of rows one after the other, of a file that is opened once."""
+    return _read(
+        store_uri,
+        shard,
+        lambda parquet, path: (_take(parquet, rows, columns, path) for rows in pieces),
+    )
 
 
-def _read(store_uri: str, shard: str, use: Callable[[pq.ParquetFile, str], T]) -> T:
+def shard_n_rows(store_uri: str, shard: str) -> int:
+    """Rows of a shard, of which the footer alone is read. Raises: as read_rows."""
+    n_rows: int
+    (n_rows,) = _read(store_uri, shard, lambda parquet, _: iter([parquet.metadata.num_rows]))
+    return n_rows
+
+
+def spec_hash_of(table: pa.Table) -> str:
+    """Hash of the spec that the shard was written with which `read_rows` took this from."""
+    return FeatureSpec.hash_of((table.schema.metadata or {}).get(SPEC_KEY, b""))
+
+
+def side_by_side(work: Callable[[A], T], items: Iterable[A], at_once: int = AT_ONCE) -> Iterator[T]:
+    """What `work` makes of each item, in their order, by threads that wait for storage together.
+
+    Args: at_once: most items that are at work or done and not taken yet.
+    Raises: what `work` raises, of the first item for which it does; the others are given up.
+    """
+    started: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            for item in items:
+                started.append(pool.submit(work, item))
+                if len(started) == at_once:
+                    yield started.popleft().result()
+            while started:
+                yield started.popleft().result()
+        finally:
+            for future in started:
+                future.cancel()
+
+
+class _Footer(NamedTuple):
+    """What has to be known of a shard before its columns can be asked for."""
+
+    n_bytes: int
+    metadata: pq.FileMetaData
+
+
+class _Footers:
+    """Footers of the shards read last in this process, by path; any thread may ask."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._kept, self._lock = most, OrderedDict[str, _Footer](), Lock()
+
+    def get(self, path: str) -> _Footer | None:
+        with self._lock:
+            if path in self._kept:
+                self._kept.move_to_end(path)
+            return self._kept.get(path)
+
+    def forget(self, path: str) -> None:
+        with self._lock:
+            self._kept.pop(path, None)
+
+    def keep(self, path: str, footer: _Footer) -> None:
+        with self._lock:
+            self._kept[path] = footer
+            self._kept.move_to_end(path)
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+
+
+_footers = _Footers(most=512)
+
+
+def _read(
+    store_uri: str,
+    shard: str,
+    use: Callable[[pq.ParquetFile, str], Iterator[T]],
+    *,
+    keeps_footer: bool = False,
+) -> Iterator[T]:
+    """What `use` yields of an open shard; an error of whoever takes it is none of the shard."""
     location = _location(store_uri)
     path = location.join(shard)
+    keeps_footer = keeps_footer and not location.is_local  # There nothing would be spared.
+    known = _footers.get(path) if keeps_footer else None
     watched: _Watched | None = None
     try:
-        with location.fs.open(path, "rb") as file:
+        with _opened(location, path, known) as file:
             watched = _Watched(file)
-            return use(pq.ParquetFile(pa.PythonFile(watched, mode="r")), path)
-    except FileNotFoundError as error:
-        raise DamagedShard(
+            parquet = pq.ParquetFile(
+                pa.PythonFile(watched, mode="r"), metadata=known and known.metadata, pre_buffer=True
+            )
+            if keeps_footer:
+                _footers.keep(path, _Footer(file.seek(0, os.SEEK_END), parquet.metadata))
+            yield from use(parquet, path)
+    except StoreError:
+        raise
+    except Exception as error:
+        if known:
+            # Of a file that was cut off a range is refused, as by storage that fails: asked anew.
+            _footers.forget(path)
+            yield from _read(store_uri, shard, use)
+            return
+        read_whole = watched is not None and watched.failure is None
+        told = _told(error, path, store_uri, read_whole)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _told(error: Exception, path: str, store_uri: str, read_whole: bool) -> StoreError | None:
+    """What to say in place of an error; None: it is none of a shard or of storage.
+
+    Args: read_whole: the storage gave whatever was asked for.
+    """
+    if isinstance(error, FileNotFoundError):
+        return DamagedShard(
             f"{path}: the clips table points at this shard and it is not there. A vacuum takes "
             f'those of old versions that nobody pins ("diccae store status --store {store_uri} '
             '--version N" says so); else the store was changed outside diccae: run "diccae store '
             f'verify --store {store_uri} --repair".'
-        ) from error
-    except StoreError:
-        raise
-    except Exception as error:
-        read_whole = watched is not None and watched.failure is None
-        if read_whole and isinstance(error, pa.ArrowException | OSError):
-            raise DamagedShard(
-                f"{path}: not a whole Parquet file ({error}). Run "
-                f'"diccae store verify --store {store_uri} --repair", then ingest again.'
-            ) from error
-        if not is_storage_failure(error):
-            raise
-        raise StoreError(
-            f"{path}: the storage does not give it ({type(error).__name__}: {error}). Nothing is "
-            "known to be wrong with the store. Look at permissions, keys and mounts, then run the "
-            "same again."
-        ) from error
+        )
+    if read_whole and isinstance(error, pa.ArrowException | OSError):
+        return DamagedShard(
+            f"{path}: not a whole Parquet file ({error}). Run "
+            f'"diccae store verify --store {store_uri} --repair", then ingest again.'
+        )
+    if not is_storage_failure(error):
+        return None
+    return StoreError(
+        f"{path}: the storage does not give it ({type(error).__name__}: {error}). Nothing is "
+        "known to be wrong with the store. Look at permissions, keys and mounts, then run the "
+        "same again."
+    )
+
+
+def _opened(location: Location, path: str, known: _Footer | None) -> BinaryIO:
+    """The file to read ranges of, each asked for as it is: Arrow asks for the columns of a row
+    group together (`pre_buffer`), and fsspec's default would add 5 to 50 MB to each of them."""
+    # A size that is not given is asked for.
+    size = {"size": known.n_bytes} if known else {}
+    file: BinaryIO = location.fs.open(path, "rb", cache_type="none", **size)
+    return file
 
 
 def _take(

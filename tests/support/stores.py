@@ -20,16 +20,22 @@ N_SHARDS = 2
 
 
 def noise_store(
-    folder: Path, spec: FeatureSpec, n_clips: int, labelled: bool = True, more: str | None = None
+    folder: Path | str,
+    spec: FeatureSpec,
+    n_clips: int,
+    labelled: bool = True,
+    more: str | None = None,
+    *,
+    shards: int = N_SHARDS,
 ) -> FeatureStore:
     """n clips of the train split, of classes "class 0" to "class 3" (and of `more`) or of none, in
-    two shards."""
+    two shards or so many."""
     store = FeatureStore.create(str(folder), spec)
     rng = np.random.default_rng(0)
     rows = []
-    for shard in range(N_SHARDS):
+    for shard in range(shards):
         writer = ShardWriter(store.location, f"features/part-run-{shard:06d}-0.parquet", spec)
-        for number in range(n_clips // N_SHARDS):
+        for number in range(n_clips // shards):
             clip_id = f"clip{shard}{number:06d}_000000"
             size = (spec.n_frames, spec.frame_size, spec.frame_size, 3)
             images = rng.integers(0, 256, size, np.uint8)

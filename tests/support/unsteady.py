@@ -9,6 +9,7 @@ import http.server
 import threading
 import time
 from collections.abc import Iterator
+from typing import ClassVar
 
 import boto3
 import pytest
@@ -28,6 +29,8 @@ class Unsteady(http.server.BaseHTTPRequestHandler):
     refused = ""
     drop = lose = 0
     n_requests = n_failed = n_bytes = 0
+    asked: ClassVar[list[tuple[str, int]]] = []
+    """Path and bytes of each answer."""
 
     def answer(self) -> None:
         kind = type(self)
@@ -66,6 +69,7 @@ class Unsteady(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
         type(self).n_bytes += len(body)
+        self.asked.append((self.path, len(body)))
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
 

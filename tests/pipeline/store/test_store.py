@@ -18,7 +18,7 @@ from pipeline.errors import SourceError, StoreError
 from pipeline.ingest.maintenance import compact, export, failures, status, vacuum
 from pipeline.ingest.verify import verify
 from pipeline.store.schema import CLIPS_SCHEMA, SPEC_PROPERTY
-from pipeline.store.shards import ShardWriter, by_shard, read_rows
+from pipeline.store.shards import ShardWriter, by_row_group, by_shard, read_rows
 from pipeline.store.store import FeatureStore
 
 SPEC = FeatureSpec(n_frames=1, frame_size=16, fbank_frames=8, n_mels=8)
@@ -194,15 +194,15 @@ def test_rows_come_a_shard_and_a_row_group_of_it_at_a_time():
         pa.table({"shard": [name] * n, "row": range(n)})
         for name, n in (("b", 1), ("a", 64), ("c", 130))
     )
-    pieces = [(shard, piece["row"].to_pylist()) for shard, piece in by_shard(rows)]
-    assert [(shard, at[0], len(at)) for shard, at in pieces] == [
-        ("b", 0, 1), ("a", 0, 64), ("c", 0, 64), ("c", 64, 64), ("c", 128, 2),
-    ]  # fmt: skip
-    assert [(shard, len(piece)) for shard, piece in by_shard(rows, None)] == [
+    assert [(shard, len(piece)) for shard, piece in by_shard(rows)] == [
         ("b", 1), ("a", 64), ("c", 130),
     ]  # fmt: skip
     assert list(by_shard(rows.slice(0, 0))) == []
-    assert list(by_shard(rows.slice(0, 0), None)) == []
+    sparse = np.array([0, 63, 64, 200, 255, 256])
+    assert [sparse[at].tolist() for at in by_row_group(sparse)] == [
+        [0, 63], [64], [200, 255], [256],
+    ]  # fmt: skip
+    assert by_row_group(sparse[:0]) == []
 
 
 def test_compact_keeps_every_live_row_and_the_digest(store):
