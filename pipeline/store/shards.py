@@ -239,7 +239,8 @@ def side_by_side(work: Callable[[A], T], items: Iterable[A], at_once: int = AT_O
 class _Footer(NamedTuple):
     """What has to be known of a shard before its columns can be asked for."""
 
-    n_bytes: int
+    details: dict[str, Any]
+    """Of its file, as the storage told: size, and what says that it is the same file still."""
     metadata: pq.FileMetaData
 
 
@@ -289,8 +290,9 @@ def _read(
             parquet = pq.ParquetFile(
                 pa.PythonFile(watched, mode="r"), metadata=known and known.metadata, pre_buffer=True
             )
-            if keeps_footer:
-                _footers.keep(path, _Footer(file.seek(0, os.SEEK_END), parquet.metadata))
+            details = getattr(file, "details", None)  # Files of some storages have none.
+            if keeps_footer and details:
+                _footers.keep(path, _Footer(details, parquet.metadata))
             yield from use(parquet, path)
     except StoreError:
         raise
@@ -333,12 +335,14 @@ def _told(error: Exception, path: str, store_uri: str, read_whole: bool) -> Stor
     )
 
 
-def _opened(location: Location, path: str, known: _Footer | None) -> BinaryIO:
+def _opened(location: Location, path: str, known: _Footer | None) -> Any:
     """The file to read ranges of, each asked for as it is: Arrow asks for the columns of a row
     group together (`pre_buffer`), and fsspec's default would add 5 to 50 MB to each of them."""
-    # A size that is not given is asked for.
-    size = {"size": known.n_bytes} if known else {}
-    file: BinaryIO = location.fs.open(path, "rb", cache_type="none", **size)
+    if known is None:
+        return location.fs.open(path, "rb", cache_type="none")
+    # Size and details that are not given are asked for.
+    file = location.fs.open(path, "rb", cache_type="none", size=known.details["size"])
+    file.details = known.details
     return file
 
 

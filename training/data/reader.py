@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from clustering.kmeans.hashing import GOLDEN, hash64
 from pipeline.decode.payload import decode_jpegs, fbank_array
-from pipeline.store.store import read_rows
+from pipeline.store.shards import read_rows, side_by_side
 from training.data.frames import frames_at
 from training.data.order import EpochReads, FrameDraw, Window, WindowPlan
 
@@ -96,11 +96,19 @@ class _Encoded:
         self.fbanks: list[pa.BinaryArray] = []
         self.shard_W = window.shard_W
         self.row_W = np.empty(len(window.row_W), np.int64)
-        for number, shard in enumerate(window.shards):
-            here = np.flatnonzero(window.shard_W == number)
-            columns = ["frames", "fbank"]
-            table = read_rows(window.store_uri, shard, window.row_W[here], columns)
-            table = table.combine_chunks()
+        of_shard = [np.flatnonzero(window.shard_W == n) for n in range(len(window.shards))]
+
+        def read(number: int) -> pa.Table:
+            # Other windows will come back to this shard.
+            return read_rows(
+                window.store_uri,
+                window.shards[number],
+                window.row_W[of_shard[number]],
+                ["frames", "fbank"],
+                keeps_footer=True,
+            ).combine_chunks()
+
+        for here, table in zip(of_shard, side_by_side(read, range(len(of_shard))), strict=True):
             self.frames.append(table["frames"].chunk(0))
             self.fbanks.append(table["fbank"].chunk(0))
             self.row_W[here] = np.arange(len(here))
