@@ -49,11 +49,14 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Device
 
 def to_device(x: NDArray[Any], device: torch.device) -> Tensor:
     """The array on the device; a host that copies from pinned memory need not wait for it."""
-    # Arrays out of Ray's object store are read-only, which torch has no tensors for.
-    tensor = torch.from_numpy(x if x.flags.writeable else np.array(x))
     if device.type != "cuda":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+        # Arrays out of Ray's object store are read-only, which torch has no tensors for.
+        return torch.from_numpy(x if x.flags.writeable else np.array(x))
+    # Straight into pinned memory: this thread launches the kernels, too.
+    dtype = torch.from_numpy(np.empty(0, x.dtype)).dtype
+    host = torch.empty(x.shape, dtype=dtype, pin_memory=True)
+    np.copyto(host.numpy(), x)
+    return host.to(device, non_blocking=True)
 
 
 class HostCopy:
