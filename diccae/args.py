@@ -14,7 +14,7 @@ import tyro
 from pydantic import BaseModel, ValidationError, create_model
 
 from deploy.command_line import values_of
-from diccae.config import RunConfig, explain, load_config
+from diccae.config import RunConfig, explain, laid_over, load_config
 from diccae.errors import UsageError
 
 Args = TypeVar("Args")
@@ -57,6 +57,11 @@ class Options(Generic[Args]):
 def _on_top(
     base: RunConfig, command: str, arguments: type[Args], argv: Sequence[str], names: list[str]
 ) -> Args:
+    presets = values_of(argv, "--encoder.preset")
+    if presets:
+        # Before tyro fills in what is not given: it cannot tell that from what `base` says.
+        change = {"encoder": {"preset": presets[-1]}}
+        base = RunConfig.model_validate(laid_over(base, change))
     part = _part_of(base, names)
     shown: Any = dataclasses.dataclass(frozen=True)(
         type(

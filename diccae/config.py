@@ -8,6 +8,7 @@ loads to the same config.
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -19,6 +20,7 @@ from diccae.errors import UsageError
 from pipeline.config import FeatureSpec, IngestConfig
 from training.cluster_config import NOT_DECIDING
 from training.config import TrainingConfig
+from training.presets import with_sizes
 
 SHIPPED = Path(__file__).resolve().parents[1] / "configs"
 """The recipes: beside the packages in a checkout, and in a wheel, too."""
@@ -141,6 +143,28 @@ def _drop_switches(content: dict[str, Any], where: str | Path) -> None:
                 f"{where}: ingest.{key} is no key of a config any more, since it is meant for one "
                 f"call alone: leave it out, and give diccae ingest {option} when you mean it"
             )
+
+
+def laid_over(config: RunConfig, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a config with changes on top, `{section: {key: value}}`, to be validated.
+
+    Of a section, however deep, only the keys that are named change; an encoder's preset among them
+    brings its sizes with it.
+    """
+    content = config.model_dump(mode="json")
+    encoder = changes.get("encoder")
+    if isinstance(encoder, Mapping):
+        changes = {**changes, "encoder": with_sizes(encoder)}
+    return _merged(content, changes)
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merged(under[key], over[key])
+        for key in under.keys() & over.keys()
+        if isinstance(under[key], Mapping) and isinstance(over[key], Mapping)
+    }
+    return {**under, **over, **both}
 
 
 def config_text(config: BaseModel) -> str:

@@ -10,26 +10,20 @@ from pydantic import Field, model_validator
 
 from training.cluster_config import ScaleConfig, TrackingConfig
 from training.frozen import Frozen
+from training.presets import Preset, with_sizes
 
 Stream = Literal["audio", "video", "fusion"]
 STREAMS: tuple[Stream, Stream, Stream] = ("audio", "video", "fusion")
 SIDES: tuple[Stream, Stream] = ("audio", "video")
 """The streams of one modality."""
 
-Preset = Literal["tiny", "small", "base", "large"]
-_PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"stem": "conv", "dim": 128, "depth": 1, "joint_depth": 1, "n_heads": 4},
-    "small": {"stem": "conv", "dim": 256, "depth": 3, "joint_depth": 1, "n_heads": 4},
-    "base": {"stem": "patch", "dim": 768, "depth": 11, "joint_depth": 1, "n_heads": 12},
-    "large": {"stem": "patch", "dim": 1024, "depth": 23, "joint_depth": 1, "n_heads": 16},
-}
-
 
 class EncoderConfig(Frozen):
     """Shape of the encoder (docs/design.md, "The encoder"). Fields left out come from `preset`."""
 
     preset: Preset = "tiny"
-    """Named size; every other field may override it."""
+    """Named size. Every other field given beside it, or on top of it, overrides it; named on top of
+    another config it brings all its sizes with it: stem, dim, depth, joint_depth and n_heads."""
     stem: Literal["conv", "patch"] = "conv"
     """`patch`: CAV-MAE's 16x16 patches, to start from weights; `conv`: trains from nothing."""
     norm: Literal["group", "weights", "first"] = "group"
@@ -59,7 +53,7 @@ class EncoderConfig(Frozen):
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            return {**_PRESETS.get(values.get("preset", "tiny"), {}), **values}
+            return with_sizes({"preset": "tiny", **values})
         return values
 
     @model_validator(mode="after")
@@ -335,6 +329,17 @@ class FinetuneConfig(Frozen):
     """Random views during fine-tuning."""
     optim: OptimConfig = OptimConfig(lr=1e-4, head_lr_scale=10.0, weight_decay=5e-7)
     """Optimiser of fine-tuning."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_its_own_optimiser(cls, values: Any) -> Any:
+        """A file that names some keys of `optim` says nothing of the others; those of OptimConfig
+        are of pretraining."""
+        own = values.get("optim") if isinstance(values, dict) else None
+        if isinstance(own, dict):
+            default = cls.model_fields["optim"].default.model_dump()
+            return {**values, "optim": {**default, **own}}
+        return values
 
     @model_validator(mode="after")
     def _weights_need_clips_of_one_class(self) -> "FinetuneConfig":

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from diccae.config import RunConfig, explain
+from diccae.config import RunConfig, explain, laid_over
 from diccae.errors import UsageError
 from training.evaluation.variants import DEFAULT_VARIANTS, VARIANTS, Variant
 
@@ -62,16 +62,15 @@ def _own_variants(file: str) -> dict[str, Variant]:
 
 def variant_config(config: RunConfig, name: str, variant: Variant, seed: int) -> RunConfig:
     """The recipe with a variant's changes. Raises: UsageError naming the key that is wrong."""
-    content = config.model_dump(mode="json") | {"seed": seed}
-    if content["encoder"]["init"]:
-        content["encoder"]["init"] = content["encoder"]["init"].replace("{seed}", str(seed))
-    for section, values in variant.changes.items():
-        changed = {**content.get(section, {}), **values} if isinstance(values, Mapping) else values
-        content[section] = changed
+    content = laid_over(config, {"seed": seed, **variant.changes})
     try:
-        return RunConfig.model_validate(content)
+        made = RunConfig.model_validate(content)
     except ValidationError as error:
         raise UsageError(f"variant {name}: {explain(error, RunConfig)}") from None
+    if made.encoder.init is None:
+        return made
+    init = made.encoder.init.replace("{seed}", str(seed))
+    return made.model_copy(update={"encoder": made.encoder.model_copy(update={"init": init})})
 
 
 def swept(sweeps: Sequence[str], variants: Mapping[str, Variant]) -> dict[str, Variant]:

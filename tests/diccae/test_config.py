@@ -91,6 +91,56 @@ def test_preset_fills_the_fields_that_are_left_out(tmp_path: Path) -> None:
     assert (encoder.dim, encoder.stem, encoder.depth) == (768, "patch", 2)
 
 
+_SIZES = ("stem", "dim", "depth", "joint_depth", "n_heads")
+
+
+def _sizes(run: RunConfig) -> tuple:
+    return tuple(getattr(run.encoder, name) for name in _SIZES)
+
+
+@pytest.mark.parametrize("file", [None, "{preset: small, dim: 64, norm: weights, projection: 32}"])
+def test_a_preset_on_the_command_line_brings_its_sizes(tmp_path: Path, file: str | None) -> None:
+    """Only its name changed: a file, and the defaults, have all sizes already."""
+    argv = ["--store", "s", "--out", "o"]
+    if file is not None:
+        (tmp_path / "c.yaml").write_text(f"encoder: {file}")
+        argv += ["--config", str(tmp_path / "c.yaml")]
+    named = pretrain.OPTIONS.parse([*argv, "--encoder.preset", "base"]).run
+    assert _sizes(named) == ("patch", 768, 11, 1, 12)
+    assert _sizes(pretrain.OPTIONS.parse([*argv, "--encoder.preset=tiny"]).run)[1] == 128
+    if file is not None:
+        assert (named.encoder.norm, named.encoder.projection) == ("weights", 32), "no sizes of it"
+    given = ["--encoder.dim", "128", "--encoder.preset", "base", "--encoder.n_heads=8"]
+    run = pretrain.OPTIONS.parse([*argv, *given]).run
+    # 128 is also what is below it without a file.
+    assert _sizes(run) == ("patch", 128, 11, 1, 8), "sizes beside the preset count"
+
+
+def test_a_preset_that_there_is_not_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--store", "s", "--out", "o", "--encoder.preset", "huge"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("diccae pretrain: encoder.preset: Input should be 'tiny'")
+    assert printed.count("\n") == 1
+
+
+def test_a_saved_config_with_a_preset_and_other_sizes_is_read_back_unchanged(
+    tmp_path: Path,
+) -> None:
+    argv = ["--store", "s", "--out", "o", "--encoder.preset", "base", "--encoder.dim", "96"]
+    run = pretrain.OPTIONS.parse(argv).run
+    (tmp_path / "config.yaml").write_text(config_text(run))
+    assert load_config(tmp_path / "config.yaml") == run
+    again = ["--store", "s", "--out", "o", "--config", str(tmp_path / "config.yaml")]
+    assert pretrain.OPTIONS.parse(again).run == run, "a command line that names no preset"
+
+
+def test_some_keys_of_the_optimiser_of_fine_tuning_leave_its_others(tmp_path: Path) -> None:
+    """They became those of pretraining: a head as slow as its trunk, a decay of 0.05."""
+    (tmp_path / "c.yaml").write_text("finetune: {optim: {lr: 1.0e-3}}")
+    optim = load_config(tmp_path / "c.yaml").finetune.optim
+    assert (optim.lr, optim.head_lr_scale, optim.weight_decay) == (1e-3, 10.0, 5e-7)
+
+
 def test_command_line_goes_on_top_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("pretrain: {epochs: 3, batch_size: 64}\nfeatures: {n_frames: 4}")

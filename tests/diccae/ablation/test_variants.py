@@ -56,6 +56,40 @@ def test_a_sweep_is_a_variant_for_each_value() -> None:
     assert not swept(["optim.lr=0.1"], FULL)["optim.lr=0.1"].shares_warmup
 
 
+def test_a_preset_of_a_variant_brings_its_sizes(tmp_path: Path) -> None:
+    """The recipe has all sizes already, and each point of a sweep was as large as it."""
+    recipe = RunConfig.model_validate({"encoder": {"preset": "tiny", "dim": 64, "projection": 32}})
+    points = swept(["encoder.preset=tiny,small,base"], FULL)
+    made = [variant_config(recipe, name, points[name], 0).encoder for name in points]
+    assert [(e.stem, e.dim, e.depth, e.n_heads) for e in made] == [
+        ("conv", 128, 1, 4), ("conv", 256, 3, 4), ("patch", 768, 11, 12),
+    ]  # fmt: skip
+    assert {e.projection for e in made} == {32}
+    file = tmp_path / "own.yaml"
+    file.write_text("wide: {encoder: {preset: base, dim: 96}}\nsame: {encoder: {depth: 2}}\n")
+    own = chosen_variants([], str(file), [], ["full"])
+    wide, same = (variant_config(recipe, name, own[name], 0).encoder for name in own)
+    assert (wide.stem, wide.dim, wide.depth) == ("patch", 96, 11)
+    assert (same.stem, same.dim, same.depth) == ("conv", 64, 2)
+
+
+def test_a_key_deep_in_a_section_leaves_its_neighbours() -> None:
+    """All other keys of the recipe's optimiser became those of a file that names none."""
+    recipe = RunConfig.model_validate(
+        {"finetune": {"optim": {"lr": 2e-3, "head_lr_scale": 1.0, "schedule": "steps"}}}
+    )
+    points = swept(["finetune.optim.lr=0.1"], FULL)
+    optim = variant_config(recipe, "x", points["finetune.optim.lr=0.1"], 0).finetune.optim
+    assert (optim.lr, optim.head_lr_scale, optim.schedule) == (0.1, 1.0, "steps")
+
+
+@pytest.mark.parametrize("preset", ["huge", "[tiny]"])
+def test_a_preset_that_there_is_not_is_refused_by_its_key(preset: str) -> None:
+    points = swept([f"encoder.preset={preset}"], FULL)
+    with pytest.raises(UsageError, match=r"encoder\.preset: Input should be 'tiny'"):
+        variant_config(RunConfig(), "x", *points.values(), 0)
+
+
 @pytest.mark.parametrize("sweep", ["gamma=1", "confusion.gamma", "confusion.gamma="])
 def test_what_is_no_sweep_is_refused(sweep: str) -> None:
     with pytest.raises(UsageError, match=r"expected section\.key=value,value"):
