@@ -239,8 +239,8 @@ class RoundsConfig(Frozen):
     every_epochs: int = Field(1, ge=1)
     """Epochs between rounds."""
     margin_nats: float = 0.25
-    """The first round waits until InfoNCE < ln n - margin, n the clips it compares (the batch, or a
-    lane with local negatives); negative: never waits (tests)."""
+    """The first labels wait until InfoNCE < ln n - margin, n the clips it compares (the batch, or a
+    lane with local negatives); negative: they never wait, as where `loss.instance` is 0."""
     features: Literal["pass", "train"] = "train"
     """`pass`: an evaluation pass before each round; `train`: what training just computed."""
     lead_steps: int = Field(20, ge=0)

@@ -5,6 +5,7 @@ Knows nothing of Ray. Invariant: equal arguments give equal trainers.
 
 import copy
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def make_trainer(
     rounds: bool = True,
     poison: int | None = None,
     given: LabelTable | None = None,
+    guard: Mapping[str, float] = _NO_GUARD,
 ) -> tuple[Pretrainer, Recorder]:
     index = memory_index()
     torch.manual_seed(config.seed)
@@ -84,7 +86,7 @@ def make_trainer(
     widths = {s: config.encoder.projection for s in config.loss.label_streams}
     clusters = None
     if rounds:
-        clustering = KMeansConfig.model_validate({"k": 4, "guard": _NO_GUARD})
+        clustering = KMeansConfig.model_validate({"k": 4, "guard": guard})
         clusters = LocalRounds(clustering, widths, str(folder / "rounds"), seed=0, given=given)
     recorder = recorder or Recorder(clusters, str(folder))
     plan = BatchPlan.of(len(index), config.pretrain.batch_size, config.data)

@@ -138,12 +138,14 @@ class Labelling:
     def _wants_round(self, step: int, loss_instance: float) -> bool:
         """Whether a round starts at the end of an epoch with this mean InfoNCE.
 
-        The first one waits until InfoNCE has left its plateau, the log of the number of clips that
-        are compared: labels made on the plateau collapse the encoder.
+        Until there were labels, it waits until InfoNCE has left its plateau, the log of the number
+        of clips that are compared: labels made on the plateau collapse the encoder. A round that
+        was withheld gave none.
         """
         if self.pending is not None or not self._may_start(step):
             return False
-        if self.round == 0 and loss_instance > self.gate_nats:
+        waits = self.first_step is None and self.config.rounds.margin_nats >= 0
+        if waits and loss_instance > self.gate_nats:
             log.warning(
                 "no labels after epoch %d: InfoNCE %.3f is not below ln n - margin = %.3f yet",
                 step // self.steps_per_epoch,

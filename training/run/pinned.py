@@ -120,8 +120,8 @@ def _refuse_lanes_of_one_clip(config: TrainingConfig, compared: int) -> None:
 def _refuse_labels_that_never_come(config: TrainingConfig, compared: int) -> None:
     """A run that asks for labels and gets none is InfoNCE alone under another name.
 
-    Rounds start between epochs, the first after the warm-up and once InfoNCE, which is at least 0,
-    is below ln n - margin. Args: compared: n.
+    Rounds start between epochs, the first after the warm-up and, with a margin of 0 or more, once
+    InfoNCE, which is at least 0, is below ln n - margin. Args: compared: n.
     """
     rounds, epochs = config.rounds, config.pretrain.epochs
     if rounds.labels == "none":
@@ -139,6 +139,13 @@ def _refuse_labels_that_never_come(config: TrainingConfig, compared: int) -> Non
             f"{compared} clips falls below ln {compared} - margin = "
             f"{math.log(compared) - rounds.margin_nats:.2f}, and it is never below 0; set "
             f"rounds.margin_nats well below {math.log(compared):.2f}, such as 0.25"
+        )
+    if rounds.margin_nats >= 0 and config.loss.instance == 0:
+        raise TrainingError(
+            f"loss.instance = 0 with rounds.labels = {rounds.labels}: labels wait until InfoNCE "
+            f"falls below ln {compared} - rounds.margin_nats = {rounds.margin_nats}, and nothing "
+            "trains it; set rounds.margin_nats below 0, such as -1, for labels that do not wait, "
+            "loss.instance above 0, or rounds.labels = none"
         )
 
 

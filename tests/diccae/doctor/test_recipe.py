@@ -74,6 +74,13 @@ def test_a_recipe_that_fits_is_well(
         ({"scale": {"num_workers": 5}}, "too few for 5 workers"),
         ({"rounds": {"warmup_epochs": 3}}, "lower rounds.warmup_epochs"),
         ({"clustering": {"k": 33}}, "K is at most half"),
+        (
+            {
+                "loss": {"instance": 0, "intra": 1},
+                "rounds": {"labels": "true", "margin_nats": 0.25, "warmup_epochs": 1},
+            },
+            "loss.instance = 0 with rounds.labels = true",
+        ),
         ({"features": {"n_frames": 5}}, "features.n_frames = 5"),
     ],
 )

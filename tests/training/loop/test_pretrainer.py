@@ -214,6 +214,36 @@ def test_first_round_waits_until_infonce_has_left_its_plateau(tmp_path: Path) ->
     assert going.labelling.round >= 1
 
 
+def test_a_withheld_round_does_not_open_the_gate(tmp_path: Path) -> None:
+    """Labels were made on the plateau once a first round was withheld above it."""
+    config = pretrain_config(rounds={"margin_nats": 0.25}, pretrain={"epochs": 5})
+    trainer, _ = make_trainer(config, tmp_path, guard={"max_mean_cosine": 0.5})
+    labelling, index = trainer.labelling, memory_index()
+    h = {s: torch.ones(len(index), 16) for s in ("audio", "video", "fusion")}
+
+    def at_the_end_of(epoch: int, loss_instance: float) -> bool:
+        step = epoch * trainer.steps_per_epoch
+        labelling.push_features(index.keys_N, h, step)
+        labelling.start_if_due(step, loss_instance, lambda: None)
+        return labelling.pending is not None
+
+    assert at_the_end_of(1, 0.5)
+    labelling.apply_if_due(trainer.steps_per_epoch + 1)
+    assert (labelling.round, labelling.labelled) == (1, False), "it was not withheld"
+    assert not at_the_end_of(2, 9.0)
+    assert at_the_end_of(2, 0.5), "the gate never opens"
+
+
+def test_with_a_negative_margin_nothing_waits(tmp_path: Path) -> None:
+    """InfoNCE of an encoder that knows nothing lies above ln n, and -0.1 of it is no way around."""
+    config = pretrain_config(rounds={"margin_nats": -1e-6}, loss={"temperature": 0.005})
+    trainer, recorder = make_trainer(config, tmp_path)
+    trainer.run()
+    first = next(m["loss_instance"] for _, m in recorder.logged if "loss_instance" in m)
+    assert first > math.log(16) + 1e-6, "nothing to wait for"
+    assert trainer.labelling.round >= 1
+
+
 def test_with_local_negatives_the_gate_knows_how_few_they_are(tmp_path: Path) -> None:
     """4 lanes of 4 clips: the plateau is ln 4, which lies below ln 16 - 0.5."""
     config = pretrain_config(
