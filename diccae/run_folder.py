@@ -148,6 +148,16 @@ class RunFolder:
         config = self.config()
         return [config.digest(), *digests_of_text(self.place.read_bytes("config.yaml").decode())]
 
+    def changed_keys(self, config: RunConfig, free: tuple[str, ...] = NOT_DECIDING) -> list[str]:
+        """Where another config differs from the run's own, as `key: its value -> the other's`.
+
+        Args: free: sections, and single keys, that may.
+        Raises: UsageError if this is no run folder.
+        """
+        own = self.config()
+        differing = differing_keys(own, _with_statistics_of(own, config))
+        return [line for line in differing if not line.startswith(free)]
+
     def open(self, config: RunConfig, fresh: bool, pretraining: bool = False) -> bool:
         """Take the folder for this run. Returns: whether a run is being taken up again.
 
@@ -160,17 +170,13 @@ class RunFolder:
         if fresh and self.record:
             self._clear()
         if self.record:
-            config = _with_statistics_of(self.config(), config)
-            keys = [
-                line
-                for line in differing_keys(self.config(), config)
-                if not line.startswith(_NOT_PINNED)
-            ]
+            keys = self.changed_keys(config, _NOT_PINNED)
             if keys:
                 raise ConfigMismatch(
                     f"{self.uri} holds a run of another config: {'; '.join(keys)}. Use the old "
                     "config, another --out, or --fresh to start again (this deletes the old run)."
                 )
+            config = _with_statistics_of(self.config(), config)
             config = self._with_settings_of_classifier(config) if pretraining else config
         self.place.write_bytes("config.yaml", config_text(config).encode())
         return bool(self.record)

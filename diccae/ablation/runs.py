@@ -2,7 +2,8 @@
 
 Composes the stages; variants and statistics are in training.evaluation.variants. Invariants: the
 metric is written down before the first run and is not changed afterwards; a run that is done is
-never made again, so the same command goes on where it stopped.
+never made again, so the same command goes on where it stopped; what stands under a variant's name
+was made as the variant is now.
 
 out/  config.yaml  ablation.{json,md,png}  mlflow.db  seed-0/warmup/  seed-0/full/ ...
 """
@@ -96,6 +97,15 @@ class Runs(NamedTuple):
         """Whether a run was evaluated."""
         return self.plan.metric in measured_of(self.folder(seed, name))
 
+    def refuse_changed(self) -> None:
+        """Raises: UsageError for a finished run of a variant that is another one by now."""
+        for name, variant in self.plan.variants.items():
+            for seed in self.plan.seeds:
+                now = variant_config(self.config, name, variant, seed)
+                for runs, expected in ((self, now), (self.on_test(), _on_test(now))):
+                    if runs.is_done(name, seed):
+                        _refuse_changed(name, runs.folder(seed, name), expected)
+
     def folder(self, seed: int, name: str) -> RunFolder:
         """Of a run, or of a seed's warm-up."""
         return RunFolder(self.out.uri_of(f"seed-{seed}", name))
@@ -123,8 +133,7 @@ class Runs(NamedTuple):
         for model in ("encoder", "classifier", "rounds"):
             if (there / model).exists() and not (here / model).exists():
                 (here / model).symlink_to(there / model)
-        evaluate = config.evaluate.model_copy(update={"split": "test"})
-        config = config.model_copy(update={"evaluate": evaluate})
+        config = _on_test(config)
         folder.place.write_bytes("config.yaml", config_text(config).encode())
         with folder.held(f"ablate, {name}, test clips", config.scale.lease_stale_s):
             folder.write_record(**run.record)
@@ -180,6 +189,21 @@ class Runs(NamedTuple):
         return Finished(name, seed, measured, folder.record.get("mlflow", {}).get("run_id", ""))
 
 
+def _on_test(config: RunConfig) -> RunConfig:
+    evaluate = config.evaluate.model_copy(update={"split": "test"})
+    return config.model_copy(update={"evaluate": evaluate})
+
+
+def _refuse_changed(name: str, folder: RunFolder, now: RunConfig) -> None:
+    changed = folder.changed_keys(now)
+    if changed:
+        raise UsageError(
+            f"variant {name}: {folder.uri} is a finished run of another recipe: "
+            f"{'; '.join(changed)}. Give the variant another name, use another --out, or delete "
+            "that folder to run it again"
+        )
+
+
 class Prepared(NamedTuple):
     """An ablation that can start."""
 
@@ -189,7 +213,10 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: RunConfig, plan: Plan, store: str, out: Location) -> Prepared:
-    """Check and pin everything. Raises: UsageError if `out` holds another ablation."""
+    """Check and pin everything.
+
+    Raises: UsageError if `out` holds another ablation, or a run of what a variant was before.
+    """
     _check_metric(plan)
     record = _pinned(config, plan, store, out)
     pinned = config.model_copy(
@@ -201,6 +228,7 @@ def prepare(config: RunConfig, plan: Plan, store: str, out: Location) -> Prepare
         }
     )
     _check_all(pinned, plan, store)
+    Runs(pinned, plan, store, out, RunHandle("", "", "")).refuse_changed()
     out.write_bytes("config.yaml", config_text(config).encode())
     write_json(out, TABLE, {**read_json(out, TABLE), "pinned": record})
     parent = _parent_run(pinned, record, out)

@@ -21,7 +21,8 @@ class AblateArgs:
     """Train variants of a recipe from shared warm-ups and compare them, paired by seed.
 
     The same command on the same --out goes on where it stopped. It can name more seeds or variants
-    later: what is done is read, not run again, and the table shows what the last call named.
+    later: what is done is read, not run again, and the table shows what the last call named. A run
+    that was finished before its variant was changed is refused.
     """
 
     store: str

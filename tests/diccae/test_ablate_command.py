@@ -5,6 +5,7 @@ Computed in the lab; that Ray goes on from a warm-up with the same bits is tests
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import yaml
 from support.runs import N_TEST, N_TRAIN, SMOKE, lines
+from support.stores import noise_store
 
 from diccae.cli import main
+from diccae.config import RunConfig, config_text, laid_over, load_config
 from diccae.stages.backend import InLab, OnRay
 from training.lab.lab import Lab
 
@@ -127,6 +130,46 @@ def _hash_of(kept: dict[str, Any]) -> str:
     elsewhere = ("scale", "pool", "tracking", "ingest")
     content = {section: keys for section, keys in kept.items() if section not in elsewhere}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def test_a_finished_run_of_what_a_variant_was_before_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its numbers stood under the new changes, and with more seeds beside those of the new ones."""
+    monkeypatch.setattr("diccae.ablation.runs.run_pretrain", pytest.fail)
+    recipe, store = load_config(SMOKE), str(tmp_path / "store")
+    version = noise_store(Path(store), recipe.features, 128).snapshot().version
+    out, own = tmp_path / "out", tmp_path / "variants.yaml"
+    arguments = ["ablate", "--config", SMOKE, "--store", store, "--out", str(out), "--seeds", "1"]
+    arguments += ["--variants-file", str(own), "--pretrain.log-every", "1"]
+    arguments += ["--data.validation-frac", "0.3", "--evaluate.split", "validation"]
+    measured = {"probe": {"audio_video": 0.5}, "n_test": N_TEST}
+
+    def finish(folder: Path, changes: dict[str, Any]) -> None:
+        folder.mkdir(parents=True)
+        data = {"version": version, "validation_frac": 0.3}
+        changes = {"data": data, "evaluate": {"split": "validation"}, **changes}
+        config = RunConfig.model_validate(laid_over(recipe, changes))
+        (folder / "config.yaml").write_text(config_text(config))
+        (folder / "results.json").write_text(json.dumps(measured))
+
+    finish(out / "seed-0" / "wide", {"loss": {"confusion": 2.0}})
+    own.write_text("wide: {loss: {confusion: 0.1}}")
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"variant wide: {out}/seed-0/wide is a finished run of another recipe" in said
+    assert "loss.confusion: 2.0 -> 0.1. Give the variant another name" in said
+    assert said.count("\n") == 1
+    assert not (out / "ablation.json").exists()
+    own.write_text("wide: {loss: {confusion: 2.0}}")
+    assert main(arguments) == 0, "how often it logs decides nothing"
+    shutil.rmtree(out / "seed-0" / "wide")
+    finish(out / "seed-0" / "wide", {"loss": {"confusion": 0.1}})
+    on_test = {"evaluate": {"split": "test"}}
+    finish(out / "test" / "seed-0" / "wide", {"loss": {"confusion": 2.0}, **on_test})
+    own.write_text("wide: {loss: {confusion: 0.1}}")
+    assert main(arguments) == 2
+    assert f"variant wide: {out}/test/seed-0/wide is a finished run" in capsys.readouterr().err
 
 
 def test_what_cannot_be_trained_is_said_before_anything_is(
