@@ -51,17 +51,19 @@ class MemoryReader:
     def stream(self, epochs: Iterable[EpochReads]) -> Iterator[Batch]:
         for reads in epochs:
             for window in self.windows.windows(reads):
-                for positions in window.positions_Sn:
-                    yield self._batch(positions, window.frames, window.epoch)
+                for positions, visits in zip(window.positions_Sn, window.visits_Sn, strict=True):
+                    yield self._batch(positions, window.frames, window.epoch, visits)
 
     def sweep(self, frames: FrameDraw) -> Iterator[Batch]:
         for window in self.windows.sweep(frames):
-            for positions in window.positions_Sn:
-                yield self._batch(positions, frames, 0)
+            for positions, visits in zip(window.positions_Sn, window.visits_Sn, strict=True):
+                yield self._batch(positions, frames, 0, visits)
 
-    def _batch(self, positions: np.ndarray, draw: FrameDraw, epoch: int) -> Batch:
+    def _batch(
+        self, positions: np.ndarray, draw: FrameDraw, epoch: int, visits: np.ndarray
+    ) -> Batch:
         index = self.windows.index
-        chosen = choose_frames(index.keys_N[positions], SPEC.n_frames, draw, 0, epoch)
+        chosen = choose_frames(index.keys_N[positions], SPEC.n_frames, draw, 0, epoch, visits)
         fbank = self.fbank[positions].copy()
         if self.poison is not None:
             fbank[positions == self.poison] = np.nan

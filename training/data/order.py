@@ -64,6 +64,8 @@ class Window(NamedTuple):
     labels_WL: NDArray[np.int32]
     places_Sn: NDArray[np.int64]
     """Which of the distinct clips each step takes, lane after lane."""
+    visits_Sn: NDArray[np.int64]
+    """How often the epoch took that clip before, on any worker."""
     frames: FrameDraw
     seed: int
     epoch: int
@@ -80,8 +82,13 @@ def window_of(
     frames: FrameDraw,
     seed: int = 0,
     epoch: int = 0,
+    *,
+    visits_Sn: NDArray[np.int64] | None = None,
 ) -> Window:
-    """The clips at these positions as a reader wants them. Args: seed, epoch: of random frames."""
+    """The clips at these positions as a reader wants them.
+
+    Args: seed, epoch, visits_Sn: of random frames; no visits: each clip for the first time.
+    """
     wanted_W, places = np.unique(positions_Sn, return_inverse=True)
     shards, shard_W = np.unique(index.shards_N[wanted_W], return_inverse=True)
     return Window(
@@ -94,6 +101,7 @@ def window_of(
         key_W=index.keys_N[wanted_W],
         labels_WL=index.labels_NL[wanted_W],
         places_Sn=places.reshape(positions_Sn.shape),
+        visits_Sn=np.zeros(positions_Sn.shape, np.int64) if visits_Sn is None else visits_Sn,
         frames=frames,
         seed=seed,
         epoch=epoch,
@@ -208,6 +216,16 @@ def epoch_order(
     return order
 
 
+def visits_before(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each entry of an epoch's order came before, in the shape of the order."""
+    flat = order.ravel()
+    grouped = flat.argsort(kind="stable")
+    first = np.searchsorted(flat[grouped], flat[grouped])
+    visits = np.empty_like(flat)
+    visits[grouped] = np.arange(len(flat)) - first
+    return visits.reshape(order.shape)
+
+
 def row_groups(index: RowIndex) -> NDArray[np.int64]:
     """Each row's Parquet row group, the smallest piece worth reading: [N] in 0..G-1."""
     shard_and_group_N = index.shards_N.astype(np.int64) << 32 | index.rows_N // ROW_GROUP_ROWS
@@ -251,11 +269,18 @@ class WindowPlan:
         """Windows of an epoch from `first_step` on; the first may start inside a window."""
         draws_N = None if self.draws is None else self.draws(reads.epoch)
         order = epoch_order(self.index, self.plan, self.seed, reads.epoch, draws_N)
+        # Of the whole epoch: neither the number of workers nor where reading starts counts.
+        visits = np.zeros_like(order) if draws_N is None else visits_before(order)
         m = self.plan.window_steps
         for start in range(reads.first_step // m * m, len(order), m):
-            piece = order[max(start, reads.first_step) : start + m]
-            mine = piece[:, self.lanes.start : self.lanes.stop].reshape(len(piece), -1)
-            yield window_of(self.index, mine, reads.frames, self.seed, reads.epoch)
+            steps = slice(max(start, reads.first_step), start + m)
+            mine, visits_Sn = (
+                part[steps, self.lanes.start : self.lanes.stop].reshape(len(part[steps]), -1)
+                for part in (order, visits)
+            )
+            yield window_of(
+                self.index, mine, reads.frames, self.seed, reads.epoch, visits_Sn=visits_Sn
+            )
 
     def sweep(self, frames: FrameDraw) -> Iterator[Window]:
         """All clips in stored order; worker shares are contiguous and differ by at most one."""

@@ -67,23 +67,34 @@ class LocalReader:
 
 
 def choose_frames(
-    keys_n: NDArray[np.uint64], n_stored: int, frames: FrameDraw, seed: int, epoch: int
+    keys_n: NDArray[np.uint64],
+    n_stored: int,
+    frames: FrameDraw,
+    seed: int,
+    epoch: int,
+    visits_n: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """Stored frames to decode, [n, v * F]: one from each of F equal segments of the clip."""
+    """Stored frames to decode, [n, v * F]: one from each of F equal segments of the clip.
+
+    Args: visits_n: how often the epoch took the clip before; each time other frames are drawn.
+    """
     v, F = frames.n_views, frames.frames_per_clip
     places = np.full((len(keys_n), v, F), 0.5)
     if frames.random:
-        places = _uniform(keys_n, seed, epoch, v * F).reshape(places.shape)
+        places = _uniform(keys_n, seed, epoch, visits_n, v * F).reshape(places.shape)
     return frames_at(n_stored, places).reshape(len(keys_n), -1)
 
 
-def _uniform(keys_n: NDArray[np.uint64], seed: int, epoch: int, k: int) -> NDArray[np.float64]:
-    """k numbers in [0, 1) per clip, from its key, seed and epoch alone: [n, k].
+def _uniform(
+    keys_n: NDArray[np.uint64], seed: int, epoch: int, visits_n: NDArray[np.int64], k: int
+) -> NDArray[np.float64]:
+    """k numbers in [0, 1) per clip, from its key, seed, epoch and visit alone: [n, k].
 
-    The first k outputs of a splitmix64 generator, whose finaliser `hash64` is.
+    Visit by visit the next k outputs of a splitmix64 generator, whose finaliser `hash64` is.
     """
     start = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
-    draws_nk = hash64((keys_n ^ start)[:, None] + np.arange(k, dtype=np.uint64) * GOLDEN)
+    which_nk = visits_n.astype(np.uint64)[:, None] * np.uint64(k) + np.arange(k, dtype=np.uint64)
+    draws_nk = hash64((keys_n ^ start)[:, None] + which_nk * GOLDEN)
     # The upper 53 bits: what a float64 holds exactly.
     return (draws_nk >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -130,10 +141,10 @@ def read_window(window: Window) -> Iterator[Batch]:
     A row group is read once; of the frames, only those asked for are decoded.
     """
     encoded = _Encoded(window)
-    for places_n in window.places_Sn:
+    for places_n, visits_n in zip(window.places_Sn, window.visits_Sn, strict=True):
         keys_n = window.key_W[places_n]
         chosen = choose_frames(
-            keys_n, window.spec.n_frames, window.frames, window.seed, window.epoch
+            keys_n, window.spec.n_frames, window.frames, window.seed, window.epoch, visits_n
         )
         jpegs = [
             encoded.jpeg(i, frame)

@@ -44,10 +44,10 @@ class DecodedFeatures(NamedTuple):
 
     def read(self, window: Window) -> Iterator[Batch]:
         """The steps of a window, as `read_window` decodes them."""
-        for places_n in window.places_Sn:
+        for places_n, visits_n in zip(window.places_Sn, window.visits_Sn, strict=True):
             keys_n = window.key_W[places_n]
             chosen_nf = choose_frames(
-                keys_n, self.spec.n_frames, window.frames, window.seed, window.epoch
+                keys_n, self.spec.n_frames, window.frames, window.seed, window.epoch, visits_n
             )
             rows_n = np.searchsorted(self.keys_N, keys_n)
             yield Batch(

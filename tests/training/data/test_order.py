@@ -119,13 +119,14 @@ def test_more_workers_than_lanes_are_refused() -> None:
 
 def test_frames_come_from_each_segment_and_views_differ() -> None:
     keys = clip_keys([f"c{i}" for i in range(200)])
-    chosen = choose_frames(keys, 10, FrameDraw(frames_per_clip=2, n_views=2), seed=0, epoch=0)
+    first = np.zeros(200, np.int64)
+    chosen = choose_frames(keys, 10, FrameDraw(frames_per_clip=2, n_views=2), 0, 0, first)
     assert chosen.shape == (200, 4)
     assert (chosen[:, [0, 2]] < 5).all()
     assert (chosen[:, [1, 3]] >= 5).all()
     assert (chosen[:, 0] != chosen[:, 2]).any()
     assert set(np.unique(chosen)) == set(range(10))
-    fixed = choose_frames(keys, 10, FrameDraw(frames_per_clip=1, random=False), 0, 5)
+    fixed = choose_frames(keys, 10, FrameDraw(frames_per_clip=1, random=False), 0, 5, first)
     assert (fixed == 5).all()
 
 

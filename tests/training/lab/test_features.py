@@ -9,7 +9,14 @@ from support.stores import noise_store
 
 from pipeline.config import FeatureSpec
 from training.config import DataConfig
-from training.data.order import BatchPlan, EpochReads, FrameDraw, WindowPlan
+from training.data.order import (
+    BatchPlan,
+    EpochReads,
+    FrameDraw,
+    WindowPlan,
+    balanced_draws,
+    lanes_of,
+)
 from training.data.reader import Batch, LocalReader
 from training.data.rows import index_rows
 from training.errors import TrainingError
@@ -47,6 +54,47 @@ def test_mapped_features_are_those_a_reader_decodes(
     assert all(map(_same, mapped.sweep(middle), decoded.sweep(middle)))
     monkeypatch.setattr(features, "_decoded", lambda index: pytest.fail("decoded again"))
     decode_store(snapshot, tmp_path / "features")
+
+
+def test_a_clip_that_an_epoch_draws_again_shows_other_frames(tmp_path: Path) -> None:
+    """It showed one frame as often as it was drawn; neither resuming nor workers change which."""
+    spec = SPEC.model_copy(update={"n_frames": 8})
+    snapshot = noise_store(tmp_path / "store", spec, 40).snapshot()
+    decode_store(snapshot, tmp_path / "features")
+    index = index_rows(snapshot, "train")
+    # One clip of a class that is drawn as often as the other 30.
+    index = index.take((index.labels_N > 0) | (index.clip_ids_N == "clip0000000_000000"))
+    plan, draws = BatchPlan.of(len(index), 4, DATA), balanced_draws(index, seed=3)
+
+    def read(lanes: range, first_step: int = 0, balanced: bool = True) -> list[Batch]:
+        windows = WindowPlan(index, plan, lanes, 3, draws if balanced else None)
+        reads = [EpochReads(0, first_step, FrameDraw(1))]
+        batches = list(LocalReader(windows).stream(reads))
+        mapped = MappedReader(windows, open_features(tmp_path / "features", spec))
+        assert all(map(_same, batches, mapped.stream(reads)))
+        return batches
+
+    def shown(batches: list[Batch]) -> dict[int, list[bytes]]:
+        seen: dict[int, list[bytes]] = {}
+        for batch in batches:
+            for key, frames in zip(batch.key.tolist(), batch.frames, strict=True):
+                seen.setdefault(key, []).append(frames.tobytes())
+        return seen
+
+    whole, once = read(range(2)), shown(read(range(2), balanced=False))
+    seen = shown(whole)
+    often = max(seen.values(), key=len)
+    assert len(often) >= 6
+    assert len(set(often)) >= 4, "of 8 stored frames"
+    first = {key: frames[0] for key, frames in seen.items() if key in once}
+    assert first == {key: once[key][0] for key in first}, "a first visit draws what it drew before"
+    assert all(map(_same, read(range(2), first_step=4), whole[4:]))
+    workers = [read(lanes_of(rank, 2, 2)) for rank in range(2)]
+    joined = [
+        Batch(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
+        for batches in zip(*workers, strict=True)
+    ]
+    assert all(map(_same, joined, whole))
 
 
 def test_features_larger_than_memory_are_refused(
