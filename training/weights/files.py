@@ -56,7 +56,7 @@ class WeightsReport(NamedTuple):
     unexpected: list[str]
     """Keys of the file the model has no place for."""
     resized: list[str]
-    """Position tables that were interpolated to another grid."""
+    """Position tables that were cut, continued or interpolated to another grid."""
     made_with: MadeWith
     """What the file says of the features it was trained on."""
 

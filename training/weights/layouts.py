@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.errors import WeightsError
+from training.model.blocks import sincos_2d
 
 State = dict[str, Tensor]
 Layout = Literal["diccae", "cavmae", "mae"]
@@ -99,16 +100,47 @@ def from_mae(state: Mapping[str, Tensor], depth: int, joint_depth: int) -> State
     return out
 
 
+def positions_over_time(table_1LD: Tensor, n_rows: int, n_cols: int) -> Tensor:
+    """Positions of an audio grid for shorter or longer clips: [1, L, D] -> [1, n_rows * n_cols, D].
+
+    Every fbank has a row each 10 ms and starts where its clip does, so column t is the same time in
+    all of them: fewer columns are the first ones, and not all of them closer together. Later ones
+    go on with the sine-cosine of a table that is one; a learned table says nothing of them, and
+    comes back as it is. (AST cuts the middle out of tables of pictures, which have no time.)
+
+    Args: n_rows: of the table. Raises: WeightsError if it is no grid of that many rows.
+    """
+    grid_1RCD = table_1LD.unflatten(1, _grid_of(table_1LD, n_rows))
+    n_known, dim = grid_1RCD.shape[2:]
+    if n_cols < n_known:
+        first_1LD: Tensor = grid_1RCD[:, :, :n_cols].flatten(1, 2)
+        return first_1LD
+    if n_cols == n_known or dim % 4:
+        return table_1LD
+    longer_1RCD = sincos_2d(dim, n_rows, n_cols).to(table_1LD).unflatten(0, (n_rows, n_cols))[None]
+    # Not exactly: a table may have been kept in half precision.
+    if not torch.allclose(longer_1RCD[:, :, :n_known], grid_1RCD, rtol=0, atol=2e-3):
+        return table_1LD
+    return torch.cat([grid_1RCD, longer_1RCD[:, :, n_known:]], dim=2).flatten(1, 2)
+
+
+def _grid_of(table_1LD: Tensor, n_rows: int) -> tuple[int, int]:
+    """Rows and columns of a table. Raises: WeightsError if it has no such rows."""
+    length = table_1LD.shape[1]
+    if length % n_rows:
+        raise WeightsError(f"{length} positions are no grid of {n_rows} rows")
+    return n_rows, length // n_rows
+
+
 def resize_positions(table_1LD: Tensor, source_rows: int, grid: tuple[int, int]) -> Tensor:
     """Positions of one token grid made to fit another, bicubic: [1, L, D] -> [1, rows*cols, D].
+
+    The same picture, or mel bins of the same range, in more or fewer tokens.
 
     Args: source_rows: rows of the source grid (CAV-MAE's audio: 8).
     Raises: WeightsError if the source is no grid of that many rows.
     """
-    length = table_1LD.shape[1]
-    if length % source_rows:
-        raise WeightsError(f"{length} positions are no grid of {source_rows} rows")
-    old_grid = (source_rows, length // source_rows)
+    old_grid = _grid_of(table_1LD, source_rows)
     if old_grid == grid:
         return table_1LD
     planes = table_1LD.float().unflatten(1, old_grid).permute(0, 3, 1, 2)

@@ -45,7 +45,8 @@ def fill(
 
 
 def fit_positions(encoder: Encoder, state: dict[str, Tensor], audio_rows: int) -> list[str]:
-    """Interpolate the state's position tables to the encoder's grids, in place."""
+    """Make the state's position tables fit the encoder's grids, in place: times by
+    `positions_over_time`, mel bins and pictures interpolated. Returns: their keys."""
     resized = []
     for side, stem in (("a", encoder.patch_embed_a), ("v", encoder.patch_embed_v)):
         for key in (f"pos_embed_{side}", f"decoder.pos_embed_{side}"):
@@ -53,9 +54,12 @@ def fit_positions(encoder: Encoder, state: dict[str, Tensor], audio_rows: int) -
                 continue
             of_audio = audio_rows if isinstance(stem, PatchStem) else 1
             rows = of_audio if side == "a" else layouts.square_rows(state[key].shape[1])
-            fitted = layouts.resize_positions(state[key], rows, stem.cells.grid)
-            if fitted is not state[key]:
-                state[key] = fitted
+            table = state[key]
+            if side == "a":
+                table = layouts.positions_over_time(table, rows, stem.cells.grid[1])
+            table = layouts.resize_positions(table, rows, stem.cells.grid)
+            if table is not state[key]:
+                state[key] = table
                 resized.append(key)
     return resized
 

@@ -175,6 +175,53 @@ def test_positions_follow_other_lengths_and_sizes(tmp_path):
         assert torch.isfinite(encoder(*_clips(larger)).h["fusion"]).all()
 
 
+@pytest.mark.parametrize("fbank_frames", [32, 128])
+def test_audio_positions_keep_their_times(tmp_path, fbank_frames):
+    """A row of every fbank is 10 ms: the table was squeezed, or stretched, over other clips."""
+    file = export_cavmae(Encoder(_CONFIG, _SHAPE, decoder=True))
+    uri = _write(f"{tmp_path}/cavmae.pth", file)
+    shape = _SHAPE._replace(fbank_frames=fbank_frames)
+    encoder = Encoder(_CONFIG, shape, decoder=True)
+    assert encoder.decoder is not None
+    tables = (encoder.pos_embed_a, encoder.decoder.pos_embed_a)
+    expected = [table.clone() for table in tables]
+    for table in tables:
+        table.fill_(9.0)
+    assert load_weights(encoder, uri).resized == ["pos_embed_a", "decoder.pos_embed_a"]
+    for table, before in zip(tables, expected, strict=True):
+        torch.testing.assert_close(table, before)
+    trained = {k: v.half() + 0.1 * torch.randn_like(v).half() for k, v in file.items()}
+    load_weights(encoder, _write(f"{tmp_path}/trained.pth", trained))
+    known = trained["module.pos_embed_a"].float().unflatten(1, (8, 4))
+    taken = encoder.pos_embed_a.unflatten(1, (8, fbank_frames // 16))
+    if fbank_frames == 32:
+        assert torch.equal(taken, known[:, :, :2])
+    else:
+        assert torch.isfinite(taken).all()
+        assert not torch.allclose(taken[:, :, :4], known, atol=0.05), "nothing continues it"
+
+
+def test_an_encoder_of_ours_for_longer_clips_keeps_the_times_of_shorter_ones(folder):
+    """Learned positions of a conv stem, by the length its card names."""
+    config = EncoderConfig(preset="tiny", dim=16, n_heads=2)
+    long = _encoder(1, config)
+    save_encoder(long, f"{folder}/encoder")
+    short = _encoder(2, config, _SHAPE._replace(fbank_frames=40))
+    assert load_weights(short, f"{folder}/encoder").resized == ["pos_embed_a"]
+    assert torch.equal(short.pos_embed_a, long.pos_embed_a[:, :3])
+
+
+def test_fewer_mel_bins_leave_the_times_of_audio_positions(tmp_path):
+    """They are the same range in fewer tokens; what tells the time is not interpolated."""
+    uri = _write(f"{tmp_path}/cavmae.pth", export_cavmae(Encoder(_CONFIG, _SHAPE)))
+    encoder = Encoder(_CONFIG, InputShape(fbank_frames=96, n_mels=64, frame_size=32))
+    expected = encoder.pos_embed_a.clone().unflatten(1, (4, 6))
+    load_weights(encoder, uri)
+    taken = encoder.pos_embed_a.unflatten(1, (4, 6))
+    torch.testing.assert_close(taken[..., :8], expected[..., :8])
+    assert not torch.allclose(taken[..., 8:], expected[..., 8:], atol=0.05)
+
+
 def test_resizing_keeps_rows_and_columns_apart():
     rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(4.0), indexing="ij")
     table = torch.stack([rows.flatten(), columns.flatten()], 1)[None]
