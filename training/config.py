@@ -131,7 +131,7 @@ class AugmentConfig(Frozen):
     flip: float = Field(0.0, ge=0, le=1)
     """Chance of a horizontal flip."""
     brightness: float = Field(0.0, ge=0)
-    """Largest relative change of brightness."""
+    """Largest offset of brightness either way, in standard deviations of ImageNet colours."""
     contrast: float = Field(0.0, ge=0)
     """Largest relative change of contrast."""
     hue: float = Field(0.0, ge=0, le=0.5)
