@@ -31,6 +31,7 @@ class Known(NamedTuple):
 def known_labels(config: RoundsConfig, index: RowIndex, k: int, seed: int) -> Known | None:
     """The labels of `rounds.labels` = seeded, random or true; None where none is known.
 
+    Classes are numbered in their order among those that a label of the train split names.
     `random`: one of `k`, drawn once for each clip, or each of the few whose label would be used,
     and kept from round to round.
     Raises: TrainingError if the train split has no classes to take, for a key that goes with other
@@ -45,9 +46,15 @@ def known_labels(config: RoundsConfig, index: RowIndex, k: int, seed: int) -> Kn
     table = _of_the_store(config, index)
     if labels == "random":
         return Known(k, Given(_by_chance(table.keys_N, k, seed)))
+    classes_C = np.unique(table.labels_N)
     if config.label_noise > 0:
         table = _corrupted(config, index.classes, table, seed=seed)
-    return Known(len(index.classes), Given(table, seeds=labels == "seeded"))
+        classes_C = np.union1d(classes_C, table.labels_N)
+    # Only those: a class of other splits would be a prototype of zeros, which all are pushed away
+    # from, and one that nobody is confused with, which makes the mean degree smaller.
+    numbered_N = np.searchsorted(classes_C, table.labels_N).astype(np.int32)
+    seeds = labels == "seeded"
+    return Known(len(classes_C), Given(LabelTable(table.keys_N, numbered_N), seeds=seeds))
 
 
 def _by_chance(keys_N: NDArray[np.uint64], k: int, seed: int) -> LabelTable:

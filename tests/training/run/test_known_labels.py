@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.memory import memory_index
+from support.trainers import pretrain_config
 
+from clustering.config import KMeansConfig
 from training.config import RoundsConfig
 from training.data.rows import few_of_each_class
 from training.errors import TrainingError
 from training.run.known_labels import Known, known_labels
+from training.run.pretrain import rounds_made
 
 
 def _labels(**config: object) -> np.ndarray:
@@ -72,6 +75,25 @@ def test_few_labels_are_those_the_probe_sees_true_or_by_chance() -> None:
     assert known("none") is None
     with pytest.raises(TrainingError, match="labels_per_class = 3, but"):
         known("clusters")
+
+
+@pytest.mark.parametrize("labels", ["true", "seeded"])
+def test_a_class_of_other_splits_alone_is_none_of_a_round(labels: str) -> None:
+    """Its prototype was zero and its confusion nobody's: half of such classes halved the degree."""
+    index, clustering = memory_index(), KMeansConfig(k=9)
+    config = pretrain_config(rounds={"labels": labels, "margin_nats": -1})
+    classes = ["only tested", *index.classes[:2], "only tested, too", *index.classes[2:]]
+    moved = np.array([1, 2, 4, 5], np.int32)[index.labels_NL]
+    more = replace(index, classes=classes, labels_NL=moved)
+    made, with_more = (rounds_made(config, clustering, train) for train in (index, more))
+    assert made is not None
+    assert with_more is not None
+    assert made.given is not None
+    assert with_more.given is not None
+    assert made.clustering.k == with_more.clustering.k == len(index.classes)
+    for table, same in zip(made.given.table, with_more.given.table, strict=True):
+        np.testing.assert_array_equal(table, same)
+    assert set(made.given.table.labels_N) == set(range(len(index.classes)))
 
 
 @pytest.mark.parametrize("labels", ["true", "seeded"])
