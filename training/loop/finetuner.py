@@ -6,6 +6,7 @@ mixup off it is plain cross-entropy on the fused stream; those of StepLoop.
 Shapes: n clips of this rank, C classes.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -170,7 +171,9 @@ class Finetuner(StepLoop):
     def _measured(self, at_epoch_end: bool) -> dict[str, float]:
         if self.classifier.multi_label:
             return {}
-        return {"confusion/mean_offdiagonal": float(self.confusion.mean_offdiagonal)}
+        # That of the estimate itself, which begins uniform, falls for epochs whatever is learned.
+        degree = self.confusion.degree_of_seen(self.confusion_step / self.steps_per_epoch)
+        return {} if math.isnan(degree) else {"confusion/mean_offdiagonal": degree}
 
     def _end_epoch(self) -> None:
         """Running mean of the weights from `average_from_epoch` on."""

@@ -147,6 +147,19 @@ class ConfusionState:
             weights_KK = control_weights(weights_KK, self.config.weights, self.seed)
         self.weights_KK = weights_KK.float()
 
+    def degree_of_seen(self, epochs: float) -> float:
+        """The mean confusion degree of what was seen alone, of an estimate that began uniform.
+
+        What is left of the beginning in a row is ema_per_epoch ^ (epochs until its class was last
+        seen). Args: epochs: of updates so far. Returns: NaN before any class was seen.
+        """
+        seen_at_K = (epochs - self.unseen_epochs_K).cpu()
+        left_K = self.config.ema_per_epoch**seen_at_K
+        own_K = self.confusion_KK.diagonal().cpu() - left_K / len(left_K)
+        # Of a class that was never seen nothing but rounding is left of either.
+        seen_K = seen_at_K > 1e-9
+        return float(1.0 - (own_K / (1.0 - left_K))[seen_K].mean())
+
     def state_dict(self) -> dict[str, Tensor]:
         """All that `load_state_dict` needs to go on exactly; tensors only. Collective.
 

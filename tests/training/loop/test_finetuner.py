@@ -108,6 +108,33 @@ def test_confusion_weights_apply_after_their_epoch() -> None:
     assert any(not torch.equal(a, b) for a, b in pairs)
 
 
+def test_the_degree_that_is_logged_is_of_what_was_seen() -> None:
+    """Half of the uniform estimate it begins with was left after an epoch: it fell by itself."""
+    still = {"lr": 1e-12, "head_lr_scale": 1.0, "warmup_epochs": 0}
+    taught, tuner = make_tuner(finetune_config(epochs=8)), make_tuner(finetune_config(optim=still))
+    taught.run()
+    tuner.classifier.load_state_dict(taught.classifier.state_dict())
+    logged: list[dict[str, float]] = []
+    tuner.hooks = tuner.hooks._replace(log=lambda step, metrics: logged.append(metrics))
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    accumulate = tuner.confusion.accumulate
+
+    def keep(posteriors_BK: torch.Tensor, labels_B: torch.Tensor) -> None:
+        seen.append((posteriors_BK, labels_B))
+        accumulate(posteriors_BK, labels_B)
+
+    tuner.confusion.accumulate = keep  # type: ignore[method-assign]
+    tuner.run()
+    posteriors, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    own = posteriors[torch.arange(len(labels)), labels]
+    steady = 1 - float(torch.stack([own[labels == k].mean() for k in range(N_CLASSES)]).mean())
+    assert steady < 0.5, "as uniform as it begins"
+    assert "confusion/mean_offdiagonal" not in logged[0], "nothing was counted yet"
+    degrees = [m["confusion/mean_offdiagonal"] for m in logged[1:]]
+    assert degrees == pytest.approx([steady] * len(degrees), abs=0.1)
+    assert float(tuner.confusion.mean_offdiagonal) > degrees[-1] + 0.02, "nothing was left of it"
+
+
 def test_a_static_estimate_of_rounds_leaves_fine_tuning_its_own() -> None:
     """No round publishes one here: kept as it began, every weight was 1."""
     config = finetune_config(epochs=2, confusion_pseudo_counts=0.0)
