@@ -6,7 +6,7 @@ of every mode are CAV-MAE's; what is trainable gets a gradient in the mode it wa
 Shapes: B clips, T fbank frames, M mel bins, F frames, C classes, D token width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -80,18 +80,23 @@ class Classifier(nn.Module):
         """Logits [B, C] of all three streams of a multimodal model in one pass, for evaluation."""
         return self.logits_of(self._tokens(fbank_BTM, frames_BFCHW, "multimodal"))
 
-    def logits_of(self, tokens: Mapping[str, Tensor]) -> dict[Stream, Tensor]:
-        """`stream_logits` from the encoder's `audio_tokens` and `video_tokens` on.
+    def logits_of(
+        self, tokens: Mapping[str, Tensor], streams: Sequence[Stream] = STREAMS
+    ) -> dict[Stream, Tensor]:
+        """`stream_logits` from the encoder's tokens on, of some streams.
 
         Audio and video come from their auxiliary heads, or without them from the missing modes.
+        Args: tokens: `audio_tokens` under audio, `video_tokens` under video, as streams need them.
         """
         if not self.auxiliary_heads:
-            return {s: self._by_mlp_head(tokens, mode) for s, mode in _EVALUATED_MODES.items()}
+            return {s: self._by_mlp_head(tokens, _EVALUATED_MODES[s]) for s in streams}
         heads: dict[Stream, nn.Module] = {"fusion": self.mlp_head}
         heads |= {side: self.auxiliary_heads[side] for side in STREAMS[:2]}
+        # Fusion first, as ever: the order of passes decides the bits of gradients.
         return {
             stream: _classify(head, self._pool(of_stream(tokens, stream), stream))
             for stream, head in heads.items()
+            if stream in streams
         }
 
     def probabilities(self, logits_BC: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.config import DataConfig
+from training.config import DataConfig, Stream
 from training.data.augment import normalise_fbank, normalise_frames
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
@@ -78,18 +78,21 @@ class Model:
         fbank = normalise_fbank(fbank, self.data)
         trunks = self._trunks(classifier)
         with self._numerics():
-            heard = {name: model.audio_tokens(fbank) for name, model in trunks.items()}
+            heard = {name: {"audio": x.audio_tokens(fbank)} for name, x in trunks.items()}
+            # Of the audio stream every pass would say the same again.
+            of_audio = self._outputs(fbank, None, heard, ("audio",), classifier)
         sums: dict[tuple[str, str], Tensor] = {}
         for i in range(n_passes):
             frames = torch.from_numpy(np.array(frames_nFHWC[:, i::n_passes])).to(self.device)
             seen = normalise_frames(frames)
             with self._numerics():
                 tokens = {
-                    name: {"audio": heard[name], "video": model.video_tokens(seen)}
-                    for name, model in trunks.items()
+                    name: heard[name] | {"video": x.video_tokens(seen)}
+                    for name, x in trunks.items()
                 }
-                found = self._one_pass(fbank, seen, tokens, classifier)
-            for key, value in found.items():
+                found = self._outputs(fbank, seen, tokens, ("video", "fusion"), classifier)
+            # Added once a pass, as the others are: a sum of n parts has other bits than the whole.
+            for key, value in (of_audio | found).items():
                 sums[key] = sums.get(key, 0) + value.float() / n_passes
         kinds: dict[str, ByStream] = {kind: {} for kind in Outputs._fields}
         for (kind, stream), total in sums.items():
@@ -108,25 +111,30 @@ class Model:
             trunks["classifier"] = classifier.encoder
         return trunks
 
-    def _one_pass(
+    def _outputs(
         self,
         fbank: Tensor,
-        frames: Tensor,
+        frames: Tensor | None,
         tokens: dict[str, dict[str, Tensor]],
+        streams: tuple[Stream, ...],
         classifier: Classifier | None,
     ) -> dict[tuple[str, str], Tensor]:
-        """z, h and probabilities, by kind of output and stream."""
+        """z, h and probabilities of some streams, by kind of output and stream.
+
+        Args: frames: of a pass; None for the audio stream. tokens: of `_trunks`, by side.
+        """
         out: dict[tuple[str, str], Tensor] = {}
         if self.encoder is not None:
-            z, h, _ = self.encoder.encode(tokens["encoder"])
+            z, h, _ = self.encoder.encode(tokens["encoder"], streams)
             out |= {("z", s): x for s, x in z.items()} | {("h", s): x for s, x in h.items()}
-        if classifier is not None:
-            if "classifier" in tokens:
-                logits = classifier.logits_of(tokens["classifier"])
-            else:
-                logits = classifier(fbank, frames)
-            out |= {("p", stream): classifier.probabilities(x) for stream, x in logits.items()}
-        return out
+        if classifier is None:
+            return out
+        logits: dict[Stream, Tensor] = {}
+        if "classifier" in tokens:
+            logits = classifier.logits_of(tokens["classifier"], streams)
+        elif classifier.mode in streams:
+            logits = classifier(fbank, frames)
+        return out | {("p", s): classifier.probabilities(x) for s, x in logits.items()}
 
 
 def test_passes(n_stored: int, frames_per_clip: int, wanted: int | None) -> int:

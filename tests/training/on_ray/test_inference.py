@@ -16,14 +16,16 @@ from support.memory import SHAPE, MemoryReader, memory_index
 
 from training.cluster_config import ScaleConfig
 from training.config import DataConfig, EncoderConfig, EvaluateConfig, TrainingConfig
+from training.data.augment import normalise_fbank, normalise_frames
 from training.data.order import BatchPlan, FrameDraw, WindowPlan
 from training.data.reader import Batch
 from training.evaluation.probes import Probe
+from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.on_ray import evaluate, inference
 from training.on_ray.inference import Job, run_jobs
 from training.predict.apply import Model, Models, Outputs
-from training.weights.files import save_encoder
+from training.weights.files import save_classifier, save_encoder
 
 _DATA = DataConfig(lanes=4, shuffle_window=8, fbank_mean=0.0, fbank_std=3.0)
 
@@ -59,6 +61,70 @@ def test_bf16_reaches_the_trunk_and_outputs_stay_close(
             y_NP = found["bf16"].of(space)[stream]
             assert y_NP.dtype == np.float32
             assert 0 < np.abs(x_NP - y_NP).max() < 0.05 * np.abs(x_NP).max()
+
+
+@pytest.mark.parametrize("auxiliary", [True, False])
+def test_passes_share_what_is_of_the_audio_alone(
+    encoder: str,
+    batch: Batch,
+    auxiliary: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the bits of a mean over passes that repeat it."""
+    torch.manual_seed(1)
+    config = EncoderConfig(preset="tiny", dim=32, projection=16)
+    made = Classifier(Encoder(config, SHAPE), 4, auxiliary=auxiliary)
+    save_classifier(made, str(tmp_path), list("abcd"))
+    model = Model(Models(encoder, str(tmp_path)), _DATA, "cpu", "fp32")
+    join, lengths = Encoder.join, []
+
+    def counted(self: Encoder, tokens_BLD: torch.Tensor, stream: str) -> torch.Tensor:
+        lengths.append(tokens_BLD.shape[1])
+        return join(self, tokens_BLD, stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "join", counted)
+        found = model(batch.fbank, batch.frames, n_passes=2)
+    assert model.encoder is not None
+    n_audio, n_video = model.encoder.token_counts()
+    # Without heads of its own a modality is read with its norms and with those of both.
+    assert lengths.count(n_audio) == 1 + (1 if auxiliary else 2)
+    assert lengths.count(n_audio + n_video) == 2 * 2
+    for kind, by_stream in _repeated(model, batch)._asdict().items():
+        for stream, x in by_stream.items():
+            np.testing.assert_array_equal(getattr(found, kind)[stream], x)
+
+
+@torch.no_grad()
+def _repeated(model: Model, batch: Batch) -> Outputs:
+    """The mean over two passes of one frame, each of them whole."""
+    assert model.encoder is not None
+    assert model.classifier is not None
+    fbank = normalise_fbank(torch.from_numpy(batch.fbank), _DATA)
+    kinds: dict[str, dict[str, Any]] = {kind: {} for kind in Outputs._fields}
+    for i in range(2):
+        seen = normalise_frames(torch.from_numpy(batch.frames[:, i::2].copy()))
+        z, h, _ = model.encoder(fbank, seen)
+        logits = model.classifier.stream_logits(fbank, seen)
+        p = {s: model.classifier.probabilities(x) for s, x in logits.items()}
+        for kind, by_stream in (("z", z), ("h", h), ("p", p)):
+            for stream, x in by_stream.items():
+                kinds[kind][stream] = kinds[kind].get(stream, 0) + x / 2
+    return Outputs(**kinds)
+
+
+@pytest.mark.parametrize("mode", ["audio", "video"])
+def test_a_classifier_of_one_modality_answers_for_it(
+    mode: Any, batch: Batch, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    config = EncoderConfig(preset="tiny", dim=32, projection=16)
+    save_classifier(Classifier(Encoder(config, SHAPE), 4, mode), str(tmp_path), list("abcd"))
+    model = Model(Models(None, str(tmp_path)), _DATA, "cpu", "fp32")
+    found = model(batch.fbank, batch.frames, n_passes=2).p
+    assert list(found) == [mode]
+    np.testing.assert_allclose(found[mode].sum(1), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
