@@ -4,11 +4,11 @@ Composes inference with the pure tables of training.evaluation; knows nothing of
 nor of any single metric. Invariant: the clips tested choose nothing (no epoch, no pair, no
 threshold), and their number stands beside every result.
 
-Shapes: N train and M test clips, D token width, C classes.
+Shapes: N train and M test clips, A train clips with a label, Q of them asked, D token width, C
+classes.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,15 +83,15 @@ def _evidence(
     apply: Apply,
 ) -> Evidence:
     of_test, of_train, middle = _outputs(config, models, space, train, test, apply)
-    probed = _probe(config, train, test, of_train, of_test)
+    scores, pairs = _probe(config, train, test, of_train, of_test)
     return Evidence(
         clip_ids_M=test.clip_ids_N.tolist(),
         labels_ML=test.labels_NL,
         classifier={s: of_test.p[s] for s in STREAMS if s in of_test.p},
-        probes=probed.scores,
+        probes=scores,
         embeddings={s: of_test.of(space)[s] for s in STREAMS},
         middle_frame=middle.of(space),
-        confused_pairs=probed.confused_pairs,
+        confused_pairs=pairs,
         clusters_M=np.array([clusters.get(c, NO_LABEL) for c in test.clip_ids_N], np.int32),
         retrieval_per_class=config.evaluate.retrieval_per_class,
     )
@@ -132,58 +132,76 @@ def _outputs(
     return done[0], done[1], done[0] if one_pass else done[2]
 
 
+class _Frozen(NamedTuple):
+    """Features that probes are fitted on: all of them in one message, since of 200,000 clips those
+    of one stream are half a gigabyte."""
+
+    train: ByStream
+    """Token means [N, D] of all training clips."""
+    test: ByStream
+    known_A: NDArray[np.int64]
+    """Training clips that have a label."""
+    labels_A: NDArray[np.int64]
+    asked_Q: NDArray[np.int64]
+    """Of the known ones those that are asked for their neighbours."""
+    n_classes: int
+
+
 class _Probed(NamedTuple):
     scores: dict[str, ByStream]
     """By probe, then by stream."""
-    confused_pairs: list[ConfusedPair]
+    votes_QC: NDArray[np.float32]
+    """Of the neighbours of each clip that is asked, by both sides."""
 
 
 def _probe(
     config: TrainingConfig, train: RowIndex, test: RowIndex, of_train: Outputs, of_test: Outputs
-) -> _Probed:
-    """Fit every probe on every stream of the frozen encoder, and on both sides at once."""
-    known_N = np.flatnonzero(train.labels_N >= 0)
-    if not len(known_N):
+) -> tuple[dict[str, ByStream], list[ConfusedPair]]:
+    """Scores of every probe on every stream of the frozen encoder, and on both sides at once, and
+    the most confused pairs."""
+    known_A = np.flatnonzero(train.labels_N >= 0)
+    if not len(known_A):
         raise TrainingError(
             f"{train.store_uri}: no training clip has a label, and probes are fitted on labels; "
             "ingest a CSV with labels"
         )
-    labels_N, n_classes = train.labels_N[known_N], len(train.classes)
+    labels_A = train.labels_N[known_A]
+    asked_Q = subset_per_class(train.clip_ids_N[known_A].tolist(), labels_A, _PAIR_CLIPS)
+    frozen = _Frozen(of_train.z, of_test.z, known_A, labels_A, asked_Q, len(train.classes))
+    probed: _Probed = _where_gpus_are(config.scale.use_gpu, _fit, frozen, config=config.evaluate)
+    n_pairs = config.evaluate.confused_pairs
+    pairs = _confused_pairs(probed.votes_QC, labels_A[asked_Q], test.labels_N, n_pairs)
+    return probed.scores, pairs
+
+
+def _fit(frozen: _Frozen, *, config: EvaluateConfig, device: str = "cpu") -> _Probed:
+    """Fit every probe on every stream and on both sides."""
     scores: dict[str, ByStream] = {probe.name: {} for probe in PROBES}
-    pairs: list[ConfusedPair] = []
+    labels_A, n_classes, asked_Q = frozen.labels_A, frozen.n_classes, frozen.asked_Q
     for name in (*STREAMS, BOTH_SIDES):
-        x_ND = _features(of_train, name, known_N)
-        z_MD = _features(of_test, name, np.arange(len(test)))
-        run = partial(_where_gpus_are, config.scale.use_gpu)
-        found = run(_fit, x_ND, labels_N, z_MD, n_classes, config=config.evaluate)
-        for probe, of_probe in found.items():
-            scores[probe][name] = of_probe
-        if name == BOTH_SIDES:
-            asked = subset_per_class(train.clip_ids_N[known_N].tolist(), labels_N, _PAIR_CLIPS)
-            k = config.evaluate.knn_k
-            votes = run(knn_probe, x_ND, labels_N, x_ND[asked], n_classes, k=k, own_M=asked)
-            n_pairs = config.evaluate.confused_pairs
-            pairs = _confused_pairs(votes, labels_N[asked], test.labels_N, n_pairs)
-    return _Probed(scores, pairs)
+        x_AD = _features(frozen.train, name, frozen.known_A)
+        z_MD = _features(frozen.test, name, np.arange(len(frozen.test[STREAMS[0]])))
+        for probe in PROBES:
+            given = (x_AD, labels_A, z_MD, n_classes)
+            scores[probe.name][name] = probe.scores(*given, config=config, device=device)
+    # The last ones are of both sides.
+    queries = (x_AD[asked_Q], n_classes)
+    votes_QC = knn_probe(x_AD, labels_A, *queries, k=config.knn_k, own_M=asked_Q, device=device)
+    return _Probed(scores, votes_QC)
 
 
-def _features(outputs: Outputs, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+def _features(z: ByStream, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     """Token means of a stream [N, D]; of both sides, unit vectors one after the other [N, 2 D]."""
     sides = STREAMS[:2] if name == BOTH_SIDES else (name,)
-    widths = [outputs.z[side].shape[1] for side in sides]
+    widths = [z[side].shape[1] for side in sides]
     features = paged_array(len(rows), sum(widths))
     for start in range(0, len(rows), _COPIED_ROWS):
         part = rows[start : start + _COPIED_ROWS]
-        vectors = [outputs.z[side][part] for side in sides]
+        vectors = [z[side][part] for side in sides]
         if name == BOTH_SIDES:
             vectors = [unit_rows(x_ND) for x_ND in vectors]
         features[start : start + _COPIED_ROWS] = np.concatenate(vectors, axis=1)
     return features
-
-
-def _fit(*given: Any, config: EvaluateConfig, device: str = "cpu") -> ByStream:
-    """Scores of every probe, by its name."""
-    return {probe.name: probe.scores(*given, config=config, device=device) for probe in PROBES}
 
 
 def _confused_pairs(

@@ -189,17 +189,19 @@ def _file_backed() -> int:
 def test_probes_are_fitted_on_a_workers_gpu_where_training_has_some(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The driver's node has no GPU: the fit is a task that reserves one. Features are gigabytes,
-    which Ray shares only if they are no part of the message itself."""
+    """The driver's node has no GPU: all fits are one task that reserves one. Features are
+    gigabytes: they are sent once, and Ray shares them only if they are no part of the message."""
     asked: list[dict[str, Any]] = []
     messages: list[bytes] = []
+    buffers: list[pickle.PickleBuffer] = []
 
     def remote(**resources: Any) -> Callable[[Callable[..., Any]], Any]:
         asked.append(resources)
 
         def task(call: Callable[..., Any]) -> Any:
             def sent(*args: Any, **settings: Any) -> Any:
-                messages.append(pickle.dumps(args, protocol=5, buffer_callback=lambda _: None))
+                given, beside = (args, settings), buffers.append
+                messages.append(pickle.dumps(given, protocol=5, buffer_callback=beside))
                 return call(*args, **settings)
 
             return SimpleNamespace(remote=sent)
@@ -225,5 +227,7 @@ def test_probes_are_fitted_on_a_workers_gpu_where_training_has_some(
     outputs = Outputs(z, {}, {})
     evaluate._probe(config, index, index, outputs, outputs)
     assert devices == ["cuda"] * 5
-    assert asked == [{"num_gpus": 1}] * 5
-    assert max(map(len, messages)) < 1000
+    assert asked == [{"num_gpus": 1}]
+    assert max(map(len, messages)) < 2000
+    of_features = [b.raw().nbytes for b in buffers if b.raw().nbytes >= z["audio"].nbytes]
+    assert of_features == [x.nbytes for x in z.values()], "a stream is sent more than once"
