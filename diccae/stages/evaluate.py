@@ -20,6 +20,8 @@ from training.data.rows import RowIndex, clip_keys, index_rows, with_labels
 from training.data.validation import groups_of
 from training.evaluation.class_confusions import class_confusions
 from training.evaluation.metrics import names, present
+from training.evaluation.predictions import FILE as PREDICTIONS
+from training.evaluation.predictions import read_predictions
 from training.evaluation.results import read_confusion
 from training.on_ray.evaluate import applied_by, evaluate
 from training.run.pinned import Pinned
@@ -92,6 +94,7 @@ def tell_the_classifier(folder: RunFolder, config: RunConfig, found: Mapping[str
         return
     with folder.place.fetched("evaluation/confusion.npz") as file:
         confusion = read_confusion(file)
+    predictions = read_predictions(folder.place.uri_of(f"evaluation/{PREDICTIONS}"))
     folder.check()
     measured = Measured(
         sha256=read_card(uri, "classifier")[1],
@@ -100,7 +103,7 @@ def tell_the_classifier(folder: RunFolder, config: RunConfig, found: Mapping[str
         store=folder.record["store"],
         results={m.name: found[m.name] for m in present(found) if m.needs == "classifier"},
         applied=applied_by(config, folder.place.uri_of("encoder"))._asdict(),
-        confusions=class_confusions(confusion),
+        confusions=class_confusions(confusion, predictions),
     )
     write_measured(uri, measured)
     write_readme(uri, "classifier")

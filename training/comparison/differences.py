@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.special import bdtr
+
+from training.evaluation.scores import mcnemar
 
 _CHUNK = 100
 """Resamples at a time: all at once are a quarter of a gigabyte for VGGSound's test clips."""
@@ -91,13 +92,6 @@ def _answer(q: Question, groups_M: NDArray[np.int64], low: float, high: float) -
         p=p,
         p_holm=p,
     )
-
-
-def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided p: fair coins dividing the clips on which two models differ as unevenly."""
-    n = only_a + only_b
-    # Not scipy.stats, which takes longer to import than all of this to compute.
-    return min(1.0, 2 * float(bdtr(min(only_a, only_b), n, 0.5))) if n else 1.0
 
 
 def holm(p_K: NDArray[np.float64]) -> NDArray[np.float64]:

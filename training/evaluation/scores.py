@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import bdtr
 
 Scores = NDArray[np.floating]
 Labels = NDArray[np.integer]
@@ -130,6 +131,13 @@ def pair_accuracy(
     if not found:
         raise ValueError("pair accuracy needs at least one pair")
     return float(np.mean(found))
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided p: fair coins dividing the clips on which two models differ as unevenly."""
+    n = only_a + only_b
+    # Not scipy.stats, which takes longer to import than all of this to compute.
+    return min(1.0, 2 * float(bdtr(min(only_a, only_b), n, 0.5))) if n else 1.0
 
 
 def confusion_rates(confusion_CC: NDArray[np.number]) -> NDArray[np.float64]:

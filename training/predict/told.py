@@ -15,6 +15,11 @@ COLUMNS = (
 )
 """Of `as_rows`."""
 
+NOT_COUNTED = (
+    "which modality tells them apart is not known of an evaluation by an older diccae: "
+    "run diccae evaluate again"
+)
+
 
 def as_json(name: str, answer: Answer) -> dict[str, Any]:
     """One clip; a broken one has `reason` and `detail` and nothing else."""
@@ -82,9 +87,10 @@ def confusion_sentence(confused: ClassConfusion) -> str:
         f"{stream} {each.n_right} of {each.n_clips}" for stream, each in confused.told_apart.items()
     )
     deciding = f": {confused.decided_by} decides" if confused.decided_by else ""
+    apart = f"told apart by {told}{deciding}" if told else NOT_COUNTED
     return (
         f"{confused.name} is most often confused with {confused.other} "
-        f"({_percent(confused.degree)} of {confused.n_clips} clips); told apart by {told}{deciding}"
+        f"({_percent(confused.degree)} of {confused.n_clips} clips); {apart}"
     )
 
 

@@ -14,14 +14,17 @@ from pipeline.storage import Location
 from training.errors import WeightsError
 
 _FILE = "measured.json"
+_FORMAT = 2
+"""In 1 each stream told classes apart on the clips that it took for one of the two."""
 
 
 class ToldApart(NamedTuple):
     """How often a stream tells two classes from each other."""
 
     n_right: int
+    """Clips to which it gave the right one of the two a higher probability than the other."""
     n_clips: int
-    """Clips of the two that it took for one of the two."""
+    """Measured clips of the two: the same ones for each stream."""
 
     @property
     def share(self) -> float:
@@ -39,9 +42,9 @@ class ClassConfusion(NamedTuple):
     n_clips: int
     """Measured clips of the two."""
     told_apart: Mapping[str, ToldApart]
-    """By stream."""
+    """By stream; empty where an older version counted, for each stream on clips of its own."""
     decided_by: str | None
-    """The modality that tells them apart more often; None where neither does."""
+    """The modality that tells them apart more often, beyond chance; None where neither does."""
 
 
 class Measured(NamedTuple):
@@ -66,7 +69,7 @@ class Measured(NamedTuple):
 
 def write_measured(uri: str, measured: Measured) -> None:
     """Keep it in the folder of a saved model."""
-    content = measured._asdict()
+    content: dict[str, Any] = {"format": _FORMAT, **measured._asdict()}
     content["confusions"] = [
         each._asdict() | {"told_apart": {s: list(t) for s, t in each.told_apart.items()}}
         for each in measured.confusions
@@ -94,10 +97,12 @@ def read_measured(uri: str, sha256: str) -> Measured | None:
 
 
 def _parsed(stored: dict[str, Any]) -> Measured:
-    confusions = [
-        ClassConfusion(
-            **each | {"told_apart": {s: ToldApart(*told) for s, told in each["told_apart"].items()}}
-        )
-        for each in stored["confusions"]
-    ]
+    is_counted = stored.pop("format", 1) == _FORMAT
+    confusions = []
+    for each in stored["confusions"]:
+        told = each["told_apart"] if is_counted else {}
+        decided_by = each["decided_by"] if is_counted else None
+        counted = {stream: ToldApart(*counts) for stream, counts in told.items()}
+        same = each | {"told_apart": counted, "decided_by": decided_by}
+        confusions.append(ClassConfusion(**same))
     return Measured(**stored | {"confusions": confusions})

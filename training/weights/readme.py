@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from training.config import STREAMS
-from training.weights.measured import Measured
+from training.weights.measured import ClassConfusion, Measured
 
 _MOST_CONFUSED = 10
 _LIMITS = """## Limits
@@ -135,10 +135,15 @@ def _confusions(measured: Measured | None) -> str:
     pairs = {frozenset((each.name, each.other)): each for each in measured.confusions}
     worst = sorted(pairs.values(), key=lambda each: (-each.degree, each.name))[:_MOST_CONFUSED]
     rows = [
-        (each.name, each.other, f"{100 * each.degree:.1f}", each.decided_by or "neither")
-        for each in worst
+        (each.name, each.other, f"{100 * each.degree:.1f}", _decided_by(each)) for each in worst
     ]
     return _table("What it confuses", ("class", "with", "% of clips", "decided by"), rows)
+
+
+def _decided_by(confused: ClassConfusion) -> str:
+    if not confused.told_apart:
+        return "not known: evaluate again"
+    return confused.decided_by or "neither"
 
 
 def _of_folder(card: Mapping[str, Any]) -> str:

@@ -9,8 +9,9 @@ from scipy import stats
 
 from training.comparison.answers import Answers, read_answers
 from training.comparison.compare import Pairs, Truth, compare
-from training.comparison.differences import Question, differences, holm, mcnemar
+from training.comparison.differences import Question, differences, holm
 from training.errors import TrainingError
+from training.evaluation.scores import mcnemar
 
 
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 1), (3, 9), (9, 3), (40, 41), (100, 160)])
