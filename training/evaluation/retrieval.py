@@ -15,6 +15,11 @@ from numpy.typing import NDArray
 Vectors = NDArray[np.floating]
 _ROWS = 512
 """Queries compared at a time; bounds memory at a few times _ROWS * N."""
+_PER_UNIT = 1_000_000
+"""Steps of the cosines that are compared: equal embeddings must tie, whatever order a matrix
+product sums in."""
+_LAST = 4 * _PER_UNIT
+"""Sorts behind every cosine, and is no clip of the own class."""
 
 
 def subset_per_class(
@@ -78,18 +83,25 @@ def class_retrieval(
         first, precision = [], []
         for start, cosines in _cosines(queries, gallery):
             rows = start + np.arange(len(cosines))
-            cosines[np.arange(len(cosines)), rows] = -np.inf
             same = labels_N[rows][:, None] == labels_N[None]
-            same[np.arange(len(cosines)), rows] = False
-            # among equal cosines, clips of other classes come first
-            order = np.lexsort((same, -cosines), axis=1)
-            hits = np.take_along_axis(same, order, 1)[asked[rows]]
-            first.append(hits[:, 0])
-            places = hits.cumsum(1) / np.arange(1, hits.shape[1] + 1)
-            precision.append((places * hits).sum(1) / hits.sum(1))
+            # One number to sort by: among equal cosines, clips of other classes come first.
+            keys = cosines * -2 + same
+            keys[np.arange(len(keys)), rows] = _LAST
+            keys = np.sort(keys[asked[rows]], axis=1)
+            first.append(keys[:, 0] & 1)
+            precision.append(_average_precisions(keys & 1))
         found[f"{name}_class_r1"] = float(np.concatenate(first).mean())
         found[f"{name}_class_map"] = float(np.concatenate(precision).mean())
     return found
+
+
+def _average_precisions(hits_rN: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Mean precision at the hits (1, else 0) of each row, which has at least one: [rows]."""
+    rows, places = np.nonzero(hits_rN)
+    n_hits_r = np.bincount(rows, minlength=len(hits_rN))
+    firsts_r = n_hits_r.cumsum() - n_hits_r
+    nth = np.arange(1, len(rows) + 1) - firsts_r[rows]
+    return np.bincount(rows, nth / (places + 1), len(hits_rN)) / n_hits_r
 
 
 def unit_rows(x_NP: Vectors) -> NDArray[np.float32]:
@@ -100,14 +112,12 @@ def unit_rows(x_NP: Vectors) -> NDArray[np.float32]:
     return rows
 
 
-def _cosines(queries_NP: Vectors, gallery_NP: Vectors) -> Iterator[tuple[int, Vectors]]:
-    """(first row, cosines [rows, N]) for some queries at a time.
-
-    Rounded to 1e-6: equal embeddings must tie, whatever order a matrix product sums in.
-    """
+def _cosines(queries_NP: Vectors, gallery_NP: Vectors) -> Iterator[tuple[int, NDArray[np.int32]]]:
+    """(first row, cosines [rows, N] in steps of 1e-6) for some queries at a time."""
     queries, gallery = unit_rows(queries_NP), unit_rows(gallery_NP)
     for start in range(0, len(queries), _ROWS):
-        yield start, (queries[start : start + _ROWS] @ gallery.T).round(6)
+        cosines = queries[start : start + _ROWS] @ gallery.T
+        yield start, np.rint(cosines * np.float32(_PER_UNIT)).astype(np.int32)
 
 
 def _check(audio_NP: Vectors, video_NP: Vectors) -> None:

@@ -239,21 +239,26 @@ def test_collapsed_embeddings_retrieve_nothing():
     assert classes["a2v_class_r1"] == 0
 
 
-def test_class_retrieval_equals_its_definition():
+@pytest.mark.parametrize("decimals", [8, 0], ids=["distinct", "tied"])
+def test_class_retrieval_equals_its_definition(decimals):
+    """Of equal cosines those of other classes come first."""
     rng = np.random.default_rng(4)
     labels = np.array([0] * 10 + [1] * 10 + [2])
-    audio, video = rng.normal(size=(2, 21, 4)) + np.eye(3, 4)[labels]
+    audio, video = (rng.normal(size=(2, 21, 4)) + np.eye(3, 4)[labels]).round(decimals) + 0.5
     found = class_retrieval(audio, video, labels)
-    first, precision = [], []
+    first, precision, n_ties = [], [], 0
     for i in range(20):
-        cosines = video @ audio[i] / np.linalg.norm(video, axis=1)
-        order = [j for j in np.argsort(-cosines) if j != i]
-        hits = [labels[j] == labels[i] for j in order]
+        cosines = video @ audio[i] / np.linalg.norm(video, axis=1) / np.linalg.norm(audio[i])
+        same = labels == labels[i]
+        order = sorted((-cosines[j].round(6), same[j]) for j in range(21) if j != i)
+        n_ties += len(order) - len({cosine for cosine, _ in order})
+        hits = [hit for _, hit in order]
         first.append(hits[0])
         places = [sum(hits[: p + 1]) / (p + 1) for p, hit in enumerate(hits) if hit]
         precision.append(np.mean(places))
-    assert found["a2v_class_r1"] == pytest.approx(np.mean(first))
-    assert found["a2v_class_map"] == pytest.approx(np.mean(precision))
+    assert (n_ties > 0) == (decimals == 0)
+    assert found["a2v_class_r1"] == pytest.approx(np.mean(first), abs=1e-12)
+    assert found["a2v_class_map"] == pytest.approx(np.mean(precision), abs=1e-12)
 
 
 def test_retrieval_subset_depends_on_ids_not_on_row_order():
