@@ -7,6 +7,8 @@ seen.
 Shapes: N training and M test clips, D feature width, C classes.
 """
 
+import logging
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Features = NDArray[np.floating]
+
+_log = logging.getLogger(__name__)
 
 _ROWS = 4096
 """Training clips in work at a time: copies, logits and gradients of 200,000 clips are gigabytes."""
@@ -35,7 +39,8 @@ def linear_probe(
 ) -> NDArray[np.float32]:
     """Class probabilities [M, C] of multinomial logistic regression on standardised features.
 
-    Minimises mean cross-entropy + |W|^2 / (2 N), which is scikit-learn's C = 1, by L-BFGS.
+    Minimises mean cross-entropy + |W|^2 / (2 N), which is scikit-learn's C = 1, by L-BFGS; warns,
+    with numbers, if `iterations` end before it has converged.
 
     Raises: ValueError for features that are not finite or labels out of range.
     """
@@ -65,6 +70,7 @@ def _regression(
     optimiser = torch.optim.LBFGS(
         [weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe"
     )
+    steepness: list[float] = []
 
     def objective() -> "Tensor":
         optimiser.zero_grad()
@@ -76,10 +82,27 @@ def _regression(
             loss = F.cross_entropy(scores_rC, y_r, reduction="sum") / len(x)
             loss.backward()
             total += loss.detach()
+        if not steepness:
+            steepness.append(_steepness(weight, bias))
         return total
 
     optimiser.step(objective)
+    done = optimiser.state[weight]  # torch also stops after 1.25 evaluations an iteration
+    if done["n_iter"] >= iterations or done["func_evals"] >= iterations * 5 // 4:
+        objective()
+        left = _steepness(weight, bias) / steepness[0]
+        _log.warning(
+            f"linear probe of {len(x)} x {x.shape[1]} features and {n_classes} classes: stopped "
+            f"after {done['n_iter']} iterations and {done['func_evals']} evaluations; its gradient "
+            f"is {left:.1e} of that at the start. A larger evaluate.probe_epochs goes on."
+        )
     return weight, bias
+
+
+def _steepness(*parameters: "Tensor") -> float:
+    """Length of the gradient."""
+    squares = [p.grad.square().sum().item() for p in parameters if p.grad is not None]
+    return math.sqrt(sum(squares))
 
 
 def _standard(x_ND: "Tensor") -> tuple["Tensor", "Tensor"]:

@@ -1,5 +1,6 @@
 """Metrics, probes and retrieval against scikit-learn, loops and cases with a known answer."""
 
+import re
 import threading
 from pathlib import Path
 
@@ -237,6 +238,19 @@ def test_collapsed_embeddings_retrieve_nothing():
     assert found["a2v_median_rank"] == 300
     classes = class_retrieval(same, same, np.arange(300) % 10)
     assert classes["a2v_class_r1"] == 0
+
+
+def test_a_linear_probe_that_was_stopped_early_says_how_far_it_came(clusters, caplog):
+    train, labels, test, _ = clusters
+    linear_probe(train, labels, test, 4)
+    assert not caplog.records
+    linear_probe(train, labels, test, 4, iterations=3)
+    [record] = caplog.records
+    assert re.search(
+        r"300 x 12 features and 4 classes: stopped after \d+ iterations and 3 eval", record.message
+    )
+    left = float(re.search(r"gradient is (\S+) of", record.message)[1])
+    assert 1e-4 < left < 1
 
 
 @pytest.mark.parametrize("decimals", [8, 0], ids=["distinct", "tied"])
