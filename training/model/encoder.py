@@ -210,10 +210,12 @@ class Encoder(nn.Module):
         """torch.compile each transformer block in place (same weights, same keys)."""
         # A block has a variant for each stream, shape (masked, micro-batch, last chunk) and grad
         # mode: more than the 8 after which torch runs it uncompiled, with a warning nobody reads.
-        torch.compiler.config.recompile_limit = 64
+        torch.compiler.config.recompile_limit = 128
         for module in self.modules():
             if isinstance(module, Block):
-                module.compile()
+                # All blocks share one code: after the audio's length the video's would make every
+                # later graph one of any length, which is slower than those of the few there are.
+                module.compile(dynamic=False)
 
     def _pool(self, joined: Mapping[str, Tensor], streams: Sequence[str]) -> Encoding:
         z = {stream: full_precision(joined[stream]).mean(1) for stream in streams}

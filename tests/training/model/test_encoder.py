@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -459,18 +460,28 @@ def test_a_stem_in_bf16_on_a_cpu_is_finite() -> None:
 def test_no_block_of_a_compiled_run_falls_back_to_running_uncompiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Masked and whole passes, with and without gradients, and two sizes of a chunk."""
-    compiled = torch.nn.Module.compile
+    """Masked and whole passes, with and without gradients, and three sizes of a chunk; each graph
+    is of one length and size."""
+    compiled, graphs = torch.nn.Module.compile, []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append([x for x in inputs if isinstance(x, torch.SymInt)])
+        return graph.forward
+
     # The guards are those of a real compilation, which would take minutes.
-    monkeypatch.setattr(Block, "compile", lambda block: compiled(block, backend="eager"))
+    monkeypatch.setattr(
+        Block, "compile", lambda block, **options: compiled(block, backend=backend, **options)
+    )
     torch._dynamo.reset()
     encoder = Encoder(_PATCH, _SHAPE, decoder=True).double()
     encoder.compile_blocks()
     with torch.compiler.config.patch(fail_on_recompile_limit_hit=True):
-        for n_clips in (4, 3):
+        for n_clips in (4, 3, 2):
             clips = _clips(n_clips)
             for gradients in (False, True):
                 with torch.set_grad_enabled(gradients):
                     encoder(*clips, STREAMS)
                     encoder(*clips, STREAMS, _noise(encoder, n_clips), reconstruct=True)
     torch._dynamo.reset()
+    assert not any(graphs), "a graph of any length"
+    assert 0 < len(graphs) <= torch.compiler.config.recompile_limit
