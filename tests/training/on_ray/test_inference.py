@@ -1,8 +1,10 @@
 """Models applied to clips, without Ray: precision, memory, and where probes are fitted."""
 
 import pickle
+import re
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +14,16 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from support.memory import SHAPE, MemoryReader, memory_index
+from support.memory import SHAPE, SPEC, MemoryReader, memory_index
+from support.stores import noise_store
 
+from pipeline.errors import DamagedShard
 from training.cluster_config import ScaleConfig
 from training.config import DataConfig, EncoderConfig, EvaluateConfig, TrainingConfig
 from training.data.augment import normalise_fbank, normalise_frames
-from training.data.order import BatchPlan, FrameDraw, WindowPlan
+from training.data.order import BatchPlan, FrameDraw, Window, WindowPlan, window_of
 from training.data.reader import Batch
+from training.data.rows import RowIndex, index_rows
 from training.evaluation.probes import Probe
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
@@ -136,6 +141,89 @@ def test_evaluation_is_bf16_on_gpus_unless_told_otherwise(
 ) -> None:
     scale = ScaleConfig(use_gpu=use_gpu)
     assert inference.precision_of(EvaluateConfig(precision=asked), scale) == expected
+
+
+def _worker(encoder: str, index: RowIndex, monkeypatch: pytest.MonkeyPatch) -> "inference._Worker":
+    """An actor of one job without Ray, which runs batches of four clips."""
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda ref: ref))
+    monkeypatch.setattr(inference, "_ROWS", 4)
+    settings = {
+        "data": _DATA.model_dump(),
+        "jobs": [[Job(index, 1, ("z",))]],
+        "models": [encoder, None],
+        "use_gpu": False,
+        "precision": "fp32",
+        "threads": 1,
+    }
+    return inference._Worker(settings)
+
+
+def test_an_actor_reads_the_next_batches_while_one_runs(
+    encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those and no more, and what comes back is in order."""
+    index = index_rows(noise_store(tmp_path / "store", SPEC, 32).snapshot(), "train")
+    worker = _worker(encoder, index, monkeypatch)
+    read, others = inference.read_window, threading.Semaphore(0)
+    begun: list[int] = []
+
+    def seen(window: Window) -> Iterator[Batch]:
+        begun.append(int(window.position_W[0]) // 4)
+        others.release()
+        return read(window)
+
+    monkeypatch.setattr(inference, "read_window", seen)
+    run, at_run = worker.model, []
+
+    def model(*given: Any) -> Outputs:
+        if not at_run:
+            for _ in range(1 + inference._AHEAD):
+                assert others.acquire(timeout=30), "a batch runs, and the next ones are not read"
+        at_run.append(len(begun))
+        return run(*given)
+
+    monkeypatch.setattr(worker, "model", model)
+    rows = worker({"id": np.arange(8)})
+    assert sorted(begun) == list(range(8))
+    assert at_run[0] == 1 + inference._AHEAD
+    assert all(n <= 1 + i + inference._AHEAD for i, n in enumerate(at_run))
+    positions, kinds = zip(*map(pickle.loads, rows["outputs"]), strict=True)
+    np.testing.assert_array_equal(np.concatenate(positions), np.arange(32))
+    for i, (batch,) in enumerate(
+        list(read(window_of(index, np.arange(4)[None] + 4 * i, FrameDraw(1, random=False))))
+        for i in range(8)
+    ):
+        alone = run(batch.fbank, batch.frames, 1, False).z
+        for stream, x in alone.items():
+            np.testing.assert_array_equal(kinds[i]["z"][stream], x)
+
+
+def test_a_batch_that_cannot_be_read_is_named_when_its_turn_comes(
+    encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = noise_store(tmp_path / "store", SPEC, 32)
+    index = index_rows(store.snapshot(), "train")
+    worker = _worker(encoder, index, monkeypatch)
+    gone = Path(store.location.join(index.shards[1]))
+    gone.unlink()
+    run, n_run = worker.model, []
+
+    def model(*given: Any) -> Outputs:
+        n_run.append(1)
+        return run(*given)
+
+    monkeypatch.setattr(worker, "model", model)
+    with pytest.raises(DamagedShard, match=re.escape(str(gone))):
+        worker({"id": np.arange(8)})
+    assert len(n_run) == 4, "the first shard's batches"
+    assert not [t for t in threading.enumerate() if t.name.startswith("read")]
+
+
+@pytest.mark.parametrize("n_rows", [1, 63, 64, 65, 256, 257, 480, 1001])
+def test_batches_hold_each_clip_once(n_rows: int) -> None:
+    batches = inference.batches_of(n_rows)
+    assert [n for first, end in batches for n in range(first, end)] == list(range(n_rows))
+    assert max(end - first for first, end in batches) <= 64
 
 
 def test_memory_of_the_driver_does_not_grow_with_the_clips(
