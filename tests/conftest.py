@@ -15,6 +15,10 @@ from support.warm_workers import warm_workers
 # Tiny tensors: a second BLAS thread costs more than it brings, and disturbs the tests beside it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Tests say where their runs are written down, and no MLflow of who starts them may get those.
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+    os.environ.pop(name, None)
+
 # A shell's background job ignores SIGINT, and so would every process that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -58,17 +58,18 @@ class TrackingConfig(Frozen):
     """Where the run is written down."""
 
     uri: str | None = None
-    """MLflow tracking URI; None: sqlite:///<out>/mlflow.db, and no MLflow for a run in a bucket."""
-    experiment: str = "diccae"
-    """MLflow experiment."""
+    """MLflow tracking URI; None: the variable MLFLOW_TRACKING_URI, else sqlite:///<out>/mlflow.db,
+    and no MLflow for a run in a bucket."""
+    experiment: str | None = None
+    """MLflow experiment; None: the variable MLFLOW_EXPERIMENT_NAME, else `diccae`."""
     register_as: str | None = None
     """Name under which `diccae report` registers the run's model, with the alias `candidate`; None
     registers nothing."""
     system_metrics: bool | None = None
-    """CPU, memory, GPU and network of every node while it trains; None: where `uri` is a server."""
+    """CPU, memory, GPU and network of every node while it trains; None: where MLflow is a
+    server."""
 
-    @property
-    def of_nodes(self) -> bool:
-        """Whether the nodes are measured."""
-        is_server = (self.uri or "").startswith(("http://", "https://"))
+    def of_nodes(self, uri: str) -> bool:
+        """Whether the nodes are measured. Args: uri: where the MLflow run is."""
+        is_server = uri.startswith(("http://", "https://"))
         return is_server if self.system_metrics is None else self.system_metrics

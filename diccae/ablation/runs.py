@@ -24,7 +24,7 @@ from diccae.stages.finetune import run_finetune
 from diccae.stages.pretrain import run_pretrain
 from pipeline.storage import Location
 from pipeline.store.store import FeatureStore
-from training.cluster_config import NOT_DECIDING
+from training.cluster_config import NOT_DECIDING, TrackingConfig
 from training.errors import TrainingError
 from training.evaluation import metrics
 from training.evaluation.variants import Variant
@@ -33,6 +33,7 @@ from training.run.pinned import check, pin
 from training.run.pretrain import CHECKPOINTS
 from training.tracking import tracker as tracking
 from training.tracking.copier import RunHandle
+from training.tracking.destination import destination
 
 Say = Callable[[str], None]
 
@@ -212,7 +213,7 @@ class Prepared(NamedTuple):
     """What pins it, and its MLflow run."""
 
 
-def prepare(config: RunConfig, plan: Plan, store: str, out: Location) -> Prepared:
+def prepare(config: RunConfig, plan: Plan, store: str, out: Location, say: Say) -> Prepared:
     """Check and pin everything.
 
     Raises: UsageError if `out` holds another ablation, or a run of what a variant was before.
@@ -222,9 +223,7 @@ def prepare(config: RunConfig, plan: Plan, store: str, out: Location) -> Prepare
     pinned = config.model_copy(
         update={
             "data": config.data.model_copy(update={"version": record["store"]["version"]}),
-            "tracking": config.tracking.model_copy(
-                update={"uri": tracking.tracking_uri(config.tracking, out.uri) or None}
-            ),
+            "tracking": _tracking(config, out, say),
         }
     )
     _check_all(pinned, plan, store)
@@ -283,6 +282,15 @@ def _check_all(config: RunConfig, plan: Plan, store: str) -> None:
             check(own, own.clustering, data)
         except TrainingError as error:
             raise UsageError(f"variant {name}: {error}") from None
+
+
+def _tracking(config: RunConfig, out: Location, say: Say) -> TrackingConfig:
+    """Where all runs of the ablation are written down: beside their parent, if that is there."""
+    where = destination(config.tracking, out.uri)
+    known = read_json(out, TABLE).get("mlflow") or {"run_id": ""}
+    uri = known["uri"] if known["run_id"] else where.uri
+    say(f"tracking  MLflow at {uri}, where it began" if known["run_id"] else f"tracking  {where}")
+    return config.tracking.model_copy(update={"uri": uri or None, "experiment": where.experiment})
 
 
 def _parent_run(config: RunConfig, record: dict[str, Any], out: Location) -> RunHandle:

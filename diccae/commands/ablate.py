@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     folder = RunFolder(args.out)
     out = folder.place
     with folder.held("ablate", args.run.scale.lease_stale_s):
-        runs, record = prepare(config, plan, args.store, out)
+        runs, record = prepare(config, plan, args.store, out, say)
         if args.processes:
             made = run_side_by_side(runs, args.processes, say)
         else:

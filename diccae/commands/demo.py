@@ -45,7 +45,9 @@ def main(argv: Sequence[str]) -> int:
     data = None if args.data is None else Path(args.data)
     demo = run_demo(args.run, args.out, data, args.fresh, say)
     print(f"{results_table(demo.results)}\n\nreport    {demo.page}")
-    if demo.mlflow_uri:
+    if demo.mlflow_uri.startswith("http"):
+        print(f"curves    {demo.mlflow_uri}")
+    elif demo.mlflow_uri:
         # `make demo` runs in an environment that need not be on the PATH of who reads this.
         mlflow = "mlflow" if shutil.which("mlflow") else f"{sys.executable} -m mlflow"
         print(f"curves    {mlflow} ui --backend-store-uri {demo.mlflow_uri}")

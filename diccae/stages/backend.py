@@ -55,8 +55,8 @@ class Backend(Protocol):
         """While a stage runs: logs of the nodes, and what they use if `measure`."""
         ...
 
-    def note(self, scale: ScaleConfig, handle: RunHandle, say: Say) -> None:
-        """Say what a reader of the times, or of the metrics, has to know."""
+    def note(self, scale: ScaleConfig, say: Say) -> None:
+        """Say what a reader of the times has to know."""
         ...
 
     def pretrain(
@@ -90,14 +90,9 @@ class OnRay:
         """See `Backend`."""
         return tracking_run(folder, config, data, say, tags)
 
-    def note(self, scale: ScaleConfig, handle: RunHandle, say: Say) -> None:
+    def note(self, scale: ScaleConfig, say: Say) -> None:
         """See `Backend`."""
         scale_note(scale, say)
-        if not handle.uri:
-            say(
-                "tracking  metrics.jsonl alone: a bucket holds no MLflow file; --tracking.uri "
-                "names one"
-            )
 
     def pretrain(
         self, config: RunConfig, data: Pinned, written: Written, span: Span
@@ -157,7 +152,7 @@ class InLab:
         """See `Backend`; that of a run begun on Ray, else one without an id."""
         return known_run(folder, config, say)
 
-    def note(self, scale: ScaleConfig, handle: RunHandle, say: Say) -> None:
+    def note(self, scale: ScaleConfig, say: Say) -> None:
         """See `Backend`."""
 
     def pretrain(

@@ -56,7 +56,7 @@ def run_finetune(
     started = time.monotonic()
     written = Written(folder.place, handle, origin, folder.attempt)
     stage = partial(backend.finetune, config, train, uri, written)
-    nodes = backend.watched_nodes(folder.attempt, handle, config.tracking.of_nodes)
+    nodes = backend.watched_nodes(folder.attempt, handle, config.tracking.of_nodes(handle.uri))
     with nodes, watched(folder.place, "finetune.jsonl", total, "finetune"):
         with_status(folder, handle, config, stage, section="finetune")
     folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})

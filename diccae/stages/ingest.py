@@ -12,13 +12,14 @@ from typing import Any
 
 from diccae.reach import check_reach
 from diccae.resources import embedded_cores, start_ray
-from diccae.screen import ProgressLine, clock
+from diccae.screen import ProgressLine, clock, say
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.ingest.run import IngestSummary, Progress, ingest
 from pipeline.source.listing import local_clip
 from training.cluster_config import TrackingConfig
 from training.tracking import tracker as tracking
 from training.tracking.copier import RunHandle
+from training.tracking.destination import destination, named
 
 _LOCAL_CLIPS_ALONE = 1024
 """Where Ray brings no cores it costs 14 s of two of them; that is little only above this."""
@@ -37,7 +38,8 @@ def run_ingest(
     """Bring the store up to date, with a progress line.
 
     Args: clips, videos, label_from_folder: as list_sources takes them; tracked: where to write
-        the ingest down as an MLflow run of its own; None or no URI: not.
+        the ingest down as an MLflow run of its own; None, or where neither it nor the environment
+        names a URI: not.
     """
     config = _for_machine_alone(config) if embedded_cores() else config
     params = {"clips": clips, "videos": videos, "store": store, "ingest": config.model_dump()}
@@ -46,8 +48,8 @@ def run_ingest(
     with _IngestRun(tracked, params) as run, closing(ProgressLine()) as line:
 
         def show(progress: Progress) -> None:
-            line.show(_in_words(progress), now=progress.done == progress.total)
             run.log(progress)
+            line.show(_in_words(progress), now=progress.done == progress.total)
 
         summary = ingest(
             clips,
@@ -89,7 +91,7 @@ def _in_words(progress: Progress) -> str:
 class _IngestRun:
     """The MLflow run of an ingest, made at its first progress: nothing to do leaves no run.
 
-    Without a config, or one without a server, it keeps silent.
+    Without a config, or where nothing names a server, it keeps silent.
     """
 
     def __init__(self, config: TrackingConfig | None, params: dict[str, Any]) -> None:
@@ -100,7 +102,7 @@ class _IngestRun:
 
     def log(self, progress: Progress) -> None:
         """A point of the curves; its step is the number of clips done."""
-        if self._config is None or not self._config.uri:
+        if self._config is None or not named(self._config)[0]:
             return
         if self._tracker is None:
             self._tracker = self._begin(self._config)
@@ -119,6 +121,7 @@ class _IngestRun:
     def _begin(self, config: TrackingConfig) -> tracking.Tracker:
         scratch = tempfile.mkdtemp(prefix="diccae-ingest-")
         store = str(self._params["store"])
+        say(f"tracking  {destination(config, scratch)}")
         tags = {"mlflow.runName": f"ingest {Path(store).name}", "store.uri": store}
         self._handle = tracking.create_run(config, scratch, self._params, tags, {})
         return tracking.Tracker(self._handle, Path(scratch) / "metrics.jsonl")

@@ -46,11 +46,11 @@ def run_pretrain(
     reads = {"--store": data.snapshot.uri, "--init": config.encoder.init}
     backend.ready(training_demands(config, pool), reads, folder.uri)
     handle = backend.track(folder, config, data, tags, say)
-    backend.note(config.scale, handle, say)
+    backend.note(config.scale, say)
     total = _say_what_is_trained(config, data, say, span)
     written = Written(folder.place, handle, provenance(folder, config), folder.attempt)
     started = time.monotonic()
-    nodes = backend.watched_nodes(folder.attempt, handle, config.tracking.of_nodes)
+    nodes = backend.watched_nodes(folder.attempt, handle, config.tracking.of_nodes(handle.uri))
     with nodes, watched(folder.place, "metrics.jsonl", total, "pretrain"):
         result = with_status(
             folder,

@@ -22,10 +22,12 @@ from pipeline.store.vacuumed import whole_snapshot
 from training.run.pinned import Pinned, pin
 from training.tracking import tracker as tracking
 from training.tracking.copier import RunHandle
+from training.tracking.destination import destination, named
 
 Say = Callable[[str], None]
 _OF_LATER_STAGES = {"finetune", "evaluate"}
 """Sections that may change until their stage, and that MLflow is told then."""
+_PARENT = "mlflow.parentRunId"
 _LEFT_OUT = "left_out.parquet"
 """Of a run folder: clip_id and rule of the train clips it leaves out."""
 
@@ -184,6 +186,9 @@ def tracking_run(
     # Without a URI there was no MLflow, and this start may name one.
     if known.uri:
         return known
+    tags = tags or {}
+    if _PARENT not in tags:  # An ablation says it once, for all its runs.
+        say(f"tracking  {destination(config.tracking, folder.uri)}")
     handle = tracking.create_run(
         config.tracking,
         folder.uri,
@@ -192,7 +197,7 @@ def tracking_run(
             "mlflow.runName": folder.place.name,
             "config_hash": config.digest(),
             **folder.attempt.tags,
-            **(tags or {}),
+            **tags,
         },
         folder.record["store"] | {"name": Path(str(data.snapshot.uri)).name},
     )
@@ -203,10 +208,10 @@ def tracking_run(
 def known_run(folder: RunFolder, config: RunConfig, say: Say) -> RunHandle:
     """The folder's MLflow run for a stage that begins; one that MLflow missed is made now if it
     can be, where this start says. Without an id where there is none."""
-    handle, asked = tracking_handle(folder), config.tracking.uri
+    handle, (asked, by) = tracking_handle(folder), named(config.tracking)
     if handle.run_id:
         if asked and asked.rstrip("/") != handle.uri.rstrip("/"):
-            say(f"tracking  the run stays in MLflow at {handle.uri}; tracking.uri is {asked}")
+            say(f"tracking  the run stays in MLflow at {handle.uri}; {by} is {asked}")
         return handle
     if not handle.uri:
         return handle
@@ -225,11 +230,15 @@ def say_if_untracked(handle: RunHandle, what: str, say: Say) -> None:
 
 def begin_another_tracking_run(folder: RunFolder, config: RunConfig, say: Say) -> None:
     """For a classifier that is trained anew: of a metric and a step MLflow keeps the point it has,
-    so in the same run the curve would stay the old classifier's."""
+    so in the same run the curve would stay the old classifier's. It begins where the old one is,
+    unless this start names another place."""
     old = folder.record.get("mlflow")
     if not old or not old["run_id"]:
         return
     folder.write_record(mlflow=None)
+    if not named(config.tracking)[0]:
+        stays = config.tracking.model_copy(update={"uri": old["uri"]})
+        config = config.model_copy(update={"tracking": stays})
     again = {"fine_tuned_again_after": old["run_id"]}
     tracking_run(folder, config, pin_for(folder, config), say, again)
 

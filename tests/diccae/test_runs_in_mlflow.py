@@ -103,6 +103,34 @@ def test_a_run_that_mlflow_missed_begins_with_the_next_start_where_that_says(
 
 
 @pytest.mark.usefixtures("tracked")
+def test_a_run_is_where_the_environment_says_and_says_so(
+    running: Server,
+    store: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "run"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", running.uri)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "team")
+    assert main(_pretrain(store, out)) == 0
+    said = f"MLflow at {running.uri} (MLFLOW_TRACKING_URI), experiment team (MLFLOW_EXPERIMENT_NAME"
+    assert capsys.readouterr().err.count(said) == 1
+    assert _record(out)["uri"] == running.uri
+    assert not (out / "mlflow.db").exists()
+    team = _client(out).get_experiment_by_name("team")
+    assert _run(out).info.experiment_id == team.experiment_id
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert main(["evaluate", "--out", str(out)]) == 0
+    said = f"stays in MLflow at {running.uri}; MLFLOW_TRACKING_URI is http://127.0.0.1:9"
+    assert said in capsys.readouterr().err
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert main(["finetune", "--out", str(out), *TUNED]) == 0
+    assert main(["finetune", "--out", str(out), *TUNED, "--fresh"]) == 0
+    assert _record(out)["uri"] == running.uri, "another run, in the same place"
+
+
+@pytest.mark.usefixtures("tracked")
 def test_the_way_from_mlflow_to_folder_and_job_is_that_of_the_last_start(
     running: Server, store: str, tmp_path: Path, diccae: Diccae, monkeypatch: pytest.MonkeyPatch
 ) -> None:

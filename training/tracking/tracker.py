@@ -27,6 +27,7 @@ from training.tracking.copier import (
     one_line,
     read_metrics,
 )
+from training.tracking.destination import destination
 from training.tracking.spool import Spool
 
 log = logging.getLogger(__name__)
@@ -56,15 +57,6 @@ def never_fatal(what: str) -> Callable[[Callable[P, T]], Callable[P, T | None]]:
     return decorate
 
 
-def tracking_uri(config: TrackingConfig, out: str) -> str:
-    """The MLflow URI of a run: the configured one, or an SQLite file in the run folder; empty
-    where that is a bucket, which holds no SQLite file."""
-    if config.uri:
-        return config.uri
-    place = Location(out)
-    return f"sqlite:///{Path(place.path).resolve() / 'mlflow.db'}" if place.is_local else ""
-
-
 def create_run(
     config: TrackingConfig,
     out: str,
@@ -78,13 +70,14 @@ def create_run(
         dataset: uri, version and digest of the pinned feature store.
     Returns: a handle; with an empty run_id if MLflow does not answer now, or there is none.
     """
-    uri = tracking_uri(config, out)
+    where = destination(config, out)
+    uri = where.uri
     if not uri:
         return RunHandle("", "", str(out))
     if Location(out).is_local:
         Path(out).mkdir(parents=True, exist_ok=True)  # SQLite makes none.
     request = {
-        "experiment": config.experiment,
+        "experiment": where.experiment,
         "params": _as_text(params),
         "tags": {key: str(value) for key, value in tags.items()},
         "dataset": dataset,
