@@ -36,7 +36,7 @@ class EvaluateArgs:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-OPTIONS = Options("evaluate", EvaluateArgs, ("evaluate", "scale"))
+OPTIONS = Options("evaluate", EvaluateArgs, ("evaluate", "scale", "tracking"))
 
 
 def main(argv: Sequence[str]) -> int:

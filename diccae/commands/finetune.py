@@ -34,7 +34,7 @@ class FinetuneArgs:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-OPTIONS = Options("finetune", FinetuneArgs, ("finetune", "scale", "data"))
+OPTIONS = Options("finetune", FinetuneArgs, ("finetune", "scale", "data", "tracking"))
 
 
 def main(argv: Sequence[str]) -> int:

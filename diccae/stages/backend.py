@@ -13,7 +13,7 @@ from diccae.nodes.every_node import watched_nodes
 from diccae.reach import check_reach
 from diccae.resources import Demand, check_fits, scale_note, start_ray
 from diccae.run_folder import RunFolder
-from diccae.stages.run_record import Say, known_run, tracking_run
+from diccae.stages.run_record import Say, attached_run, known_run, tracking_run
 from training.attempt import Attempt
 from training.cluster_config import ScaleConfig
 from training.data.rows import RowIndex
@@ -47,6 +47,10 @@ class Backend(Protocol):
         self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags, say: Say
     ) -> RunHandle:
         """The MLflow run of a folder."""
+        ...
+
+    def attach(self, folder: RunFolder, config: RunConfig, data: Pinned, say: Say) -> RunHandle:
+        """The same for a later stage, which makes one only where it names an MLflow."""
         ...
 
     def watched_nodes(
@@ -89,6 +93,10 @@ class OnRay:
     ) -> RunHandle:
         """See `Backend`."""
         return tracking_run(folder, config, data, say, tags)
+
+    def attach(self, folder: RunFolder, config: RunConfig, data: Pinned, say: Say) -> RunHandle:
+        """See `Backend`."""
+        return attached_run(folder, config, data, say)
 
     def note(self, scale: ScaleConfig, say: Say) -> None:
         """See `Backend`."""
@@ -149,6 +157,10 @@ class InLab:
     def track(
         self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags, say: Say
     ) -> RunHandle:
+        """See `Backend`; that of a run begun on Ray, else one without an id."""
+        return known_run(folder, config, say)
+
+    def attach(self, folder: RunFolder, config: RunConfig, data: Pinned, say: Say) -> RunHandle:
         """See `Backend`; that of a run begun on Ray, else one without an id."""
         return known_run(folder, config, say)
 

@@ -13,7 +13,7 @@ from diccae.errors import UsageError
 from diccae.resources import Demand
 from diccae.run_folder import RunFolder
 from diccae.stages.backend import ON_RAY, Backend
-from diccae.stages.run_record import Say, known_run, pin_for, say_if_untracked
+from diccae.stages.run_record import Say, pin_for, say_if_untracked
 from diccae.stages.statistics import settle
 from training.cluster_config import ScaleConfig
 from training.data.rows import RowIndex, clip_keys, index_rows, with_labels
@@ -46,7 +46,7 @@ def run_evaluate(
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
     started = time.monotonic()
     clusters = _clusters(folder.place.uri_of("rounds"), test)
-    handle = known_run(folder, config, say)
+    handle = backend.attach(folder, config, data, say)
     with backend.watched_nodes(folder.attempt, handle, measure=False):
         evaluation = evaluate(
             config,

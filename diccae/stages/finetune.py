@@ -10,7 +10,7 @@ from diccae.config import RunConfig
 from diccae.resources import training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.backend import ON_RAY, Backend
-from diccae.stages.run_record import Say, known_run, pin_for, provenance, with_status
+from diccae.stages.run_record import Say, pin_for, provenance, with_status
 from diccae.stages.statistics import settle
 from training.data.order import BatchPlan
 from training.data.rows import RowIndex, with_labels
@@ -47,7 +47,7 @@ def run_finetune(
     plan = BatchPlan.of_finetuning(len(train), config)
     reads = {"--store": data.snapshot.uri, "--encoder": encoder}
     backend.ready(training_demands(config, None), reads, folder.uri)
-    handle = known_run(folder, config, say)
+    handle = backend.attach(folder, config, data, say)
     origin = provenance(folder, config)
     folder.check()
     uri = starting_encoder(config, train, encoder, folder.place, origin)

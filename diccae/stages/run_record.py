@@ -192,7 +192,7 @@ def tracking_run(
     handle = tracking.create_run(
         config.tracking,
         folder.uri,
-        config.model_dump(mode="json", exclude=_OF_LATER_STAGES),
+        _settings_of_begun(folder, config),
         {
             "mlflow.runName": folder.place.name,
             "config_hash": config.digest(),
@@ -201,6 +201,25 @@ def tracking_run(
         },
         folder.record["store"] | {"name": Path(str(data.snapshot.uri)).name},
     )
+    folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
+    return handle
+
+
+def _settings_of_begun(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """The config without the sections of stages that the folder has nothing of yet."""
+    settings = config.model_dump(mode="json", exclude=_OF_LATER_STAGES)
+    if folder.place.exists("classifier/classifier.json"):
+        settings["finetune"] = folder.config().finetune.model_dump(mode="json")
+    return settings
+
+
+def attached_run(folder: RunFolder, config: RunConfig, data: Pinned, say: Say) -> RunHandle:
+    """`known_run`; where the run began without MLflow and this start names one, it is made now,
+    with the curves until now."""
+    handle = known_run(folder, config, say)
+    if handle.uri or not named(config.tracking)[0]:
+        return handle
+    handle = tracking.finish(tracking_run(folder, config, data, say))
     folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
     return handle
 
@@ -223,9 +242,13 @@ def known_run(folder: RunFolder, config: RunConfig, say: Say) -> RunHandle:
 
 def say_if_untracked(handle: RunHandle, what: str, say: Say) -> None:
     """For a stage that gives MLflow its results once: nothing sends these later."""
-    if not handle.run_id:
-        why = f"MLflow at {handle.uri} lacks the run" if handle.uri else "the run has no MLflow"
-        say(f"tracking  {why}: {what} in the run folder alone")
+    if handle.run_id:
+        return
+    if handle.uri:
+        why, then = f"MLflow at {handle.uri} lacks the run", "its next stage sends it there"
+    else:
+        why, then = "the run has no MLflow", "finetune or evaluate with --tracking.uri makes it one"
+    say(f"tracking  {why}: {what} in the run folder alone; {then}")
 
 
 def begin_another_tracking_run(folder: RunFolder, config: RunConfig, say: Say) -> None:

@@ -39,6 +39,7 @@ def running(server: Server) -> Server:
 def tracked(in_lab: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages in the lab, with the MLflow run that they have on Ray."""
     monkeypatch.setattr(InLab, "track", OnRay.track)
+    monkeypatch.setattr(InLab, "attach", OnRay.attach)
 
 
 def _pretrain(store: str, out: Path, *more: str) -> list[str]:
@@ -204,6 +205,39 @@ def test_json_of_a_run_in_a_server_is_all_of_stdout(
     printed = diccae(*_pretrain(store, tmp_path / "run", *uri), "--json")
     assert json.loads(printed)["n_train"] > 0
     assert _record(tmp_path / "run")["run_id"], "it is in the server"
+
+
+@pytest.fixture
+def without_mlflow(monkeypatch: pytest.MonkeyPatch, in_lab: None) -> None:
+    """Stages as in a bucket, which has no MLflow unless a start names one."""
+    monkeypatch.setattr(InLab, "attach", OnRay.attach)
+
+
+@pytest.mark.usefixtures("without_mlflow")
+@pytest.mark.parametrize("stage", ["finetune", "evaluate"])
+def test_a_run_begun_without_mlflow_is_in_the_one_that_a_later_stage_names(
+    stage: str,
+    running: Server,
+    store: str,
+    tmp_path: Path,
+    diccae: Diccae,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, uri = tmp_path / "run", ["--tracking.uri", running.uri]
+    diccae(*_pretrain(store, out))
+    diccae("finetune", "--out", str(out), *TUNED, *(uri if stage == "finetune" else ()))
+    if stage == "evaluate":
+        assert main(["evaluate", "--out", str(out)]) == 0
+        assert "evaluate with --tracking.uri makes it one" in capsys.readouterr().err
+        assert not _record(out)["run_id"]
+    diccae("evaluate", "--out", str(out), *uri)
+    run = _run(out)
+    assert _record(out)["uri"] == running.uri
+    assert run.info.status == "FINISHED"
+    assert run.data.params["finetune.epochs"] == "1"
+    assert "probe/audio" in run.data.metrics
+    for metric, file in (("loss", "metrics.jsonl"), ("finetune/loss", "finetune.jsonl")):
+        assert _steps(out, metric) == [line["step"] for line in lines(out / file)]
 
 
 def _record(out: Path) -> dict[str, Any]:

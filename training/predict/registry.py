@@ -46,8 +46,8 @@ def register(handle: RunHandle, uri: str | Path, name: str, alias: str = "candid
 
     if not handle.run_id:
         raise TrainingError(
-            f"{uri}: its run is not in MLflow yet (mlflow in run.json): the next stage, "
-            "such as diccae report, sends it"
+            f"{uri}: its run is not in MLflow yet (mlflow in run.json): the next stage sends it, "
+            "such as diccae evaluate, with --tracking.uri URI if the run began without MLflow"
         )
     folder = find_models(str(uri)).main
     try:
