@@ -47,6 +47,7 @@ def run_evaluate(
     started = time.monotonic()
     clusters = _clusters(folder.place.uri_of("rounds"), test)
     handle = backend.attach(folder, config, data, say)
+    tracking.settle(handle)
     with backend.watched_nodes(folder.attempt, handle, measure=False):
         evaluation = evaluate(
             config,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diccae.reach import check_reach
-from diccae.resources import embedded_cores, start_ray
+from diccae.resources import embedded_cores, job_id, start_ray
 from diccae.screen import ProgressLine, clock, say
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.ingest.run import IngestSummary, Progress, ingest
@@ -122,7 +122,7 @@ class _IngestRun:
         scratch = tempfile.mkdtemp(prefix="diccae-ingest-")
         store = str(self._params["store"])
         say(f"tracking  {destination(config, scratch)}")
-        tags = {"mlflow.runName": f"ingest {Path(store).name}", "store.uri": store}
+        tags = {"mlflow.runName": f"ingest {Path(store).name}", "store.uri": store, "job": job_id()}
         self._handle = tracking.create_run(config, scratch, self._params, tags, {})
         return tracking.Tracker(self._handle, Path(scratch) / "metrics.jsonl")
 

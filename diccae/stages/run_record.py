@@ -289,15 +289,16 @@ def with_status(
     stage: Callable[[], dict[str, Any]],
     section: str | None = None,
 ) -> dict[str, Any]:
-    """Run a stage and tell MLflow how it ended; an MLflow that was away gets the run now.
+    """Run a stage and tell MLflow that it runs, with what, and how it ended; an MLflow that was
+    away gets the run now.
 
     A start that lost the folder tells nothing: the run is that of the one which holds it.
     Args: section: of the config, which no stage before this one has used.
     """
     folder.check()
-    _tell_settings(handle, config, section)
-    status = "FAILED"
+    status, told = "FAILED", False
     try:
+        told = bool(tracking.begin(handle)) and _tell_settings(folder, handle, config, section)
         result = stage()
         status = "FINISHED"
         return result
@@ -308,13 +309,17 @@ def with_status(
         if folder.is_ours:
             handle = tracking.finish(handle, status)
             folder.write_record(mlflow={"uri": handle.uri, "run_id": handle.run_id})
-            # Again: MLflow may have been away when the stage began.
-            _tell_settings(handle, config, section)
+            if handle.run_id and not told:  # MLflow was away when the stage began.
+                _tell_settings(folder, handle, config, section)
 
 
-def _tell_settings(handle: RunHandle, config: RunConfig, section: str | None) -> None:
-    if handle.run_id:
-        # Of pretraining: what it goes on with other values of than it began with.
-        sections = {section} if section else set(type(config).model_fields) - _OF_LATER_STAGES
-        params = config.model_dump(mode="json", include=sections)
-        tracking.log_settings(handle, params, {"config_hash": config.digest()})
+def _tell_settings(
+    folder: RunFolder, handle: RunHandle, config: RunConfig, section: str | None
+) -> bool:
+    """Returns: whether MLflow has them all."""
+    # Of pretraining: what it goes on with other values of than it began with.
+    sections = {section} if section else set(type(config).model_fields) - _OF_LATER_STAGES
+    params = config.model_dump(mode="json", include=sections)
+    has_params = tracking.log_settings(handle, params, {"config_hash": config.digest()})
+    has_file = tracking.log_artifacts(handle, [folder.place.uri_of("config.yaml")])
+    return bool(has_params and has_file)

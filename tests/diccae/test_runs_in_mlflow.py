@@ -207,6 +207,39 @@ def test_json_of_a_run_in_a_server_is_all_of_stdout(
     assert _record(tmp_path / "run")["run_id"], "it is in the server"
 
 
+@pytest.mark.usefixtures("tracked")
+def test_a_stage_of_a_finished_run_is_seen_to_run_and_to_end(
+    running: Server,
+    store: str,
+    tmp_path: Path,
+    diccae: Diccae,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, seen = tmp_path / "run", list[tuple[str, list[str]]]()
+    diccae(*_pretrain(store, out, "--tracking.uri", running.uri))
+    run_id, finetune = _record(out)["run_id"], InLab.finetune
+
+    def look(lab: InLab, *arguments: Any) -> dict[str, Any]:
+        files = [file.path for file in _client(out).list_artifacts(run_id)]
+        seen.append((_run(out).info.status, files))
+        return finetune(lab, *arguments)
+
+    def stop(lab: InLab, *arguments: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(InLab, "finetune", stop)
+    assert main(["finetune", "--out", str(out), *TUNED]) == 130
+    assert _run(out).info.status == "KILLED"
+    monkeypatch.setattr(InLab, "finetune", look)
+    diccae("finetune", "--out", str(out), *TUNED)
+    assert seen == [("RUNNING", ["config.yaml"])]
+    assert _run(out).info.status == "FINISHED"
+    # As a SIGKILL in the middle of a stage leaves it.
+    _client(out).update_run(run_id, status="RUNNING")
+    diccae("evaluate", "--out", str(out))
+    assert _run(out).info.status == "KILLED"
+
+
 @pytest.fixture
 def without_mlflow(monkeypatch: pytest.MonkeyPatch, in_lab: None) -> None:
     """Stages as in a bucket, which has no MLflow unless a start names one."""
@@ -238,6 +271,24 @@ def test_a_run_begun_without_mlflow_is_in_the_one_that_a_later_stage_names(
     assert "probe/audio" in run.data.metrics
     for metric, file in (("loss", "metrics.jsonl"), ("finetune/loss", "finetune.jsonl")):
         assert _steps(out, metric) == [line["step"] for line in lines(out / file)]
+
+
+def test_an_ingest_is_where_the_environment_says_with_the_way_to_its_job(
+    running: Server, store: str, tmp_path: Path, diccae: Diccae, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips, few = Path(store).parent / "clips", tmp_path / "few.csv"
+    few.write_text("".join((clips / "clips.csv").read_text().splitlines(keepends=True)[:2]))
+    job = json.dumps({"metadata": {"job_submission_id": "raysubmit_7"}})
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", job)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", running.uri)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "ingests")
+    source = ["--clips", str(few), "--videos", str(clips / "videos")]
+    diccae("ingest", *source, "--store", str(tmp_path / "store"), "--config", SMOKE)
+    client = mlflow_client(running.uri)
+    [run] = client.search_runs([client.get_experiment_by_name("ingests").experiment_id])
+    assert run.data.metrics["ok"] == 2
+    assert run.data.tags["store.uri"] == str(tmp_path / "store")
+    assert run.data.tags["job"] == "raysubmit_7"
 
 
 def _record(out: Path) -> dict[str, Any]:

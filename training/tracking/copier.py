@@ -193,7 +193,7 @@ class MetricsCopier:
         run = client.get_run(run_id)
         for key, value in self._attempt.tags.items():
             client.set_tag(run_id, key, value)
-        if run.info.status != "FINISHED":  # A later stage ends nothing.
+        if run.info.status != "FINISHED":  # Else the driver may have ended it by now.
             if self._resume_step:
                 client.set_tag(run_id, "resumed_from_step", str(self._resume_step))
             if self._resume_step or self._attempt.number:  # Neither: a report's copy.

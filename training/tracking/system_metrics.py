@@ -54,7 +54,7 @@ class SystemMetrics:
         return thread is not None and thread.is_alive()
 
     def _begin(self) -> None:
-        # A later stage of a finished run adds to its results, and nothing to its curves.
+        # MLflow's monitor would end at once, and say so each time.
         client = mlflow_client(self._handle.uri)
         if client.get_run(self._handle.run_id).info.status != "RUNNING":
             return

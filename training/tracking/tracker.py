@@ -223,6 +223,31 @@ def log_artifacts(handle: RunHandle, paths: Iterable[str | Path]) -> bool:
     return True
 
 
+@never_fatal("mark the run as going on")
+def begin(handle: RunHandle) -> bool:
+    """A stage begins: the run goes on until `finish`, also one that an earlier stage ended.
+
+    By the driver and not by a worker's copier, which may come to it after the driver's `finish`.
+    Returns: whether MLflow has it; None where it fails.
+    """
+    if handle.run_id:
+        mlflow_client(handle.uri).update_run(handle.run_id, status="RUNNING")
+    return bool(handle.run_id)
+
+
+@never_fatal("end the run of a killed stage")
+def settle(handle: RunHandle) -> None:
+    """End a run as KILLED whose last stage was killed before it could say so.
+
+    For a caller that holds the run folder: nobody else can be at work there.
+    """
+    if not handle.run_id:
+        return
+    client = mlflow_client(handle.uri)
+    if client.get_run(handle.run_id).info.status == "RUNNING":
+        client.set_terminated(handle.run_id, "KILLED")
+
+
 def finish(handle: RunHandle, status: str = "FINISHED", timeout_s: float = 60.0) -> RunHandle:
     """Send what MLflow still lacks and end the run as FINISHED, FAILED or KILLED.
 
