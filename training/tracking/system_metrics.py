@@ -25,6 +25,7 @@ class SystemMetrics:
     def __init__(self, handle: RunHandle, node: str, every_s: float = 10.0) -> None:
         self._handle, self._node, self._every_s = handle, node, every_s
         self._monitor: Any = None
+        self._ended = threading.Event()
         self._warned = False
 
     def keep_on(self) -> None:
@@ -50,8 +51,7 @@ class SystemMetrics:
         ending.join(_END_S)
 
     def _is_measuring(self) -> bool:
-        thread = getattr(self._monitor, "_process", None)
-        return thread is not None and thread.is_alive()
+        return self._monitor is not None and not self._ended.is_set()
 
     def _begin(self) -> None:
         # MLflow's monitor would end at once, and say so each time.
@@ -61,7 +61,19 @@ class SystemMetrics:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
-        self._monitor = SystemMetricsMonitor(
+        ended = threading.Event()
+
+        class Monitor(SystemMetricsMonitor):  # type: ignore[misc]
+            """Says when it has ended, for which MLflow has no public word."""
+
+            def monitor(self) -> None:
+                """What MLflow's `start` runs in a thread."""
+                try:
+                    super().monitor()
+                finally:
+                    ended.set()
+
+        monitor = Monitor(
             self._handle.run_id,
             sampling_interval=self._every_s,
             # Steps count points: an earlier attempt's, or those of before an outage, go on.
@@ -69,5 +81,6 @@ class SystemMetrics:
             node_id=self._node,
             tracking_uri=self._handle.uri,
         )
-        self._monitor.start()
+        monitor.start()
+        self._monitor, self._ended = monitor, ended
         self._warned = False
