@@ -63,7 +63,7 @@ def _cluster(path: str | None, command: Sequence[str]) -> "ClusterConfig":
 
 
 def refuse_what_never_fits(config: "ClusterConfig") -> None:
-    """Compare the command with all the nodes its groups can have.
+    """Compare the command with all the nodes its groups can have; say so if it leaves GPUs idle.
 
     Raises: ResourceError, in one line: the job would only say so after its cluster was built.
     """
@@ -73,6 +73,7 @@ def refuse_what_never_fits(config: "ClusterConfig") -> None:
     demands = demands_of(config.command)
     if demands is None:
         return
+    _say_if_gpus_idle(config, demands)
     groups = maxima(config)
     if missing := left_over(demands, nodes_of(groups)):
         lacking = ", ".join(
@@ -87,6 +88,16 @@ def refuse_what_never_fits(config: "ClusterConfig") -> None:
             f"{config.command[0]} can never run on these groups: at most {has}, and there is no "
             f"room for {lacking}; raise max_nodes, cpus or gpus of a group, or lower "
             "scale.num_workers, scale.cpus_per_worker or pool.n_actors"
+        )
+
+
+def _say_if_gpus_idle(config: "ClusterConfig", demands: Sequence["Demand"]) -> None:
+    has = config.train.gpus * config.train.max_nodes
+    if has and not any(demand.gpus for demand in demands):
+        say(
+            f"warning: {config.command[0]} asks for no GPU (scale.use_gpu), and group train-gpu "
+            f"has up to {has}: name a config that does, such as --config "
+            f"{_IN_THE_IMAGE}vggsound.yaml, or set train.gpus to 0"
         )
 
 

@@ -207,6 +207,19 @@ def test_what_the_groups_can_never_hold_is_refused_at_rendering(
     assert capsys.readouterr().err == ""
 
 
+def test_a_training_that_leaves_the_gpus_of_its_group_idle_is_told_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _render(tmp_path, "pretrain") == 0
+    said = capsys.readouterr().err
+    assert (
+        "warning: pretrain asks for no GPU (scale.use_gpu), and group train-gpu has up to 8" in said
+    )
+    assert said.count("\n") == 1
+    assert _render(tmp_path, "pretrain", groups="train: {gpus: 0}") == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
