@@ -90,8 +90,9 @@ class ClusterConfig(Frozen):
     )
     """Labels of the operator's pod: whom the network policy lets ask for the state of the job. The
     default is what Helm's chart and kustomize both give it, unless `componentOverride` is set."""
-    command: tuple[str, ...] = ("pretrain", "--config", "/app/configs/vggsound.yaml")
-    """What runs: the words after `diccae`; the images hold the configs in /app/configs."""
+    command: tuple[str, ...] = ()
+    """What runs: the words after `diccae`; the images hold the configs in /app/configs. Nothing is
+    rendered without one."""
     cpu_image: Image = "diccae:cpu"
     """Image of the head and the decode group (Dockerfile target `cpu`)."""
     gpu_image: Image = "diccae:gpu"
@@ -192,8 +193,10 @@ class ClusterConfig(Frozen):
         return self
 
 
-def read_config(path: str | None, command: Sequence[str] = ()) -> ClusterConfig:
-    """The cluster that a YAML file describes, for this command if one is given.
+def read_config(
+    path: str | None, command: Sequence[str] = (), name: str | None = None
+) -> ClusterConfig:
+    """The cluster that a YAML file describes, for this command and of this name if they are given.
 
     Raises: ManifestError for a file that cannot be read or is no mapping; ValidationError for a key
         or value that is not allowed.
@@ -206,4 +209,5 @@ def read_config(path: str | None, command: Sequence[str] = ()) -> ClusterConfig:
         raise ManifestError(f"{path}: {error}") from None
     if not isinstance(given, dict):
         raise ManifestError(f"{path}: found a {type(given).__name__}, expected keys and values")
-    return ClusterConfig.model_validate(given | ({"command": command} if command else {}))
+    told = {"command": command or None, "name": name}
+    return ClusterConfig.model_validate(given | {k: v for k, v in told.items() if v is not None})

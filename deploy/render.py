@@ -51,9 +51,11 @@ _COMPOSED = {
 def render(config: ClusterConfig) -> dict[str, str]:
     """The text of every manifest, by file name.
 
-    Raises: ManifestError if a template asks for a value that the config does not have, or the
-        command writes to a disk that only one pod has.
+    Raises: ManifestError if there is no command, a template asks for a value that the config does
+        not have, or the command writes to a disk that only one pod has.
     """
+    if not config.command:
+        raise ManifestError("command: empty, expected the words after diccae, such as pretrain ...")
     _refuse_runs_in_one_pod(config)
     values = {key: text if key in _PLAIN else json.dumps(text) for key, text in _values(config)}
     rendered = {}

@@ -32,6 +32,8 @@ class RenderArgs:
     """Folder for the manifests."""
     config: str | None = None
     """YAML of deploy.config.ClusterConfig; default: its own."""
+    name: str | None = None
+    """Name of the job and its cluster, another for each stage; default: the config's."""
 
 
 OPTIONS = Options("render", RenderArgs)
@@ -46,18 +48,23 @@ def main(argv: Sequence[str]) -> int:
     args = OPTIONS.parse(options)
     from deploy.render import write_manifests
 
-    config = _cluster(args.config, command)
+    config = _cluster(args.config, command, args.name)
+    if not config.command:
+        raise UsageError(
+            "nothing to run; end the line with: -- pretrain --store s3://... --out s3://... "
+            f"--config {_IN_THE_IMAGE}vggsound.yaml"
+        )
     refuse_what_never_fits(config)
     for path in write_manifests(config, args.out):
         print(path)
     return 0
 
 
-def _cluster(path: str | None, command: Sequence[str]) -> "ClusterConfig":
+def _cluster(path: str | None, command: Sequence[str], name: str | None) -> "ClusterConfig":
     from deploy.config import ClusterConfig, read_config
 
     try:
-        return read_config(path, command)
+        return read_config(path, command, name)
     except ValidationError as error:
         raise UsageError(f"{path or 'the command'}: {explain(error, ClusterConfig)}") from None
 

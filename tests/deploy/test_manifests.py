@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from support.box.kuberay import OPERATORS
 
 from deploy.config import ClusterConfig, GroupConfig, read_config
+from deploy.errors import ManifestError
 from deploy.render import JOB, MAXIMA, render, write_manifests
 from diccae.cli import main
 from pipeline.store import lease
@@ -105,6 +106,14 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+COMMAND = ("ingest", "--store", "s3://bucket/store")
+
+
+def _cluster(**fields: Any) -> ClusterConfig:
+    """Defaults, but for what is given; a command, which has none."""
+    return ClusterConfig(**{"command": COMMAND, **fields})
+
+
 def _documents(config: ClusterConfig) -> list[dict[str, Any]]:
     texts = [text for name, text in render(config).items() if name != "ray-cluster.yaml"]
     return [document for text in texts for document in yaml.safe_load_all(text)]
@@ -162,7 +171,7 @@ UNUSUAL = ClusterConfig(
 )
 
 
-@pytest.mark.parametrize("config", [ClusterConfig(), UNUSUAL], ids=["defaults", "unusual"])
+@pytest.mark.parametrize("config", [_cluster(), UNUSUAL], ids=["defaults", "unusual"])
 def test_manifests_satisfy_the_schema_and_the_rules_of_kuberay(
     schemas: dict[str, Any], config: ClusterConfig
 ) -> None:
@@ -188,7 +197,7 @@ def test_manifests_satisfy_the_schema_and_the_rules_of_kuberay(
 def test_the_schema_check_finds_planted_faults(
     schemas: dict[str, Any], path: str, value: object
 ) -> None:
-    job = _rayjob(ClusterConfig())
+    job = _rayjob(_cluster())
     *parents, last = path.split(".")
     place: Any = job
     for key in parents:
@@ -198,7 +207,7 @@ def test_the_schema_check_finds_planted_faults(
 
 
 def test_the_rule_check_finds_planted_faults() -> None:
-    job = _rayjob(ClusterConfig())
+    job = _rayjob(_cluster())
     cluster = job["spec"]["rayClusterSpec"]
     cluster["rayVersion"] = "2.51.0"
     cluster["workerGroupSpecs"][0]["rayStartParams"]["labels"] = "a=b"
@@ -229,11 +238,11 @@ def test_every_pod_pulls_with_the_secret_of_the_registry() -> None:
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_nodes_that_train_without_a_card_ask_docker_for_none(gpus: int) -> None:
     train = GroupConfig(gpus=gpus, max_nodes=1, instance="c6i.2xlarge")
-    cluster = yaml.safe_load(render(ClusterConfig(train=train))["ray-cluster.yaml"])
+    cluster = yaml.safe_load(render(_cluster(train=train))["ray-cluster.yaml"])
     docker = cluster["available_node_types"]["train-gpu"]["docker"]
     assert ("--gpus all" in docker["worker_run_options"]) == bool(gpus)
     assert docker["worker_image"] == ("diccae:gpu" if gpus else "diccae:cpu")
-    group = _rayjob(ClusterConfig(train=train))["spec"]["rayClusterSpec"]["workerGroupSpecs"][1]
+    group = _rayjob(_cluster(train=train))["spec"]["rayClusterSpec"]["workerGroupSpecs"][1]
     assert group["template"]["spec"]["containers"][0]["image"] == docker["worker_image"]
 
 
@@ -250,7 +259,7 @@ def test_a_shared_claim_is_in_every_pod_and_a_run_in_one_pod_is_refused(
     schemas: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("pretrain", "--store", "s3://b/store", "--out", "/runs/first")
-    config = ClusterConfig(shared_claim="team-runs", shared_mount="/runs", command=command)
+    config = _cluster(shared_claim="team-runs", shared_mount="/runs", command=command)
     job = _rayjob(config)
     assert _errors(schemas, job) == []
     cluster = job["spec"]["rayClusterSpec"]
@@ -269,13 +278,13 @@ def test_a_shared_claim_is_in_every_pod_and_a_run_in_one_pod_is_refused(
 
 def test_a_run_in_a_bucket_needs_no_claim() -> None:
     command = ("pretrain", "--store", "s3://b/store", "--out", "s3://b/run")
-    pod = _rayjob(ClusterConfig(command=command))["spec"]["rayClusterSpec"]["headGroupSpec"]
+    pod = _rayjob(_cluster(command=command))["spec"]["rayClusterSpec"]["headGroupSpec"]
     assert all("emptyDir" in volume for volume in pod["template"]["spec"]["volumes"])
 
 
 def test_two_jobs_stand_beside_each_other() -> None:
     """One MLflow serves both, whichever manifests were applied last."""
-    one, other = _documents(ClusterConfig(name="one")), _documents(ClusterConfig(name="other"))
+    one, other = _documents(_cluster(name="one")), _documents(_cluster(name="other"))
     assert one[2:] == other[2:]
     (rule,) = one[-1]["spec"]["ingress"]
     (peer,) = rule["from"]
@@ -286,7 +295,7 @@ def test_two_jobs_stand_beside_each_other() -> None:
 
 def test_attempts_of_a_job_know_each_other_and_nobody_elses() -> None:
     """By a variable of the job: what is submitted to its cluster besides is another's."""
-    jobs = [_rayjob(config) for config in (ClusterConfig(), UNUSUAL)]
+    jobs = [_rayjob(config) for config in (_cluster(), UNUSUAL)]
     given = [yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"][JOB] for job in jobs]
     assert given == ["diccae/diccae", "team-av/vgg-2"]
     assert lease.JOB == JOB
@@ -296,7 +305,7 @@ def test_attempts_of_a_job_know_each_other_and_nobody_elses() -> None:
 
 def test_workers_of_ray_up_have_an_instance_profile() -> None:
     for given, name in (("", "ray-autoscaler-v1"), ("team-s3", "team-s3")):
-        text = render(ClusterConfig(worker_profile=given))["ray-cluster.yaml"]
+        text = render(_cluster(worker_profile=given))["ray-cluster.yaml"]
         types = yaml.safe_load(text)["available_node_types"]
         for group in ("decode-cpu", "train-gpu"):
             assert types[group]["node_config"]["IamInstanceProfile"] == {"Name": name}
@@ -304,7 +313,7 @@ def test_workers_of_ray_up_have_an_instance_profile() -> None:
 
 def test_the_autoscaler_logs_where_the_head_reads() -> None:
     """KubeRay gives its container the volume `ray-logs`, a new one if the manifest has none."""
-    spec = _rayjob(ClusterConfig())["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    spec = _rayjob(_cluster())["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     (container,) = spec["containers"]
     (mount,) = [m for m in container["volumeMounts"] if m["mountPath"] == "/tmp/ray"]
     assert mount["name"] == "ray-logs"
@@ -312,7 +321,7 @@ def test_the_autoscaler_logs_where_the_head_reads() -> None:
 
 
 def test_head_takes_no_work_and_shared_memory_holds_the_object_store() -> None:
-    cluster = _rayjob(ClusterConfig())["spec"]["rayClusterSpec"]
+    cluster = _rayjob(_cluster())["spec"]["rayClusterSpec"]
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
         (shm,) = [v for v in group["template"]["spec"]["volumes"] if v["name"] == "shm"]
@@ -336,7 +345,7 @@ def _walk(value: object, path: str = "") -> Iterator[tuple[str, object]]:
 
 
 def test_nothing_listens_for_the_world_and_the_token_is_required() -> None:
-    documents = _documents(ClusterConfig())
+    documents = _documents(_cluster())
     for document in documents:
         assert document["kind"] not in {"Ingress", "Gateway", "HTTPRoute"}
         for path, value in _walk(document):
@@ -386,7 +395,7 @@ def _unrestricted(pod: dict[str, Any]) -> Iterator[str]:
 
 def test_every_container_satisfies_the_restricted_profile() -> None:
     """In a namespace that enforces it a pod with another container is refused."""
-    pods = [pod for document in _documents(ClusterConfig()) for pod in _pods(document)]
+    pods = [pod for document in _documents(_cluster()) for pod in _pods(document)]
     names = [container["name"] for pod in pods for container in pod["containers"]]
     assert sorted(names) == [
         "autoscaler", "mlflow", "ray-head", "ray-worker", "ray-worker", "submit",
@@ -395,7 +404,7 @@ def test_every_container_satisfies_the_restricted_profile() -> None:
 
 
 def test_the_check_of_the_profile_finds_planted_faults() -> None:
-    job = _rayjob(ClusterConfig())
+    job = _rayjob(_cluster())
     cluster = job["spec"]["rayClusterSpec"]
     cluster["autoscalerOptions"]["securityContext"] = {"privileged": True}
     cluster["workerGroupSpecs"][0]["template"]["spec"]["securityContext"] = {"runAsUser": 0}
@@ -408,7 +417,7 @@ def test_the_check_of_the_profile_finds_planted_faults() -> None:
 
 
 def test_every_ray_pod_is_behind_the_network_policy() -> None:
-    job, policy = _documents(ClusterConfig())[:2]
+    job, policy = _documents(_cluster())[:2]
     spec = job["spec"]
     groups = [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]
     templates = [spec["submitterPodTemplate"], *[group["template"] for group in groups]]
@@ -422,14 +431,14 @@ def test_every_ray_pod_is_behind_the_network_policy() -> None:
 @pytest.mark.parametrize("installed", OPERATORS)
 def test_the_operator_is_let_in_however_it_was_installed(installed: str) -> None:
     """Without its answer a job that succeeded is marked failed, and done again."""
-    assert _operator_labels(ClusterConfig()).items() <= OPERATORS[installed].items()
+    assert _operator_labels(_cluster()).items() <= OPERATORS[installed].items()
 
 
 def test_an_operator_of_other_labels_can_be_named_and_not_every_pod() -> None:
     own = {"team.example/app": "ray: operator", "tier": "1"}
-    assert _operator_labels(ClusterConfig(operator_labels=own)) == own
+    assert _operator_labels(_cluster(operator_labels=own)) == own
     with pytest.raises(ValidationError, match="operator_labels"):
-        ClusterConfig(operator_labels={})
+        _cluster(operator_labels={})
 
 
 def _operator_labels(config: ClusterConfig) -> dict[str, str]:
@@ -439,16 +448,16 @@ def _operator_labels(config: ClusterConfig) -> dict[str, str]:
 
 
 def test_no_secret_is_written_and_none_can_be() -> None:
-    for text in render(ClusterConfig()).values():
+    for text in render(_cluster()).values():
         assert not re.search(r"kind: Secret|stringData|BEGIN [A-Z ]*PRIVATE", text)
         assert not re.search(
             r"(?i)(password|secret_access_key|auth_token)\s*[:=]\s*[\"']?\w{8,}", text
         )
     with pytest.raises(ValidationError, match="diccae-storage"):
-        ClusterConfig(env={"AWS_SECRET_ACCESS_KEY": "hunter2hunter2"})
+        _cluster(env={"AWS_SECRET_ACCESS_KEY": "hunter2hunter2"})
     for name in ("x\n  privileged: true", "A", "a" * 60):
         with pytest.raises(ValidationError):
-            ClusterConfig(name=name)
+            _cluster(name=name)
 
 
 def test_ray_up_file_satisfies_rays_own_schema_and_stays_on_loopback() -> None:
@@ -456,7 +465,7 @@ def test_ray_up_file_satisfies_rays_own_schema_and_stays_on_loopback() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
-    cluster = yaml.safe_load(render(ClusterConfig())["ray-cluster.yaml"])
+    cluster = yaml.safe_load(render(_cluster())["ray-cluster.yaml"])
     jsonschema.validate(cluster, schema)
     validate_config(prepare_config(copy.deepcopy(cluster)))  # what `ray up` does before it starts
     assert set(cluster["available_node_types"]) == {"head", "decode-cpu", "train-gpu"}
@@ -556,6 +565,23 @@ def test_command_line_writes_the_manifests_or_names_the_wrong_key(
     assert not (tmp_path / "other").exists()
 
 
+def test_rendering_nothing_says_what_to_add_and_a_name_of_the_line_goes_before_the_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = tmp_path / "cluster.yaml", str(tmp_path / "out")
+    config.write_text("name: team\n")
+    args = ["render", "--config", str(config), "--out", out]
+    assert main(args) == 2
+    assert "end the line with: -- pretrain --store" in capsys.readouterr().err
+    with pytest.raises(ManifestError, match=r"command: empty"):
+        render(ClusterConfig())
+    assert main([*args, "--name", "vgg-finetune", "--", "finetune", "--out", "s3://b/run"]) == 0
+    job = yaml.safe_load((tmp_path / "out" / "rayjob.yaml").read_text())
+    assert job["metadata"]["name"] == "vgg-finetune"
+    assert main([*args, "--name", "Vgg", "--", "finetune", "--out", "s3://b/run"]) == 2
+    assert "name: " in capsys.readouterr().err
+
+
 def test_what_a_cluster_file_does_not_name_keeps_its_default(tmp_path: Path) -> None:
     """Naming one key of a group took its taints, its memory and its machine type away."""
     file, default = tmp_path / "cluster.yaml", ClusterConfig()
@@ -563,7 +589,7 @@ def test_what_a_cluster_file_does_not_name_keeps_its_default(tmp_path: Path) -> 
         "train: {max_nodes: 2}\ndecode: {cpus: 4}\n"
         "env: {AWS_ENDPOINT_URL: https://s3.example, MLFLOW_DISABLE_TELEMETRY: null}\n"
     )
-    config = read_config(str(file))
+    config = read_config(str(file), COMMAND)
     assert config.train == default.train.model_copy(update={"max_nodes": 2})
     assert config.decode == default.decode.model_copy(update={"cpus": 4})
     kept = {k: v for k, v in default.env.items() if k != "MLFLOW_DISABLE_TELEMETRY"}
@@ -580,4 +606,4 @@ def test_rendering_twice_writes_the_same_files(tmp_path: Path) -> None:
 
 def test_a_cluster_whose_only_workers_train_has_no_place_for_the_clustering_pool() -> None:
     with pytest.raises(ValidationError, match=r"decode.max_nodes = 0: the clustering pool"):
-        ClusterConfig(decode=GroupConfig(max_nodes=0))
+        _cluster(decode=GroupConfig(max_nodes=0))
