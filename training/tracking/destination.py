@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.passwords import without_passwords
 from pipeline.storage import Location
 from training.cluster_config import TrackingConfig
 
@@ -32,7 +33,8 @@ class Destination(NamedTuple):
                 "metrics.jsonl alone: a bucket holds no MLflow file; --tracking.uri or the "
                 f"variable {_URI} names a server"
             )
-        return f"MLflow at {self.uri} ({self.why}), experiment {self.experiment} " + (
+        return (
+            f"MLflow at {without_passwords(self.uri)} ({self.why}), experiment {self.experiment} "
             f"({self.experiment_why})"
         )
 
