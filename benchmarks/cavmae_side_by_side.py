@@ -81,7 +81,7 @@ class Clips:
         for places in window.places_Sn:
             made = [self._clip(int(i)) for i in window.position_W[places]]
             fbank, frames = (np.stack(part) for part in zip(*made, strict=True))
-            key, label = window.key_W[places], window.label_W[places]
+            key, label = window.key_W[places], window.labels_WL[places, 0]
             yield Batch(window.position_W[places], key, label, fbank, frames)
 
     def _clip(self, i: int) -> tuple[np.ndarray, np.ndarray]:

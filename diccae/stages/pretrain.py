@@ -16,7 +16,7 @@ from diccae.stages.backend import ON_RAY, Backend
 from diccae.stages.run_record import Say, pin_for, provenance, remember, with_status
 from diccae.stages.statistics import settle
 from pipeline.storage import Location
-from training.data.order import BatchPlan
+from training.data.order import BatchPlan, classes_together
 from training.loop.labelling import lead_steps
 from training.model.make import make_encoder
 from training.run.checkpoints import WHOLE, Span
@@ -24,6 +24,9 @@ from training.run.edge import Written
 from training.run.pinned import Pinned, check
 from training.tracking.copier import read_metrics
 from training.weights.files import WeightsReport, by_part, load_weights
+
+_TOGETHER = 0.5
+"""Share of the classes that chance would put into a row group, below which a user is told."""
 
 
 def run_pretrain(
@@ -92,6 +95,15 @@ def _say_what_is_trained(config: RunConfig, data: Pinned, say: Say, span: Span) 
             f"rounds    labels apply {lead} steps after their round starts, when the next one does "
             f"(rounds.every_epochs = {rounds.every_epochs}, {steps} steps an epoch), not "
             f"rounds.lead_steps = {rounds.lead_steps}"
+        )
+    found, by_chance = classes_together(data.train)
+    if found < _TOGETHER * by_chance:
+        say(
+            f"warning   clips of a class lie together in this store: {found:.1f} classes in a row "
+            f"group, by chance it would be {by_chance:.1f}. Batches are made of row groups, so "
+            "clips of a class are each other's negatives more often. Clips of a tar part lie as in "
+            "the part: unpack it, or pack it mixed, and ingest again; or raise "
+            f"data.shuffle_window = {config.data.shuffle_window}"
         )
     if data.left_out is not None:
         told = ", ".join(f"{name}-{version}" for name, version in data.left_out.rules.items())

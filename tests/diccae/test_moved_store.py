@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from support.idle import Began, Idle
 from support.stores import noise_store
 
 from diccae.cli import main
@@ -19,7 +20,6 @@ from diccae.stages.run_record import pin_for, remember
 from pipeline.config import FeatureSpec
 from pipeline.store.schema import CLIPS_SCHEMA
 from pipeline.store.store import FeatureStore
-from training.tracking.copier import RunHandle
 
 SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
 CONFIG = RunConfig.model_validate(
@@ -33,27 +33,6 @@ CONFIG = RunConfig.model_validate(
 )
 
 
-class _Began(Exception):
-    """The stage is about to compute."""
-
-
-class _Idle:
-    """A backend with which a stage gets as far as its computation."""
-
-    def ready(self, *_: Any) -> None:
-        """Nothing is needed."""
-
-    def track(self, *_: Any) -> RunHandle:
-        """No MLflow."""
-        return RunHandle("", "", "")
-
-    note = ready
-
-    def watched_nodes(self, *_: Any, **__: Any) -> None:
-        """Raises: _Began."""
-        raise _Began
-
-
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that began on `store`, beside `run.yaml`."""
@@ -63,7 +42,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = RunFolder("run")
     folder.open(CONFIG, fresh=False)
     remember(folder, CONFIG, pin_for(folder, CONFIG, "store"))
-    idle = functools.partial(pretrain.run_pretrain, backend=_Idle())  # type: ignore[arg-type]
+    idle = functools.partial(pretrain.run_pretrain, backend=Idle())  # type: ignore[arg-type]
     monkeypatch.setattr(pretrain, "run_pretrain", idle)
     return tmp_path / "run"
 
@@ -82,7 +61,7 @@ def test_a_run_goes_on_where_its_store_was_moved_to(
 ) -> None:
     before = _known(run)
     Path("store").rename("moved")
-    with pytest.raises(_Began):
+    with pytest.raises(Began):
         _pretrain("moved")
     moved = str(run.parent / "moved")
     assert f"8 clips of {moved} version {before['version']}" in capsys.readouterr().err
@@ -119,7 +98,7 @@ def test_a_copy_that_has_grown_since_is_the_runs_store_all_the_same(run: Path) -
     store = FeatureStore.open("copy")
     gone = store.snapshot().clips.to_pylist()[0] | {"status": "removed"}
     store.append(pa.Table.from_pylist([gone], CLIPS_SCHEMA), {})
-    with pytest.raises(_Began):
+    with pytest.raises(Began):
         _pretrain("copy")
     assert _known(run)["uri"] == str(run.parent / "copy")
 
@@ -141,7 +120,7 @@ def test_a_run_that_is_begun_anew_lets_go_of_what_the_old_one_read(run: Path) ->
     (old,) = store.pins()
     gone = store.snapshot().clips.to_pylist()[0] | {"status": "removed"}
     newest = store.append(pa.Table.from_pylist([gone], CLIPS_SCHEMA), {})
-    with pytest.raises(_Began):
+    with pytest.raises(Began):
         main(["pretrain", "--config", "run.yaml", "--out", "run", "--store", "store", "--fresh"])
     assert list(store.pins().values()) == [newest]
     assert old not in store.pins()

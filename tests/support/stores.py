@@ -27,9 +27,10 @@ def noise_store(
     more: str | None = None,
     *,
     shards: int = N_SHARDS,
+    together: bool = False,
 ) -> FeatureStore:
     """n clips of the train split, of classes "class 0" to "class 3" (and of `more`) or of none, in
-    two shards or so many."""
+    two shards or so many; those of a class mixed with others, or `together`."""
     store = FeatureStore.create(str(folder), spec)
     rng = np.random.default_rng(0)
     rows = []
@@ -47,7 +48,8 @@ def noise_store(
                 "fbank": fbank,
                 "fbank_frames": n_valid,
             }
-            label = f"class {number % 4}" if labelled else None
+            of_class = number * 4 * shards // n_clips if together else number % 4
+            label = f"class {of_class}" if labelled else None
             same: dict[str, Any] = {"clip_id": clip_id, "row_key": f"key-{clip_id}", "label": label}
             same["split"] = "train"
             same["uri"] = f"/nowhere/{clip_id}.mp4"

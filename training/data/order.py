@@ -233,6 +233,25 @@ def row_groups(index: RowIndex) -> NDArray[np.int64]:
     return group_N
 
 
+def classes_together(index: RowIndex) -> tuple[float, float]:
+    """Mean number of classes in a row group, and what it would be of clips drawn by chance; both 0
+    without labels.
+
+    A lane reads whole row groups: where the first number is far below the second, clips of a class
+    are each other's negatives more often than chance has it.
+    """
+    known_N = index.labels_N >= 0
+    if not known_N.any():
+        return 0.0, 0.0
+    labels_N, group_N = index.labels_N[known_N], row_groups(index)[known_N]
+    n_classes, n_groups = len(index.classes), group_N.max() + 1
+    found = len(np.unique(group_N * n_classes + labels_N))
+    p_C = np.bincount(labels_N, minlength=n_classes) / len(labels_N)
+    sizes_G = np.bincount(group_N)
+    by_chance = [(1 - (1 - p_C) ** size).sum() for size in sizes_G]
+    return found / n_groups, float(np.mean(by_chance))
+
+
 def balanced_draws(index: RowIndex, seed: int) -> Draws:
     """Positions of an epoch drawn with replacement, inversely to the size of a clip's classes.
 
