@@ -22,6 +22,7 @@ from diccae.stages.backend import ON_RAY, Backend
 from diccae.stages.evaluate import run_evaluate, scalars, tested_rows
 from diccae.stages.finetune import run_finetune
 from diccae.stages.pretrain import run_pretrain
+from pipeline.passwords import without_passwords
 from pipeline.storage import Location
 from pipeline.store.store import FeatureStore
 from training.cluster_config import NOT_DECIDING, TrackingConfig
@@ -220,14 +221,12 @@ def prepare(config: RunConfig, plan: Plan, store: str, out: Location, say: Say) 
     """
     _check_metric(plan)
     record = _pinned(config, plan, store, out)
-    pinned = config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"version": record["store"]["version"]}),
-            "tracking": _tracking(config, out, say),
-        }
-    )
+    where, in_words = _tracking(config, out)
+    data = config.data.model_copy(update={"version": record["store"]["version"]})
+    pinned = config.model_copy(update={"data": data, "tracking": where})
     _check_all(pinned, plan, store)
     Runs(pinned, plan, store, out, RunHandle("", "", "")).refuse_changed()
+    say(in_words)
     out.write_bytes("config.yaml", config_text(config).encode())
     write_json(out, TABLE, {**read_json(out, TABLE), "pinned": record})
     parent = _parent_run(pinned, record, out)
@@ -284,13 +283,17 @@ def _check_all(config: RunConfig, plan: Plan, store: str) -> None:
             raise UsageError(f"variant {name}: {error}") from None
 
 
-def _tracking(config: RunConfig, out: Location, say: Say) -> TrackingConfig:
-    """Where all runs of the ablation are written down: beside their parent, if that is there."""
+def _tracking(config: RunConfig, out: Location) -> tuple[TrackingConfig, str]:
+    """Where all runs of the ablation are written down: beside their parent, if that is there; the
+    same for the screen."""
     where = destination(config.tracking, out.uri)
     known = read_json(out, TABLE).get("mlflow") or {"run_id": ""}
-    uri = known["uri"] if known["run_id"] else where.uri
-    say(f"tracking  MLflow at {uri}, where it began" if known["run_id"] else f"tracking  {where}")
-    return config.tracking.model_copy(update={"uri": uri or None, "experiment": where.experiment})
+    uri, in_words = where.uri, f"tracking  {where}"
+    if known["run_id"]:
+        uri = known["uri"]
+        in_words = f"tracking  MLflow at {without_passwords(uri)}, where it began"
+    changes = {"uri": uri or None, "experiment": where.experiment}
+    return config.tracking.model_copy(update=changes), in_words
 
 
 def _parent_run(config: RunConfig, record: dict[str, Any], out: Location) -> RunHandle:

@@ -48,12 +48,12 @@ def main(argv: Sequence[str]) -> int:
 
     args = OPTIONS.parse(argv, own_config)
     folder = RunFolder(args.out)
-    if "store" not in folder.record:
+    _refuse(args)
+    if not args.reuse and "store" not in folder.record:
         raise UsageError(
             f"{folder.uri}: no run.json that names a store, so no run that began; start it with "
             f"diccae pretrain --out {args.out}, or finetune or weights import"
         )
-    _refuse(args)
     log_to_screen()
     from diccae.judging.vggsounder import export_predictions, vggsounder_table
 

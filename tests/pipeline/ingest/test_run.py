@@ -244,7 +244,7 @@ def test_clips_of_a_part_whose_names_hold_its_separator_are_read(source, tmp_pat
         for name, path in zip(names, source.files(), strict=False):
             tar.add(path, name)
     where = (None, str(folder), str(tmp_path / "in_parts"), source.spec)
-    plan = plan_ingest(*where, source.config.model_copy(update={"probe": True}))
+    plan = plan_ingest(*where, source.config, probe=True)
     assert (plan.counts["new"], plan.timelines["in_parts"]) == (4, 4)
     ingest(*where, source.config, start_ray=lambda: None, on_progress=source.progress.append)
     clips = FeatureStore.open(where[2]).snapshot().clips.to_pylist()
