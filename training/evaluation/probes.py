@@ -24,6 +24,11 @@ Features = NDArray[np.floating]
 
 _log = logging.getLogger(__name__)
 
+_STEEP = 0.01
+"""Share of its first gradient above which a probe is said to have been stopped. At 0.001 to 0.004,
+where 100 iterations end on the demo's features, 1 of 120 test clips has another class than after
+5,000."""
+
 _ROWS = 4096
 """Training clips in work at a time: copies, logits and gradients of 200,000 clips are gigabytes."""
 
@@ -40,7 +45,7 @@ def linear_probe(
     """Class probabilities [M, C] of multinomial logistic regression on standardised features.
 
     Minimises mean cross-entropy + |W|^2 / (2 N), which is scikit-learn's C = 1, by L-BFGS; warns,
-    with numbers, if `iterations` end before it has converged.
+    with numbers, if `iterations` end far from the minimum.
 
     Raises: ValueError for features that are not finite or labels out of range.
     """
@@ -91,11 +96,13 @@ def _regression(
     if done["n_iter"] >= iterations or done["func_evals"] >= iterations * 5 // 4:
         objective()
         left = _steepness(weight, bias) / steepness[0]
-        _log.warning(
-            f"linear probe of {len(x)} x {x.shape[1]} features and {n_classes} classes: stopped "
-            f"after {done['n_iter']} iterations and {done['func_evals']} evaluations; its gradient "
-            f"is {left:.1e} of that at the start. A larger evaluate.probe_epochs goes on."
-        )
+        if left > _STEEP:
+            _log.warning(
+                f"linear probe of {len(x)} x {x.shape[1]} features and {n_classes} classes: "
+                f"stopped after {done['n_iter']} iterations and {done['func_evals']} evaluations; "
+                f"its gradient is {left:.1e} of that at the start. A larger evaluate.probe_epochs "
+                "goes on."
+            )
     return weight, bias
 
 
