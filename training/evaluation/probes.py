@@ -95,15 +95,19 @@ def _regression(
     done = optimiser.state[weight]  # torch also stops after 1.25 evaluations an iteration
     if done["n_iter"] >= iterations or done["func_evals"] >= iterations * 5 // 4:
         objective()
-        left = _steepness(weight, bias) / steepness[0]
-        if left > _STEEP:
-            _log.warning(
-                f"linear probe of {len(x)} x {x.shape[1]} features and {n_classes} classes: "
-                f"stopped after {done['n_iter']} iterations and {done['func_evals']} evaluations; "
-                f"its gradient is {left:.1e} of that at the start. A larger evaluate.probe_epochs "
-                "goes on."
-            )
+        _warn_if_steep(_steepness(weight, bias) / steepness[0], weight, len(x), done)
     return weight, bias
+
+
+def _warn_if_steep(left: float, weight: "Tensor", n_clips: int, done: dict[str, int]) -> None:
+    """Args: left: share of the first gradient; done: what the optimiser says of its steps."""
+    if left > _STEEP:
+        n_classes, width = weight.shape
+        _log.warning(
+            f"linear probe of {n_clips} x {width} features and {n_classes} classes: stopped after "
+            f"{done['n_iter']} iterations and {done['func_evals']} evaluations; its gradient is "
+            f"{left:.1e} of that at the start. A larger evaluate.probe_epochs goes on."
+        )
 
 
 def _steepness(*parameters: "Tensor") -> float:
