@@ -9,28 +9,16 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from support.idle import Began, Idle
+from support.idle import CONFIG, SPEC, Began, Idle
 from support.stores import noise_store
 
 from diccae.cli import main
-from diccae.config import RunConfig, config_text
+from diccae.config import config_text
 from diccae.run_folder import RunFolder
 from diccae.stages import pretrain
 from diccae.stages.run_record import pin_for, remember
-from pipeline.config import FeatureSpec
 from pipeline.store.schema import CLIPS_SCHEMA
 from pipeline.store.store import FeatureStore
-
-SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
-CONFIG = RunConfig.model_validate(
-    {
-        "features": SPEC.model_dump(),
-        "encoder": {"preset": "tiny", "dim": 16, "projection": 8},
-        "data": {"fbank_mean": 0.0, "fbank_std": 1.0, "frames_per_clip": 1, "lanes": 1},
-        "rounds": {"labels": "none"},
-        "pretrain": {"batch_size": 4, "epochs": 1},
-    }
-)
 
 
 @pytest.fixture

@@ -3,24 +3,11 @@
 from pathlib import Path
 
 import pytest
-from support.idle import Began, Idle
+from support.idle import CONFIG, SPEC, Began, Idle
 from support.stores import noise_store
 
-from diccae.config import RunConfig
 from diccae.run_folder import RunFolder
 from diccae.stages.pretrain import run_pretrain
-from pipeline.config import FeatureSpec
-
-SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
-CONFIG = RunConfig.model_validate(
-    {
-        "features": SPEC.model_dump(),
-        "encoder": {"preset": "tiny", "dim": 16, "projection": 8},
-        "data": {"fbank_mean": 0.0, "fbank_std": 1.0, "frames_per_clip": 1, "lanes": 1},
-        "rounds": {"labels": "none"},
-        "pretrain": {"batch_size": 4, "epochs": 1},
-    }
-)
 
 
 @pytest.mark.parametrize("together", [True, False])
