@@ -97,7 +97,7 @@ class MetricsCopier:
         self._attempt = attempt
         self._handle, self._path, self._resume_step = handle, path, resume_step
         self._offset = 0
-        self._known: dict[str, set[int]] | None = None
+        self._last_step_of: dict[str, int] | None = None
         self._warned = self._gave_up = False
         self._wake, self._closing = threading.Event(), threading.Event()
         self._deadline = math.inf
@@ -178,16 +178,20 @@ class MetricsCopier:
 
     def _copy(self) -> None:
         client = mlflow_client(self._handle.uri)
-        if self._known is None:
-            self._known = self._attach(client)
+        if self._last_step_of is None:
+            self._last_step_of = self._attach(client)
         for batch, end in self._batches():
             self._attempt.check()
             if batch:
                 client.log_batch(self._handle.run_id, metrics=batch)
             self._offset = end
 
-    def _attach(self, client: Any) -> dict[str, set[int]]:
-        """The steps MLflow already holds of each metric; marks the run as going on, and whose."""
+    def _attach(self, client: Any) -> dict[str, int]:
+        """The last step MLflow holds of each metric; marks the run as going on, and whose.
+
+        Lines are sent in their order, so it has the steps before that too. One request, where the
+        histories are one for each metric, and of a long run many pages of each.
+        """
         run_id = self._handle.run_id
         self._attempt.check()
         run = client.get_run(run_id)
@@ -198,9 +202,7 @@ class MetricsCopier:
                 client.set_tag(run_id, "resumed_from_step", str(self._resume_step))
             if self._resume_step or self._attempt.number:  # Neither: a report's copy.
                 client.update_run(run_id, status="RUNNING")
-        # Those of the nodes are no lines of the file, and many.
-        names = [name for name in run.data.metrics if not name.startswith("system/")]
-        return {key: {m.step for m in client.get_metric_history(run_id, key)} for key in names}
+        return {metric.key: metric.step for metric in run.data.to_proto().metrics}
 
     def _batches(self) -> Iterator[tuple[list[Any], int]]:
         """Whole lines not yet sent, as at most 1000 points, with the offset behind them."""
@@ -224,10 +226,10 @@ class MetricsCopier:
 
         if not line:
             return []
-        known = self._known or {}
+        last_step_of = self._last_step_of or {}
         step, time_ms = int(line["step"]), int(line["time"] * 1000)
         return [
             Metric(legal_name(key), math.nan if value is None else value, time_ms, step)
             for key, value in line.items()
-            if key not in ("step", "time") and step not in known.get(legal_name(key), ())
+            if key not in ("step", "time") and step > last_step_of.get(legal_name(key), -1)
         ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from support.mlflow_server import Server, wait_until
 from support.models import saved_models
 
@@ -304,6 +305,36 @@ def test_server_that_dies_and_comes_back_has_every_point_once(
     assert register(handle, tmp_path / "encoder", "over-http") == "1"
     found = _client(server.uri).get_model_version_by_alias("over-http", "candidate")
     assert found.tags["store.uri"] == "s3://b/vgg"
+
+
+def test_what_a_stage_asks_at_its_end_does_not_grow_with_its_metrics(
+    running: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked metric by metric, a server far away answered for minutes."""
+    asked: list[str] = []
+    request = requests.Session.request
+
+    def counted(self: requests.Session, method: str, url: str, **more: Any) -> requests.Response:
+        asked.append(url)
+        return request(self, method, url, **more)
+
+    monkeypatch.setattr(requests.Session, "request", counted)
+    handles = []
+    for n_metrics in (1, 30):
+        out = tmp_path / str(n_metrics)
+        out.mkdir()
+        handles.append(_new_run(out, running.uri))
+        tracker = Tracker(handles[-1], out / "metrics.jsonl")
+        for step in range(1, 4):
+            tracker.log(step, {f"metric_{n}": float(n) for n in range(n_metrics)})
+        assert tracker.close()
+    counts = []
+    for handle in handles:
+        asked.clear()
+        finish(handle)
+        counts.append(len(asked))
+    assert counts[0] == counts[1]
+    assert _history(handles[1], "metric_29") == [(step, 29.0) for step in (1, 2, 3)]
 
 
 def test_nodes_are_measured_in_one_run_also_after_mlflow_was_away(
