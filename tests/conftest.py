@@ -104,6 +104,17 @@ def shared_processes() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def mlflow_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """See `support.mlflow_tables`; for whoever has MLflow make many databases in this process."""
+    from support.mlflow_tables import ready_tables
+
+    shared = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        ready_tables(shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared, patch)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_filesystems() -> Iterator[None]:
     """Each test opens its filesystems itself.

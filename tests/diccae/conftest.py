@@ -73,7 +73,7 @@ def lab(features: Path, store: str) -> Iterator["Lab"]:
 
 
 @pytest.fixture
-def in_lab(lab: "Lab", monkeypatch: pytest.MonkeyPatch) -> None:
+def in_lab(lab: "Lab", mlflow_tables: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages of commands compute in this process, with the bits of Ray and without its start."""
     from diccae.stages import evaluate, finetune, pretrain
     from diccae.stages.backend import InLab
