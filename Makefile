@@ -1,6 +1,7 @@
 # make demo   set up, then clips -> store -> encoder -> report (DATA=<folder> uses your own clips)
 # make check  set up, then lint, types and the pure tests: a minute, to run while working
 # make test   set up, then lint, types and tests
+# make test-slow     set up, then the tests that take long: deaths, waits, whole runs once more
 # make test-cluster  set up, then whole jobs on pods in a box; needs root
 # make lock   pin what pyproject.toml asks for into constraints.txt
 
@@ -10,26 +11,29 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OUT    ?= out/demo$(if $(DATA),-$(notdir $(patsubst %/,%,$(DATA))))
 
-.PHONY: demo check test test-cluster lint types lock browser box clean
+.PHONY: demo check test test-slow test-cluster lint types lock browser box clean
 
 demo: $(STAMP)
 	$(BIN)/diccae demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(ARGS)
 
-# Rooms whose tests start neither Ray nor a server, and hardly a process. Two that do wait for `test`.
+# Rooms whose tests start neither Ray nor a server, and hardly a process. One that does waits for `test`.
 PURE := tests/test_house.py tests/test_docs.py tests/clustering/kmeans tests/clustering/rounds \
   tests/pipeline/source tests/pipeline/ingest/test_plan.py tests/pipeline/store/test_store.py \
   tests/training/data tests/training/evaluation tests/training/loop tests/training/losses \
   tests/training/model tests/training/weights tests/deploy/test_manifests.py \
   tests/deploy/test_package.py tests/diccae/test_config.py \
-  --ignore tests/training/loop/test_pretrainer.py --deselect \
-  tests/training/model/test_encoder.py::test_no_block_of_a_compiled_run_falls_back_to_running_uncompiled
+  --ignore tests/training/loop/test_pretrainer.py
 
 check: $(STAMP) lint types
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile $(PURE) $(ARGS)
 
+SHARED_OUT := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP) browser box lint types
-	$(BIN)/python -m pytest -m "not slow and not gpu and not cluster" -n 2 --dist loadfile \
-	  --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not cluster" $(SHARED_OUT) $(ARGS)
+
+test-slow: $(STAMP) browser box
+	$(BIN)/python -m pytest -m "slow and not gpu and not cluster" $(SHARED_OUT) $(ARGS)
 
 # One after the other: a box of four Ray nodes has the machine to itself.
 test-cluster: $(STAMP) box

@@ -22,6 +22,7 @@ sys.exit(3)
 """
 
 
+@pytest.mark.slow
 def test_a_worker_has_what_it_was_given_and_a_killed_asker_ends_no_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

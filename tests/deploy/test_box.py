@@ -133,6 +133,7 @@ LISTEN = [
 ]
 
 
+@pytest.mark.slow
 def test_the_network_policy_lets_in_the_cluster_and_the_operator_at_its_port(box: Box) -> None:
     head, other = _head(box, "one"), _head(box, "two")
     stranger = _head(box, "three", lambda t: t["metadata"].update(labels={}))

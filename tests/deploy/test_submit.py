@@ -159,6 +159,7 @@ class Screen:
         self.log += text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("token")
 def test_the_nodes_of_a_cluster_are_known_before_a_job_is_sent(head: str) -> None:
     deadline = time.monotonic() + 60
@@ -201,6 +202,7 @@ def test_job_runs_the_packed_code_and_its_own_exit_code_comes_back(
     assert "args ['fail']" in failing.log
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("token")
 def test_ctrl_c_detaches_and_the_job_can_be_followed_and_stopped(head: str, project: Path) -> None:
     screen = Screen()
@@ -333,6 +335,7 @@ def _served(proxy: _HangsUp, tls: ssl.SSLContext | None = None) -> Iterator[int]
     loop.close()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("token")
 def test_a_log_whose_stream_closes_quietly_loses_and_repeats_no_line(
     head: str, project: Path, tmp_path: Path
@@ -367,6 +370,7 @@ def _self_signed(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("token")
 def test_a_cluster_behind_an_authority_of_our_own_is_spoken_to_and_its_log_read(
     head: str, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -39,6 +39,7 @@ class TrackedLab(InLab):
     track = OnRay.track
 
 
+@pytest.mark.slow
 def test_a_variant_starts_where_the_warmup_ended(
     diccae: Diccae, arguments: list[str], out: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +200,7 @@ def test_what_cannot_be_trained_is_said_before_anything_is(
     assert "data.validation_frac = 0.0 kept no labelled clip" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_keep_what_failed_and_test_clips_to_the_end(
     store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def test_a_terminated_ingest_without_ray_commits_what_is_done(
     assert int(progress.split(" ok ")[1].split()[0]) <= status(store)["ok"] < N_CLIPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_interrupted_ingest_commits_what_is_done(
     ray_session: None,

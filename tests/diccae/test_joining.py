@@ -16,6 +16,7 @@ from diccae.errors import ResourceError
 from diccae.joining import await_answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "HOST:PORT", "ray://127.0.0.1:1"])
 def test_a_command_whose_cluster_does_not_answer_says_so(address: str, tmp_path: Path) -> None:
     """In a process of its own: in this one a cluster may have been joined."""

@@ -161,6 +161,7 @@ def test_import_takes_any_layout(place: Path, capsys: pytest.CaptureFixture[str]
     assert "import: --to hub-folder: of export" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_of_one_name_keep_the_versions_of_each_other(place: Path) -> None:
     store = FeatureStore.open("store")
     first = store.version()
@@ -184,6 +185,7 @@ def test_runs_of_one_name_keep_the_versions_of_each_other(place: Path) -> None:
     assert status("store")["pins"] == {new: first + 1}
 
 
+@pytest.mark.slow
 def test_runs_of_one_name_and_version_have_a_pin_each(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,6 +208,7 @@ def test_runs_of_one_name_and_version_have_a_pin_each(
     assert status("store")["pins"] == {old: version, pins[f"{place}/alice/base"]: version}
 
 
+@pytest.mark.slow
 def test_a_run_of_a_version_that_was_vacuumed_is_refused_before_it_begins(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,6 +231,7 @@ def test_a_run_of_a_version_that_was_vacuumed_is_refused_before_it_begins(
     assert main([*arguments, str(gone + 1)]) == 0
 
 
+@pytest.mark.slow
 def test_a_start_that_died_before_it_was_written_down_takes_its_own_pin_again(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -437,6 +437,7 @@ def test_baseline_recipe_runs_and_dry_run_says_what_it_costs(
     assert not any(name.startswith("clustering/") for name in last)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_lab")
 def test_a_lead_longer_than_an_epoch_is_cut_to_it_and_said(
     place: Path, store: str, capsys: pytest.CaptureFixture[str]
@@ -450,6 +451,7 @@ def test_a_lead_longer_than_an_epoch_is_cut_to_it_and_said(
     assert rounds_at(str(place / "lead" / "rounds")) == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_lab")
 def test_a_run_whose_loss_was_not_finite_goes_on_as_its_message_says(
     place: Path, store: str, capsys: pytest.CaptureFixture[str]
@@ -467,6 +469,7 @@ def test_a_run_whose_loss_was_not_finite_goes_on_as_its_message_says(
     assert begun[0]["statistics"] == begun[1]["statistics"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_lab")
 def test_a_run_goes_on_with_what_its_errors_and_its_machines_ask_for(
     place: Path, store: str, capsys: pytest.CaptureFixture[str]

@@ -67,6 +67,7 @@ def test_a_folder_is_removed_whole(place: Location) -> None:
     assert place.entries() == ["keep"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nobody answers", "503"])
 def test_requests_that_fail_seven_times_are_made_an_eighth_time_and_said(
     bucket: str, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -93,6 +94,7 @@ def test_a_file_that_was_created_counts_although_the_answer_was_lost(bucket: str
     assert not place.create_bytes("lease/1.json", b"another's")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "why"),
     [

@@ -85,6 +85,7 @@ def test_a_pool_has_the_bits_of_one_process(
     assert _two_rounds(clients, features, push_all, round_digest) == expected
 
 
+@pytest.mark.slow
 def test_any_number_of_actors_and_any_reducer_give_the_same_bits(
     features, push_all, streams, round_digest, expected, tmp_path: Path
 ) -> None:
@@ -156,6 +157,7 @@ DEATHS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deaths", DEATHS)
 def test_actors_killed_at_any_moment_change_no_bit(
     make_pool, features, push_all, round_digest, expected, tmp_path: Path, deaths: str
@@ -199,6 +201,7 @@ def _freeze_late(gate: str):
     return arm
 
 
+@pytest.mark.slow
 def test_rows_pushed_before_a_late_freeze_do_not_reach_its_round(
     make_pool, features, push_all, round_digest, expected, tmp_path: Path
 ) -> None:
@@ -238,6 +241,7 @@ def _die_before_the_manifest(frozen: str, gate: str):
     return arm
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_dies_between_freeze_and_manifest_freezes_the_same_rows(
     make_pool, features, push_all, round_digest, expected, tmp_path: Path
 ) -> None:
@@ -267,6 +271,7 @@ def _driver_dies(pool: ClusterPool) -> None:
     stop([pool.coordinator, *pool.actors, *pool.banks])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_costs_what_was_pushed_since_the_one_before(
     make_pool, features, push_all, streams, round_digest, tmp_path: Path
 ) -> None:
@@ -314,6 +319,7 @@ def test_a_checkpoint_costs_what_was_pushed_since_the_one_before(
     assert restored.stats().rows == 1500
 
 
+@pytest.mark.slow
 def test_a_run_resumed_before_the_freeze_of_its_round_has_the_rows_for_it(
     make_pool, features, push_all, round_digest, expected, tmp_path: Path
 ) -> None:
@@ -365,6 +371,7 @@ client.wait(1, 120)
 """
 
 
+@pytest.mark.slow
 def test_the_pool_of_a_run_that_was_taken_over_removes_nothing_at_its_end(
     features, push_all, streams, tmp_path: Path
 ) -> None:
@@ -390,6 +397,7 @@ def test_the_pool_of_a_run_that_was_taken_over_removes_nothing_at_its_end(
     assert before <= {*home.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_resumed_by_the_next_one(
     make_pool, features, streams, round_digest, expected, tmp_path: Path
 ) -> None:
@@ -430,6 +438,7 @@ def _until(condition, timeout_s: float) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_stalled_bank_never_makes_training_wait(shared_pool, features, streams) -> None:
     config = POOL.model_copy(update={"coalesce_rows": 64, "buffer_rows": 1000})
     client = PoolClient(CONFIG.vshards, config, streams, shared_pool.banks, shared_pool.coordinator)

@@ -27,6 +27,7 @@ def test_this_machine_is_well() -> None:
     assert "h264" in decord.split("; through PyAV")[0]
 
 
+@pytest.mark.slow
 def test_ray_starts_and_leaves_no_token_in_the_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ def something_else() -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_mlflow_lets_us_in_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     server = Server(tmp_path, "--allowed-hosts", "localhost:*")

@@ -100,6 +100,7 @@ def test_what_pretraining_would_refuse_is_said(
     assert check["hint"]
 
 
+@pytest.mark.slow
 def test_the_full_recipe_wants_weights_cards_and_memory(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,6 +146,7 @@ def test_clips_of_one_model_alone_are_listed(
     assert list(found["streams"]) == ["audio"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [0, 1], ids=["as now", "of whole sections"])
 def test_predictions_of_a_version_that_knew_fewer_keys_are_reused(runs: Path, way: int) -> None:
     text = (runs / "a" / "config.yaml").read_text()

@@ -61,6 +61,7 @@ def _differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[s
     return {name: float((a[name] - b[name]).abs().max()) for name in unequal}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_run_from_a_warm_up_on_ray_has_the_bits_of_the_lab(tmp_path: Path) -> None:
     """As every variant of an ablation begins, and ends before the config says so."""

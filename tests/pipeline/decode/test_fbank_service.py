@@ -37,6 +37,7 @@ def living():
     kill(SERVICE)
 
 
+@pytest.mark.slow
 def test_one_service_for_all_who_share_its_name_and_it_ends_after_them(shared):
     ours = [shared() for _ in range(3)]
     answers = [fbanks(WAVEFORMS) for fbanks in ours]
@@ -53,6 +54,7 @@ def test_one_service_for_all_who_share_its_name_and_it_ends_after_them(shared):
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_a_killed_service_is_started_again_and_gives_the_same_bits(shared):
     fbanks = shared()
     before = fbanks(WAVEFORMS)

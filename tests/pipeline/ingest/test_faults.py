@@ -101,6 +101,7 @@ def ray_folder():
         yield Path(folder)
 
 
+@pytest.mark.slow
 def test_driver_killed_then_run_again_loses_and_doubles_nothing(source, undisturbed, ray_folder):
     source.store += "-again"
     first = Driver(source, ray_folder / "a", ray_env())
@@ -112,6 +113,7 @@ def test_driver_killed_then_run_again_loses_and_doubles_nothing(source, undistur
     assert contents(source.store) == undisturbed
 
 
+@pytest.mark.slow
 def test_actor_decode_child_and_fbank_service_killed_cost_nothing_but_time(source, undisturbed):
     """The child's clip may be told as worker_died; the next run heals it."""
     source.store += "-again"
@@ -145,6 +147,7 @@ def test_driver_killed_at_ten_random_moments(source, undisturbed, ray_folder):
     assert contents(source.store) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_hang_a_crash_and_a_leak_cost_a_clip_each_and_are_healed_by_the_next_run(
     source, undisturbed
 ):
@@ -172,6 +175,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_disk_full_says_so_keeps_what_is_done_and_goes_on_later(source, undisturbed, small_disk):
     elsewhere = f"{source.store}-moved"
     source.store = str(small_disk / "store")
@@ -200,6 +204,7 @@ class Mend(logging.Handler):
             self.mend()
 
 
+@pytest.mark.slow
 def test_storage_that_is_away_for_a_while_costs_a_second_try(source, undisturbed):
     source.store += "-again"
     features = Path(source.store, "features")

@@ -57,6 +57,7 @@ def test_a_few_broken_new_clips_in_a_store_of_many_end_no_run(source_of):
     assert status(source.store)["by_reason"] == {"open_failed": 10}
 
 
+@pytest.mark.slow
 def test_broken_new_clips_above_the_share_of_a_hundred_end_the_run(source_of):
     source = source_of(400)
     source.ingest(SPEC, **LIMIT)

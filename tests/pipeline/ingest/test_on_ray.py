@@ -31,6 +31,7 @@ def test_clips_decoded_through_ray_are_those_decoded_here(source, undisturbed):
     assert source.progress[-1].done == source.progress[-1].committed == 48
 
 
+@pytest.mark.slow
 def test_one_clip_more_than_the_line_is_rays(source):
     for file in source.files()[:3]:
         os.utime(file, ns=(1, 1))
@@ -42,6 +43,7 @@ def test_one_clip_more_than_the_line_is_rays(source):
     assert (summary.ok, source.n_ray_starts) == (2, 1)
 
 
+@pytest.mark.slow
 def test_an_actor_is_heard_of_while_its_shard_is_unfinished(source, monkeypatch):
     monkeypatch.setattr("pipeline.ingest.on_ray._pick_service", lambda: "here")
     monkeypatch.setenv("TEST_SLOW_S", "0.2")

@@ -23,6 +23,7 @@ from pipeline.store.shards import ShardWriter
 SLOW = "tests.pipeline.slow_decoder:extract"
 
 
+@pytest.mark.slow
 def test_ray_is_not_even_imported_for_two_clips(source):
     first, second, third, *_ = source.files()
     shutil.copy(third, first)
@@ -88,6 +89,7 @@ def test_the_end_of_the_command_is_the_end_of_all_its_processes(source):
     run.communicate(timeout=20)
 
 
+@pytest.mark.slow
 def test_storage_that_fails_is_told_as_through_ray(source):
     source.store += "-again"
 
@@ -123,6 +125,7 @@ def test_a_disk_full_in_mid_shard_gives_no_clip_the_features_of_another(
     assert contents(source.store) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_child_that_dies_while_it_starts_costs_its_clip(source, tmp_path, monkeypatch):
     source.store += "-again"
     deaths = tmp_path / "deaths"
@@ -150,6 +153,7 @@ def test_children_that_never_start_end_the_run_and_quarantine_next_to_nothing(so
     assert status(source.store)["clips"] == 0
 
 
+@pytest.mark.slow
 def test_a_shard_that_takes_longer_than_the_stall_timeout_is_no_stall(source, monkeypatch):
     source.store += "-again"
     monkeypatch.setenv("TEST_SLOW_S", "0.5")

@@ -163,6 +163,7 @@ def test_empty_source_changes_nothing(source):
     assert source.snapshot().digest == before.digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fingerprint", ["stat", "sha256"])
 def test_a_source_that_is_unmounted_while_it_is_decoded_ends_no_data_set(
     source, undisturbed, fingerprint

@@ -56,6 +56,7 @@ def _decoders(store: Path | str) -> set[str]:
     return {row["decoder"] for row in _features(str(store))}
 
 
+@pytest.mark.slow
 def test_a_store_made_without_decord_has_the_frames_and_the_spec_of_pyav(
     jumpy, ingest_without_decord, tmp_path: Path
 ) -> None:

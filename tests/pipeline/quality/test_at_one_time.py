@@ -47,6 +47,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]
     return set_up
 
 
+@pytest.mark.slow
 def test_calls_for_two_splits_both_stay_in_the_table(copy, quality, meanwhile) -> None:
     for split in ("test", "train"):
         quality(copy.store, "--split", split)

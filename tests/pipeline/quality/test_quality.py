@@ -117,6 +117,7 @@ def test_an_interrupted_look_goes_on_where_it_stopped(
     assert not list(Path(copy.store, "quality", "parts").iterdir())
 
 
+@pytest.mark.slow
 def test_processes_find_what_one_process_finds(
     copy, quality, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +148,7 @@ def test_what_needs_a_source_that_is_gone_is_said_to_be_unjudged(copy, quality, 
     assert f"truncated {n_clips}" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fewest_for_processes", [512, 1], ids=["here", "processes"])
 @pytest.mark.timeout(60)  # Processes that owed rows were waited for without end.
 def test_clips_whose_folder_cannot_be_entered_are_unreachable_and_have_their_rows(
@@ -167,6 +169,7 @@ def test_clips_whose_folder_cannot_be_entered_are_unreachable_and_have_their_row
     assert rows["still"]["still"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_processes_that_end_before_their_work_are_not_waited_for(
     copy, capsys, monkeypatch: pytest.MonkeyPatch

@@ -111,6 +111,7 @@ def ingested(source: str, store_uri: str) -> FeatureStore:
     return FeatureStore.open(store_uri)
 
 
+@pytest.mark.slow
 def test_a_store_in_a_bucket_holds_what_a_local_one_holds(videos, tmp_path):
     there = ingested("gs://data", "gs://data/store")
     here = ingested(str(videos.parent), str(tmp_path / "store"))

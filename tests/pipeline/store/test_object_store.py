@@ -180,6 +180,7 @@ def test_store_that_fails_now_and_then_and_is_slow_loses_nothing(s3, monkeypatch
     assert verify(store.uri, sample=3)["problems"] == []
 
 
+@pytest.mark.slow
 def test_object_that_may_not_be_read_is_quarantined_alone(s3, monkeypatch):
     _, folder = s3
     first = min(path.name for path in (folder / "videos").iterdir())
@@ -212,11 +213,13 @@ def odd(client, folder: Path, name: str) -> dict[str, str]:
     return {row["clip_id"]: row["reason"] or "" for row in states.to_pylist()}
 
 
+@pytest.mark.slow
 def test_two_colons_in_a_key_are_part_of_it(s3):
     name = "C++::lesson"
     assert odd(*s3, name) == {"plain": "", name: "", f"{name}__member": ""}
 
 
+@pytest.mark.slow
 def test_an_object_whose_name_a_library_chokes_on_is_quarantined_alone(s3, monkeypatch):
     get_file = S3FileSystem._get_file
 
@@ -251,6 +254,7 @@ def test_lease_on_s3_lets_one_writer_in(s3):
         pass
 
 
+@pytest.mark.slow
 def test_pinned_version_on_s3_survives_compact_and_vacuum(copied):
     store = copied("store5")
     old = store.snapshot()
@@ -262,6 +266,7 @@ def test_pinned_version_on_s3_survives_compact_and_vacuum(copied):
     assert store.snapshot(old.version).digest == digest == store.snapshot().digest
 
 
+@pytest.mark.slow
 def test_keys_that_may_not_read_shards_make_verify_forget_nothing(copied, monkeypatch):
     store = copied("store8")
     before = store.snapshot()
@@ -273,6 +278,7 @@ def test_keys_that_may_not_read_shards_make_verify_forget_nothing(copied, monkey
     assert store.version() == before.version
 
 
+@pytest.mark.slow
 def test_requests_grow_with_listing_pages_not_with_files(s3, copied, monkeypatch):
     client, _ = s3
     store = copied("store7")
@@ -310,12 +316,14 @@ def test_requests_grow_with_listing_pages_not_with_files(s3, copied, monkeypatch
     assert n_to_delete <= before["vacuum"] + 3
 
 
+@pytest.mark.slow
 def test_temporary_downloads_are_gone(s3, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     run("s3://data/store6")
     assert os.listdir(Path(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_an_object_replaced_by_one_of_its_size_is_no_longer_left_out(copied, s3, monkeypatch):
     """Objects have no time of modification: only the etag tells them apart."""
     client, folder = s3

@@ -394,6 +394,7 @@ def test_export_to_a_bucket_is_refused(store, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"store"}
 
 
+@pytest.mark.slow
 def test_commits_cost_the_same_however_many_there_were(store):
     import time
 
@@ -410,6 +411,7 @@ def test_commits_cost_the_same_however_many_there_were(store):
     assert len(store.snapshot().clips) == 1
 
 
+@pytest.mark.slow
 def test_many_small_runs_leave_few_files_to_read(store):
     row = {"clip_id": "a", "status": "ok", "spec_hash": SPEC.spec_hash()}
     rows = pa.Table.from_pylist([row], CLIPS_SCHEMA)

@@ -162,6 +162,7 @@ def bucket() -> Iterator[str]:
         yield "s3://writers"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.usefixtures("all_look_dead")
 def test_no_order_of_steps_on_s3_loses_a_committed_row(pair, bucket):

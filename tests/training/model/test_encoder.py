@@ -402,6 +402,7 @@ def test_nothing_hidden_cannot_be_reconstructed():
         encoder(*_clips(), masks=_noise(encoder)._replace(mask_ratio=1))
 
 
+@pytest.mark.slow
 def test_gradients_have_the_same_bits_in_every_process():
     program = (
         "import hashlib, torch\n"
@@ -457,6 +458,7 @@ def test_a_stem_in_bf16_on_a_cpu_is_finite() -> None:
         assert torch.isfinite(tokens_BLD).all()
 
 
+@pytest.mark.slow
 def test_no_block_of_a_compiled_run_falls_back_to_running_uncompiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -204,6 +204,7 @@ def test_an_interrupt_ends_the_wait_and_not_only_the_training() -> None:
     let_go.set()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_costs_no_bit_of_the_result(
     ray_session: None, store: str, tmp_path: Path
 ) -> None:
@@ -237,6 +238,7 @@ def _one_rank_fails(settings: dict[str, Any]) -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_of_them(ray_session: None, tmp_path: Path) -> None:
     started = time.monotonic()
     # Ray has a cloudpickle of its own; its workers do not find the modules of tests.
@@ -268,6 +270,7 @@ def _trains_beside_its_checkpoint(settings: dict[str, Any]) -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_a_checkpoint_is_written_and_its_failure_leaves_it(
     ray_session: None, tmp_path: Path
 ) -> None:

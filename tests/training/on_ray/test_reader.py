@@ -52,6 +52,7 @@ def test_tasks_give_the_batches_of_one_process(
     assert _same(list(ours.sweep(FrameDraw(1))), list(local.sweep(FrameDraw(1))))
 
 
+@pytest.mark.slow
 def test_a_reader_killed_on_the_way_changes_nothing(ray_session: None, windows: WindowPlan) -> None:
     found: list[Batch] = []
     n_killed = 0

@@ -80,6 +80,7 @@ print(json.dumps({**found, "code": training.__file__}))
 """
 
 
+@pytest.mark.slow
 def test_a_registered_model_is_loaded_in_another_folder_with_its_own_code(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -338,6 +338,7 @@ def test_a_store_that_is_gone_costs_the_frames_only(run: Path) -> None:
         write_report(run, str(run / "gone"))
 
 
+@pytest.mark.slow
 def test_shards_that_are_gone_cost_the_frames_only(run: Path, tmp_path: Path) -> None:
     store = make_store(str(tmp_path / "store"))
     described = json.loads((run / "run.json").read_text())
@@ -388,6 +389,7 @@ def test_sound_is_of_the_source_or_says_that_it_is_synthesised(whole_page: str) 
     assert lengths == pytest.approx({"train": 1.5, "test": 0.5}, abs=0.06)
 
 
+@pytest.mark.slow
 def test_a_source_that_was_replaced_is_not_played(run: Path, tmp_path: Path) -> None:
     store = make_store(str(tmp_path / "store"))
     os.utime(tmp_path / "source.mp4", ns=(1, 1))

@@ -178,6 +178,7 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_worker_killed_while_it_logs_leaves_one_whole_curve(out: Path) -> None:
     handle = _new_run(out)
     path = out / "metrics.jsonl"
@@ -264,6 +265,7 @@ def running(server: Server) -> Server:
     return server
 
 
+@pytest.mark.slow
 def test_a_run_begun_without_mlflow_is_written_when_it_ends(server: Server, tmp_path: Path) -> None:
     server.kill()
     handle = _new_run(tmp_path, server.uri, **{"mlflow.runName": "late"})
@@ -281,6 +283,7 @@ def test_a_run_begun_without_mlflow_is_written_when_it_ends(server: Server, tmp_
     assert _history(handle, "loss") == [(1, 0.5)]
 
 
+@pytest.mark.slow
 def test_server_that_dies_and_comes_back_has_every_point_once(
     running: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -337,6 +340,7 @@ def test_what_a_stage_asks_at_its_end_does_not_grow_with_its_metrics(
     assert _history(handles[1], "metric_29") == [(step, 29.0) for step in (1, 2, 3)]
 
 
+@pytest.mark.slow
 def test_nodes_are_measured_in_one_run_also_after_mlflow_was_away(
     running: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -73,6 +73,7 @@ def compared_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "f1_score", micro)
 
 
+@pytest.mark.slow
 def test_metrics_are_the_packages_own_with_and_without_music(
     labels: TrueLabels, tmp_path: Path, compared_only: None
 ) -> None:
