@@ -1,7 +1,7 @@
-"""check_reach: a path that only the driver's node has is refused before anything starts.
+"""check_reach and check_cache: paths that a node cannot use are refused before anything starts.
 
-Knows nothing of what lies at a path. Invariant: what passes is seen by every node that was up when
-it was asked for; buckets always pass, and so does a cluster of one machine, at no cost.
+Knows nothing of what lies at a path. Invariant: what passes is seen, or made, by every node that
+was up when it was asked for; buckets always pass, and so does a cluster of one machine, at no cost.
 """
 
 import contextlib
@@ -10,10 +10,15 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from diccae.errors import UsageError
+from pipeline.errors import StoreError
 from pipeline.storage import Location
+from pipeline.store.cached import ShardCache
+
+Q = TypeVar("Q")
+A = TypeVar("A")
 
 _END_BYTES = 2**16
 _ANSWER_S = 120.0
@@ -45,6 +50,36 @@ def check_reach(reads: Mapping[str, str | None], out: str | None = None) -> None
     }
     if local and (nodes := other_machines()):
         compare(local, nodes, _looks_from)
+
+
+def check_cache(store: str, cache: ShardCache | None) -> None:
+    """Have each node that may read make its folder of `scale.shard_cache`; none for a store on a
+    disk, of which nothing is kept.
+
+    Raises: UsageError naming the node that cannot.
+    """
+    if cache is None or Location(store).is_local:
+        return
+    import ray
+
+    # A head that takes no work, as on Kubernetes, reads nothing and has no such disk.
+    nodes = [
+        OtherNode(node["NodeID"], node["NodeManagerHostname"])
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU")
+    ]
+    for refusal in _asked(nodes, _refusal, cache):
+        if refusal:
+            raise UsageError(refusal)
+
+
+def _refusal(cache: ShardCache) -> str:
+    """Why this node cannot keep anything; empty if it can."""
+    try:
+        cache.check()
+    except StoreError as error:
+        return str(error)
+    return ""
 
 
 def compare(local: Mapping[str, str], nodes: Sequence[OtherNode], looks_from: LooksFrom) -> None:
@@ -134,23 +169,28 @@ def other_machines() -> list[OtherNode]:
 
 
 def _looks_from(nodes: Sequence[OtherNode], paths: Sequence[str]) -> list[list[str] | None]:
+    return _asked(nodes, look, list(paths))
+
+
+def _asked(nodes: Sequence[OtherNode], question: Callable[[Q], A], of: Q) -> list[A | None]:
+    """What a function answers on each node; None from one that is gone."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there = ray.remote(num_cpus=0, max_retries=0)(look)
+    there = ray.remote(num_cpus=0, max_retries=0)(question)
     replies = [
-        there.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False))
-        .remote(list(paths))
+        there.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)
+        ).remote(of)
         for node in nodes
-    ]  # fmt: skip
+    ]
     return [_answer(reply) for reply in replies]
 
 
-def _answer(reply: Any) -> list[str] | None:
+def _answer(reply: Any) -> Any:
     import ray
 
     try:
-        seen: list[str] = ray.get(reply, timeout=_ANSWER_S)
+        return ray.get(reply, timeout=_ANSWER_S)
     except ray.exceptions.RayError:
         return None  # Taken away since, or not quite there: whoever works on it will say so.
-    return seen

@@ -4,8 +4,9 @@ Knows nothing of what is trained. Invariant: nothing here, and nothing that NOT_
 changes what a run learns, but for last digits.
 """
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from pipeline.store.cached import ShardCache
 from training.frozen import Frozen
 
 NOT_DECIDING = (
@@ -44,9 +45,32 @@ class ScaleConfig(Frozen):
     """CPUs one of these tasks reserves."""
     max_failures: int = Field(3, ge=-1)
     """Worker failures a run survives; -1: any number."""
+    shard_cache: str | None = None
+    """Absolute path of a folder of each node's own disk that keeps what was read of a store in a
+    bucket, so that each node reads it once; None: nothing is kept. Of a store on a disk, and with
+    `ablate --processes`, which decodes a store once, nothing is."""
+    shard_cache_gib: float = Field(200.0, gt=0)
+    """The most that it holds on a node."""
     lease_stale_s: float = Field(60.0, gt=1)
     """A start of a command that was silent for this long is taken for dead: the next one goes on
     with its run folder, and it writes nothing there any more."""
+
+    @field_validator("shard_cache")
+    @classmethod
+    def _on_a_disk_of_the_node(cls, folder: str | None) -> str | None:
+        if folder is not None and ("://" in folder or not folder.startswith("/")):
+            raise ValueError(
+                "neither a URL nor a relative path is a folder of each node's own disk; name an "
+                "absolute path such as /mnt/nvme/shards, or None"
+            )
+        return folder
+
+    @property
+    def cache(self) -> ShardCache | None:
+        """Where readers keep what they have read."""
+        if self.shard_cache is None:
+            return None
+        return ShardCache(self.shard_cache, int(self.shard_cache_gib * 2**30))
 
     @property
     def n_threads(self) -> int:

@@ -36,7 +36,7 @@ OPTIONS = Options("embed", EmbedArgs, ("data", "evaluate", "scale"))
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = OPTIONS.parse(argv, _as_trained)
-    from diccae.reach import check_reach
+    from diccae.reach import check_cache, check_reach
     from diccae.resources import check_fits, start_ray
     from diccae.stages.evaluate import inference_demands
     from diccae.stages.statistics import for_embedding
@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
     start_ray()
     check_fits(inference_demands(run.scale))
     check_reach({"--store": args.store, "--encoder": args.encoder})
+    check_cache(args.store, run.scale.cache)
     space = args.space or Applied.of(run, read_card(args.encoder, "encoder")[0].space).space
     job = Job(index, run.evaluate.frames, (space,))
     [outputs] = run_jobs([job], Models(args.encoder), run.data, run.scale, run.evaluate)

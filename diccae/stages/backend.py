@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from diccae.config import RunConfig
 from diccae.nodes.every_node import watched_nodes
-from diccae.reach import check_reach
+from diccae.reach import check_cache, check_reach
 from diccae.resources import Demand, check_fits, scale_note, start_ray
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import Say, attached_run, known_run, tracking_run
@@ -35,11 +35,14 @@ class Backend(Protocol):
         """Applies models to clips."""
         ...
 
-    def ready(self, demands: list[Demand], paths: Mapping[str, str | None], out: str) -> None:
+    def ready(
+        self, demands: list[Demand], paths: Mapping[str, str | None], out: str, scale: ScaleConfig
+    ) -> None:
         """Start what is needed.
 
         Args: paths: by option, what the nodes read. out: the run folder.
-        Raises: ResourceError if it does not fit; UsageError for a path that not all nodes reach.
+        Raises: ResourceError if it does not fit; UsageError for a path that not all nodes reach,
+        or a `scale.shard_cache` that not all can use.
         """
         ...
 
@@ -82,11 +85,14 @@ class OnRay:
     apply = staticmethod(run_jobs)
     watched_nodes = staticmethod(watched_nodes)
 
-    def ready(self, demands: list[Demand], paths: Mapping[str, str | None], out: str) -> None:
+    def ready(
+        self, demands: list[Demand], paths: Mapping[str, str | None], out: str, scale: ScaleConfig
+    ) -> None:
         """See `Backend`."""
         start_ray()
         check_fits(demands)
         check_reach(paths, out)
+        check_cache(paths["--store"] or "", scale.cache)
 
     def track(
         self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags, say: Say
@@ -151,7 +157,9 @@ class InLab:
         """See `Backend`; there are none."""
         return nullcontext()
 
-    def ready(self, demands: list[Demand], paths: Mapping[str, str | None], out: str) -> None:
+    def ready(
+        self, demands: list[Demand], paths: Mapping[str, str | None], out: str, scale: ScaleConfig
+    ) -> None:
         """See `Backend`; there is nothing to start."""
 
     def track(

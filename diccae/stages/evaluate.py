@@ -42,7 +42,8 @@ def run_evaluate(
     test = tested_rows(data, config)
     config_hash = config.digest()
     config, _ = settle(folder, config, data, say)
-    backend.ready(inference_demands(config.scale), {"--store": data.snapshot.uri}, folder.uri)
+    reads = {"--store": data.snapshot.uri}
+    backend.ready(inference_demands(config.scale), reads, folder.uri, config.scale)
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
     started = time.monotonic()
     clusters = _clusters(folder.place.uri_of("rounds"), test)

@@ -46,7 +46,7 @@ def run_finetune(
         folder.write_record(statistics=statistics)
     plan = BatchPlan.of_finetuning(len(train), config)
     reads = {"--store": data.snapshot.uri, "--encoder": encoder}
-    backend.ready(training_demands(config, None), reads, folder.uri)
+    backend.ready(training_demands(config, None), reads, folder.uri, config.scale)
     handle = backend.attach(folder, config, data, say)
     origin = provenance(folder, config)
     folder.check()

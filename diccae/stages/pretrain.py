@@ -47,7 +47,7 @@ def run_pretrain(
     makes_labels = config.rounds.labels != "none"
     pool = config.pool.groups(config.clustering) if makes_labels else None
     reads = {"--store": data.snapshot.uri, "--init": config.encoder.init}
-    backend.ready(training_demands(config, pool), reads, folder.uri)
+    backend.ready(training_demands(config, pool), reads, folder.uri, config.scale)
     handle = backend.track(folder, config, data, tags, say)
     backend.note(config.scale, say)
     total = _say_what_is_trained(config, data, say, span)

@@ -10,7 +10,7 @@ import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
@@ -23,6 +23,8 @@ import pyarrow.parquet as pq
 from pipeline.config import FeatureSpec
 from pipeline.errors import DamagedShard, StoreError
 from pipeline.storage import Location, is_storage_failure
+from pipeline.store.cached import ShardCache, Units
+from pipeline.store.cached_file import CachedFile, Details
 from pipeline.store.schema import ROW_GROUP_ROWS, SHARD_SCHEMA, SPEC_KEY
 
 # Frames are JPEG: compressing them again gains 3 % at best.
@@ -174,21 +176,24 @@ def read_rows(
     columns: list[str],
     *,
     keeps_footer: bool = False,
+    cache: ShardCache | None = None,
 ) -> pa.Table:
     """Rows of one shard, reading only the row groups and columns needed.
 
     Args: shard: as in the clips table; rows: positions in the order wanted, None for all;
         keeps_footer: the shard will be read again, and that its file has not changed since is not
-        in question: where a request costs, two of the next reading are spared.
+        in question: where a request costs, two of the next reading are spared; cache: where this
+        node keeps row groups, so that it asks a bucket once.
     Returns: the columns; the schema has the metadata of the shard (`spec_hash_of`).
     Raises: DamagedShard if the shard is missing, no whole file, or has fewer rows; StoreError if
-        the storage refuses, which says nothing of the shard.
+        the storage refuses, which says nothing of it, or if this node cannot use the cache.
     """
     (table,) = _read(
         store_uri,
         shard,
         lambda parquet, path: iter([_take(parquet, rows, columns, path)]),
         keeps_footer=keeps_footer,
+        cache=cache,
     )
     return table
 
@@ -239,8 +244,7 @@ def side_by_side(work: Callable[[A], T], items: Iterable[A], at_once: int = AT_O
 class _Footer(NamedTuple):
     """What has to be known of a shard before its columns can be asked for."""
 
-    details: dict[str, Any]
-    """Of its file, as the storage told: size, and what says that it is the same file still."""
+    details: Details
     metadata: pq.FileMetaData
 
 
@@ -277,15 +281,18 @@ def _read(
     use: Callable[[pq.ParquetFile, str], Iterator[T]],
     *,
     keeps_footer: bool = False,
+    cache: ShardCache | None = None,
 ) -> Iterator[T]:
     """What `use` yields of an open shard; an error of whoever takes it is none of the shard."""
     location = _location(store_uri)
     path = location.join(shard)
-    keeps_footer = keeps_footer and not location.is_local  # There nothing would be spared.
+    if location.is_local:
+        keeps_footer, cache = False, None  # There nothing would be spared.
     known = _footers.get(path) if keeps_footer else None
+    units = cache and cache.units(location.uri, shard)
     watched: _Watched | None = None
     try:
-        with _opened(location, path, known) as file:
+        with _opened(location, path, known and known.details, units) as file:
             watched = _Watched(file)
             parquet = pq.ParquetFile(
                 pa.PythonFile(watched, mode="r"), metadata=known and known.metadata, pre_buffer=True
@@ -293,20 +300,29 @@ def _read(
             details = getattr(file, "details", None)  # Files of some storages have none.
             if keeps_footer and details:
                 _footers.keep(path, _Footer(details, parquet.metadata))
+            if units is not None:
+                file.rows = list(_row_groups(parquet.metadata))
             yield from use(parquet, path)
     except StoreError:
         raise
     except Exception as error:
-        if known:
-            # Of a file that was cut off a range is refused, as by storage that fails: asked anew.
-            _footers.forget(path)
+        read_whole = watched is not None and watched.failure is None
+        if _had_kept(path, known, units, read_whole):
             yield from _read(store_uri, shard, use)
             return
-        read_whole = watched is not None and watched.failure is None
         told = _told(error, path, store_uri, read_whole)
         if told is None:
             raise
         raise told from error
+
+
+def _had_kept(path: str, known: _Footer | None, units: Units | None, read_whole: bool) -> bool:
+    """Forget what was kept of a shard that cannot be read: it may be what is broken, and of a file
+    that was cut off a range is refused, as by storage that fails. Returns: whether any was."""
+    _footers.forget(path)
+    if units is not None and read_whole:
+        units.drop_given()
+    return known is not None or bool(units and units.given)
 
 
 def _told(error: Exception, path: str, store_uri: str, read_whole: bool) -> StoreError | None:
@@ -335,15 +351,26 @@ def _told(error: Exception, path: str, store_uri: str, read_whole: bool) -> Stor
     )
 
 
-def _opened(location: Location, path: str, known: _Footer | None) -> Any:
+def _opened(
+    location: Location, path: str, details: Details | None, units: Units | None = None
+) -> Any:
     """The file to read ranges of, each asked for as it is: Arrow asks for the columns of a row
     group together (`pre_buffer`), and fsspec's default would add 5 to 50 MB to each of them."""
-    if known is None:
-        return location.fs.open(path, "rb", cache_type="none")
-    # Size and details that are not given are asked for.
-    file = location.fs.open(path, "rb", cache_type="none", size=known.details["size"])
-    file.details = known.details
+    if units is not None:
+        return CachedFile(units, partial(_opened, location, path), details)
+    # What is not given is asked for.
+    file = location.fs.open(path, "rb", cache_type="none", size=details and details["size"])
+    if details is not None:
+        file.details = details
     return file
+
+
+def _row_groups(metadata: pq.FileMetaData) -> Iterator[tuple[int, int]]:
+    """First byte and end of each, whose columns lie one after the other."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        ends = group.column(0), group.column(group.num_columns - 1)
+        first, last = (each.dictionary_page_offset or each.data_page_offset for each in ends)
+        yield first, last + ends[1].total_compressed_size
 
 
 def _take(

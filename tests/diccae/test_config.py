@@ -214,9 +214,18 @@ def test_differences_are_named_key_by_key() -> None:
     assert differing_keys(old, new) == ["loss.temperature: 0.05 -> 0.2", "seed: 0 -> 1"]
 
 
+@pytest.mark.parametrize("folder", ["shards", "s3://bucket/shards", "/mnt/x/../s3://bucket"])
+def test_a_folder_for_shards_that_is_no_disk_of_a_node_is_refused(folder: str) -> None:
+    argv = ["--store", "s", "--out", "o", "--scale.shard-cache", folder]
+    with pytest.raises(UsageError, match=r"scale.shard_cache.*name an absolute path"):
+        pretrain.OPTIONS.parse(argv)
+
+
 def test_digest_ignores_where_a_run_happens_but_not_what_it_is() -> None:
     base = RunConfig()
     assert RunConfig(scale={"num_workers": 4}).digest() == base.digest()
+    elsewhere = {"shard_cache": "/mnt/a", "shard_cache_gib": 9}
+    assert RunConfig(scale=elsewhere).digest() == base.digest()
     assert RunConfig(rounds={"timeout_s": 9}, pretrain={"compile": True}).digest() == base.digest()
     assert RunConfig(seed=1).digest() != base.digest()
     assert RunConfig(rounds={"lead_steps": 9}).digest() != base.digest()

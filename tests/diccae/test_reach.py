@@ -11,10 +11,11 @@ import pytest
 
 from diccae.cli import main
 from diccae.errors import UsageError
-from diccae.reach import OtherNode, check_reach, compare, look
+from diccae.reach import OtherNode, check_cache, check_reach, compare, look
 from diccae.stages.ingest import run_ingest
 from pipeline.config import IngestConfig
 from pipeline.ingest.run import _Run
+from pipeline.store.cached import ShardCache
 
 NODES = [OtherNode("1", "train-0 (10.0.0.7)")]
 LOOK = """
@@ -121,3 +122,16 @@ def test_a_node_that_is_gone_by_now_refuses_nothing(tmp_path: Path) -> None:
 def test_one_machine_is_asked_nothing(ray_session: None, tmp_path: Path) -> None:
     check_reach({"--store": str(tmp_path), "--init": "s3://b/x.pth"}, str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_node_that_cannot_keep_shards_is_named_before_a_run_starts(
+    ray_session: None, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    unusable = ShardCache(str(tmp_path / "file" / "shards"), 2**30)
+    said = rf"scale.shard_cache = {unusable.folder}: node .*Not a directory.*; name a folder"
+    with pytest.raises(UsageError, match=said):
+        check_cache("s3://bucket/store", unusable)
+    check_cache(str(tmp_path / "store"), unusable)
+    check_cache("s3://bucket/store", ShardCache(str(tmp_path / "shards"), 2**30))
+    assert (tmp_path / "shards").is_dir()

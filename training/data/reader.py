@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from clustering.kmeans.hashing import GOLDEN, hash64
 from pipeline.decode.payload import decode_jpegs, fbank_array
+from pipeline.store.cached import ShardCache
 from pipeline.store.shards import read_rows, side_by_side
 from training.data.frames import frames_at
 from training.data.order import EpochReads, FrameDraw, Window, WindowPlan
@@ -51,19 +52,19 @@ class Reader(Protocol):
 class LocalReader:
     """Decodes in this process; for tests, small sets and machines without Ray."""
 
-    def __init__(self, windows: WindowPlan) -> None:
-        self.windows = windows
+    def __init__(self, windows: WindowPlan, cache: ShardCache | None = None) -> None:
+        self.windows, self.cache = windows, cache
 
     def stream(self, epochs: Iterable[EpochReads]) -> Iterator[Batch]:
         """See `Reader`."""
         for reads in epochs:
             for window in self.windows.windows(reads):
-                yield from read_window(window)
+                yield from read_window(window, self.cache)
 
     def sweep(self, frames: FrameDraw) -> Iterator[Batch]:
         """See `Reader`."""
         for window in self.windows.sweep(frames):
-            yield from read_window(window)
+            yield from read_window(window, self.cache)
 
 
 def choose_frames(
@@ -102,7 +103,7 @@ def _uniform(
 class _Encoded:
     """Encoded features of a window's clips, left in Arrow memory until one is wanted."""
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self, window: Window, cache: ShardCache | None) -> None:
         self.frames: list[pa.ListArray] = []
         self.fbanks: list[pa.BinaryArray] = []
         self.shard_W = window.shard_W
@@ -117,6 +118,7 @@ class _Encoded:
                 window.row_W[of_shard[number]],
                 ["frames", "fbank"],
                 keeps_footer=True,
+                cache=cache,
             ).combine_chunks()
 
         for here, table in zip(of_shard, side_by_side(read, range(len(of_shard))), strict=True):
@@ -135,12 +137,13 @@ class _Encoded:
         return memoryview(self.fbanks[self.shard_W[i]][int(self.row_W[i])].as_buffer()).cast("B")
 
 
-def read_window(window: Window) -> Iterator[Batch]:
+def read_window(window: Window, cache: ShardCache | None = None) -> Iterator[Batch]:
     """The steps of a window, decoded.
 
     A row group is read once; of the frames, only those asked for are decoded.
+    Args: cache: where this node keeps row groups of a store in a bucket; no bit depends on it.
     """
-    encoded = _Encoded(window)
+    encoded = _Encoded(window, cache)
     for places_n, visits_n in zip(window.places_Sn, window.visits_Sn, strict=True):
         keys_n = window.key_W[places_n]
         chosen = choose_frames(

@@ -250,7 +250,7 @@ def this_edge(scale: ScaleConfig, written: Written, name: str) -> Edge:
     world, place = this_world(scale), written.out.below(name)
 
     def reader(windows: WindowPlan) -> Reader:
-        return RayReader(windows, scale.reader_tasks, scale.reader_cpus)
+        return RayReader(windows, scale.reader_tasks, scale.reader_cpus, scale.cache)
 
     def save(state: dict[str, Any]) -> None:
         report_state(state, world.rank, place, written.attempt)

@@ -75,6 +75,7 @@ class _Worker:
             use_cpu(settings["threads"])
         self.model = Model(Models(*settings["models"]), data, device, settings["precision"])
         self.frames_per_clip = data.frames_per_clip
+        self.cache = settings["cache"]
 
     def __call__(self, task: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
         """Numbers of batches to a row for each of their jobs: its outputs as bytes."""
@@ -100,7 +101,7 @@ class _Worker:
             positions = numbers[job_of == at] - (self.ends[at] - len(job.rows))
             n_passes = test_passes(job.rows.spec.n_frames, self.frames_per_clip, job.frames)
             frames = FrameDraw(self.frames_per_clip * n_passes, random=False)
-            (decoded,) = read_window(window_of(job.rows, positions[None], frames))
+            (decoded,) = read_window(window_of(job.rows, positions[None], frames), self.cache)
             parts.append(_Part(at, n_passes, decoded))
         return parts
 
@@ -171,15 +172,6 @@ def _rows(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
-    settings = {
-        "data": data.model_dump(),
-        # In the object store once, not in the arguments of every actor.
-        "jobs": [ray.put(list(jobs))],
-        "models": [uri and absolute_uri(uri) for uri in models],
-        "use_gpu": scale.use_gpu,
-        "precision": precision_of(evaluate, scale),
-        "threads": scale.n_threads,
-    }
     n_batches = len(batches_of(sum(len(job.rows) for job in jobs)))
     # As many for each actor.
     tasks = scale.num_workers * -(-n_batches // (scale.num_workers * _TASK_BATCHES))
@@ -187,7 +179,7 @@ def _rows(
         numbers = ray.data.range(n_batches, override_num_blocks=min(n_batches, tasks))
         results = numbers.map_batches(
             _Worker,
-            fn_constructor_kwargs={"settings": settings},
+            fn_constructor_kwargs={"settings": _settings(jobs, models, data, scale, evaluate)},
             batch_size=None,
             batch_format="numpy",
             # A second task would wait at an actor while another one has none.
@@ -198,6 +190,28 @@ def _rows(
             num_gpus=1 if scale.use_gpu else 0,
         )
     yield from results.iter_rows()
+
+
+def _settings(
+    jobs: Sequence[Job],
+    models: Models,
+    data: DataConfig,
+    scale: ScaleConfig,
+    evaluate: EvaluateConfig,
+) -> dict[str, Any]:
+    """What an actor is given."""
+    import ray
+
+    return {
+        "data": data.model_dump(),
+        # In the object store once, not in the arguments of every actor.
+        "jobs": [ray.put(list(jobs))],
+        "models": [uri and absolute_uri(uri) for uri in models],
+        "use_gpu": scale.use_gpu,
+        "precision": precision_of(evaluate, scale),
+        "threads": scale.n_threads,
+        "cache": scale.cache,
+    }
 
 
 def precision_of(evaluate: EvaluateConfig, scale: ScaleConfig) -> Literal["fp32", "bf16"]:

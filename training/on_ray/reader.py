@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from pipeline.store.cached import ShardCache
 from training.data.order import EpochReads, FrameDraw, Window, WindowPlan
 from training.data.reader import Batch, read_window
 
@@ -25,9 +26,12 @@ class RayReader:
     also wants every window of all epochs beforehand.
     """
 
-    def __init__(self, windows: WindowPlan, tasks: int, cpus: float) -> None:
-        """Args: tasks: windows decoded at the same time; cpus: what each of them reserves."""
-        self.windows, self.tasks = windows, tasks
+    def __init__(
+        self, windows: WindowPlan, tasks: int, cpus: float, cache: ShardCache | None = None
+    ) -> None:
+        """Args: tasks: windows decoded at the same time; cpus: what each of them reserves; cache:
+        of whichever node a task runs on, see `read_window`."""
+        self.windows, self.tasks, self.cache = windows, tasks, cache
         self._decode = ray.remote(read_window).options(
             name="read",
             num_cpus=cpus,
@@ -52,7 +56,7 @@ class RayReader:
                 # Never more tasks than CPUs were reserved for: one that has to be run again would
                 # wait behind a later one, which waits for it to be read.
                 while _n_running(started) < self.tasks and (window := next(windows, None)):
-                    started.append(self._decode.remote(window))
+                    started.append(self._decode.remote(window, self.cache))
                 if not started:
                     return
                 step = next(started[0], None)

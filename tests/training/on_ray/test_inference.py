@@ -16,8 +16,10 @@ import pytest
 import torch
 from support.memory import SHAPE, SPEC, MemoryReader, memory_index
 from support.stores import noise_store
+from support.unsteady import Unsteady, unsteady_bucket
 
 from pipeline.errors import DamagedShard
+from pipeline.store.cached import ShardCache
 from training.cluster_config import ScaleConfig
 from training.config import DataConfig, EncoderConfig, EvaluateConfig, TrainingConfig
 from training.data.augment import normalise_fbank, normalise_frames
@@ -143,7 +145,12 @@ def test_evaluation_is_bf16_on_gpus_unless_told_otherwise(
     assert inference.precision_of(EvaluateConfig(precision=asked), scale) == expected
 
 
-def _worker(encoder: str, index: RowIndex, monkeypatch: pytest.MonkeyPatch) -> "inference._Worker":
+def _worker(
+    encoder: str,
+    index: RowIndex,
+    monkeypatch: pytest.MonkeyPatch,
+    cache: ShardCache | None = None,
+) -> "inference._Worker":
     """An actor of one job without Ray, which runs batches of four clips."""
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda ref: ref))
     monkeypatch.setattr(inference, "_ROWS", 4)
@@ -154,6 +161,7 @@ def _worker(encoder: str, index: RowIndex, monkeypatch: pytest.MonkeyPatch) -> "
         "use_gpu": False,
         "precision": "fp32",
         "threads": 1,
+        "cache": cache,
     }
     return inference._Worker(settings)
 
@@ -167,10 +175,10 @@ def test_an_actor_reads_the_next_batches_while_one_runs(
     read, others = inference.read_window, threading.Semaphore(0)
     begun: list[int] = []
 
-    def seen(window: Window) -> Iterator[Batch]:
+    def seen(window: Window, *cache: Any) -> Iterator[Batch]:
         begun.append(int(window.position_W[0]) // 4)
         others.release()
-        return read(window)
+        return read(window, *cache)
 
     monkeypatch.setattr(inference, "read_window", seen)
     run, at_run = worker.model, []
@@ -196,6 +204,20 @@ def test_an_actor_reads_the_next_batches_while_one_runs(
         alone = run(batch.fbank, batch.frames, 1, False).z
         for stream, x in alone.items():
             np.testing.assert_array_equal(kinds[i]["z"][stream], x)
+
+
+def test_an_actor_asks_storage_once_for_what_its_node_keeps(
+    encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with unsteady_bucket("evaluated") as uri:
+        index = index_rows(noise_store(f"{uri}/store", SPEC, 32).snapshot(), "train")
+        worker = _worker(encoder, index, monkeypatch, ShardCache(str(tmp_path), 2**30))
+        found = []
+        for is_first in (True, False):
+            Unsteady.asked.clear()
+            found.append(worker({"id": np.arange(8)})["outputs"])
+            assert any("/features/" in path for path, _ in Unsteady.asked) == is_first
+    assert found[0] == found[1]
 
 
 def test_a_batch_that_cannot_be_read_is_named_when_its_turn_comes(

@@ -1,18 +1,30 @@
 """Batches decoded in Ray tasks are those decoded here, whatever happens to the tasks."""
 
+import dataclasses
+import os
 import time
+from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 from support.processes import below, kill
 from support.stores import noise_store
+from support.unsteady import Unsteady, unsteady_bucket
 
 from pipeline.config import FeatureSpec
+from pipeline.storage import Location
+from training.attempt import UNHELD
+from training.cluster_config import ScaleConfig
 from training.config import DataConfig
 from training.data.order import BatchPlan, EpochReads, FrameDraw, WindowPlan
 from training.data.reader import Batch, LocalReader
 from training.data.rows import RowIndex, index_rows
+from training.loop.hooks import World
+from training.on_ray import fit
 from training.on_ray.reader import RayReader
+from training.run.edge import Written
+from training.tracking.copier import RunHandle
 
 SPEC = FeatureSpec(n_frames=3, frame_size=32, fbank_frames=16, n_mels=8)
 N_CLIPS = 300
@@ -29,8 +41,16 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> RowIndex:
 
 @pytest.fixture
 def windows(index: RowIndex) -> WindowPlan:
+    return windows_of(index)
+
+
+def windows_of(index: RowIndex) -> WindowPlan:
     data = DataConfig(lanes=4, shuffle_window=16)
     return WindowPlan(index, BatchPlan.of(len(index), 16, data), range(1, 3), seed=3)
+
+
+def _local(index: RowIndex) -> list[Batch]:
+    return list(LocalReader(windows_of(index)).stream(EPOCHS))
 
 
 def _same(found: list[Batch], expected: list[Batch]) -> bool:
@@ -50,6 +70,37 @@ def test_tasks_give_the_batches_of_one_process(
     assert len(expected) == 2 * windows.plan.steps(N_CLIPS) - 5
     assert _same(list(ours.stream(EPOCHS)), expected)
     assert _same(list(ours.sweep(FrameDraw(1))), list(local.sweep(FrameDraw(1))))
+
+
+def test_tasks_keep_what_they_read_on_their_node(
+    ray_session: None, index: RowIndex, tmp_path: Path
+) -> None:
+    """Of a store behind plain HTTP, which needs no keys: the tasks have none."""
+    with unsteady_bucket("read") as uri:
+        store = noise_store(f"{uri}/store", SPEC, N_CLIPS)
+        for name in store.location.files("features"):
+            key = f"store/features/{name}"
+            boto3.client("s3").put_object_acl(Bucket="read", Key=key, ACL="public-read")
+        far = f"{os.environ['AWS_ENDPOINT_URL']}/read/store"
+        windows = windows_of(dataclasses.replace(index, store_uri=far))
+        cache = ScaleConfig(shard_cache=str(tmp_path)).cache
+        assert _same(list(RayReader(windows, 2, 0.5, cache).stream(EPOCHS)), _local(index))
+        for kept in (True, False):
+            Unsteady.asked.clear()
+            list(RayReader(windows, 2, 0.5, cache if kept else None).stream(EPOCHS))
+            assert any("/features/" in path for path, _ in Unsteady.asked) != kept
+
+
+def test_a_training_worker_has_its_readers_keep_what_they_read(
+    windows: WindowPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "this_world", lambda scale: World())
+    monkeypatch.setattr(fit, "last_state", lambda: None)
+    written = Written(Location(tmp_path), RunHandle("", "", ""), {}, UNHELD)
+    for folder in (None, "/mnt/shards"):
+        scale = ScaleConfig(shard_cache=folder)
+        assert fit.this_edge(scale, written, "pretrain").reader(windows).cache == scale.cache
+        assert (scale.cache is None) == (folder is None)
 
 
 @pytest.mark.slow

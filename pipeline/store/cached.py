@@ -1,0 +1,324 @@
+"""ShardCache: ranges of shards in a bucket, kept on this node's own disk once they were read.
+
+Knows nothing of Parquet, nor of why something is read: a unit is a range of bytes that is kept
+whole. Invariants: a unit lies under its name whole or not at all, and is what storage would give,
+since a shard never changes; the units of all processes of a node, unfinished ones included, stay
+within the limit; what the disk refuses is read from storage.
+
+    <folder>/shards-<user>/<hash of the store's URI>/<shard>/<first byte>-<end>
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import socket
+import stat
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.errors import StoreError
+
+_log = logging.getLogger(__name__)
+
+SILENT_S = 600.0
+"""A store that was not read for so long is nobody's, an unfinished unit that of a dead writer."""
+_TOUCHED_EVERY_S = 60.0
+_FULL_FOR_S = 60.0
+"""How long a process does not ask again for room that there was not."""
+_AT_A_TIME = 64
+"""Room is made for this part of the limit together, since all units are looked at for it."""
+_USED = "used"
+_NAME = re.compile(r"(?:tail-)?(\d+)-(\d+)(\.\w+)?")
+"""Of a unit; with an ending, of one that is not finished."""
+
+
+class ShardCache(NamedTuple):
+    """Where each node keeps units, and how much of them."""
+
+    folder: str
+    limit_bytes: int
+
+    def check(self) -> None:
+        """Make the folder. Raises: StoreError if this node cannot keep anything in it."""
+        _folder(self)
+
+    def units(self, store_uri: str, shard: str) -> "Units":
+        """Those of a shard. Raises: as check."""
+        store = hashlib.sha256(store_uri.encode()).hexdigest()[:16]
+        return Units(_folder(self), store, shard.rpartition("/")[2])
+
+
+class Units:
+    """Units of one shard, for one reading of it."""
+
+    def __init__(self, folder: "_Folder", store: str, shard: str) -> None:
+        self._folder, self._at = folder, folder.root / store / shard
+        self.given: set[Path] = set()
+        """Those that were read from the disk."""
+        folder.touch(store)
+
+    def tail(self) -> tuple[int, bytes] | None:
+        """The end of the shard: where it begins, and its bytes."""
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self._at):
+                if name.startswith("tail-") and (found := _range_of(name)):
+                    start, end = found
+                    content = self._read(self._at / name, end - start, 0, end - start)
+                    return None if content is None else (start, content)
+        return None
+
+    def keep_tail(self, start: int, content: bytes) -> None:
+        """Keep the end of the shard, which begins at `start`."""
+        path = self._at / f"tail-{start}-{start + len(content)}"
+        self._folder.keep(path, len(content), lambda: content)
+
+    def part(self, unit: tuple[int, int], start: int, end: int) -> bytes | None:
+        """Bytes from start to end, which lie in the unit; None if it is not there whole."""
+        first, last = unit
+        path = self._at / f"{first}-{last}"
+        return self._read(path, last - first, start - first, end - start)
+
+    def keep(self, unit: tuple[int, int], fetch: Callable[[], bytes]) -> bytes | None:
+        """Fetch a unit and keep it. Returns: its bytes; None, and nothing is fetched, if there is
+        no room for it."""
+        first, last = unit
+        return self._folder.keep(self._at / f"{first}-{last}", last - first, fetch)
+
+    def drop_given(self) -> None:
+        """Remove what was read from the disk."""
+        for path in self.given:
+            self._folder.drop(path)
+
+    def _read(self, path: Path, n_bytes: int, offset: int, n_wanted: int) -> bytes | None:
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError:
+            return None
+        content = b""
+        with contextlib.suppress(OSError):
+            if os.fstat(handle).st_size == n_bytes:
+                content = os.pread(handle, n_wanted, offset)
+        os.close(handle)
+        if len(content) != n_wanted:
+            self._folder.drop(path)
+            return None
+        self.given.add(path)
+        return content
+
+
+class _Folder:
+    """What this process knows of the node's folder."""
+
+    def __init__(self, cache: ShardCache) -> None:
+        """Raises: StoreError."""
+        self._cache = cache
+        self.root = Path(cache.folder, f"shards-{os.geteuid()}")
+        self._writes = True
+        self._full_until = 0.0
+        self._touched: dict[str, float] = {}
+        try:
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o700, exist_ok=True)
+            about = self.root.lstat()
+            # Who may write here may plant features.
+            if about.st_uid != os.geteuid() or stat.S_IMODE(about.st_mode) & 0o022:
+                raise OSError(errno.EPERM, f"others may write to {self.root}")
+            tempfile.TemporaryFile(dir=self.root).close()
+        except OSError as error:
+            raise StoreError(
+                f"scale.shard_cache = {cache.folder}: node {socket.gethostname()} can keep nothing "
+                f"there ({error.strerror or error}); name a folder of each node's own disk that "
+                "its processes may make or write to, or None"
+            ) from error
+
+    def touch(self, store: str) -> None:
+        """Let other processes know that the store is read, now and then."""
+        now = time.monotonic()
+        if now - self._touched.get(store, -_TOUCHED_EVERY_S) >= _TOUCHED_EVERY_S:
+            self._touched[store] = now
+            with contextlib.suppress(OSError):
+                os.utime(self.root / store)
+
+    def keep(self, path: Path, n_bytes: int, fetch: Callable[[], bytes]) -> bytes | None:
+        """Raises: what `fetch` raises."""
+        unfinished = self._claim(path, n_bytes)
+        if unfinished is None:
+            return None
+        kept = False
+        try:
+            content = fetch()
+            kept = len(content) == n_bytes and self._publish(unfinished, path, content)
+            return content
+        finally:
+            self._remove(unfinished, 0 if kept else n_bytes)
+
+    def drop(self, path: Path) -> None:
+        """Remove a unit, if it is there."""
+        if found := _range_of(path.name):
+            self._remove(path, found[1] - found[0])
+
+    def _claim(self, path: Path, n_bytes: int) -> Path | None:
+        """An empty file for a unit, of which the bytes count from now on; None: no room."""
+        if not self._writes or time.monotonic() < self._full_until:
+            return None
+        try:
+            with self._counting() as counter:
+                used = _read_count(counter)
+                if used is None or used + n_bytes > self._cache.limit_bytes:
+                    used = self._counted_anew()
+                if (excess := used + n_bytes - self._cache.limit_bytes) > 0:
+                    used -= self._make_room(excess, path.parent.parent)
+                if used + n_bytes > self._cache.limit_bytes:
+                    self._full_until = time.monotonic() + _FULL_FOR_S
+                    _write_count(counter, used)
+                    return None
+                path.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+                unfinished.touch(mode=0o600)
+                _write_count(counter, used + n_bytes)
+                return unfinished
+        except OSError as error:
+            self._stop_writing(error)
+            return None
+
+    def _publish(self, unfinished: Path, path: Path, content: bytes) -> bool:
+        """Returns: whether this call made the unit."""
+        try:
+            with open(unfinished, "wb") as file:
+                file.write(content)
+                file.flush()
+                # A node that loses power would have a file of this length without these bytes.
+                os.fsync(file.fileno())
+            os.link(unfinished, path)
+        except FileExistsError:
+            return False  # Another process was first.
+        except OSError as error:
+            self._stop_writing(error)
+            return False
+        return True
+
+    def _remove(self, path: Path, n_bytes: int) -> None:
+        """Remove a file and count it no more. Args: n_bytes: 0: they stay, under another name."""
+        try:
+            path.unlink()
+            if n_bytes:
+                with self._counting() as counter:
+                    _write_count(counter, max(0, (_read_count(counter) or 0) - n_bytes))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self._stop_writing(error)
+
+    def _stop_writing(self, error: OSError) -> None:
+        if self._writes:
+            self._writes = False
+            _log.warning(
+                "scale.shard_cache = %s: %s; this process keeps nothing more there and goes on "
+                "with storage",
+                self._cache.folder,
+                error.strerror or error,
+            )
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[int]:
+        """The file with the number of bytes in use, for as long as no other process has it.
+
+        The system lets go of it for a process that dies.
+        """
+        counter = os.open(self.root / _USED, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(counter, fcntl.LOCK_EX)
+            yield counter
+        finally:
+            os.close(counter)
+
+    def _counted_anew(self) -> int:
+        """Bytes in use: what died was counted, too, and what somebody deleted."""
+        used, now = 0, time.time()
+        for store in _folders(self.root):
+            for found in _found(store):
+                if found.finished or now - found.modified < SILENT_S:
+                    used += found.n_bytes
+                else:
+                    found.path.unlink(missing_ok=True)
+        return used
+
+    def _make_room(self, needed: int, mine: Path) -> int:
+        """Remove units of stores that nobody reads, oldest first. Returns: bytes of them.
+
+        None of the store that is read: of a set larger than the room, in an order that is another
+        one in each epoch, what came first serves its share of every epoch, and what came last is
+        gone before it is asked for again.
+        """
+        wanted, freed = max(needed, self._cache.limit_bytes // _AT_A_TIME), 0
+        last_read = {store: store.stat().st_mtime for store in _folders(self.root)}
+        for store in sorted(last_read, key=last_read.__getitem__):
+            if store == mine or time.time() - last_read[store] < SILENT_S:
+                continue
+            for found in sorted(_found(store), key=lambda found: found.modified):
+                if freed >= wanted:
+                    return freed
+                found.path.unlink(missing_ok=True)
+                freed += found.n_bytes
+            for folder in (*_folders(store), store):
+                with contextlib.suppress(OSError):  # Somebody else's file lies in it.
+                    folder.rmdir()
+        return freed
+
+
+class _Found(NamedTuple):
+    """A file of the folder."""
+
+    path: Path
+    n_bytes: int
+    """By its name: an unfinished one counts whole."""
+    finished: bool
+    modified: float
+    """Unix, s."""
+
+
+@lru_cache(maxsize=8)
+def _folder(cache: ShardCache) -> _Folder:
+    return _Folder(cache)
+
+
+def _range_of(name: str) -> tuple[int, int] | None:
+    """Which bytes of its shard a finished unit is."""
+    match = _NAME.fullmatch(name)
+    return None if match is None or match[3] else (int(match[1]), int(match[2]))
+
+
+def _folders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+
+def _found(store: Path) -> Iterator[_Found]:
+    """The units of a store; any of them may be removed meanwhile."""
+    for shard in _folders(store):
+        with os.scandir(shard) as entries:
+            for entry in entries:
+                if match := _NAME.fullmatch(entry.name):
+                    with contextlib.suppress(FileNotFoundError):
+                        modified = entry.stat(follow_symlinks=False).st_mtime
+                        n_bytes = int(match[2]) - int(match[1])
+                        yield _Found(Path(entry.path), n_bytes, match[3] is None, modified)
+
+
+def _read_count(counter: int) -> int | None:
+    told = os.pread(counter, 32, 0).strip()
+    return int(told) if told.isdigit() else None
+
+
+def _write_count(counter: int, used: int) -> None:
+    # Of one length, so that no shorter number leaves digits of a longer one behind.
+    os.pwrite(counter, b"%31d\n" % used, 0)

@@ -1,0 +1,330 @@
+"""What a node keeps of shards in a real S3 API: no request twice, its limit, and its faults."""
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from support.stores import noise_store
+from support.unsteady import Unsteady, unsteady_bucket
+
+from pipeline.config import FeatureSpec
+from pipeline.errors import DamagedShard, StoreError
+from pipeline.store import cached, shards
+from pipeline.store.cached import SILENT_S, ShardCache
+from pipeline.store.schema import ROW_GROUP_ROWS
+from pipeline.store.shards import read_rows
+from pipeline.store.store import FeatureStore
+
+SPEC = FeatureSpec(n_frames=1, frame_size=32, duration_s=1.0, fbank_frames=100, n_mels=16)
+N_SHARDS = 2
+SHARD_ROWS = 3 * ROW_GROUP_ROWS
+ALL = np.arange(SHARD_ROWS)
+COLUMNS = ["frames", "fbank"]
+ROOMY = 2**30
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with unsteady_bucket("cached") as uri:
+        yield uri
+
+
+@pytest.fixture(scope="module")
+def store(bucket: str) -> FeatureStore:
+    """Row groups of about 0.3 MB, three in each shard."""
+    return noise_store(f"{bucket}/store", SPEC, N_SHARDS * SHARD_ROWS)
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """As a process that was just started."""
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    shards._footers._kept.clear()
+    cached._folder.cache_clear()
+    Unsteady.asked.clear()
+
+
+def shard_of(store: FeatureStore, number: int = 0) -> str:
+    return f"features/{sorted(store.location.files('features'))[number]}"
+
+
+def asked() -> int:
+    """Requests for shards since the last time."""
+    n = sum("/features/" in path for path, _ in Unsteady.asked)
+    Unsteady.asked.clear()
+    return n
+
+
+def read(store: FeatureStore, cache: ShardCache | None, number: int = 0) -> pa.Table:
+    return read_rows(store.uri, shard_of(store, number), ALL, COLUMNS, cache=cache)
+
+
+def units(folder: Path) -> list[Path]:
+    """Row groups that are kept."""
+    return sorted(p for p in folder.rglob("[0-9]*-*") if p.is_file() and not p.suffix)
+
+
+def test_what_a_node_has_read_once_costs_no_request_also_in_a_new_process(store, tmp_path) -> None:
+    cache = ShardCache(str(tmp_path), ROOMY)
+    expected = read(store, None)
+    asked()
+    assert read(store, cache).equals(expected)
+    assert asked() == 2 + 3  # Size, end, row groups.
+    for new_process in (False, True):
+        if new_process:
+            forget()
+        assert read(store, cache).equals(expected)
+        assert asked() == 0
+    some = np.array([ROW_GROUP_ROWS + 1, 3])
+    assert read_rows(store.uri, shard_of(store), some, ["clip_id"], cache=cache).equals(
+        read_rows(store.uri, shard_of(store), some, ["clip_id"])
+    )
+
+
+def test_only_the_row_groups_that_are_read_are_kept(store, tmp_path) -> None:
+    cache = ShardCache(str(tmp_path), ROOMY)
+    read_rows(store.uri, shard_of(store), ALL[70:80], COLUMNS, cache=cache)
+    assert len(units(tmp_path)) == 1
+
+
+def test_a_store_on_a_disk_is_not_copied(tmp_path) -> None:
+    local = noise_store(tmp_path / "store", SPEC, N_SHARDS * 4)
+    cache = ShardCache(str(tmp_path / "cache"), ROOMY)
+    read_rows(local.uri, shard_of(local), None, COLUMNS, cache=cache)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_limit_holds_and_what_came_first_stays(store, tmp_path) -> None:
+    read(store, ShardCache(str(tmp_path / "whole"), ROOMY))
+    sizes = [unit.stat().st_size for unit in units(tmp_path / "whole")]
+    (tail,) = (tmp_path / "whole").rglob("tail-*")
+    limit = tail.stat().st_size + sum(sizes[:2]) + sizes[2] // 2
+    cache = ShardCache(str(tmp_path / "small"), limit)
+    expected = read(store, None), read(store, None, 1)
+    assert read(store, cache).equals(expected[0])
+    first = units(tmp_path / "small")
+    assert len(first) == 2
+    assert read(store, cache, 1).equals(expected[1])
+    assert units(tmp_path / "small") == first
+    asked()
+    assert read(store, cache).equals(expected[0])
+    assert asked() == 1  # The third row group.
+
+
+def test_units_of_a_store_that_nobody_reads_make_room_oldest_first(
+    bucket, store, tmp_path, monkeypatch
+) -> None:
+    other = noise_store(f"{bucket}/other", SPEC, N_SHARDS * SHARD_ROWS)
+    roomy = ShardCache(str(tmp_path), ROOMY)
+    read(other, roomy)
+    theirs = units(tmp_path)
+    assert len(theirs) == 3
+    (of_other,) = {unit.parents[1] for unit in theirs}
+    begun = time.time() - 2 * SILENT_S
+    for age, unit in enumerate(theirs[::-1]):
+        os.utime(unit, (begun + age, begun + age))
+    used = sum(p.stat().st_size for p in of_other.rglob("*-*"))
+    full = ShardCache(str(tmp_path), used + 2**10)
+    forget()
+    read(store, full)
+    assert units(tmp_path) == theirs, "a store that was read a moment ago lost units"
+    os.utime(of_other, (begun, begun))
+    forget()
+    monkeypatch.setattr(cached, "_AT_A_TIME", 2**40)
+    read_rows(store.uri, shard_of(store), ALL[:10], COLUMNS, cache=full)
+    left = [unit for unit in theirs if unit.exists()]
+    assert left
+    assert left == theirs[: len(left)], "another than the oldest was removed"
+    mine = set(units(tmp_path)) - set(theirs)
+    assert len(mine) == 1
+    assert sum(p.stat().st_size for p in tmp_path.rglob("*-*")) <= full.limit_bytes
+
+
+@pytest.mark.parametrize("harm", ["truncated", "longer", "vanished", "broken", "no footer"])
+def test_a_unit_that_is_not_whole_is_fetched_anew(store, tmp_path, harm) -> None:
+    cache = ShardCache(str(tmp_path), ROOMY)
+    expected = read(store, cache)
+    if harm == "no footer":
+        (hurt,) = tmp_path.rglob("tail-*")
+    else:
+        hurt = units(tmp_path)[1]
+    content = hurt.read_bytes()
+    if harm == "truncated":
+        hurt.write_bytes(content[:-1])
+    elif harm == "longer":
+        hurt.write_bytes(content + b"x")
+    elif harm == "vanished":
+        hurt.unlink()
+    else:
+        hurt.write_bytes(bytes(len(content)))
+    forget()
+    assert read(store, cache).equals(expected)
+    assert asked() > 0
+    read(store, cache)
+    asked()
+    assert read(store, cache).equals(expected)
+    assert asked() == 0
+    assert hurt.read_bytes() == content
+
+
+def test_a_shard_that_is_broken_in_storage_is_told_and_not_kept(store, tmp_path) -> None:
+    cache, shard = ShardCache(str(tmp_path), ROOMY), shard_of(store)
+    content = store.location.read_bytes(shard)
+    store.location.write_bytes(shard, content[: len(content) // 2])
+    for _ in range(2):
+        with pytest.raises(DamagedShard, match=shard):
+            read(store, cache)
+    store.location.write_bytes(shard, content)
+    assert read(store, cache).equals(read(store, None))
+
+
+def test_storage_that_refuses_is_told_and_loses_nothing_that_is_kept(
+    store, tmp_path, monkeypatch
+) -> None:
+    cache = ShardCache(str(tmp_path), ROOMY)
+    read_rows(store.uri, shard_of(store), ALL[:10], COLUMNS, cache=cache)
+    kept = units(tmp_path)
+    monkeypatch.setattr(Unsteady, "refused", shard_of(store))
+    with pytest.raises(StoreError, match="the storage does not give it"):
+        read(store, cache)
+    assert units(tmp_path) == kept
+    unfinished = [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix]
+    assert not unfinished
+    read_rows(store.uri, shard_of(store), ALL[:10], COLUMNS, cache=cache)
+
+
+@contextlib.contextmanager
+def disk(folder: Path, n_bytes: int) -> Iterator[None]:
+    """A disk of so many bytes at a folder."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "none", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def may_mount() -> bool:
+    tried = subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False)
+    return os.geteuid() == 0 and tried.returncode == 0
+
+
+@pytest.mark.skipif(not may_mount(), reason="mounting a disk needs root")
+def test_a_full_disk_is_told_once_and_ends_nothing(store, tmp_path, caplog) -> None:
+    expected = read(store, None), read(store, None, 1)
+    with disk(tmp_path / "disk", 2**20), caplog.at_level(logging.WARNING):
+        cache = ShardCache(str(tmp_path / "disk"), ROOMY)
+        for _ in range(2):
+            assert read(store, cache).equals(expected[0])
+            assert read(store, cache, 1).equals(expected[1])
+        (told,) = [r.getMessage() for r in caplog.records if r.name == cached.__name__]
+        assert "No space left on device" in told
+        assert str(tmp_path / "disk") in told
+        asked()
+        forget()
+        assert read(store, cache).equals(expected[0])
+        assert asked() < 5, "what fitted is not used"
+
+
+READS = """
+import sys
+import numpy as np
+from pipeline.store.cached import ShardCache
+from pipeline.store.shards import read_rows
+uri, folder, limit, rows, *shards = sys.argv[1:]
+print("ready", flush=True)
+sys.stdin.readline()
+for shard in shards:
+    cache = ShardCache(folder, int(limit))
+    read_rows(uri, shard, np.arange(int(rows)), ["frames", "fbank"], cache=cache)
+"""
+
+
+def test_processes_that_read_the_same_keep_each_unit_once_and_count_it_once(
+    store, tmp_path, monkeypatch
+) -> None:
+    names = [shard_of(store, number) for number in range(N_SHARDS)]
+    words = [store.uri, str(tmp_path), str(ROOMY), str(SHARD_ROWS), *names]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    monkeypatch.setattr(Unsteady, "delay_s", 0.1)  # Long enough for both to fetch the same.
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", READS, *words],
+            env=env,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in both:
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    kept = [p for p in tmp_path.rglob("*-*") if p.is_file()]
+    assert len(kept) == N_SHARDS * (3 + 1)
+    (counter,) = tmp_path.rglob("used")
+    assert int(counter.read_text()) == sum(p.stat().st_size for p in kept)
+    asked()
+    for number in range(N_SHARDS):
+        read(store, ShardCache(str(tmp_path), ROOMY), number)
+    assert asked() == 0
+
+
+def test_what_a_killed_writer_left_counts_and_goes_later(store, tmp_path) -> None:
+    cache = ShardCache(str(tmp_path), ROOMY)
+    read(store, cache)
+    one = units(tmp_path)[0]
+    left = one.with_name(f"0-{ROOMY}.0123abcd")
+    left.touch()
+    (counter,) = tmp_path.rglob("used")
+    counter.unlink()
+    forget()
+    read(store, cache, 1)
+    assert len(units(tmp_path)) == 3, "the unfinished unit was not counted"
+    os.utime(left, (1.0, 1.0))
+    forget()
+    read(store, cache, 1)
+    assert len(units(tmp_path)) == 6
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("harm", ["below a file", "planted", "a link"])
+def test_a_folder_that_cannot_be_used_or_trusted_is_refused(store, tmp_path, harm) -> None:
+    folder = tmp_path / "cache"
+    mine = folder / f"shards-{os.geteuid()}"
+    if harm == "below a file":
+        folder.touch()
+    elif harm == "planted":
+        mine.mkdir(parents=True)
+        mine.chmod(0o777)
+    else:
+        folder.mkdir()
+        (tmp_path / "elsewhere").mkdir(mode=0o777)
+        mine.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match=f"scale.shard_cache = {folder}: node .*; name a folder"):
+        read(store, ShardCache(str(folder), ROOMY))
+
+
+def test_nobody_else_may_write_into_the_folder(store, tmp_path) -> None:
+    tmp_path.chmod(0o777)
+    read(store, ShardCache(str(tmp_path), ROOMY))
+    (mine,) = tmp_path.iterdir()
+    assert mine.stat().st_mode & 0o777 == 0o700
