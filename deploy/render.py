@@ -28,6 +28,10 @@ MAXIMA = "DICCAE_AUTOSCALING_GROUPS"
 JOB = "DICCAE_JOB"
 """Variable by which an attempt of a job knows the lease of the one before it as its own. Of the job
 alone: who submits something else to its cluster is somebody else."""
+SHARD_CACHE = "/shard-cache"
+"""Where the pods that read see the disk of `shard_cache_gib`."""
+READERS = ("ablate", "embed", "evaluate", "finetune", "pretrain")
+"""Commands that have `scale.shard_cache`."""
 _RAYS_PROFILE = "ray-autoscaler-v1"
 _RAYS_FOLDER = "ray-logs"
 """KubeRay mounts a volume of this name into the autoscaler's container, too: under another name its
@@ -43,7 +47,7 @@ _PLAIN = {
 
 _COMPOSED = {
     "head", "decode", "train", "env", "command", "shared_claim", "shared_mount", "worker_profile",
-    "image_pull_secrets", "gpu_image",
+    "image_pull_secrets", "gpu_image", "shard_cache_gib",
 }  # fmt: skip
 """Fields that reach the templates as parts of other values."""
 
@@ -57,6 +61,7 @@ def render(config: ClusterConfig) -> dict[str, str]:
     if not config.command:
         raise ManifestError("command: empty, expected the words after diccae, such as pretrain ...")
     _refuse_runs_in_one_pod(config)
+    _refuse_another_shard_cache(config)
     values = {key: text if key in _PLAIN else json.dumps(text) for key, text in _values(config)}
     rendered = {}
     for name, template in TEMPLATES.items():
@@ -86,7 +91,7 @@ def _values(config: ClusterConfig) -> list[tuple[str, Any]]:
     plain = config.model_dump(exclude=_COMPOSED)
     values: dict[str, Any] = {
         **plain,
-        "entrypoint": shlex.join(["python", "-m", "diccae", *config.command]),
+        "entrypoint": shlex.join(["python", "-m", "diccae", *_command(config)]),
         "env": [
             {"name": key, "value": value}
             for key, value in (config.env | {MAXIMA: json.dumps(maxima(config))}).items()
@@ -101,6 +106,7 @@ def _values(config: ClusterConfig) -> list[tuple[str, Any]]:
         ],
         "idle_minutes": max(1, config.idle_s // 60),
         "mounts": _mounts(config),
+        "reader_mounts": [*_mounts(config), *_cache_mounts(config)],
         "maxima": shlex.quote(json.dumps(maxima(config))),
         "profile": {"Name": config.worker_profile or _RAYS_PROFILE},
         "max_workers": config.decode.max_nodes + config.train.max_nodes,
@@ -108,7 +114,9 @@ def _values(config: ClusterConfig) -> list[tuple[str, Any]]:
     for name in ("head", "decode", "train"):
         group = getattr(config, name)
         values |= _group_values(name, group)
-        values[f"{name}_volumes"] = _volumes(config, group)
+        reads = name != "head"  # It takes no work.
+        values[f"{name}_volumes"] = _volumes(config, group, reads)
+        values[f"{name}_requests"] = _requests(config, group, reads)
     return list(values.items())
 
 
@@ -130,8 +138,35 @@ def _mounts(config: ClusterConfig) -> list[dict[str, str]]:
     return mounts
 
 
-def _volumes(config: ClusterConfig, group: GroupConfig) -> list[dict[str, Any]]:
-    """/dev/shm of at least the object store, else Ray falls back to the disk; Ray's own folder."""
+def _command(config: ClusterConfig) -> tuple[str, ...]:
+    """The words after `diccae`, with the cache of the nodes where there is one."""
+    if not config.shard_cache_gib or config.command[0] not in READERS:
+        return config.command
+    size = str(config.shard_cache_gib)
+    options = ("--scale.shard-cache", SHARD_CACHE, "--scale.shard-cache-gib", size)
+    return (*config.command, *options)
+
+
+def _cache_mounts(config: ClusterConfig) -> list[dict[str, str]]:
+    return [{"name": "shard-cache", "mountPath": SHARD_CACHE}] if config.shard_cache_gib else []
+
+
+def _cache_disk(config: ClusterConfig) -> str:
+    """Of its volume. A pod whose volume grows beyond is evicted, and folders take some of it."""
+    return f"{config.shard_cache_gib + 1 + config.shard_cache_gib // 50}Gi"
+
+
+def _requests(config: ClusterConfig, group: GroupConfig, reads: bool) -> dict[str, str]:
+    """What a machine must have for the pod to be put on it."""
+    requests = {"cpu": str(group.cpus), "memory": f"{group.memory_gib}Gi"}
+    if reads and config.shard_cache_gib:
+        requests["ephemeral-storage"] = _cache_disk(config)
+    return requests
+
+
+def _volumes(config: ClusterConfig, group: GroupConfig, reads: bool) -> list[dict[str, Any]]:
+    """/dev/shm of at least the object store, else Ray falls back to the disk; Ray's own folder;
+    what readers keep."""
     volumes: list[dict[str, Any]] = [
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{group.shm_mib}Mi"}},
         {"name": _RAYS_FOLDER, "emptyDir": {}},
@@ -139,6 +174,8 @@ def _volumes(config: ClusterConfig, group: GroupConfig) -> list[dict[str, Any]]:
     if config.shared_claim is not None:
         claim = {"claimName": config.shared_claim}
         volumes.append({"name": "shared", "persistentVolumeClaim": claim})
+    if reads and config.shard_cache_gib:
+        volumes.append({"name": "shard-cache", "emptyDir": {"sizeLimit": _cache_disk(config)}})
     return volumes
 
 
@@ -164,6 +201,22 @@ def _refuse_runs_in_one_pod(config: ClusterConfig) -> None:
                 )
                 + ", or in a bucket (s3://...)"
             )
+
+
+def _refuse_another_shard_cache(config: ClusterConfig) -> None:
+    """Refuse a folder for shards on a disk that no pod has, or beyond its volume's size.
+
+    Raises: ManifestError.
+    """
+    for key in ("shard-cache", "shard-cache-gib"):
+        for option in (f"--scale.{key}", f"--scale.{key.replace('-', '_')}"):
+            for value in values_of(config.command, option):
+                raise ManifestError(
+                    f"command: {option} {value}: pods have no disk but the volumes of the "
+                    f"manifest; leave it out and set shard_cache_gib (now "
+                    f"{config.shard_cache_gib}) in the cluster's config, which mounts one at "
+                    f"{SHARD_CACHE} and adds both options"
+                )
 
 
 def _group_values(name: str, group: GroupConfig) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from support.box.kuberay import OPERATORS
 
 from deploy.config import ClusterConfig, GroupConfig, read_config
 from deploy.errors import ManifestError
-from deploy.render import JOB, MAXIMA, render, write_manifests
+from deploy.render import JOB, MAXIMA, READERS, render, write_manifests
 from diccae.cli import main
+from diccae.commands import pretrain
+from diccae.subcommands import COMMANDS, module_of
 from pipeline.store import lease
 
 ROOT = Path(__file__).parents[2]
@@ -274,6 +276,71 @@ def test_a_shared_claim_is_in_every_pod_and_a_run_in_one_pod_is_refused(
         assert main(["render", "--out", str(tmp_path / "m"), "--", *words]) == 2
         assert "set shared_claim" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
+
+
+def _groups(config: ClusterConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Pod of the head, and of the two other groups."""
+    cluster = _rayjob(config)["spec"]["rayClusterSpec"]
+    head, *others = (
+        group["template"]["spec"]
+        for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    )
+    return head, others
+
+
+def test_pods_that_read_have_a_disk_for_shards_and_the_job_fills_no_more_of_it(
+    schemas: dict[str, Any],
+) -> None:
+    command = ("pretrain", "--store", "s3://b/store", "--out", "s3://b/run")
+    config = _cluster(shard_cache_gib=300, command=command)
+    job = _rayjob(config)
+    assert _errors(schemas, job) == []
+    words = shlex.split(job["spec"]["entrypoint"])[3:]
+    scale = pretrain.OPTIONS.parse(words[1:]).run.scale
+    head, others = _groups(config)
+    for pod in others:
+        (volume,) = [v for v in pod["volumes"] if v["name"] == "shard-cache"]
+        size_gib = int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi"))
+        assert scale.shard_cache_gib < size_gib < 1.03 * scale.shard_cache_gib
+        (container,) = pod["containers"]
+        (mount,) = [m for m in container["volumeMounts"] if m["name"] == "shard-cache"]
+        assert mount["mountPath"] == scale.shard_cache
+        assert container["resources"]["requests"]["ephemeral-storage"] == f"{size_gib}Gi"
+        assert "ephemeral-storage" not in container["resources"]["limits"]
+    assert "shard-cache" not in json.dumps(head)
+
+
+def test_without_a_disk_for_shards_no_pod_has_one_and_nothing_is_asked() -> None:
+    command = ("pretrain", "--store", "s3://b/store", "--out", "s3://b/run")
+    job = render(_cluster(command=command))["rayjob.yaml"]
+    assert "shard-cache" not in job
+    assert "ephemeral-storage" not in job
+
+
+def test_commands_that_read_epochs_are_told_of_the_disk_and_no_others() -> None:
+    assert set(READERS) == {
+        name
+        for name in COMMANDS
+        if "scale" in (getattr(module_of(name).OPTIONS, "sections", None) or ())
+    }
+    told = [
+        name
+        for name in COMMANDS
+        if "--scale.shard-cache"
+        in _rayjob(_cluster(command=(name,), shard_cache_gib=9))["spec"]["entrypoint"]
+    ]
+    assert sorted(told) == sorted(READERS)
+
+
+@pytest.mark.parametrize(
+    "words", ["--scale.shard-cache /mnt/nvme", "--scale.shard_cache=/mnt/nvme"]
+)
+@pytest.mark.parametrize("gib", [0, 300])
+def test_a_folder_for_shards_that_no_volume_mounts_is_refused(words: str, gib: int) -> None:
+    command = ("pretrain", "--store", "s3://b/s", "--out", "s3://b/r", *words.split())
+    said = r"--scale.shard.cache /mnt/nvme: .* set shard_cache_gib"
+    with pytest.raises(ManifestError, match=said):
+        render(_cluster(command=command, shard_cache_gib=gib))
 
 
 def test_a_run_in_a_bucket_needs_no_claim() -> None:
