@@ -39,7 +39,6 @@ class TrackedLab(InLab):
     track = OnRay.track
 
 
-@pytest.mark.slow
 def test_a_variant_starts_where_the_warmup_ended(
     diccae: Diccae, arguments: list[str], out: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
