@@ -23,9 +23,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -36,6 +36,16 @@ from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.store.schema import CLIPS_SCHEMA, SOURCE_SCHEMA
 from pipeline.store.store import FeatureStore
 
+if TYPE_CHECKING:  # A role imports what its process of a run does, which its memory tells of.
+    from clustering.config import KMeansConfig
+    from clustering.rounds.bank import BankRows
+    from clustering.rounds.frozen import Owner
+    from diccae.config import RunConfig
+    from training.data.order import Window, WindowPlan
+    from training.on_ray.inference import Job
+    from training.predict.apply import Outputs
+    from training.run.pinned import Pinned
+
 SPEC = FeatureSpec(frame_size=32, n_mels=32, fbank_frames=64, duration_s=1.0)
 N_CLASSES = 309
 SHARD_CLIPS, COMMIT_SHARDS = 256, 8
@@ -44,7 +54,7 @@ SHARD_CLIPS, COMMIT_SHARDS = 256, 8
 def class_sizes(n_clips: int) -> np.ndarray:
     """Clips of each class: from 2 to about 1,000 of 183,730, falling like VGGSound's."""
     shape = (1 - np.arange(N_CLASSES) / (N_CLASSES - 1)) ** 0.68
-    sizes = np.maximum(2, np.floor(shape / shape.sum() * n_clips)).astype(int)
+    sizes: np.ndarray = np.maximum(2, np.floor(shape / shape.sum() * n_clips)).astype(int)
     sizes[0] += n_clips - sizes.sum()
     return sizes
 
@@ -126,7 +136,7 @@ class Place(NamedTuple):
         return str(self.folder / "store")
 
     @property
-    def config(self) -> Any:
+    def config(self) -> "RunConfig":
         from diccae.config import load_config
 
         config = load_config(self.options.config)
@@ -134,8 +144,8 @@ class Place(NamedTuple):
         encoder = config.encoder.model_copy(update={"init": "weights.pth"})
         return config.model_copy(update={"encoder": encoder})
 
-    def pinned(self) -> Any:
-        from training.on_ray.pretrain import pin
+    def pinned(self) -> "Pinned":
+        from training.run.pinned import pin
 
         return pin(self.store, None, self.config)
 
@@ -154,7 +164,7 @@ def plan(place: Place) -> dict[str, Any]:
 
 def pin(place: Place) -> dict[str, Any]:
     """What the driver does before it uses the cluster."""
-    from training.on_ray.pretrain import check
+    from training.run.pinned import check
 
     config, data = place.config, place.pinned()
     check(config, config.clustering, data)
@@ -162,7 +172,7 @@ def pin(place: Place) -> dict[str, Any]:
     return {}
 
 
-def _windows(place: Place, rank: int, balanced: bool) -> Any:
+def _windows(place: Place, rank: int, balanced: bool) -> "WindowPlan":
     from training.data.order import BatchPlan, WindowPlan, balanced_draws, lanes_of
 
     config, index = place.config, place.pinned().train
@@ -173,7 +183,7 @@ def _windows(place: Place, rank: int, balanced: bool) -> Any:
     return WindowPlan(index, plan, lanes, config.seed, draws)
 
 
-def _an_epoch(windows: Any) -> Any:
+def _an_epoch(windows: "WindowPlan") -> "Iterator[Window]":
     from training.data.order import EpochReads, FrameDraw
 
     return windows.windows(EpochReads(1, 0, FrameDraw(1)))
@@ -216,10 +226,11 @@ def _train_bytes(place: Place) -> float:
             columns = [about.row_group(group).column(i) for i in range(about.num_columns)]
             n_bytes += sum(c.total_compressed_size for c in columns if c.path_in_schema in names)
     # Test clips lie in the same row groups, as an ingest puts them: they are read along.
-    return n_bytes / n_rows * FeatureStore.open(place.store).snapshot().rows(None).num_rows
+    n_clips: int = FeatureStore.open(place.store).snapshot().rows(None).num_rows
+    return n_bytes / n_rows * n_clips
 
 
-def _bank_rows(place: Place, epoch: int) -> Any:
+def _bank_rows(place: Place, epoch: int) -> "Iterator[BankRows]":
     """Every clip's row of an epoch: streams side by side, around a centre per class."""
     from clustering.rounds.bank import BankRows
 
@@ -236,7 +247,7 @@ def _bank_rows(place: Place, epoch: int) -> Any:
         yield BankRows(index.keys_N[begin : begin + 4096], steps, rows.astype(np.float16))
 
 
-def _owner(place: Place) -> Any:
+def _owner(place: Place) -> "Owner":
     from clustering.rounds.frozen import Owner
 
     groups = place.config.pool.groups(place.config.clustering)
@@ -272,7 +283,7 @@ def bank(place: Place) -> dict[str, Any]:
     return {"restore_s": time.perf_counter() - began, "rows": again.ages().n_rows}
 
 
-def _kmeans(place: Place) -> Any:
+def _kmeans(place: Place) -> "KMeansConfig":
     """The config's clustering; fewer clusters where a small run has too few clips."""
     clustering = place.config.clustering
     return clustering.model_copy(update={"k": min(clustering.k, place.options.clips // 20)})
@@ -313,34 +324,58 @@ def compute(place: Place) -> dict[str, Any]:
     return {"share": f"1/{n}", "k": few.k}
 
 
+def _drawn(job: "Job", number: int, widths: dict[str, int]) -> "Outputs":
+    """Outputs of a job around a centre per class, in place of a model's. Args: widths: by kind."""
+    from training.config import STREAMS
+    from training.on_ray.inference import paged_array
+    from training.predict.apply import Outputs
+
+    kinds: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in Outputs._fields}
+    labels = job.rows.labels_N
+    for kind in job.kinds:
+        rng = np.random.default_rng([number, widths[kind]])
+        for stream, name in enumerate(STREAMS):
+            centres = np.random.default_rng(stream).normal(size=(N_CLASSES, widths[kind]))
+            found = kinds[kind][name] = paged_array(len(labels), widths[kind])
+            for at in range(0, len(labels), 8192):
+                mean = centres[labels[at : at + 8192]]
+                found[at : at + 8192] = mean + 3 * rng.normal(size=mean.shape)
+    return Outputs(**kinds)
+
+
+def _some_encoder(place: Place, run: Path) -> None:
+    """A small one, since an evaluation reads what an encoder's card says and applies none here."""
+    from training.config import EncoderConfig
+    from training.model.encoder import Encoder
+    from training.model.make import input_shape
+    from training.weights.card import Applied
+    from training.weights.files import save_encoder
+
+    encoder = Encoder(EncoderConfig(dim=8), input_shape(SPEC))
+    save_encoder(encoder, str(run / "encoder"), applied=Applied.of(place.config))
+
+
 def evaluation(place: Place) -> dict[str, Any]:
     """The driver of an evaluation, with drawn outputs in place of the model's."""
     import torch
 
-    from training.config import STREAMS
+    from pipeline.storage import Location
     from training.data.rows import index_rows
+    from training.data.validation import groups_of
     from training.on_ray import evaluate as stage
-    from training.on_ray.inference import Outputs, paged_array
 
     torch.set_num_threads(1)
     config, data, options = place.config, place.pinned(), place.options
-    test = index_rows(data.snapshot, "test", data.train.classes)
-    test = test.take(np.arange(0, len(test), max(1, len(test) // options.tested)))
+    all_test = index_rows(data.snapshot, "test", data.train.classes)
+    test = all_test.take(np.arange(0, len(all_test), max(1, len(all_test) // options.tested)))
+    groups = zip(all_test.clip_ids_N, groups_of(data.snapshot, "test"), strict=True)
+    widths = {"z": options.width, "h": config.encoder.projection}
 
-    def outputs(index: Any, width: int, seed: int) -> dict[str, Any]:
-        found, rng = {}, np.random.default_rng(seed)
-        for number, stream in enumerate(STREAMS):
-            centres = np.random.default_rng(number).normal(size=(N_CLASSES, width))
-            found[stream] = paged_array(len(index), width)
-            for at in range(0, len(index), 8192):
-                mean = centres[index.labels_N[at : at + 8192]]
-                found[stream][at : at + 8192] = mean + 3 * rng.normal(size=mean.shape)
-        return found
+    def apply(jobs: "Sequence[Job]", *_models_and_settings: object) -> "list[Outputs]":
+        return [_drawn(job, number, widths) for number, job in enumerate(jobs)]
 
-    h = outputs(test, 256, 1)
-    of_test = Outputs(outputs(test, options.width, 2), h, {})
-    of_train = Outputs(outputs(data.train, options.width, 3), {}, {})
     run = place.folder / "run"
+    _some_encoder(place, run)
     fewer = {"probe_epochs": options.probe_iterations}
     config = config.model_copy(
         update={
@@ -348,12 +383,17 @@ def evaluation(place: Place) -> dict[str, Any]:
             "scale": config.scale.model_copy(update={"use_gpu": False}),
         }
     )
-    with (
-        mock.patch.object(stage, "_models"),
-        mock.patch.object(stage, "_outputs", return_value=(of_test, of_train, of_test)),
-        mock.patch.object(stage, "_PAIR_CLIPS", options.pair_clips),
-    ):
-        found = stage.evaluate(config, data.train, test, run, {})
+    with mock.patch.object(stage, "_PAIR_CLIPS", options.pair_clips):
+        found = stage.evaluate(
+            config,
+            data.train,
+            test,
+            Location(run),
+            {},
+            groups=dict(groups),
+            config_hash=config.digest(),
+            apply=apply,
+        )
     store = {"uri": place.store, "version": data.snapshot.version, "digest": "-"}
     (run / "run.json").write_text(json.dumps({"store": store}))
     (run / "results.json").write_text(json.dumps(found.as_json() | {"store": store}))
