@@ -53,20 +53,22 @@ def listing(n: int) -> pa.Table:
     starts = rng.integers(0, 600, n)
     ids = [f"{ytid}_{start:06d}" for ytid, start in zip(ytids, starts, strict=True)]
     sizes, times = rng.integers(10**5, 10**6, n), rng.integers(10**18, 2 * 10**18, n)
+    columns = {
+        "clip_id": ids,
+        "uri": [f"/data/vggsound/videos/{clip_id}.mp4" for clip_id in ids],
+        "label": [f"class number {k}" for k in rng.integers(309, size=n)],
+        "split": np.where(rng.random(n) < 0.92, "train", "test"),
+        "fp_kind": ["stat"] * n,
+        "fp": [f"{size}-{mtime}" for size, mtime in zip(sizes, times, strict=True)],
+        "size": sizes,
+        "mtime_ns": times,
+        "group": ytids,
+    }
     return pa.table(
-        {
-            "clip_id": ids,
-            "uri": [f"/data/vggsound/videos/{clip_id}.mp4" for clip_id in ids],
-            "start_s": pa.nulls(n, pa.float64()),
-            "end_s": pa.nulls(n, pa.float64()),
-            "label": [f"class number {k}" for k in rng.integers(309, size=n)],
-            "split": np.where(rng.random(n) < 0.92, "train", "test"),
-            "fp_kind": ["stat"] * n,
-            "fp": [f"{size}-{mtime}" for size, mtime in zip(sizes, times, strict=True)],
-            "size": sizes,
-            "mtime_ns": times,
-            "group": ytids,
-        },
+        [
+            pa.array(columns[f.name], f.type) if f.name in columns else pa.nulls(n, f.type)
+            for f in SOURCE_SCHEMA
+        ],
         schema=SOURCE_SCHEMA,
     )
 
