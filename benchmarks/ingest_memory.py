@@ -60,7 +60,8 @@ def peaks() -> Iterator[dict[str, float]]:
 
 def run(files: list[Path], n_clips: int, shard_clips: int) -> dict[str, float]:
     """Ingest n_clips links to `files` with a Ray of its own."""
-    config = IngestConfig(shard_clips=shard_clips, max_failed_frac=1.0)
+    # However few: up to `local_clips` would be decoded without Ray.
+    config = IngestConfig(shard_clips=shard_clips, max_failed_frac=1.0, local_clips=0)
     with tempfile.TemporaryDirectory() as tmp:
         videos, csv = Path(tmp) / "videos", Path(tmp) / "clips.csv"
         videos.mkdir()
