@@ -21,7 +21,7 @@ import contextlib
 import importlib.util
 import io
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -81,8 +81,8 @@ class Clips:
         for places in window.places_Sn:
             made = [self._clip(int(i)) for i in window.position_W[places]]
             fbank, frames = (np.stack(part) for part in zip(*made, strict=True))
-            key, label = window.key_W[places], window.labels_WL[places, 0]
-            yield Batch(window.position_W[places], key, label, fbank, frames)
+            key, labels = window.key_W[places], window.labels_WL[places]
+            yield Batch(window.position_W[places], key, labels, fbank, frames)
 
     def _clip(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         label = int(self.windows.index.labels_N[i])
@@ -101,7 +101,7 @@ def clips_for(config: TrainingConfig, batch: int, steps: int) -> tuple[RowIndex,
     index = RowIndex(
         "memory", SPEC, ["a"], [f"class {i}" for i in range(N_CLASSES)],
         np.array([f"clip{i:06d}" for i in rows], dtype=object), rows.astype(np.uint64),
-        rows % N_CLASSES, np.zeros(n, np.int32), rows,
+        rows[:, None] % N_CLASSES, np.zeros(n, np.int32), rows,
     )  # fmt: skip
     plan = BatchPlan.of(n, batch, config.data)
     return index, Clips(WindowPlan(index, plan, range(plan.lanes), config.seed))
@@ -116,6 +116,7 @@ def recipe(options: argparse.Namespace) -> TrainingConfig:
     changes = {
         "encoder": config.encoder.model_copy(update=size),
         "data": config.data.model_copy(update={"lanes": options.lanes}),
+        "scale": config.scale.model_copy(update={"num_workers": 1}),
         "pretrain": config.pretrain.model_copy(
             update={**few, "precision": "fp32", "log_every": 1, "checkpoint_every": 10**6}
         ),
@@ -139,7 +140,9 @@ def quietly(make: Callable[[], nn.Module]) -> nn.Module:
         return make()
 
 
-def imported(reference: nn.Module, model: nn.Module, classes: list[str] | None = None) -> None:
+def imported(
+    reference: nn.Module, model: Encoder | Classifier, classes: Sequence[str] = ()
+) -> None:
     """The reference's weights into ours, by the import a user has."""
     with tempfile.TemporaryDirectory() as folder:
         torch.save(reference.state_dict(), f"{folder}/reference.pth")
