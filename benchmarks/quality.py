@@ -30,13 +30,14 @@ import psutil
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.decode.clip import extract
-from pipeline.decode.payload import fbanks_function
+from pipeline.decode.payload import Fbanks, fbanks_function
 from pipeline.ingest.plan import STATE_COLUMNS, make_plan
 from pipeline.ingest.shard_decoder import ShardDecoder
 from pipeline.quality.duplicates import Prints, find_twins
 from pipeline.quality.features import PICTURE_WIDTH, SOUND_BANDS
 from pipeline.quality.scan import ScanSettings, scan
 from pipeline.source.listing import list_sources
+from pipeline.store.identity import store_id
 from pipeline.store.schema import CLIPS_SCHEMA
 from pipeline.store.store import FeatureStore
 
@@ -66,14 +67,16 @@ def by_size(folder: Path, spec: FeatureSpec, most: int) -> dict[str, list[Path]]
     return {size: paths for size, paths in found.items() if paths}
 
 
-def decode(folder: Path, spec: FeatureSpec, fbanks) -> tuple[str, float]:
+def decode(folder: Path, spec: FeatureSpec, fbanks: Fbanks) -> tuple[str, float]:
     """A store of the clips of a folder, and the CPU its decode took."""
     config = IngestConfig(child_clips=10**6)
     store = FeatureStore.create(str(folder / "store"), spec)
     no_states = CLIPS_SCHEMA.empty_table().select(STATE_COLUMNS)
-    sources = list_sources(str(folder / "clips.csv"), str(folder / "videos"))
+    sources = list_sources(str(folder / "clips.csv"), str(folder / "videos")).clips
     todo = make_plan(sources, no_states, spec.spec_hash(), config).todo
-    decoder = ShardDecoder(store.uri, spec, config, "bench", fbanks)
+    decoder = ShardDecoder(
+        store.uri, spec, config, "bench", fbanks, expected_id=store_id(store.location)
+    )
     warm = todo.slice(0, 1)
     list(decoder.decode(0, warm))  # The child starts.
     began = cpu_seconds()
@@ -82,7 +85,7 @@ def decode(folder: Path, spec: FeatureSpec, fbanks) -> tuple[str, float]:
     return store.uri, cpu_seconds() - began
 
 
-def measure(paths: list[Path], spec: FeatureSpec, copies: int, fbanks) -> dict[str, float]:
+def measure(paths: list[Path], spec: FeatureSpec, copies: int, fbanks: Fbanks) -> dict[str, float]:
     """CPU milliseconds a clip."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
