@@ -119,7 +119,8 @@ def rows_of(n: int) -> np.ndarray:
     """Rows of a bank: numbers of either sign between 0.5 and 1, which nobody looks at."""
     rng = np.random.default_rng(n)
     bits = rng.integers(0x3800, 0x3C00, (n, WIDTH), np.uint16)
-    return (bits | rng.integers(0, 2, bits.shape, np.uint16) << 15).view(np.float16)
+    signed: np.ndarray = bits | rng.integers(0, 2, bits.shape, np.uint16) << 15
+    return signed.view(np.float16)
 
 
 def timed(call: Callable[..., Any], *args: Any) -> float:

@@ -94,8 +94,8 @@ def checkpoint(
 def confusion_bytes(rank: int, n_ranks: int, store: str, ks: list[int]) -> None:
     """Print, on rank 0, what the confusion of K classes is in a checkpoint of so many workers."""
     torch.set_num_threads(1)
-    file = dist.FileStore(store, n_ranks)
-    dist.init_process_group("gloo", store=file, rank=rank, world_size=n_ranks)
+    meet = f"file://{store}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=n_ranks)
     for k in ks:
         state = ConfusionState(torch.eye(k), torch.ones(k), ConfusionConfig())
         state.accumulate(torch.full((_STEP_ROWS, k), 1 / k), torch.arange(_STEP_ROWS) % k)

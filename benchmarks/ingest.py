@@ -27,6 +27,7 @@ import tempfile
 import time
 import wave
 from collections.abc import Callable
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 # As an fbank service is started.
@@ -35,12 +36,13 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE"}
 import av
 import imageio_ffmpeg
 import numpy as np
+import pyarrow as pa
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.decode.clip import extract
 from pipeline.decode.payload import fbank_function, fbank_payload, fbanks_function
 from pipeline.ingest.plan import STATE_COLUMNS, make_plan
-from pipeline.ingest.run import ingest
+from pipeline.ingest.run import Progress, ingest
 from pipeline.source.listing import list_sources
 from pipeline.storage import Location
 from pipeline.store.identity import store_id
@@ -95,15 +97,15 @@ def single_clips(folder: Path, n_clips: int, rounds: int) -> None:
     spec = FeatureSpec()
     fbank = fbank_function(spec)
     by_size: dict[str, list[str]] = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(map(str, folder.iterdir())):
         try:
-            with av.open(str(path)) as container:
+            with av.open(path) as container:
                 stream = container.streams.video[0]
                 key = f"{stream.width}x{stream.height}"
-            extract(str(path), None, None, spec)
+            extract(path, None, None, spec)
         except Exception:  # A folder of test files holds broken ones: not what is measured here.
             continue
-        by_size.setdefault(key, []).append(str(path))
+        by_size.setdefault(key, []).append(path)
     ways: dict[str, Callable[[str], None]] = {
         "bare": bare,
         "ours": lambda path: ours(path, spec, fbank),
@@ -129,8 +131,8 @@ def single_clips(folder: Path, n_clips: int, rounds: int) -> None:
 
 
 def pool_worker(
-    tasks: multiprocessing.Queue,
-    done: multiprocessing.Queue,
+    tasks: "Queue[tuple[int, pa.Table] | None]",
+    done: "Queue[tuple[float, int]]",
     store: str,
     spec: FeatureSpec,
     config: IngestConfig,
@@ -160,7 +162,8 @@ def run_pool(csv: str, videos: str, spec: FeatureSpec, config: IngestConfig) -> 
     no_states = CLIPS_SCHEMA.empty_table().select(STATE_COLUMNS)
     todo = make_plan(list_sources(csv, videos).clips, no_states, spec.spec_hash(), config).todo
     n_workers = config.workers or 1
-    tasks, done = context.Queue(), context.Queue()
+    tasks: Queue[tuple[int, pa.Table] | None] = context.Queue()
+    done: Queue[tuple[float, int]] = context.Queue()
     shards = list(cut_tasks(todo, config.shard_clips, n_workers))
     for task in (*enumerate(shards), *([None] * n_workers)):
         tasks.put(task)
@@ -184,7 +187,7 @@ def run_ray(csv: str, videos: str, spec: FeatureSpec, config: IngestConfig) -> f
     finished: list[tuple[float, int]] = []
     n_done = 0
 
-    def on_progress(progress) -> None:
+    def on_progress(progress: Progress) -> None:
         nonlocal n_done
         if progress.done > n_done:
             finished.append((time.monotonic(), progress.done - n_done))

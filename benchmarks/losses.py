@@ -38,9 +38,11 @@ def terms_seconds(clips: int, classes: int, repeats: int, device: str) -> float:
     def unit(*shape: int) -> torch.Tensor:
         return torch.nn.functional.normalize(torch.randn(*shape, device=device), dim=-1)
 
-    z = {s: torch.randn(clips, _WIDTH, device=device, requires_grad=True) for s in STREAMS}
-    h = {s: unit(clips, _PROJECTION).requires_grad_() for s in STREAMS}
-    prototypes = {s: unit(classes, _PROJECTION) for s in STREAMS}
+    # By plain names: a mapping of literal ones is of another type to mypy.
+    streams: tuple[str, ...] = STREAMS
+    z = {s: torch.randn(clips, _WIDTH, device=device, requires_grad=True) for s in streams}
+    h = {s: unit(clips, _PROJECTION).requires_grad_() for s in streams}
+    prototypes = {s: unit(classes, _PROJECTION) for s in streams}
     confusion = torch.softmax(torch.randn(classes, classes, device=device), 1)
     state = ConfusionState(confusion, torch.ones(len(confusion)), ConfusionConfig())
     labels = torch.randint(classes, (clips,), device=device)
@@ -56,8 +58,12 @@ def terms_seconds(clips: int, classes: int, repeats: int, device: str) -> float:
         if number % _UPDATE_EVERY == 0:
             state.update(0.01, since_labels_epochs=1)
 
+    def ten() -> None:
+        for number in range(_UPDATE_EVERY):
+            step(number)
+
     # ten steps at a time, so that the update of the confusion matrix counts for its share
-    tens = [timed(lambda: [step(i) for i in range(_UPDATE_EVERY)], device) for _ in range(repeats)]
+    tens = [timed(ten, device) for _ in range(repeats)]
     return statistics.median(tens[1:]) / _UPDATE_EVERY
 
 
@@ -66,16 +72,15 @@ def step_seconds_per_clip(clips: int, repeats: int, device: str, bf16: bool) -> 
     encoder = Encoder(EncoderConfig(preset="base"), _SHAPE, decoder=True).to(device)
     fbank = torch.randn(clips, _SHAPE.fbank_frames, _SHAPE.n_mels, device=device)
     frames = torch.randn(clips, 1, 3, _SHAPE.frame_size, _SHAPE.frame_size, device=device)
-    drawn = [torch.rand(clips, n, device=device) for n in encoder.token_counts()]
-    noise = MaskNoise(*drawn, 0.75)
+    audio, video = (torch.rand(clips, n, device=device) for n in encoder.token_counts())
+    noise = MaskNoise(audio, video, 0.75)
 
     def step() -> None:
         encoder.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16, bf16):
             encoding = encoder(fbank, frames, STREAMS, noise, reconstruct=True)
-        (
-            sum(encoding.reconstruction.values()) + sum(h.sum() for h in encoding.h.values())
-        ).backward()
+        parts = [*encoding.reconstruction.values(), *(h.sum() for h in encoding.h.values())]
+        torch.stack(parts).sum().backward()
 
     return statistics.median([timed(step, device) for _ in range(repeats)][1:]) / clips
 
@@ -93,8 +98,8 @@ def timed(work: Callable[[], Any], device: str) -> float:
 
 def _rank(rank: int, ranks: int, folder: str, clips: int, classes: int, repeats: int) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    meet = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
     seconds = terms_seconds(clips, classes, repeats, "cpu")
     torch.save(seconds, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -110,7 +115,8 @@ def on_ranks(ranks: int, batch: int, classes: int, repeats: int) -> float:
             process.start()
         for process in group:
             process.join()
-        return max(torch.load(f"{folder}/{r}.pt", weights_only=True) for r in range(ranks))
+        seconds = [torch.load(f"{folder}/{r}.pt", weights_only=True) for r in range(ranks)]
+    return float(max(seconds))
 
 
 def main() -> None:

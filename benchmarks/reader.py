@@ -27,7 +27,7 @@ from training.data.reader import Batch, LocalReader
 from training.data.rows import RowIndex, index_rows
 
 
-class RowDataset(Dataset):
+class RowDataset(Dataset[dict[str, np.ndarray]]):
     """One row of a shard at a time: the row group it is in, then the row."""
 
     def __init__(self, index: RowIndex) -> None:
@@ -91,10 +91,10 @@ def main() -> None:
     def ours() -> Iterator[Batch]:
         return reader.stream([EpochReads(next(epochs), 0, FrameDraw(1))])
 
-    def shuffled() -> Iterable[dict]:
+    def shuffled() -> Iterable[Any]:
         return DataLoader(RowDataset(index), options.batch, shuffle=True)
 
-    def sequential() -> Iterable[dict]:
+    def sequential() -> Iterable[Any]:
         return DataLoader(GroupDataset(index), options.batch, shuffle=False)
 
     few = max(2, options.steps // 20)

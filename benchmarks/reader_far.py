@@ -47,7 +47,7 @@ N_SHARDS, SHARD_CLIPS = 12, 256
 BATCH = 64
 
 
-class Far(AbstractFileSystem):
+class Far(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
     """A folder at the end of a long wire; requests of several threads do not wait for each other.
 
     No `LocalFileSystem`, which our code would take for a disk.
@@ -79,7 +79,7 @@ class Far(AbstractFileSystem):
         return FarFile(self, path, mode, block_size or 50 * 2**20, **options)
 
 
-class FarFile(AbstractBufferedFile):
+class FarFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
     """A file that is asked for by ranges."""
 
     def _fetch_range(self, start: int, end: int) -> bytes:

@@ -12,6 +12,7 @@ compared before anything is timed.
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import statistics
@@ -43,9 +44,7 @@ def reference_models(source: str, timm: str | None) -> types.ModuleType:
     sys.modules.setdefault("torch._six", six)
     np.float = float  # type: ignore[attr-defined]
     sys.path[:0] = [source, *([timm] if timm else [])]
-    import models
-
-    return models
+    return importlib.import_module("models")
 
 
 def pretraining_steps(models: Any, batch: int, device: str, folder: str) -> tuple[Step, Step]:
@@ -57,18 +56,21 @@ def pretraining_steps(models: Any, batch: int, device: str, folder: str) -> tupl
     load_weights(ours, f"{folder}/reference.pth")
     ours.train_only(STREAMS, class_heads=False)
     fbank, frames = _clips(batch, device)
-    noise = [torch.rand(batch, n, device=device) for n in ours.token_counts()]
+    audio, video = (torch.rand(batch, n, device=device) for n in ours.token_counts())
 
     def their_step() -> Tensor:
         # both sides must hide the same tokens: the reference draws audio first, then video
-        draws = iter(noise)
+        draws = iter((audio, video))
         with _patched(torch, "rand", lambda *shape, **options: next(draws)):
-            return reference(fbank, frames[:, 0])[0]
+            loss: Tensor = reference(fbank, frames[:, 0])[0]
+        return loss
 
     def our_step() -> Tensor:
-        encoding = ours(fbank, frames, STREAMS, MaskNoise(*noise, 0.75), reconstruct=True)
+        hidden = MaskNoise(audio, video, 0.75)
+        encoding = ours(fbank, frames, STREAMS, hidden, reconstruct=True)
         contrast = info_nce(encoding.z["audio"], encoding.z["video"], 0.05, "v2a", "local")
-        return sum(encoding.reconstruction.values()) + 0.01 * contrast.loss
+        errors = torch.stack(list(encoding.reconstruction.values()))
+        return errors.sum() + 0.01 * contrast.loss
 
     return _backward(reference, their_step), _backward(ours, our_step)
 

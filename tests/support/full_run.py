@@ -179,7 +179,7 @@ def _evaluation(run: Path, clips: _Clips, names: list[str], size: Size) -> None:
     group = rng.permutation(size.classes).argsort() // 4
     mates = [np.flatnonzero(group == group[k]) for k in range(size.classes)]
     columns: dict[str, Any] = {"clip_id": [clips.ids[k] for k in test], "label": truth}
-    counts = {}
+    counts: dict[str, Any] = {}
     for stream, hit in zip(STREAMS, (0.5, 0.45, 0.65), strict=True):
         near = np.array([rng.choice(mates[k]) for k in truth])
         far = rng.integers(size.classes, size=len(truth))
@@ -194,7 +194,8 @@ def _evaluation(run: Path, clips: _Clips, names: list[str], size: Size) -> None:
     path.mkdir()
     pq.write_table(pa.table(columns), path / "predictions.parquet")
     np.savez_compressed(path / "confusion.npz", classes=np.array(names), **counts)
-    vectors = {s: rng.normal(size=(len(test), size.width)).astype(np.float32) for s in STREAMS}
+    shape = (len(test), size.width)
+    vectors: dict[str, Any] = {s: rng.normal(size=shape).astype(np.float32) for s in STREAMS}
     np.savez(path / "embeddings.npz", clip_ids=np.array(columns["clip_id"]), **vectors)
 
 
