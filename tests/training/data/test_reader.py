@@ -15,9 +15,11 @@ from pipeline.errors import DamagedShard
 from pipeline.store.shards import AT_ONCE, read_rows, side_by_side
 from pipeline.store.store import FeatureStore
 from training.config import DataConfig
+from training.data import rows
 from training.data.order import BatchPlan, EpochReads, FrameDraw, WindowPlan
 from training.data.reader import LocalReader
 from training.data.rows import index_rows
+from training.errors import TrainingError
 
 SPEC = FeatureSpec(n_frames=1, frame_size=32, fbank_frames=16, n_mels=8)
 N_CLIPS = 120
@@ -50,6 +52,17 @@ def test_every_clip_has_the_bits_of_its_row(store: FeatureStore) -> None:
             assert np.array_equal(batch.frames[i], decode_jpegs(stored["frames"]))
             seen.append(position)
     assert sorted(seen) == list(range(N_CLIPS))
+
+
+def test_two_clips_of_one_key_are_refused(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels and rows of the bank go by keys."""
+    keys_N = index_rows(store.snapshot(), "train").keys_N.copy()
+    keys_N[-1] = keys_N[0]
+    monkeypatch.setattr(rows, "clip_keys", lambda clip_ids: keys_N)
+    with pytest.raises(TrainingError, match="two clip ids share a 64-bit key"):
+        index_rows(store.snapshot(), "train")
 
 
 def test_shards_of_a_window_are_waited_for_together(store, monkeypatch) -> None:
