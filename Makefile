@@ -2,7 +2,7 @@
 # make check  set up, then lint, types and the pure tests: a minute, to run while working
 # make test   set up, then lint, types and tests
 # make test-slow     set up, then the tests that take long: deaths, waits, whole runs once more
-# make test-cluster  set up, then whole jobs on pods in a box; needs root
+# make test-cluster  set up, then nodes that come and go, and whole jobs on pods in a box; needs root
 # make lock   pin what pyproject.toml asks for into constraints.txt
 
 PYTHON ?= python3.11
@@ -39,7 +39,7 @@ test-slow: $(STAMP) browser box
 test-cluster: $(STAMP) box
 	@command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && \
 	  apt-get install -qq -y --no-install-recommends postgresql python3-psycopg2 >/dev/null 2>&1; true
-	$(BIN)/python -m pytest -m cluster -s tests/deploy $(ARGS)
+	$(BIN)/python -m pytest -m cluster -s tests/training/on_ray tests/deploy $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

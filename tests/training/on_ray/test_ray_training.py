@@ -312,7 +312,7 @@ def _sizes(metrics: list[dict[str, Any]]) -> list[float]:
     return [size for size, _ in itertools.groupby(line["world_size"] for line in metrics)]
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_lost_node_shrinks_training_and_a_new_one_lets_it_grow(
     store: str, tmp_path: Path
 ) -> None:
@@ -323,7 +323,7 @@ def test_a_lost_node_shrinks_training_and_a_new_one_lets_it_grow(
     assert _sizes(metrics) == [2, 1, 2]
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_node_that_is_announced_to_go_leaves_a_checkpoint_of_that_moment(tmp_path: Path) -> None:
     """A real notice of preemption, 10 s ahead, in an epoch that writes no other checkpoint."""
     n_steps = 900
