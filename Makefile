@@ -25,12 +25,12 @@ PURE := tests/test_house.py tests/test_docs.py tests/clustering/kmeans tests/clu
   --ignore tests/training/loop/test_pretrainer.py
 
 check: $(STAMP) lint types
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile $(PURE) $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow and not soak and not gpu" -n 2 --dist loadfile $(PURE) $(ARGS)
 
 SHARED_OUT := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP) browser box lint types
-	$(BIN)/python -m pytest -m "not slow and not gpu and not cluster" $(SHARED_OUT) $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not soak and not gpu and not cluster" $(SHARED_OUT) $(ARGS)
 
 test-slow: $(STAMP) browser box
 	$(BIN)/python -m pytest -m "slow and not gpu and not cluster" $(SHARED_OUT) $(ARGS)

@@ -96,7 +96,7 @@ def test_mutated_clips_end_ok_or_rejected(originals, tmp_path):
     assert len(ended) > 3
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_thousand_mutated_clips_end_ok_or_rejected(originals, tmp_path):
     assert sum(check_mutants(originals, 1000, tmp_path, seed=1).values()) == 1000
 

@@ -134,7 +134,7 @@ def test_actor_decode_child_and_fbank_service_killed_cost_nothing_but_time(sourc
     assert contents(source.store) == undisturbed
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_driver_killed_at_ten_random_moments(source, undisturbed, ray_folder):
     source.store += "-again"
     for i in range(10):

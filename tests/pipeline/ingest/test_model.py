@@ -1,6 +1,6 @@
 """Random histories of a real store, compared row by row with a model in plain Python.
 
-Histories of 25 steps: 8 in `make test`; `DICCAE_MODEL_RUNS` sets how many the slow test tries.
+Histories of 25 steps: 8 in `make test`; `DICCAE_MODEL_RUNS` sets how many the one by hand tries.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def settings_of(n_runs: int, **changes) -> settings:
 MANY = int(os.environ.get("DICCAE_MODEL_RUNS", "200"))
 
 
-@pytest.mark.parametrize("n_runs", [8, pytest.param(MANY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_runs", [8, pytest.param(MANY, marks=pytest.mark.soak)])
 def test_any_history_leaves_what_the_model_says(n_runs):
     run_machine(StoreMachine, settings=settings_of(n_runs))
 

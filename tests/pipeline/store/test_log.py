@@ -72,7 +72,7 @@ def test_a_shorter_log_gives_the_same_states(rows, specs):
         assert again == told
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_log_opens_whose_columns_are_longer_than_arrow_strings_can_be(tmp_path):
     """2.5 GiB of URIs, few and long: in a log of 50 million rows they are short and many."""
     store = FeatureStore.create(str(tmp_path / "store"), FeatureSpec())

@@ -27,7 +27,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_page_of_309_classes_is_small_and_made_within_a_gigabyte(
     written: dict[str, str],
 ) -> None:
@@ -36,7 +36,7 @@ def test_a_page_of_309_classes_is_small_and_made_within_a_gigabyte(
     assert not written["torch"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.browser
 def test_a_page_of_309_classes_opens_at_once_with_nothing_cut_off(written: dict[str, str]) -> None:
     page = Path(written["page"])

@@ -92,7 +92,7 @@ def test_metrics_are_the_packages_own_with_and_without_music(
         _check(wrong["all"], theirs["all"], at_most=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_metrics_are_the_packages_own_on_its_whole_list_and_every_subset(
     labels: TrueLabels, tmp_path: Path, compared_only: None
 ) -> None:
