@@ -42,8 +42,8 @@ if TYPE_CHECKING:  # A role imports what its process of a run does, which its me
     from clustering.rounds.frozen import Owner
     from diccae.config import RunConfig
     from training.data.order import Window, WindowPlan
-    from training.on_ray.inference import Job
     from training.predict.apply import Outputs
+    from training.predict.jobs import Job
     from training.run.pinned import Pinned
 
 SPEC = FeatureSpec(frame_size=32, n_mels=32, fbank_frames=64, duration_s=1.0)
@@ -327,8 +327,8 @@ def compute(place: Place) -> dict[str, Any]:
 def _drawn(job: "Job", number: int, widths: dict[str, int]) -> "Outputs":
     """Outputs of a job around a centre per class, in place of a model's. Args: widths: by kind."""
     from training.config import STREAMS
-    from training.on_ray.inference import paged_array
     from training.predict.apply import Outputs
+    from training.predict.jobs import paged_array
 
     kinds: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in Outputs._fields}
     labels = job.rows.labels_N

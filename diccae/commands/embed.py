@@ -43,8 +43,9 @@ def main(argv: Sequence[str]) -> int:
     from pipeline.store.store import FeatureStore
     from pipeline.store.vacuumed import whole_snapshot
     from training.data.rows import index_rows
-    from training.on_ray.inference import Job, run_jobs, write_vectors
+    from training.on_ray.inference import run_jobs, write_vectors
     from training.predict.apply import Models
+    from training.predict.jobs import Job
     from training.weights.card import Applied
     from training.weights.files import read_card
 

@@ -18,7 +18,8 @@ from training.attempt import Attempt
 from training.cluster_config import ScaleConfig
 from training.data.rows import RowIndex
 from training.lab.lab import Lab
-from training.on_ray.inference import Apply, run_jobs
+from training.on_ray.inference import run_jobs
+from training.predict.jobs import Apply
 from training.run.checkpoints import Span
 from training.run.edge import Written
 from training.run.pinned import Pinned

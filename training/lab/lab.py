@@ -1,7 +1,7 @@
 """Lab: the `Edge` and the inference of a loop that runs in this process alone.
 
-Knows nothing of other processes or of what is compared. Invariant: a run gives the bits it gives
-through Ray with one worker.
+Knows nothing of other processes or of what is compared. Invariant: a run, and its evaluation, give
+the bits they give through Ray with one worker.
 """
 
 import os
@@ -10,20 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from clustering.config import KMeansConfig, PoolConfig
 from clustering.rounds.local import LocalRounds
 from training.cluster_config import ScaleConfig
 from training.config import DataConfig, EvaluateConfig, TrainingConfig
-from training.data.order import FrameDraw, window_of
 from training.data.rows import RowIndex
 from training.lab.features import DecodedFeatures, MappedReader
 from training.loop.finetuner import refuse_labels
 from training.loop.hooks import World
 from training.model.cpu import use_cpu
-from training.on_ray.inference import Gathered, Job
-from training.predict.apply import Model, Models, Outputs, test_passes
+from training.predict.apply import Model, Models, Outputs
+from training.predict.jobs import Batches, Gathered, Job
 from training.run.checkpoints import Span, newest_checkpoint, state_in, write_state
 from training.run.edge import Edge, Written
 from training.run.finetune import CHECKPOINTS as FINETUNE
@@ -33,8 +30,6 @@ from training.run.pretrain import pretrain_at, rounds_made
 
 _KEPT = 2
 """Checkpoints, as on Ray."""
-_ROWS = 64
-"""Clips in one forward pass of inference, as on Ray."""
 
 
 class Lab:
@@ -92,18 +87,13 @@ class Lab:
         """See `Apply`."""
         use_cpu(scale.n_threads)
         model = Model(models, data, "cpu", evaluate.precision or "fp32")
-        return [self._of_job(job, model, data.frames_per_clip) for job in jobs]
-
-    def _of_job(self, job: Job, model: Model, frames_per_clip: int) -> Outputs:
-        n_passes = test_passes(job.rows.spec.n_frames, frames_per_clip, job.frames)
-        frames = FrameDraw(frames_per_clip * n_passes, random=False)
-        gathered = Gathered(len(job.rows))
-        for start in range(0, len(job.rows), _ROWS):
-            positions = np.arange(start, min(start + _ROWS, len(job.rows)))
-            (batch,) = self.features.read(window_of(job.rows, positions[None], frames))
-            outputs = model(batch.fbank, batch.frames, n_passes, "p" in job.kinds)
-            gathered.put(positions, {kind: getattr(outputs, kind) for kind in job.kinds})
-        return gathered.outputs()
+        gathered = [Gathered(len(job.rows)) for job in jobs]
+        batches = Batches(jobs, data.frames_per_clip)
+        for number in range(len(batches)):
+            for part in batches.parts(number):
+                (clips,) = self.features.read(part.window)
+                gathered[part.job].put(clips.position, part.outputs(model, clips))
+        return [each.outputs() for each in gathered]
 
     def _edge(self, scale: ScaleConfig, written: Written, name: str) -> Edge:
         use_cpu(scale.n_threads)

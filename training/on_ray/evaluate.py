@@ -25,8 +25,9 @@ from training.evaluation.probes import PROBES, knn_probe
 from training.evaluation.results import Evaluation, count_confusion, write_evaluation
 from training.evaluation.retrieval import subset_per_class, unit_rows
 from training.evaluation.scores import ConfusedPair, most_confused_pairs
-from training.on_ray.inference import Apply, Job, paged_array, run_jobs
+from training.on_ray.inference import run_jobs
 from training.predict.apply import ByStream, Models, Outputs, test_passes
+from training.predict.jobs import Apply, Job, paged_array
 from training.weights.card import Applied, Space
 from training.weights.files import read_card
 

@@ -1,4 +1,4 @@
-"""Ray and the lab: what goes on from a warm-up has the same bits in both."""
+"""Ray and the lab give the same bits: of what goes on from a warm-up, and of what a model says."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.models import saved_models
 from support.runs import lines
 from support.stores import noise_store
 
@@ -16,8 +17,11 @@ from diccae.stages.backend import ON_RAY, Backend, InLab
 from pipeline.config import FeatureSpec
 from pipeline.storage import Location
 from training.attempt import UNHELD
+from training.data.rows import index_rows
 from training.lab.features import decode_store, open_features
 from training.lab.lab import Lab
+from training.predict.apply import Models, Outputs
+from training.predict.jobs import Apply, Job
 from training.run.checkpoints import Span, newest_checkpoint
 from training.run.edge import Written
 from training.run.pinned import Pinned, pin
@@ -88,3 +92,37 @@ def test_a_run_from_a_warm_up_on_ray_has_the_bits_of_the_lab(tmp_path: Path) -> 
     for a, b in zip(of_lab, logged, strict=True):
         same = {name for name in a if not name.startswith(TIMES)}
         assert {name: a[name] for name in same} == {name: b[name] for name in same}
+
+
+def _bits(outputs: Outputs) -> dict[str, bytes]:
+    return {
+        f"{kind} {stream}": x.tobytes()
+        for kind, by_stream in outputs._asdict().items()
+        for stream, x in by_stream.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_models_say_the_same_bits_on_ray_and_in_the_lab(tmp_path: Path) -> None:
+    """Of the jobs of an evaluation; the last two clips of train share a batch with another job."""
+    snapshot = noise_store(tmp_path / "store", SPEC, 66).snapshot()
+    decode_store(snapshot, tmp_path / "features")
+    lab = InLab(Lab(open_features(tmp_path / "features", SPEC)))
+    saved_models(str(tmp_path), SPEC)
+    models = Models(str(tmp_path / "encoder"), str(tmp_path / "classifier"))
+    train = index_rows(snapshot, "train")
+    tested = train.take(np.arange(0, len(train), 3))
+    jobs = [Job(tested, None, ("z", "h", "p")), Job(train, None, ("z",)), Job(tested, 1, ("h",))]
+
+    def said(apply: Apply, jobs: list[Job]) -> list[dict[str, bytes]]:
+        return [
+            _bits(outputs)
+            for outputs in apply(jobs, models, CONFIG.data, CONFIG.scale, CONFIG.evaluate)
+        ]
+
+    of_lab = said(lab.apply, jobs)
+    assert [len(bits) for bits in of_lab] == [9, 3, 3]
+    assert of_lab == said(ON_RAY.apply, jobs)
+    # Alone they are two clips that go through the model for themselves, which moves last digits.
+    assert said(lab.apply, [jobs[1]]) != of_lab[1:2]

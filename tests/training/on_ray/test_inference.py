@@ -2,7 +2,6 @@
 
 import pickle
 import re
-import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -30,8 +29,10 @@ from training.evaluation.probes import Probe
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.on_ray import evaluate, inference
-from training.on_ray.inference import Job, run_jobs
+from training.on_ray.inference import run_jobs
+from training.predict import jobs
 from training.predict.apply import Model, Models, Outputs
+from training.predict.jobs import Job
 from training.weights.files import save_classifier, save_encoder
 
 _DATA = DataConfig(lanes=4, shuffle_window=8, fbank_mean=0.0, fbank_std=3.0)
@@ -153,7 +154,7 @@ def _worker(
 ) -> "inference._Worker":
     """An actor of one job without Ray, which runs batches of four clips."""
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda ref: ref))
-    monkeypatch.setattr(inference, "_ROWS", 4)
+    monkeypatch.setattr(jobs, "_ROWS", 4)
     settings = {
         "data": _DATA.model_dump(),
         "jobs": [[Job(index, 1, ("z",))]],
@@ -241,13 +242,6 @@ def test_a_batch_that_cannot_be_read_is_named_when_its_turn_comes(
     assert not [t for t in threading.enumerate() if t.name.startswith("read")]
 
 
-@pytest.mark.parametrize("n_rows", [1, 63, 64, 65, 256, 257, 480, 1001])
-def test_batches_hold_each_clip_once(n_rows: int) -> None:
-    batches = inference.batches_of(n_rows)
-    assert [n for first, end in batches for n in range(first, end)] == list(range(n_rows))
-    assert max(end - first for first, end in batches) <= 64
-
-
 def test_memory_of_the_driver_does_not_grow_with_the_clips(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -271,16 +265,6 @@ def test_memory_of_the_driver_does_not_grow_with_the_clips(
     grown = _own_bytes() - before
     np.testing.assert_array_equal(outputs.z["audio"][:, -1], np.arange(n_rows))
     assert grown < 64 * 2**20, f"{grown / 2**20:.0f} MiB"
-
-
-def test_a_full_disk_is_an_error_and_not_the_end_of_the_process() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            inference.paged_array(2**14, 64)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _own_bytes() -> int:
