@@ -21,15 +21,12 @@ from training.loop.hooks import World
 from training.model.cpu import use_cpu
 from training.predict.apply import Model, Models, Outputs
 from training.predict.jobs import Batches, Gathered, Job
-from training.run.checkpoints import Span, newest_checkpoint, state_in, write_state
+from training.run.checkpoints import KEPT, Span, newest_checkpoint, state_in, write_state
 from training.run.edge import Edge, Written
 from training.run.finetune import CHECKPOINTS as FINETUNE
 from training.run.finetune import deciding, finetune_at, refuse_other_settings
 from training.run.pretrain import CHECKPOINTS as PRETRAIN
 from training.run.pretrain import pretrain_at, rounds_made
-
-_KEPT = 2
-"""Checkpoints, as on Ray."""
 
 
 class Lab:
@@ -120,5 +117,5 @@ def _keep(state: dict[str, Any], folder: Path) -> None:
     target = folder / f"checkpoint_{state['step']:08d}"
     shutil.rmtree(target, ignore_errors=True)
     os.rename(scratch, target)
-    for old in sorted(folder.glob("checkpoint_*"))[:-_KEPT]:
+    for old in sorted(folder.glob("checkpoint_*"))[:-KEPT]:
         shutil.rmtree(old)

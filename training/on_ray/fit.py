@@ -27,6 +27,7 @@ from training.model.cpu import use_cpu
 from training.on_ray.checkpoints import last_state, report_state, settle
 from training.on_ray.reader import RayReader
 from training.on_ray.storage import arrow_filesystem
+from training.run.checkpoints import KEPT
 from training.run.edge import Edge, Written
 from training.tracking.copier import RunHandle
 from training.weights.files import absolute_uri
@@ -103,7 +104,7 @@ def _storage(place: Location, name: str, scale: ScaleConfig, attempt: Attempt) -
         storage_path=place.path,
         storage_filesystem=arrow_filesystem(place, attempt),
         failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
-        checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        checkpoint_config=ray.train.CheckpointConfig(num_to_keep=KEPT),
     )
 
 

@@ -14,6 +14,8 @@ from pipeline.storage import Location
 from training.attempt import UNHELD, Attempt
 from training.errors import ConfigMismatch, TrainingError
 
+KEPT = 2
+"""Checkpoints of a stage that stay, the newest ones, on Ray and in the lab."""
 _STATE = "state.pt"
 _FORMAT = 3
 """Of checkpoints. 1 had no step of the last update of the confusion matrix, and no settings; 2 no

@@ -19,7 +19,7 @@ from training.loop.hooks import Hooks, World
 from training.loop.pretrainer import Pretrainer
 from training.model.encoder import Encoder
 from training.model.make import make_encoder
-from training.run.checkpoints import Span, failure_writer, refuse_lost_labels, state_in
+from training.run.checkpoints import KEPT, Span, failure_writer, refuse_lost_labels, state_in
 from training.run.edge import Edge, Written, kept
 from training.run.known_labels import known_labels
 from training.tracking.tracker import Tracker
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "pretrain"
 """Folder of the run that holds the checkpoints of pretraining."""
-_SAVED_BANKS = 3
-"""Of the two checkpoints that are kept, and of the one that is being written."""
+_SAVED_BANKS = KEPT + 1
+"""Of the checkpoints that are kept, and of the one that is being written."""
 
 
 class RoundsMade(NamedTuple):
