@@ -167,7 +167,7 @@ def pin(place: Place) -> dict[str, Any]:
     from training.run.pinned import check
 
     config, data = place.config, place.pinned()
-    check(config, config.clustering, data)
+    check(config, data)
     assert data.snapshot.digest
     return {}
 

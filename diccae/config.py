@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
-from clustering.config import KMeansConfig, PoolConfig
+from clustering.config import PoolConfig
 from diccae.errors import UsageError
 from pipeline.config import FeatureSpec, IngestConfig
 from training.cluster_config import NOT_DECIDING
@@ -33,17 +33,6 @@ class RunConfig(TrainingConfig):
 
     features: FeatureSpec = FeatureSpec()
     ingest: IngestConfig = IngestConfig()
-    clustering: KMeansConfig = KMeansConfig()
-    pool: PoolConfig = PoolConfig()
-
-    @model_validator(mode="after")
-    def _rows_for_every_actor(self) -> "RunConfig":
-        if self.pool.n_actors > self.clustering.vshards:
-            raise ValueError(
-                f"pool.n_actors = {self.pool.n_actors} > clustering.vshards = "
-                f"{self.clustering.vshards}: some would have no rows"
-            )
-        return self
 
     def digest(self) -> str:
         """SHA-256 of what decides the result."""

@@ -1,4 +1,4 @@
-"""TrainingConfig: what a run is, from encoder and data order to losses, rounds and scale.
+"""TrainingConfig: what a run is, from encoder and data order to losses, rounds and clustering.
 
 Pure pydantic models: imports neither torch nor Ray, so that `--help` answers at once.
 Invariant: no default of training stands anywhere else.
@@ -8,7 +8,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from clustering.config import KMeansConfig, PoolConfig
 from training.cluster_config import ScaleConfig, TrackingConfig
+from training.evaluate_config import EvaluateConfig
 from training.frozen import Frozen
 from training.presets import Preset, with_sizes
 
@@ -356,29 +358,8 @@ class FinetuneConfig(Frozen):
         return self
 
 
-class EvaluateConfig(Frozen):
-    """What evaluation measures."""
-
-    split: Literal["test", "validation"] = "test"
-    """Clips it is measured on; `validation`, to choose by, needs `data.validation_frac` > 0."""
-    probe_epochs: int = Field(100, ge=1)
-    """Most L-BFGS iterations of the linear probes, that of all labels and that of few."""
-    few_labels: int = Field(10, ge=1)
-    """Labels of each class that the probe from few labels sees."""
-    knn_k: int = Field(20, ge=1)
-    """Neighbours of the kNN probe."""
-    confused_pairs: int = Field(10, ge=1)
-    """Pairs of classes, those that training clips confuse most, whose accuracy is measured."""
-    retrieval_per_class: int = Field(5, ge=1)
-    """Test clips per class in the retrieval protocol."""
-    frames: int | None = None
-    """Frames averaged at test time; None uses every stored frame."""
-    precision: Literal["fp32", "bf16"] | None = None
-    """Autocast type of the trunk; None: bf16 on a GPU, fp32 on a CPU."""
-
-
 class TrainingConfig(Frozen):
-    """All of the above: one file describes one run."""
+    """All of the above, and how clusters are made: what a run is from store to results."""
 
     seed: int = Field(0, ge=0)
     """Seeds weights, data order, augmentation and clustering."""
@@ -394,3 +375,14 @@ class TrainingConfig(Frozen):
     evaluate: EvaluateConfig = EvaluateConfig()
     scale: ScaleConfig = ScaleConfig()
     tracking: TrackingConfig = TrackingConfig()
+    clustering: KMeansConfig = KMeansConfig()
+    pool: PoolConfig = PoolConfig()
+
+    @model_validator(mode="after")
+    def _rows_for_every_actor(self) -> "TrainingConfig":
+        if self.pool.n_actors > self.clustering.vshards:
+            raise ValueError(
+                f"pool.n_actors = {self.pool.n_actors} > clustering.vshards = "
+                f"{self.clustering.vshards}: some would have no rows"
+            )
+        return self

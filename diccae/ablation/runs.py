@@ -278,7 +278,7 @@ def _check_all(config: RunConfig, plan: Plan, store: str) -> None:
         data = pin(store, own.data.version, own)
         tested_rows(data, own)
         try:
-            check(own, own.clustering, data)
+            check(own, data)
         except TrainingError as error:
             raise UsageError(f"variant {name}: {error}") from None
 

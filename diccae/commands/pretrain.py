@@ -83,8 +83,8 @@ def _dry_run(config: RunConfig, store: str, as_json: bool) -> int:
     from training.run.pinned import check, pin
 
     data = pin(store, config.data.version, config)
-    check(config, config.clustering, data)
-    found = dry_run(config, data.snapshot.spec, len(data.train), config.clustering.k)
+    check(config, data)
+    found = dry_run(config, data.snapshot.spec, len(data.train))
     if as_json:
         print(json.dumps(dict(found)))
         return 0

@@ -43,7 +43,7 @@ def check_recipe(file: str, store: str | None, init: str | None) -> Check:
         return Check("recipe", True, f"{detail}; no --store to compare K and features with")
     spec_as_asked(file, config.data.version, store)
     data = pin(store, config.data.version, config)
-    check(config, config.clustering, data)
+    check(config, data)
     steps = BatchPlan.of(len(data.train), batch_size, config.data).steps(len(data.train))
     return Check("recipe", True, f"{detail}, {steps:,} steps an epoch of {store}")
 

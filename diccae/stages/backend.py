@@ -117,13 +117,11 @@ class OnRay:
 
         return pretrain(
             config,
-            config.clustering,
             data,
             written.out,
             written.handle,
             written.provenance,
             span=span,
-            pool=config.pool,
             attempt=written.attempt,
         )
 
@@ -180,8 +178,7 @@ class InLab:
         self, config: RunConfig, data: Pinned, written: Written, span: Span
     ) -> dict[str, Any]:
         """See `Backend`."""
-        train, clustering = data.train, config.clustering
-        return self._lab.pretrain(config, clustering, train, written, pool=config.pool, span=span)
+        return self._lab.pretrain(config, data.train, written, span)
 
     def finetune(
         self, config: RunConfig, train: RowIndex, encoder_uri: str, written: Written

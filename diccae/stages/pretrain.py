@@ -71,7 +71,7 @@ def _settled(
     """The config with its statistics, and its data, both written down: all that can be refused
     before the cluster is used."""
     data = pin_for(folder, config, store)
-    check(config, config.clustering, data)
+    check(config, data)
     init, made = None if folder.record else config.encoder.init, None
     if init is not None and span.start is None:
         made = _say_what_weights_give(config, data, say).made_with

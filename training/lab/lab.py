@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clustering.config import KMeansConfig, PoolConfig
 from clustering.rounds.local import LocalRounds
 from training.cluster_config import ScaleConfig
-from training.config import DataConfig, EvaluateConfig, TrainingConfig
+from training.config import DataConfig, TrainingConfig
 from training.data.rows import RowIndex
+from training.evaluate_config import EvaluateConfig
 from training.lab.features import DecodedFeatures, MappedReader
 from training.loop.finetuner import refuse_labels
 from training.loop.hooks import World
@@ -36,18 +36,11 @@ class Lab:
         self.features = features
 
     def pretrain(
-        self,
-        config: TrainingConfig,
-        clustering: KMeansConfig,
-        train: RowIndex,
-        written: Written,
-        *,
-        pool: PoolConfig,
-        span: Span,
+        self, config: TrainingConfig, train: RowIndex, written: Written, span: Span
     ) -> dict[str, Any]:
         """Train. Returns: the last metrics and times. Raises: TrainingError; ClusteringError."""
         edge = self._edge(config.scale, written, PRETRAIN)
-        made = rounds_made(config, clustering, train)
+        made = rounds_made(config, train)
         if made is None:
             return pretrain_at(edge, config, train, None, written, span) or {}
         rounds = LocalRounds(
@@ -56,7 +49,7 @@ class Lab:
             written.out.uri_of("rounds"),
             config.seed,
             given=made.given,
-            keep_vectors=pool.keep_vectors,
+            keep_vectors=config.pool.keep_vectors,
         )
         try:
             return pretrain_at(edge, config, train, rounds, written, span) or {}

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from clustering.kmeans.label_table import NO_LABEL
 from pipeline.storage import Location
-from training.config import STREAMS, EvaluateConfig, TrainingConfig
+from training.config import STREAMS, TrainingConfig
 from training.data.rows import RowIndex
 from training.errors import TrainingError
+from training.evaluate_config import EvaluateConfig
 from training.evaluation.metrics import BOTH_SIDES, Evidence, measure
 from training.evaluation.predictions import About, models_of
 from training.evaluation.probes import PROBES, knn_probe

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from pipeline.storage import place_of
 from training.cluster_config import ScaleConfig
-from training.config import DataConfig, EvaluateConfig
+from training.config import DataConfig
 from training.data.reader import Batch, read_window
 from training.data.rows import RowIndex
+from training.evaluate_config import EvaluateConfig
 from training.model.cpu import use_cpu
 from training.predict.apply import Model, Models, Outputs
 from training.predict.jobs import Batches, Gathered, Job, Part

@@ -6,7 +6,6 @@ goes on from its newest checkpoint when the same command is given again.
 
 from typing import Any
 
-from clustering.config import KMeansConfig, PoolConfig
 from clustering.pool.pool import ClusterPool
 from pipeline.storage import Location
 from training.attempt import UNHELD, Attempt
@@ -20,13 +19,11 @@ from training.tracking.copier import RunHandle
 
 def pretrain(
     config: TrainingConfig,
-    clustering: KMeansConfig,
     data: Pinned,
     out: Location,
     handle: RunHandle,
     provenance: dict[str, Any],
     *,
-    pool: PoolConfig,
     span: Span = WHOLE,
     attempt: Attempt = UNHELD,
 ) -> dict[str, Any]:
@@ -36,7 +33,7 @@ def pretrain(
     """
     import ray
 
-    actors = _actors(config, rounds_made(config, clustering, data.train), pool, out, attempt)
+    actors = _actors(config, rounds_made(config, data.train), out, attempt)
     settings = {
         "config": ray_fit.for_workers(config),
         "index": [ray.put(data.train)],
@@ -56,17 +53,19 @@ def pretrain(
 
 
 def _actors(
-    config: TrainingConfig,
-    made: RoundsMade | None,
-    pool: PoolConfig,
-    out: Location,
-    attempt: Attempt,
+    config: TrainingConfig, made: RoundsMade | None, out: Location, attempt: Attempt
 ) -> ClusterPool | None:
     if made is None:
         return None
     where, check = out.uri_of("rounds"), attempt.check
     return ClusterPool(
-        made.clustering, pool, made.widths, where, config.seed, given=made.given, may_write=check
+        made.clustering,
+        config.pool,
+        made.widths,
+        where,
+        config.seed,
+        given=made.given,
+        may_write=check,
     )
 
 

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.cluster_config import ScaleConfig
-from training.config import DataConfig, EvaluateConfig
+from training.config import DataConfig
 from training.data.order import FrameDraw, Window, window_of
 from training.data.reader import Batch
 from training.data.rows import RowIndex
+from training.evaluate_config import EvaluateConfig
 from training.predict.apply import ByStream, Model, Models, Outputs, test_passes
 
 Kind = Literal["z", "h", "p"]

@@ -38,10 +38,8 @@ class _Load(NamedTuple):
     """In one forward pass."""
 
 
-def dry_run(
-    config: TrainingConfig, spec: FeatureSpec, n_clips: int, k: int
-) -> list[tuple[str, str]]:
-    """Name and value of each line to show of pretraining. Args: k: clusters of a round."""
+def dry_run(config: TrainingConfig, spec: FeatureSpec, n_clips: int) -> list[tuple[str, str]]:
+    """Name and value of each line to show of pretraining."""
     plan = BatchPlan.of(n_clips, config.pretrain.batch_size, config.data)
     load = _load(plan, config.scale, config.pretrain.micro_batch)
     budget = pretraining_budget(config, input_shape(spec))
@@ -50,7 +48,7 @@ def dry_run(
     measured = load.at_once if device.type == "cuda" else min(load.at_once, _CPU_CLIPS)
     # Cached gradients embed every clip once more, without a graph: a third of a step.
     passes = 1.0 if load.at_once == load.per_step else 4 / 3
-    seconds = _step_seconds(config, spec, measured, k, device) / measured * load.per_step * passes
+    seconds = _step_seconds(config, spec, measured, device) / measured * load.per_step * passes
     rows = budget_table(budget, *load, steps, seconds)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "one CPU process, here"
     return [*rows, ("measured on", f"{where}, {measured} clips at once")]
@@ -96,7 +94,7 @@ def _load(plan: BatchPlan, scale: ScaleConfig, micro_batch: int | None) -> _Load
 
 
 def _step_seconds(
-    config: TrainingConfig, spec: FeatureSpec, clips: int, k: int, device: torch.device
+    config: TrainingConfig, spec: FeatureSpec, clips: int, device: torch.device
 ) -> float:
     """Wall time of a forward and backward pass on random clips, the second of two.
 
@@ -115,7 +113,7 @@ def _step_seconds(
         counts = encoder.token_counts(config.data.frames_per_clip)
         audio, video = (torch.rand(n, m, device=device) for m in counts)
         masks = MaskNoise(audio, video, config.loss.mask_ratio)
-    labels = [_labels(config, n, k, device)] if labelled else []
+    labels = [_labels(config, n, device)] if labelled else []
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
@@ -134,9 +132,9 @@ def _view(config: TrainingConfig, spec: FeatureSpec, n: int, device: torch.devic
     )
 
 
-def _labels(config: TrainingConfig, n: int, k: int, device: torch.device) -> Labels:
+def _labels(config: TrainingConfig, n: int, device: torch.device) -> Labels:
     """Random labels under random prototypes, whose losses cost what real ones cost."""
-    streams = config.loss.label_streams
+    streams, k = config.loss.label_streams, config.clustering.k
     prototypes: dict[str, torch.Tensor] = {
         s: F.normalize(torch.randn(k, config.encoder.projection, device=device), dim=1)
         for s in streams

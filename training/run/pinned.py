@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clustering.config import KMeansConfig
 from pipeline.config import FeatureSpec
 from pipeline.quality.leave_out import LeftOut, left_out
 from pipeline.store.store import FeatureStore, Snapshot
@@ -59,7 +58,7 @@ def pin(
     return Pinned(snapshot, index, left_out=known)
 
 
-def check(config: TrainingConfig, clustering: KMeansConfig, data: Pinned) -> None:
+def check(config: TrainingConfig, data: Pinned) -> None:
     """Refuse what cannot work, before anything is started.
 
     Raises: TrainingError naming the keys, the values and what is allowed.
@@ -73,10 +72,11 @@ def check(config: TrainingConfig, clustering: KMeansConfig, data: Pinned) -> Non
             f"data.frames_per_clip = {config.data.frames_per_clip}, but the store holds "
             f"{spec.n_frames} frames a clip; lower it, or ingest with --features.n-frames"
         )
-    known_labels(config.rounds, data.train, clustering.k, config.seed)
-    if config.rounds.labels in ("clusters", "random") and clustering.k > n_clips // 2:
+    k = config.clustering.k
+    known_labels(config.rounds, data.train, k, config.seed)
+    if config.rounds.labels in ("clusters", "random") and k > n_clips // 2:
         raise TrainingError(
-            f"clustering.k = {clustering.k}, but the train split has {n_clips} clips; K is at most "
+            f"clustering.k = {k}, but the train split has {n_clips} clips; K is at most "
             "half of that (a cluster of one clip has nothing to teach), and about one to three "
             "times the number of classes works best"
         )

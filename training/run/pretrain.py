@@ -45,13 +45,12 @@ class RoundsMade(NamedTuple):
     """Labels that are published instead of clusters, or that clustering starts from."""
 
 
-def rounds_made(
-    config: TrainingConfig, clustering: KMeansConfig, train: RowIndex
-) -> RoundsMade | None:
+def rounds_made(config: TrainingConfig, train: RowIndex) -> RoundsMade | None:
     """None where nothing is labelled. Raises: TrainingError as `known_labels`."""
     if config.rounds.labels == "none":
         return None
     widths: dict[str, int] = {s: config.encoder.projection for s in config.loss.label_streams}
+    clustering = config.clustering
     known = known_labels(config.rounds, train, clustering.k, config.seed)
     if known is None:
         return RoundsMade(clustering, widths, None)

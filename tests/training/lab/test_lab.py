@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from support.runs import lines
 from support.stores import noise_store
 
-from clustering.config import KMeansConfig, PoolConfig
 from clustering.kmeans.label_table import NO_LABEL
 from clustering.rounds.files import load_round
 from clustering.rounds.local import LocalRounds
@@ -35,12 +34,12 @@ CONFIG = TrainingConfig.model_validate(
         "rounds": {"warmup_epochs": 1, "margin_nats": -9.0, "lead_steps": 2},
         "pretrain": {"epochs": 3, "batch_size": 18, "checkpoint_every": 2, "log_every": 1},
         "scale": {"num_workers": 1, "cpus_per_worker": 0.3, "reader_cpus": 0.1},
+        "clustering": {
+            "k": 4,
+            "guard": {"max_mean_cosine": 1.0, "min_effective_frac": 0.0, "max_churn": 1.0},
+        },
     }
 )
-CLUSTERING = KMeansConfig.model_validate(
-    {"k": 4, "guard": {"max_mean_cosine": 1.0, "min_effective_frac": 0.0, "max_churn": 1.0}}
-)
-POOL = PoolConfig(n_actors=2, cpus_per_actor=0.2, cpus_per_bank=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def _pretrain(
 ) -> dict[str, torch.Tensor]:
     written = Written(Location(out), RunHandle("", "", str(out)), {}, UNHELD)
     config = TrainingConfig.model_validate(CONFIG.model_dump() | changes)
-    _lab(data).pretrain(config, CLUSTERING, data.train, written, pool=POOL, span=span)
+    _lab(data).pretrain(config, data.train, written, span)
     return load_file(out / "encoder" / "encoder.safetensors")
 
 

@@ -20,11 +20,12 @@ from support.unsteady import Unsteady, unsteady_bucket
 from pipeline.errors import DamagedShard
 from pipeline.store.cached import ShardCache
 from training.cluster_config import ScaleConfig
-from training.config import DataConfig, EncoderConfig, EvaluateConfig, TrainingConfig
+from training.config import DataConfig, EncoderConfig, TrainingConfig
 from training.data.augment import normalise_fbank, normalise_frames
 from training.data.order import BatchPlan, FrameDraw, Window, WindowPlan, window_of
 from training.data.reader import Batch
 from training.data.rows import RowIndex, index_rows
+from training.evaluate_config import EvaluateConfig
 from training.evaluation.probes import Probe
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder

@@ -22,7 +22,6 @@ from support.processes import kill
 from support.ranks import run_ranks
 from support.stores import noise_store
 
-from clustering.config import KMeansConfig, PoolConfig
 from clustering.rounds.local import LocalRounds
 from clustering.rounds.protocol import PublishedRound
 from pipeline.config import FeatureSpec
@@ -52,16 +51,14 @@ CONFIG = TrainingConfig.model_validate(
         "pretrain": {"epochs": 4, "batch_size": 18, "checkpoint_every": 2, "log_every": 1},
         "confusion": {"update_steps": 3},
         "scale": {"num_workers": 2, "cpus_per_worker": 0.3, "reader_cpus": 0.1},
+        "clustering": {
+            "k": 4,
+            # Noise lies close together, which a real run would be stopped for.
+            "guard": {"max_mean_cosine": 1.0, "min_effective_frac": 0.0, "max_churn": 1.0},
+        },
+        "pool": {"n_actors": 2, "cpus_per_actor": 0.2, "cpus_per_bank": 0.1},
     }
 )
-CLUSTERING = KMeansConfig.model_validate(
-    {
-        "k": 4,
-        # Noise lies close together, which a real run would be stopped for.
-        "guard": {"max_mean_cosine": 1.0, "min_effective_frac": 0.0, "max_churn": 1.0},
-    }
-)
-POOL = PoolConfig(n_actors=2, cpus_per_actor=0.2, cpus_per_bank=0.1)
 N_CLIPS = 90
 STEPS = 4 * (N_CLIPS // 18)
 ELASTIC = """
@@ -69,7 +66,7 @@ import subprocess, sys, threading, time
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
-from test_ray_training import CLUSTERING, CONFIG, POOL
+from test_ray_training import CONFIG
 from pipeline.storage import Location
 from training.tracking.copier import RunHandle
 from training.on_ray.pretrain import pretrain
@@ -117,9 +114,9 @@ if __name__ == "__main__":
         plain["rounds"]["labels"] = "none"  # They would come after its end, which is refused.
     config = type(CONFIG).model_validate(plain)
     data = pin(store, None, config)
-    check(config, CLUSTERING, data)
-    settings = (config, CLUSTERING, data, Location(out), RunHandle("", "", str(out)), {})
-    training = threading.Thread(target=pretrain, args=settings, kwargs={"pool": POOL})
+    check(config, data)
+    settings = (config, data, Location(out), RunHandle("", "", str(out)), {})
+    training = threading.Thread(target=pretrain, args=settings)
     training.start()
     come_and_go(cluster, node, out)  # Ray starts nodes in the main thread only.
     training.join()
@@ -135,8 +132,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 def _pretrain(store: str, out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """The weights and the metrics of a run of two workers that share three lanes."""
     data = pin(store, None, CONFIG)
-    check(CONFIG, CLUSTERING, data)
-    pretrain(CONFIG, CLUSTERING, data, Location(out), RunHandle("", "", str(out)), {}, pool=POOL)
+    check(CONFIG, data)
+    pretrain(CONFIG, data, Location(out), RunHandle("", "", str(out)), {})
     lines = (out / "metrics.jsonl").read_text().splitlines()
     weights = load_file(out / "encoder" / "encoder.safetensors")
     return weights, [json.loads(line) for line in lines]
@@ -165,7 +162,7 @@ def _plain_ranks(store: str, folder: Path, rank: int, size: int) -> tuple[Any, A
     plan = BatchPlan.of(len(index), CONFIG.pretrain.batch_size, CONFIG.data)
     windows = WindowPlan(index, plan, lanes_of(rank, size, plan.lanes), CONFIG.seed)
     widths = dict.fromkeys(STREAMS, CONFIG.encoder.projection)
-    rounds = OneBank(CLUSTERING, widths, str(folder / f"rounds-{rank}"), CONFIG.seed)
+    rounds = OneBank(CONFIG.clustering, widths, str(folder / f"rounds-{rank}"), CONFIG.seed)
     encoder = make_encoder(CONFIG, index.spec)
     reader = LocalReader(windows)
     world = World(rank, size)

@@ -15,8 +15,8 @@ from training.run.dry_run import dry_run, dry_run_finetuning
 def test_what_is_at_once_on_a_device_is_a_chunk_of_its_share() -> None:
     shown = {}
     for micro_batch in (None, 8):
-        config = pretrain_config(pretrain={"micro_batch": micro_batch})
-        shown[micro_batch] = dict(dry_run(config, SPEC, 48, 4))
+        config = pretrain_config(pretrain={"micro_batch": micro_batch}, clustering={"k": 4})
+        shown[micro_batch] = dict(dry_run(config, SPEC, 48))
     whole, chunks = shown[None], shown[8]
     assert (whole["clips per device"], whole["clips at once"]) == ("16", "16")
     assert (chunks["clips per device"], chunks["clips at once"]) == ("16", "8")
@@ -45,7 +45,7 @@ def test_the_measured_step_is_the_dearest_of_the_run(
         return found
 
     monkeypatch.setattr(Gradients, "of", watched)
-    dry_run(pretrain_config(**changes), SPEC, 48, 4)
+    dry_run(pretrain_config(clustering={"k": 4}, **changes), SPEC, 48)
     for chunks, labels in seen:
         assert [len(chunk.views) for chunk in chunks] == [n_views]
         assert [set(head.prototypes) for head in labels] == ([streams] if streams else [])

@@ -8,7 +8,6 @@ import pytest
 from support.memory import memory_index
 from support.trainers import pretrain_config
 
-from clustering.config import KMeansConfig
 from training.config import RoundsConfig
 from training.data.rows import few_of_each_class
 from training.errors import TrainingError
@@ -80,12 +79,13 @@ def test_few_labels_are_those_the_probe_sees_true_or_by_chance() -> None:
 @pytest.mark.parametrize("labels", ["true", "seeded"])
 def test_a_class_of_other_splits_alone_is_none_of_a_round(labels: str) -> None:
     """Its prototype was zero and its confusion nobody's: half of such classes halved the degree."""
-    index, clustering = memory_index(), KMeansConfig(k=9)
-    config = pretrain_config(rounds={"labels": labels, "margin_nats": -1})
+    index = memory_index()
+    rounds = {"labels": labels, "margin_nats": -1}
+    config = pretrain_config(rounds=rounds, clustering={"k": 9})
     classes = ["only tested", *index.classes[:2], "only tested, too", *index.classes[2:]]
     moved = np.array([1, 2, 4, 5], np.int32)[index.labels_NL]
     more = replace(index, classes=classes, labels_NL=moved)
-    made, with_more = (rounds_made(config, clustering, train) for train in (index, more))
+    made, with_more = (rounds_made(config, train) for train in (index, more))
     assert made is not None
     assert with_more is not None
     assert made.given is not None
