@@ -115,15 +115,7 @@ class OnRay:
         """See `Backend`."""
         from training.on_ray.pretrain import pretrain
 
-        return pretrain(
-            config,
-            data,
-            written.out,
-            written.handle,
-            written.provenance,
-            span=span,
-            attempt=written.attempt,
-        )
+        return pretrain(config, data, written, span)
 
     def finetune(
         self, config: RunConfig, train: RowIndex, encoder_uri: str, written: Written
@@ -131,15 +123,7 @@ class OnRay:
         """See `Backend`."""
         from training.on_ray.finetune import finetune
 
-        return finetune(
-            config,
-            train,
-            encoder_uri,
-            written.out,
-            written.handle,
-            written.provenance,
-            attempt=written.attempt,
-        )
+        return finetune(config, train, encoder_uri, written)
 
 
 class InLab:

@@ -5,26 +5,17 @@ The edge between `finetune_at` and Ray Train.
 
 from typing import Any
 
-from pipeline.storage import Location
-from training.attempt import UNHELD, Attempt
 from training.config import TrainingConfig
 from training.data.rows import RowIndex
 from training.loop.finetuner import refuse_labels
 from training.on_ray import fit as ray_fit
+from training.run.edge import Written
 from training.run.finetune import CHECKPOINTS, deciding, finetune_at, refuse_other_settings
-from training.tracking.copier import RunHandle
 from training.weights.files import absolute_uri
 
 
 def finetune(
-    config: TrainingConfig,
-    index: RowIndex,
-    encoder_uri: str,
-    out: Location,
-    handle: RunHandle,
-    provenance: dict[str, Any],
-    *,
-    attempt: Attempt = UNHELD,
+    config: TrainingConfig, index: RowIndex, encoder_uri: str, written: Written
 ) -> dict[str, Any]:
     """Train a classifier on the cluster Ray is connected to.
 
@@ -34,27 +25,22 @@ def finetune(
     import ray
 
     refuse_labels(index, config.finetune.loss)
-    refuse_other_settings(config, encoder_uri, out)
+    refuse_other_settings(config, encoder_uri, written.out)
     settings = {
         "config": ray_fit.for_workers(config),
         "index": [ray.put(index)],
         "encoder": absolute_uri(encoder_uri),
         "decides": deciding(config, encoder_uri),
-        "out": out,
-        "handle": tuple(handle),
-        "provenance": provenance,
-        "attempt": tuple(attempt),
     }
-    last = ray_fit.fit(_loop, settings, out, CHECKPOINTS, config.scale, attempt=attempt)
+    last = ray_fit.fit(_loop, settings, written, CHECKPOINTS, config.scale)
     return dict(last or {})
 
 
-def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
+def _loop(settings: dict[str, Any], written: Written) -> dict[str, Any] | None:
     """What every worker runs."""
     import ray
 
     config = TrainingConfig.model_validate(settings["config"])
-    written = ray_fit.written(settings)
     edge = ray_fit.this_edge(config.scale, written, CHECKPOINTS)
     index: RowIndex = ray.get(settings["index"][0])
     return finetune_at(edge, config, index, settings["encoder"], written, settings["decides"])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from pipeline.storage import Location, place_of, storage_failures_ignored
+from pipeline.storage import Location, storage_failures_ignored
 from training import errors
 from training.attempt import UNHELD, Attempt
 from training.cluster_config import ScaleConfig
@@ -29,7 +29,6 @@ from training.on_ray.reader import RayReader
 from training.on_ray.storage import arrow_filesystem
 from training.run.checkpoints import KEPT
 from training.run.edge import Edge, Written
-from training.tracking.copier import RunHandle
 from training.weights.files import absolute_uri
 
 _CONTROLLER_POLL_S = "0.2"
@@ -37,20 +36,17 @@ _ASK_S = 10.0
 """How often the driver asks whether the run folder is still its own."""
 _RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
 
+Loop = Callable[[dict[str, Any], Written], Any]
+"""What a worker runs, over its settings and where the run is written down."""
+
 
 def fit(
-    loop: Callable[[dict[str, Any]], Any],
-    settings: dict[str, Any],
-    place: Location,
-    name: str,
-    scale: ScaleConfig,
-    *,
-    attempt: Attempt = UNHELD,
+    loop: Loop, settings: dict[str, Any], written: Written, name: str, scale: ScaleConfig
 ) -> Any:
-    """Run `loop(settings)` on the workers; goes on from the newest checkpoint under `name`.
+    """Run `loop` on the workers; goes on from the newest checkpoint under `name`.
 
-    Args: place: the run folder. attempt: whose the workers are; they end for good when it has
-        lost the folder.
+    Args: written: its attempt is whose the workers are; they end for good when it has lost the
+        folder.
     Returns: what rank 0 returned.
     Raises: the loop's own TrainingError; TrainingError for a worker that failed too often;
         KeyboardInterrupt.
@@ -59,13 +55,14 @@ def fit(
     from ray.train.torch import TorchTrainer
 
     _quick_controller()
+    place, attempt = written.out, written.attempt
     attempt.check()
     # By attempt: what the workers of an earlier one say too late must not end this one.
     said = f"failed/error-{attempt.number}.json"
     place.remove(said)  # Of an earlier stage.
     trainer = TorchTrainer(
         _told,
-        train_loop_config=_Given(loop, settings, place.uri_of(said), attempt)._asdict(),
+        train_loop_config=_Given(loop, settings, written, said)._asdict(),
         scaling_config=_scaling(scale),
         run_config=_storage(place, name, scale, attempt),
     )
@@ -167,11 +164,12 @@ def _scaling(scale: ScaleConfig) -> Any:
 class _Given(NamedTuple):
     """What a worker is started with."""
 
-    loop: Callable[[dict[str, Any]], Any]
+    loop: Loop
     settings: dict[str, Any]
+    written: Written
     said: str
-    """URI at which a TrainingError is written, for the workers that are started after it."""
-    attempt: Attempt
+    """File of the run folder in which a TrainingError is written, for the workers that are started
+    after it."""
 
 
 def _told(config: dict[str, Any]) -> Any:
@@ -183,20 +181,20 @@ def _told(config: dict[str, Any]) -> Any:
     folder was taken over they see for themselves, and write nothing into it.
     """
     given = _Given(**config)
+    place, attempt = given.written.out, given.written.attempt
     try:
-        given.attempt.check()
+        attempt.check()
     except RunTaken as error:
         return _Failure(error)
-    place, name = place_of(given.said)
-    if place.exists(name):
-        return _Failure(_read_error(given.said))
+    if place.exists(given.said):
+        return _Failure(_read_error(place, given.said))
     try:
-        return given.loop(given.settings)
+        return given.loop(given.settings, given.written)
     except Exception as error:
         settle()  # Else the checkpoint on its way ended with this process.
-        given.attempt.check()  # Rather this than what it may have led to, such as a lost actor.
+        attempt.check()  # Rather this than what it may have led to, such as a lost actor.
         if isinstance(error, TrainingError):
-            _write_error(given.said, error)
+            _write_error(place, given.said, error)
         raise
 
 
@@ -204,14 +202,12 @@ class _Failure(NamedTuple):
     error: TrainingError
 
 
-def _write_error(uri: str, error: TrainingError) -> None:
-    place, name = place_of(uri)
+def _write_error(place: Location, name: str, error: TrainingError) -> None:
     said = {"type": type(error).__name__, "message": str(error)}
     place.write_bytes(name, json.dumps(said).encode())
 
 
-def _read_error(uri: str) -> TrainingError:
-    place, name = place_of(uri)
+def _read_error(place: Location, name: str) -> TrainingError:
     said = json.loads(place.read_bytes(name))
     error: TrainingError = getattr(errors, said["type"])(said["message"])
     return error
@@ -221,7 +217,7 @@ def _explained(error: BaseException, place: Location, said: str) -> TrainingErro
     """What a worker wrote into the file `said`, else the line of its error and where all of it
     is."""
     if place.exists(said):  # The last failure that scale.max_failures allowed.
-        return _read_error(place.uri_of(said))
+        return _read_error(place, said)
     name, text = "failed/traceback.txt", str(error)
     place.write_bytes(name, text.encode())
     lines = [line for line in text.splitlines() if _RAISED.match(line)]
@@ -257,12 +253,6 @@ def this_edge(scale: ScaleConfig, written: Written, name: str) -> Edge:
         report_state(state, world.rank, place, written.attempt)
 
     return Edge(world, reader, last_state(), save, leaving_notice())
-
-
-def written(settings: dict[str, Any]) -> Written:
-    """Where the run is written down, as the driver said it."""
-    handle, attempt = RunHandle(*settings["handle"]), Attempt(*settings["attempt"])
-    return Written(settings["out"], handle, settings["provenance"], attempt)
 
 
 def leaving_notice() -> Callable[[], bool]:

@@ -26,6 +26,7 @@ from clustering.rounds.local import LocalRounds
 from clustering.rounds.protocol import PublishedRound
 from pipeline.config import FeatureSpec
 from pipeline.storage import Location
+from training.attempt import UNHELD
 from training.config import STREAMS, TrainingConfig
 from training.data.order import BatchPlan, WindowPlan, lanes_of
 from training.data.reader import LocalReader
@@ -38,6 +39,7 @@ from training.on_ray.checkpoints import report_state
 from training.on_ray.fit import fit, interruptible, this_world
 from training.on_ray.pretrain import pretrain
 from training.run.checkpoints import state_in
+from training.run.edge import Written
 from training.run.pinned import check, pin
 from training.tracking.copier import RunHandle
 
@@ -66,9 +68,7 @@ import subprocess, sys, threading, time
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
-from test_ray_training import CONFIG
-from pipeline.storage import Location
-from training.tracking.copier import RunHandle
+from test_ray_training import CONFIG, _written
 from training.on_ray.pretrain import pretrain
 from training.run.pinned import check, pin
 
@@ -115,7 +115,7 @@ if __name__ == "__main__":
     config = type(CONFIG).model_validate(plain)
     data = pin(store, None, config)
     check(config, data)
-    settings = (config, data, Location(out), RunHandle("", "", str(out)), {})
+    settings = (config, data, _written(out))
     training = threading.Thread(target=pretrain, args=settings)
     training.start()
     come_and_go(cluster, node, out)  # Ray starts nodes in the main thread only.
@@ -129,11 +129,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(noise_store(tmp_path_factory.mktemp("noise") / "store", SPEC, N_CLIPS).uri)
 
 
+def _written(out: Path) -> Written:
+    return Written(Location(out), RunHandle("", "", str(out)), {}, UNHELD)
+
+
 def _pretrain(store: str, out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """The weights and the metrics of a run of two workers that share three lanes."""
     data = pin(store, None, CONFIG)
     check(CONFIG, data)
-    pretrain(CONFIG, data, Location(out), RunHandle("", "", str(out)), {})
+    pretrain(CONFIG, data, _written(out))
     lines = (out / "metrics.jsonl").read_text().splitlines()
     weights = load_file(out / "encoder" / "encoder.safetensors")
     return weights, [json.loads(line) for line in lines]
@@ -228,7 +232,7 @@ def test_a_worker_that_dies_costs_no_bit_of_the_result(
     assert all(torch.equal(again[name], weights[name]) for name in weights)
 
 
-def _one_rank_fails(settings: dict[str, Any]) -> None:
+def _one_rank_fails(settings: dict[str, Any], written: Written) -> None:
     """Rank 1 has no file that the others have; they wait for it in a collective."""
     if this_world(CONFIG.scale).rank == 1:
         raise WeightsError("/nowhere/encoder cannot be read")
@@ -241,13 +245,13 @@ def test_an_error_on_one_rank_ends_all_of_them(ray_session: None, tmp_path: Path
     # Ray has a cloudpickle of its own; its workers do not find the modules of tests.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.raises(WeightsError, match="/nowhere/encoder cannot be read"):
-        fit(_one_rank_fails, {}, Location(tmp_path), "pretrain", CONFIG.scale)
+        fit(_one_rank_fails, {}, _written(tmp_path), "pretrain", CONFIG.scale)
     assert time.monotonic() - started < 100, "waited for the collective's own timeout"
 
 
-def _trains_beside_its_checkpoint(settings: dict[str, Any]) -> None:
+def _trains_beside_its_checkpoint(settings: dict[str, Any], written: Written) -> None:
     """Storage takes the first checkpoint once training has gone on from it; then rank 0 fails."""
-    rank, out = this_world(CONFIG.scale).rank, Location(settings["out"])
+    rank, out = this_world(CONFIG.scale).rank, written.out
     write = checkpoints.write_state
 
     def late(*arguments: Any) -> None:
@@ -272,9 +276,9 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_its_failure_leaves_i
     ray_session: None, tmp_path: Path
 ) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    settings, once = {"out": str(tmp_path)}, CONFIG.scale.model_copy(update={"max_failures": 0})
+    once = CONFIG.scale.model_copy(update={"max_failures": 0})
     with pytest.raises(WeightsError, match="the step after"):
-        fit(_trains_beside_its_checkpoint, settings, Location(tmp_path), "pretrain", once)
+        fit(_trains_beside_its_checkpoint, {}, _written(tmp_path), "pretrain", once)
     found = sorted((tmp_path / "pretrain").glob("checkpoint_*/*"))
     assert [path.name for path in found] == ["state.pt"] * 2
     for step, path in enumerate(found, 1):

@@ -13,14 +13,17 @@ from training.errors import RunTaken, WeightsError
 from training.on_ray import fit
 from training.on_ray.checkpoints import report_state
 from training.on_ray.fit import _Failure, _Given, _told, interruptible
+from training.run.edge import Written
+from training.tracking.copier import RunHandle
 
 
-def _no_actor(settings: dict[str, Any]) -> None:
+def _no_actor(settings: dict[str, Any], written: Written) -> None:
     raise WeightsError("an actor of this attempt is gone")
 
 
 def _given(out: Path, attempt: Attempt) -> dict[str, Any]:
-    return _Given(_no_actor, {}, f"{out}/failed/error-{attempt.number}.json", attempt)._asdict()
+    written = Written(Location(out), RunHandle("", "", ""), {}, attempt)
+    return _Given(_no_actor, {}, written, f"failed/error-{attempt.number}.json")._asdict()
 
 
 def test_a_worker_says_that_the_folder_was_taken_and_not_what_came_of_it(tmp_path: Path) -> None:
