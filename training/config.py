@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from clustering.config import KMeansConfig, PoolConfig
 from training.cluster_config import ScaleConfig, TrackingConfig
-from training.evaluate_config import EvaluateConfig
+from training.evaluate_config import EvaluateConfig, Precision
 from training.frozen import Frozen
 from training.presets import Preset, with_sizes
 
@@ -285,7 +285,7 @@ class PretrainConfig(Frozen):
     """Global batch B, the same whatever the number of workers."""
     micro_batch: int | None = Field(None, ge=1)
     """Largest batch of a worker's pass; a larger share runs as cached-gradient chunks."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Autocast type of the trunk; logits and softmax stay fp32."""
     compile: bool = False
     """torch.compile of the blocks."""

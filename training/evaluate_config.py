@@ -9,6 +9,8 @@ from pydantic import Field
 
 from training.frozen import Frozen
 
+Precision = Literal["fp32", "bf16"]
+
 
 class EvaluateConfig(Frozen):
     """What evaluation measures."""
@@ -27,5 +29,5 @@ class EvaluateConfig(Frozen):
     """Test clips per class in the retrieval protocol."""
     frames: int | None = None
     """Frames averaged at test time; None uses every stored frame."""
-    precision: Literal["fp32", "bf16"] | None = None
+    precision: Precision | None = None
     """Autocast type of the trunk; None: bf16 on a GPU, fp32 on a CPU."""

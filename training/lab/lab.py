@@ -76,7 +76,7 @@ class Lab:
     ) -> list[Outputs]:
         """See `Apply`."""
         use_cpu(scale.n_threads)
-        model = Model(models, data, "cpu", evaluate.precision or "fp32")
+        model = Model(models, data, "cpu", evaluate.precision)
         gathered = [Gathered(len(job.rows)) for job in jobs]
         batches = Batches(jobs, data.frames_per_clip)
         for number in range(len(batches)):

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
@@ -154,15 +154,10 @@ def _settings(
         "jobs": [ray.put(list(jobs))],
         "models": [uri and absolute_uri(uri) for uri in models],
         "use_gpu": scale.use_gpu,
-        "precision": precision_of(evaluate, scale),
+        "precision": evaluate.precision,
         "threads": scale.n_threads,
         "cache": scale.cache,
     }
-
-
-def precision_of(evaluate: EvaluateConfig, scale: ScaleConfig) -> Literal["fp32", "bf16"]:
-    """bf16 on GPUs, where fp32 takes ten times as long; fp32 on CPUs, which gain nothing by it."""
-    return evaluate.precision or ("bf16" if scale.use_gpu else "fp32")
 
 
 def write_vectors(index: RowIndex, outputs: Outputs, space: Space, uri: str) -> None:

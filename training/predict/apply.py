@@ -7,8 +7,7 @@ Shapes: N or n clips, F frames a pass sees, D token width, P projection, C class
 M mel bins.
 """
 
-import contextlib
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +16,10 @@ from torch import Tensor
 
 from training.config import DataConfig, Stream
 from training.data.augment import normalise_fbank, normalise_frames
+from training.evaluate_config import Precision
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
+from training.model.numerics import applied_precision, autocast
 from training.weights.card import Space
 from training.weights.files import load_classifier, load_encoder
 
@@ -50,13 +51,15 @@ class Models(NamedTuple):
 class Model:
     """An encoder, and a classifier if there is one, applied to decoded batches.
 
-    Args: precision: autocast type of the trunks; probabilities are computed in fp32.
+    Args: precision: autocast type of the trunks, None: as `applied_precision` has it;
+        probabilities are computed in fp32.
     """
 
     def __init__(
-        self, models: Models, data: DataConfig, device: str, precision: Literal["fp32", "bf16"]
+        self, models: Models, data: DataConfig, device: str, precision: Precision | None = None
     ) -> None:
-        self.data, self.device, self.precision = data, torch.device(device), precision
+        self.data, self.device = data, torch.device(device)
+        self.precision = applied_precision(precision, self.device)
         encoder, classifier = models
         self.encoder = load_encoder(encoder)[0].to(self.device) if encoder else None
         self.classifier = load_classifier(classifier)[0].to(self.device) if classifier else None
@@ -77,7 +80,7 @@ class Model:
         fbank = torch.from_numpy(np.array(fbank_nTM)).to(self.device)
         fbank = normalise_fbank(fbank, self.data)
         trunks = self._trunks(classifier)
-        with self._numerics():
+        with autocast(self.precision, self.device):
             heard = {name: {"audio": x.audio_tokens(fbank)} for name, x in trunks.items()}
             # Of the audio stream every pass would say the same again.
             of_audio = self._outputs(fbank, None, heard, ("audio",), classifier)
@@ -85,7 +88,7 @@ class Model:
         for i in range(n_passes):
             frames = torch.from_numpy(np.array(frames_nFHWC[:, i::n_passes])).to(self.device)
             seen = normalise_frames(frames)
-            with self._numerics():
+            with autocast(self.precision, self.device):
                 tokens = {
                     name: heard[name] | {"video": x.video_tokens(seen)}
                     for name, x in trunks.items()
@@ -98,11 +101,6 @@ class Model:
         for (kind, stream), total in sums.items():
             kinds[kind][stream] = total.cpu().numpy()
         return Outputs(**kinds)
-
-    def _numerics(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
 
     def _trunks(self, classifier: Classifier | None) -> dict[str, Encoder]:
         """Encoders whose audio tokens every pass shares."""

@@ -66,7 +66,7 @@ class Predictor:
     """A saved model, ready for clips.
 
     Args: embeddings: whether the encoder is applied, too. device: cuda computes in bf16, as an
-        evaluation on a GPU does.
+        evaluation on a GPU does that is not told otherwise.
     Raises: WeightsError if the model cannot be read or does not say how it is applied.
     """
 
@@ -82,7 +82,7 @@ class Predictor:
         assert card.statistics is not None  # `find_models` takes no other model.
         data = DataConfig(fbank_mean=card.statistics.mean, fbank_std=card.statistics.std)
         models = Models(saved.encoder if embeddings else None, saved.classifier)
-        self._model = Model(models, data, device, "bf16" if device == "cuda" else "fp32")
+        self._model = Model(models, data, device)
 
     @property
     def streams(self) -> list[str]:

@@ -137,14 +137,18 @@ def test_a_classifier_of_one_modality_answers_for_it(
 
 
 @pytest.mark.parametrize(
-    ("use_gpu", "asked", "expected"),
-    [(True, None, "bf16"), (False, None, "fp32"), (True, "fp32", "fp32"), (False, "bf16", "bf16")],
+    ("device", "asked", "expected"),
+    [
+        ("cuda", None, "bf16"),
+        ("cpu", None, "fp32"),
+        ("cuda", "fp32", "fp32"),
+        ("cpu", "bf16", "bf16"),
+    ],
 )
-def test_evaluation_is_bf16_on_gpus_unless_told_otherwise(
-    use_gpu: bool, asked: Any, expected: str
+def test_a_saved_model_is_bf16_on_gpus_unless_told_otherwise(
+    device: str, asked: Any, expected: str
 ) -> None:
-    scale = ScaleConfig(use_gpu=use_gpu)
-    assert inference.precision_of(EvaluateConfig(precision=asked), scale) == expected
+    assert Model(Models(None), _DATA, device, asked).precision == expected
 
 
 def _worker(
