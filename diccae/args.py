@@ -145,6 +145,13 @@ def refuse_negative_seed(seed: int) -> None:
         raise UsageError(f"--seed = {seed}: 0 or more")
 
 
+def split_at_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words before the first `--`, and those after it, which a job runs; none without it."""
+    words = list(argv)
+    cut = words.index("--") if "--" in words else len(words)
+    return words[:cut], words[cut + 1 :]
+
+
 def config_in(words: Sequence[str]) -> str | None:
     """The file that a command line names with `--config`."""
     found = values_of(words, "--config")

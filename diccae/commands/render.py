@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from diccae.args import Options, config_in
+from diccae.args import Options, config_in, split_at_command
 from diccae.config import SHIPPED, RunConfig, explain
 from diccae.errors import ResourceError, UsageError
 from diccae.screen import say
@@ -41,10 +41,7 @@ OPTIONS = Options("render", RenderArgs)
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    options, command = list(argv), []
-    if "--" in options:
-        cut = options.index("--")
-        options, command = options[:cut], options[cut + 1 :]
+    options, command = split_at_command(argv)
     args = OPTIONS.parse(options)
     from deploy.render import write_manifests
 

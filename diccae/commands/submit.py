@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.command_line import values_of
-from diccae.args import Options, config_in
+from diccae.args import Options, config_in, split_at_command
 from diccae.commands.logs import write
 from diccae.errors import UsageError
 from diccae.screen import say
@@ -40,10 +40,7 @@ OPTIONS = Options("submit", SubmitArgs)
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    options, command = list(argv), []
-    if "--" in options:
-        cut = options.index("--")
-        options, command = options[:cut], options[cut + 1 :]
+    options, command = split_at_command(argv)
     args = OPTIONS.parse(options)
     if not command:
         raise UsageError("nothing to run; end the line with: -- pretrain --config FILE ...")

@@ -148,8 +148,8 @@ class InLab:
     def track(
         self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags, say: Say
     ) -> RunHandle:
-        """See `Backend`; that of a run begun on Ray, else one without an id."""
-        return known_run(folder, config, say)
+        """See `Backend`; makes none."""
+        return self.attach(folder, config, data, say)
 
     def attach(self, folder: RunFolder, config: RunConfig, data: Pinned, say: Say) -> RunHandle:
         """See `Backend`; that of a run begun on Ray, else one without an id."""
