@@ -112,20 +112,18 @@ def reconstruction_loss(
     cells_BLC: Tensor,
     hidden_BN: Tensor,
     channels: int,
-    normalise: bool = True,
 ) -> Tensor:
-    """Mean squared error over hidden cells, computed in at least float32.
+    """Mean squared error over hidden cells of mean 0 and variance 1 (CAV-MAE's norm_pix), computed
+    in at least float32.
 
     Args: cells_BLC: all flat cells of the input, channel first; the prediction has channels last.
-        channels: of the input. normalise: compare with cells of mean 0 and variance 1 (CAV-MAE's
-        norm_pix).
+        channels: of the input.
     Raises: ValueError if nothing is hidden.
     """
     if not hidden_BN.shape[1]:
         raise ValueError("nothing is hidden, so nothing can be reconstructed: raise mask_ratio")
     target = take_tokens(cells_BLC, hidden_BN).unflatten(-1, (channels, -1))
     target = full_precision(target.transpose(-1, -2).flatten(-2))
-    if normalise:
-        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        target = (target - mean) / (variance + 1e-6).sqrt()
+    variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+    target = (target - mean) / (variance + 1e-6).sqrt()
     return (full_precision(prediction_BNC) - target).square().mean()

@@ -19,6 +19,8 @@ from scipy.spatial.distance import squareform
 from training.evaluation.scores import confusion_rates, most_confused_pairs
 
 _MAX_OPTIMAL = 400  # optimal leaf ordering costs C^3
+_CUT = 0.97
+"""Two groups stay apart if the mean rate of confusion between them is below 1 - this."""
 
 
 class Order(NamedTuple):
@@ -30,11 +32,8 @@ class Order(NamedTuple):
     """Positions at which another group of classes begins, 0 left out."""
 
 
-def group_classes(counts_CC: NDArray[np.int64], cut: float = 0.97) -> Order:
-    """Order classes by average-linkage clustering of their mutual confusion.
-
-    Args: cut: two groups stay apart if the mean rate between them is below 1 - cut.
-    """
+def group_classes(counts_CC: NDArray[np.int64]) -> Order:
+    """Order classes by average-linkage clustering of their mutual confusion."""
     n_classes = len(counts_CC)
     if n_classes < 3:
         return Order(list(range(n_classes)), [])
@@ -46,7 +45,7 @@ def group_classes(counts_CC: NDArray[np.int64], cut: float = 0.97) -> Order:
         squareform(distance, checks=False), "average", optimal_ordering=n_classes <= _MAX_OPTIMAL
     )
     leaves = leaves_list(tree)
-    groups = fcluster(tree, cut, "distance")[leaves]
+    groups = fcluster(tree, _CUT, "distance")[leaves]
     boundaries = [at for at in range(1, n_classes) if groups[at] != groups[at - 1]]
     return Order([int(leaf) for leaf in leaves], boundaries)
 
@@ -67,7 +66,7 @@ class Pair(NamedTuple):
         return (self.a_as_b / max(self.n_a, 1) + self.b_as_a / max(self.n_b, 1)) / 2
 
 
-def worst_pairs(counts_CC: NDArray[np.int64], most: int = 6) -> list[Pair]:
+def worst_pairs(counts_CC: NDArray[np.int64], most: int) -> list[Pair]:
     """The pairs with the highest rate, worst first; only pairs with an error at all."""
     return [pair_of(counts_CC, p.first, p.second) for p in most_confused_pairs(counts_CC, most)]
 

@@ -90,13 +90,13 @@ def test_confused_classes_stand_together_in_one_group() -> None:
 def test_few_classes_and_classes_without_clips_are_ordered_too(n_classes: int) -> None:
     counts = np.zeros((n_classes, n_classes), np.int64)
     assert sorted(group_classes(counts).positions) == list(range(n_classes))
-    assert worst_pairs(counts) == []
+    assert worst_pairs(counts, 6) == []
     assert np.isnan(confusion_rates(counts)).all()
 
 
 def test_worst_pair_is_by_rate_and_counts_both_ways_once() -> None:
     counts = np.array([[90, 10, 0], [0, 100, 0], [3, 0, 7]])
-    first, second = worst_pairs(counts)
+    first, second = worst_pairs(counts, 6)
     assert (first.a, first.b, first.b_as_a, first.n_b) == (0, 2, 3, 10)
     assert first.rate == pytest.approx((0 / 100 + 3 / 10) / 2)
     assert (second.a, second.b, second.a_as_b, second.b_as_a) == (0, 1, 10, 0)
@@ -114,7 +114,7 @@ def test_confused_clips_come_first_and_a_right_one_keeps_a_place() -> None:
         [0, 0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 0, 2, 1], [0.5, 0.9, 0.8, 0.6, 0.7, 0.99, 0.9]
     )
     counts = np.array([[1, 4, 1], [0, 1, 0], [0, 0, 0]])
-    (pair, *_) = worst_pairs(counts)
+    (pair, *_) = worst_pairs(counts, 6)
     of_a, of_b = pair_examples(table, ["cat", "dog", "owl"], pair)
     assert [e.clip_id for e in of_a] == ["clip1", "clip2", "clip3", "clip4"]
     assert [e.mark for e in of_a] == ["wrong", "wrong", "wrong", "right"]
