@@ -174,7 +174,7 @@ def pool_of(keys: np.ndarray, k: int, home: str) -> ClusterPool:
 def make_round(client: PoolClient, n: int) -> float:
     """Seconds until the first round, of n clips, is published."""
     began = time.perf_counter()
-    client.start(RoundRequest(1, 1, 1, expected_rows=n))
+    client.start(RoundRequest(1, 1, 1, expected_rows=n, posterior_temperature=0.1))
     assert client.wait(1, PATIENCE_S).ok, "withheld: there are no labels to poll"
     return time.perf_counter() - began
 

@@ -348,7 +348,11 @@ def stall() -> None:
                 if clustering and epoch + 1 < epochs:
                     flushed -= time.perf_counter()
                     client.flush(60)
-                    client.start(RoundRequest(epoch + 1, step, step + lead, expected_rows=n))
+                    client.start(
+                        RoundRequest(
+                            epoch + 1, step, step + lead, expected_rows=n, posterior_temperature=0.1
+                        )
+                    )
                     flushed += time.perf_counter()
             spent = (time.perf_counter() - started) / epochs
             flushed, waited = flushed / (epochs - 1), waited / (epochs - 1)

@@ -52,7 +52,7 @@ def terms_seconds(clips: int, classes: int, repeats: int, device: str) -> float:
         conf = confusion_loss(h, prototypes, labels, 0.1, state.weights_KK, STREAMS, rows=rows)
         loss = conf.loss + class_alignment(h, prototypes, labels, 0.1, STREAMS, rows=rows)
         for x in (z, h):
-            loss = loss + info_nce(x["audio"], x["video"], 0.05).loss
+            loss = loss + info_nce(x["audio"], x["video"], 0.05, "both", "global").loss
         loss.backward()
         state.accumulate(conf.posteriors_BK, labels)
         if number % _UPDATE_EVERY == 0:

@@ -298,7 +298,9 @@ def clustering_round(place: Place) -> dict[str, Any]:
     rounds = LocalRounds(_kmeans(place), _streams(place), uri, place.config.seed)
     for rows in _bank_rows(place, 0):
         rounds.push(rows.keys, rows.rows, 1)
-    rounds.start(RoundRequest(1, 1, 2, expected_rows=place.options.clips))
+    rounds.start(
+        RoundRequest(1, 1, 2, expected_rows=place.options.clips, posterior_temperature=0.1)
+    )
     made = rounds.wait(1, 3600)
     assert made.ok, made.reason
     return {"k": len(made.heads[0].confusion_KK), "iterations": made.health["iterations"]}

@@ -8,7 +8,7 @@ Shapes: B clips of a batch, N clips of a round, K clusters, W width of a bank ro
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -28,7 +28,7 @@ class RoundRequest:
     """Training step from which all ranks use the labels."""
     cold: bool = False
     """Start anew instead of from the labels of the round before."""
-    posterior_temperature: float = 0.1
+    posterior_temperature: float = field(kw_only=True)
     """tau_c of the posteriors behind `confusion_KK`."""
     expected_rows: int = 0
     """Rows there should be, for the coverage; 0: unknown, coverage is 1."""

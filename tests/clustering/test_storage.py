@@ -39,7 +39,7 @@ def test_rounds_on_s3_have_the_bits_of_rounds_on_disk(
         rounds = LocalRounds(KMeansConfig(k=8), streams, uri, keep_vectors=1)
         push_all(rounds, features(), 100)
         for number in (1, 2):
-            rounds.start(RoundRequest(number, 100, 120))
+            rounds.start(RoundRequest(number, 100, 120, posterior_temperature=0.1))
             rounds.wait(number, 120)
         rounds.save(f"{uri}/bank-1")
         rounds.restore(f"{uri}/bank-1")

@@ -33,8 +33,8 @@ def info_nce(
     audio_BD: Tensor,
     video_BD: Tensor,
     temperature: float,
-    direction: str = "both",
-    negatives: str = "global",
+    direction: str,
+    negatives: str,
     share: RankShare | None = None,
 ) -> Contrast:
     """L_inst: each clip's audio finds its own video among all clips, and the other way round.

@@ -72,7 +72,15 @@ def _two_rounds(ranks, features, push_all, round_digest) -> list[str]:
             push_all(rounds, data, 100 * number, seed=rank + number)
         for rounds in ranks:
             rounds.flush(60)
-        ranks[0].start(RoundRequest(number, 100 * number, 100 * number + 20, expected_rows=1500))
+        ranks[0].start(
+            RoundRequest(
+                number,
+                100 * number,
+                100 * number + 20,
+                expected_rows=1500,
+                posterior_temperature=0.1,
+            )
+        )
         digests.append(round_digest(ranks[-1].wait(number, 120)))
     return digests
 
@@ -91,7 +99,7 @@ def test_any_number_of_actors_and_any_reducer_give_the_same_bits(
 ) -> None:
     rounds = LocalRounds(CONFIG, streams, str(tmp_path / "local"), seed=1)
     push_all(rounds, features(noise=2.0, drift=1), 100)
-    request = RoundRequest(1, 100, 120, expected_rows=1500)
+    request = RoundRequest(1, 100, 120, expected_rows=1500, posterior_temperature=0.1)
     rounds.start(request)
     rounds.wait(1, 60)
     frozen = FrozenRows.load(str(tmp_path / "local" / "round-0001" / "vectors"))
@@ -212,7 +220,7 @@ def test_rows_pushed_before_a_late_freeze_do_not_reach_its_round(
     client = pool.client()
     push_all(client, features(noise=2.0, drift=1), 100, seed=1)
     client.flush(60)
-    client.start(RoundRequest(1, 100, 120, expected_rows=1500))
+    client.start(RoundRequest(1, 100, 120, expected_rows=1500, posterior_temperature=0.1))
     # Many more steps than ranks are apart, and more rows than a bank leaves unsorted.
     for step in (130, 160, 190, 220):
         push_all(client, features(noise=2.0, drift=2), step)
@@ -252,7 +260,7 @@ def test_a_coordinator_that_dies_between_freeze_and_manifest_freezes_the_same_ro
     client = pool.client()
     push_all(client, features(noise=2.0, drift=1), 100, seed=1)
     client.flush(60)
-    client.start(RoundRequest(1, 100, 120, expected_rows=1500))
+    client.start(RoundRequest(1, 100, 120, expected_rows=1500, posterior_temperature=0.1))
     while not frozen.exists():
         time.sleep(0.02)
     for step in (130, 160, 190, 220):
@@ -304,12 +312,12 @@ def test_a_checkpoint_costs_what_was_pushed_since_the_one_before(
         client.save(str(tmp_path / "pool" / f"bank-0{step}"))
         client.forget_saved(2)
     for rounds in (undisturbed, client):
-        rounds.start(RoundRequest(1, 110, 120, expected_rows=1500))
+        rounds.start(RoundRequest(1, 110, 120, expected_rows=1500, posterior_temperature=0.1))
     assert round_digest(client.wait(1, 60)) == round_digest(undisturbed.wait(1, 60))
     assert _bytes(tmp_path / "pool") > 2 * whole  # the frozen rows, and what states name
     client.save(str(tmp_path / "pool" / "bank-0110"))
     client.forget_saved(1)
-    client.start(RoundRequest(2, 110, 120, expected_rows=1500))
+    client.start(RoundRequest(2, 110, 120, expected_rows=1500, posterior_temperature=0.1))
     client.wait(2, 60)
     # Only frozen rows are left: of the first round, which the state names, and of the second.
     assert list((tmp_path / "pool" / "bank").rglob("*.parquet")) == []
@@ -328,7 +336,7 @@ def test_a_run_resumed_before_the_freeze_of_its_round_has_the_rows_for_it(
     client = pool.client()
     push_all(client, features(noise=2.0, drift=1), 100, seed=1)
     client.flush(60)
-    request = RoundRequest(1, 100, 120, expected_rows=1500)
+    request = RoundRequest(1, 100, 120, expected_rows=1500, posterior_temperature=0.1)
     client.start(request)
     push_all(client, features(noise=2.0, drift=2), 110)
     client.flush(60)
@@ -366,7 +374,7 @@ ray.get(pool.coordinator.__ray_call__.remote(slow))
 client = pool.client()
 client.push(keys, rows, 100)
 client.flush(60)
-client.start(RoundRequest(1, 100, 120, expected_rows=1500))
+client.start(RoundRequest(1, 100, 120, expected_rows=1500, posterior_temperature=0.1))
 client.wait(1, 120)
 """
 
@@ -485,7 +493,7 @@ def test_labels_reach_workers_in_other_processes(
         client.push(data.keys[number::2], data.rows[number::2], 6)
         client.flush(60)
         if number == 1:
-            client.start(RoundRequest(11, 6, 9))
+            client.start(RoundRequest(11, 6, 9, posterior_temperature=0.1))
         [head] = client.wait(11, 60).heads
         return head.lookup(data.keys)
 
@@ -504,7 +512,7 @@ def test_errors_of_a_round_arrive_as_they_are(
     push_all(few, features(n=7), 5)
     few.save(str(tmp_path / "bank-1"))
     client.restore(str(tmp_path / "bank-1"))
-    client.start(RoundRequest(21, 5, 6))
+    client.start(RoundRequest(21, 5, 6, posterior_temperature=0.1))
     with pytest.raises(BadVectors, match="7 rows for k = 8 clusters"):
         client.wait(21, 60)
     with pytest.raises(ClusteringError, match="no saved bank"):

@@ -22,7 +22,8 @@ CONFIG = KMeansConfig(k=8, vshards=8)
 
 def _run(rounds: LocalRounds, number: int = 1, **options):
     step = 100 * number
-    rounds.start(RoundRequest(number, step, step + 20, **options))
+    request = {"posterior_temperature": 0.1, **options}
+    rounds.start(RoundRequest(number, step, step + 20, **request))
     return rounds.wait(number, 60)
 
 
@@ -236,7 +237,7 @@ def test_pushes_after_the_start_do_not_change_the_round(
         push_all(rounds, features(), 100)
         if name == "b":
             push_all(rounds, features(drift=3), 101)
-        rounds.start(RoundRequest(1, 100, 120))
+        rounds.start(RoundRequest(1, 100, 120, posterior_temperature=0.1))
         push_all(rounds, features(drift=4), 102)
         digests.append(round_digest(rounds.wait(1, 60)))
     assert digests[0] == digests[1]

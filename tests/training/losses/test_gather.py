@@ -45,7 +45,7 @@ def _step(rank: int, n_ranks: int) -> dict[str, torch.Tensor]:
     weights_KK = state.weights_KK.double()
     conf = confusion_loss(h, prototypes, labels, 0.1, weights_KK, STREAMS, rows=labelled)
     loss = (
-        info_nce(z["audio"], z["video"], 0.05, share=share).loss
+        info_nce(z["audio"], z["video"], 0.05, "both", "global", share=share).loss
         + intra_modal({"audio": h["audio"]}, {"audio": h["fusion"]}, 0.1, share=share)
         + class_alignment(h, prototypes, labels, 0.1, STREAMS, rows=labelled)
         + conf.loss
@@ -79,8 +79,12 @@ def _masked_step(rank: int, n_ranks: int) -> dict[str, torch.Tensor]:
     model = DistributedDataParallel(encoder) if n_ranks > 1 else encoder
     masks = MaskNoise(noise[0][share], noise[1][share], 0.5)
     z, _, errors = model(fbank[share], frames[share], STREAMS, masks, reconstruct=True)
-    loss = errors["audio"] + errors["video"] + 0.1 * info_nce(z["audio"], z["video"], 0.05).loss
-    loss = loss + 0.1 * info_nce(z["fusion"], z["audio"], 0.05).loss
+    loss = (
+        errors["audio"]
+        + errors["video"]
+        + 0.1 * info_nce(z["audio"], z["video"], 0.05, "both", "global").loss
+    )
+    loss = loss + 0.1 * info_nce(z["fusion"], z["audio"], 0.05, "both", "global").loss
     loss.backward()
     return {
         "gradients": torch.cat([p.grad.flatten() for p in encoder.parameters() if p.requires_grad])

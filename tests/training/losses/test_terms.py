@@ -64,7 +64,7 @@ def _literal_info_nce(queries, keys, tau):
 @pytest.mark.parametrize("direction", ["both", "v2a"])
 def test_info_nce_equals_its_definition(direction):
     audio, video = 3 * _unit(_B, 4, seed=1), 2 * _unit(_B, 4, seed=2)
-    found = info_nce(audio, video, _TAU, direction)
+    found = info_nce(audio, video, _TAU, direction, "global")
     a, v = F.normalize(audio, dim=1), F.normalize(video, dim=1)
     v2a, a2v = _literal_info_nce(v, a, _TAU), _literal_info_nce(a, v, _TAU)
     expected = v2a if direction == "v2a" else (a2v + v2a) / 2
@@ -74,8 +74,8 @@ def test_info_nce_equals_its_definition(direction):
 def test_info_nce_accuracy_counts_clips_that_find_their_own():
     eye = torch.eye(4, dtype=torch.float64)
     swapped = eye[[1, 0, 2, 3]]
-    assert info_nce(eye, swapped, _TAU).accuracy.item() == pytest.approx(0.5)
-    assert info_nce(eye, eye, _TAU).accuracy.item() == 1.0
+    assert info_nce(eye, swapped, _TAU, "both", "global").accuracy.item() == pytest.approx(0.5)
+    assert info_nce(eye, eye, _TAU, "both", "global").accuracy.item() == 1.0
 
 
 def test_intra_modal_is_the_mean_over_streams(h):
@@ -220,12 +220,12 @@ def test_losses_are_computed_in_fp32_under_autocast(h, prototypes, labels, weigh
     fp32 = {s: x.detach().float() for s, x in h.items()}
     with torch.autocast("cpu", torch.bfloat16):
         found = [
-            info_nce(fp32["audio"], fp32["video"], 0.05).loss,
+            info_nce(fp32["audio"], fp32["video"], 0.05, "both", "global").loss,
             class_alignment(fp32, prototypes, labels, _TAU, STREAMS),
             confusion_loss(fp32, prototypes, labels, _TAU, weights, STREAMS).loss,
         ]
     expected = [
-        info_nce(h["audio"], h["video"], 0.05).loss,
+        info_nce(h["audio"], h["video"], 0.05, "both", "global").loss,
         class_alignment(h, prototypes, labels, _TAU, STREAMS),
         confusion_loss(h, prototypes, labels, _TAU, weights, STREAMS).loss,
     ]

@@ -80,7 +80,7 @@ def test_masked_pass_equals_cavmae(parity, pretrained):
             MaskNoise(*noise, 0.75),
             reconstruct=True,
         )
-    contrast = 0.01 * info_nce(encoding.z["audio"], encoding.z["video"], 0.05, direction="v2a").loss
+    contrast = 0.01 * info_nce(encoding.z["audio"], encoding.z["video"], 0.05, "v2a", "global").loss
     loss_audio, loss_video = (encoding.reconstruction[side] for side in ("audio", "video"))
     found = {
         **encoding.z,
@@ -96,7 +96,7 @@ def test_masked_pass_equals_cavmae(parity, pretrained):
 @pytest.mark.parametrize("direction", ["v2a", "both"])
 def test_contrastive_loss_of_unmasked_features_equals_cavmae(parity, direction):
     audio, video = (parity.expected[f"tokens_{side}"].mean(1) for side in ("audio", "video"))
-    loss = info_nce(audio, video, 0.05, direction).loss
+    loss = info_nce(audio, video, 0.05, direction, "global").loss
     torch.testing.assert_close(loss, parity.expected[f"info_nce/{direction}"], atol=1e-9, rtol=0)
 
 
