@@ -47,6 +47,10 @@ class Gradients:
         self.module = PretrainPass(encoder, config.loss)
         self.wrapped: nn.Module = self.module
         self.phase: Phase | None = None
+        # By the largest share, for all ranks: DDP has collectives of its own in a forward pass,
+        # which lies before the loss's gathers in one way and after them in the other.
+        micro_batch = config.pretrain.micro_batch
+        self.in_chunks = micro_batch is not None and max(share.rows_W) > micro_batch
 
     def enter(self, phase: Phase) -> None:
         """Freeze and thaw at the start of a phase, and wrap anew for DDP."""
@@ -57,8 +61,8 @@ class Gradients:
         self.wrapped = self.world.wrapped(self.module)
 
     def of(self, chunks: list[Chunk], labels: list[Labels]) -> StepLoss:
-        """Add the batch's gradients to the weights'."""
-        return self._whole(chunks[0], labels) if len(chunks) == 1 else self._cached(chunks, labels)
+        """Add the batch's gradients to the weights'. Collective."""
+        return self._cached(chunks, labels) if self.in_chunks else self._whole(chunks[0], labels)
 
     def _numerics(self) -> contextlib.AbstractContextManager[None]:
         return trunk_numerics(self.config.pretrain, self.world.device)
