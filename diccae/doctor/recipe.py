@@ -53,7 +53,7 @@ def check_memory(file: str, store: str | None) -> Check:
     """A step of pretraining and of fine-tuning fits the card, or on a CPU the machine."""
     from diccae.config import load_config
     from pipeline.store.store import FeatureStore
-    from training.run.dry_run import step_bytes
+    from training.run.dry_run import fewest_workers, step_bytes
 
     config = load_config(file)
     spec = config.features
@@ -61,7 +61,9 @@ def check_memory(file: str, store: str | None) -> Check:
         spec = FeatureStore.open(store).snapshot(config.data.version).spec
     needed = step_bytes(config, spec, _CLASSES)
     told = f"pretraining {_gib(needed.pretrain)}, fine-tuning {_gib(needed.finetune)} a worker"
-    most = max(needed)
+    most, workers = max(needed), fewest_workers(config.scale)
+    if workers < config.scale.num_workers:
+        told = f"with scale.min_workers = {workers}: {told}"
     if config.scale.use_gpu:
         card = _card(config.scale.gpu_memory_gib)
         if card is None:
@@ -71,8 +73,8 @@ def check_memory(file: str, store: str | None) -> Check:
     else:
         # Without GPUs all workers are on this machine, unless a cluster has others.
         there = psutil.virtual_memory().total
-        room, where = there / config.scale.num_workers, f"{_gib(there)} of memory here"
-        told = f"{config.scale.num_workers} workers: {told}"
+        room, where = there / workers, f"{_gib(there)} of memory here"
+        told = f"{workers} workers: {told}"
     if most <= room:
         return Check("memory", True, f"{told}; {where}")
     hint = "set pretrain.micro_batch (cached gradients, the same result), lower batch_size"

@@ -92,7 +92,8 @@ def budget_table(
 ) -> list[tuple[str, str]]:
     """Name and value of each line that `--dry-run` shows.
 
-    Args: clips_per_device: of a batch. clips_at_once: in one forward pass, which memory is for.
+    Args: clips_per_device: of a batch. clips_at_once: in one forward pass, which memory is for; of
+        the fewest devices that the run may have, which share the batch then.
     """
     rows = [
         ("parameters", f"{budget.parameters:,}"),

@@ -41,7 +41,8 @@ class _Load(NamedTuple):
 def dry_run(config: TrainingConfig, spec: FeatureSpec, n_clips: int) -> list[tuple[str, str]]:
     """Name and value of each line to show of pretraining."""
     plan = BatchPlan.of(n_clips, config.pretrain.batch_size, config.data)
-    load = _load(plan, config.scale, config.pretrain.micro_batch)
+    load = _load(plan, config.scale.num_workers, config.pretrain.micro_batch)
+    fewest = _load(plan, fewest_workers(config.scale), config.pretrain.micro_batch)
     budget = pretraining_budget(config, input_shape(spec))
     steps = plan.steps(n_clips) * config.pretrain.epochs
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,9 +50,10 @@ def dry_run(config: TrainingConfig, spec: FeatureSpec, n_clips: int) -> list[tup
     # Cached gradients embed every clip once more, without a graph: a third of a step.
     passes = 1.0 if load.at_once == load.per_step else 4 / 3
     seconds = _step_seconds(config, spec, measured, device) / measured * load.per_step * passes
-    rows = budget_table(budget, *load, steps, seconds)
+    rows = budget_table(budget, load.per_step, fewest.at_once, steps, seconds)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "one CPU process, here"
-    return [*rows, ("measured on", f"{where}, {measured} clips at once")]
+    rows.append(("measured on", f"{where}, {measured} clips at once"))
+    return rows + _of_fewest(config.scale)
 
 
 def dry_run_finetuning(
@@ -61,11 +63,19 @@ def dry_run_finetuning(
     plan = BatchPlan.of_finetuning(n_clips, config)
     budget = finetuning_budget(config, input_shape(spec), n_classes)
     steps = plan.steps(n_clips) * config.finetune.epochs
-    return budget_table(budget, *_load(plan, config.scale, None), steps)
+    load, fewest = (
+        _load(plan, n, None) for n in (config.scale.num_workers, fewest_workers(config.scale))
+    )
+    return budget_table(budget, load.per_step, fewest.at_once, steps) + _of_fewest(config.scale)
+
+
+def _of_fewest(scale: ScaleConfig) -> list[tuple[str, str]]:
+    n = fewest_workers(scale)
+    return [] if n == scale.num_workers else [("memory", f"while the workers are {n}, the fewest")]
 
 
 class StepBytes(NamedTuple):
-    """Memory of a step of one worker."""
+    """Memory of a step of one worker, while they are as few as may be."""
 
     pretrain: int
     finetune: int
@@ -78,16 +88,24 @@ def step_bytes(config: TrainingConfig, spec: FeatureSpec, n_classes: int) -> Ste
         BatchPlan.of(batch_size, batch_size, config.data),
         BatchPlan.of_finetuning(config.finetune.batch_size, config),
     ]
-    micro_batches = (config.pretrain.micro_batch, None)
-    clips = [_load(*x).at_once for x in zip(plans, [config.scale] * 2, micro_batches, strict=True)]
+    micro_batches, workers = (config.pretrain.micro_batch, None), fewest_workers(config.scale)
+    clips = [
+        _load(plan, workers, micro).at_once
+        for plan, micro in zip(plans, micro_batches, strict=True)
+    ]
     return StepBytes(
         pretraining_budget(config, shape).step_bytes(clips[0]),
         finetuning_budget(config, shape, n_classes).step_bytes(clips[1]),
     )
 
 
-def _load(plan: BatchPlan, scale: ScaleConfig, micro_batch: int | None) -> _Load:
-    per_step = max(plan.rows_of_workers(scale.num_workers))
+def fewest_workers(scale: ScaleConfig) -> int:
+    """With how many workers a run still goes on: each then has the largest share of a batch."""
+    return scale.min_workers or scale.num_workers
+
+
+def _load(plan: BatchPlan, workers: int, micro_batch: int | None) -> _Load:
+    per_step = max(plan.rows_of_workers(workers))
     if micro_batch is None or micro_batch >= per_step:
         return _Load(per_step, per_step)
     return _Load(per_step, max(1, micro_batch // plan.lane_size) * plan.lane_size)

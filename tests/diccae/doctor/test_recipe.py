@@ -118,6 +118,22 @@ def test_the_full_recipe_wants_weights_cards_and_memory(
     assert [c for c in checks.values() if not c["ok"]] == []
 
 
+def test_memory_is_that_of_the_fewest_workers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever sets scale.min_workers wants the run to go on with these."""
+    _cards(monkeypatch, 80.0)
+
+    def memory(**scale: int) -> str:
+        sections = {"data": {"lanes": 8}, "pretrain": {"batch_size": 1024}}
+        config = _changed(tmp_path, **sections, scale={"use_gpu": True, **scale})
+        return str(_doctor(capsys, config)["memory"]["detail"])
+
+    assert memory(num_workers=8) != memory(num_workers=1)
+    fewer = memory(num_workers=8, min_workers=1)
+    assert fewer == f"with scale.min_workers = 1: {memory(num_workers=1)}"
+
+
 def test_memory_is_compared_with_the_card_the_config_names(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

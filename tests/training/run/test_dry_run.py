@@ -23,6 +23,19 @@ def test_what_is_at_once_on_a_device_is_a_chunk_of_its_share() -> None:
     assert "estimated time" in chunks
 
 
+def test_memory_is_that_of_the_fewest_workers() -> None:
+    """A run with scale.min_workers goes on with these, and each then has more clips."""
+    shown = {}
+    for scale in ({"num_workers": 4}, {"num_workers": 1}, {"num_workers": 4, "min_workers": 1}):
+        config = pretrain_config(scale=scale)
+        tables = (dict(dry_run(config, SPEC, 48)), dict(dry_run_finetuning(config, SPEC, 48, 4)))
+        shown[len(scale), scale["num_workers"]] = tables
+    for elastic, one, four in zip(shown[2, 4], shown[1, 1], shown[1, 4], strict=True):
+        assert elastic["memory per device"] == one["memory per device"]
+        assert elastic["clips per device"] == four["clips per device"]
+        assert elastic["memory"] == "while the workers are 1, the fewest"
+
+
 @pytest.mark.parametrize(
     ("changes", "n_views", "streams"),
     [
