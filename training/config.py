@@ -318,7 +318,7 @@ class FinetuneConfig(Frozen):
     """`confusion.pseudo_counts` of fine-tuning: with few clips a class, or once they are no longer
     confused, weights go to 1."""
     confusion_after_epochs: int = Field(1, ge=0)
-    """Epochs before the confusion weights apply."""
+    """Epochs before the confusion weights apply; gamma grows over `confusion.ramp_epochs` then."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Mass taken from a clip's classes and spread over all."""
     mixup: float = Field(0.0, ge=0, le=1)

@@ -182,10 +182,16 @@ class Labelling:
         log.info("step %d: labels of round %d apply", step, self.round)
 
     def _take(self, published: PublishedRound, step: int) -> None:
-        self.health = {**published.health, "rows_dropped": self.rows_dropped}
+        own = {"rows_dropped": self.rows_dropped, "withheld": float(not published.ok)}
+        self.health = {**published.health, **own}
         self.heads, self.in_force = [], []
         if not published.ok:
-            log.warning("round %d is withheld: %s", published.round, published.reason)
+            log.warning(
+                "round %d is withheld: %s. No clip has a label until the next round applies: those "
+                "of before may be what the encoder collapsed by",
+                published.round,
+                published.reason,
+            )
             return
         self.first_step = step if self.first_step is None else self.first_step
         self.confusion_step = step
@@ -241,7 +247,7 @@ class Labelling:
         return (step - self.first_step) / self.steps_per_epoch
 
     def metrics(self) -> dict[str, float]:
-        """Health of the round in force, by MLflow metric name."""
+        """Health of the newest round, by MLflow metric name; a withheld one has no labels."""
         out = {f"clustering/{name}": value for name, value in self.health.items()}
         if self.in_force:
             degrees = [float(labels.confusion.mean_offdiagonal) for labels in self.in_force]

@@ -230,6 +230,7 @@ def test_a_withheld_round_does_not_open_the_gate(tmp_path: Path) -> None:
     assert at_the_end_of(1, 0.5)
     labelling.apply_if_due(trainer.steps_per_epoch + 1)
     assert (labelling.round, labelling.labelled) == (1, False), "it was not withheld"
+    assert labelling.metrics()["clustering/withheld"] == 1.0
     assert not at_the_end_of(2, 9.0)
     assert at_the_end_of(2, 0.5), "the gate never opens"
 
