@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from clustering import errors as of_clustering
+from clustering.errors import BadVectors, ClusteringError, RoundTimeout
 from pipeline.storage import Location, storage_failures_ignored
-from training import errors
+from training import errors as of_training
 from training.attempt import UNHELD, Attempt
 from training.cluster_config import ScaleConfig
 from training.config import TrainingConfig
@@ -35,6 +37,9 @@ _CONTROLLER_POLL_S = "0.2"
 _ASK_S = 10.0
 """How often the driver asks whether the run folder is still its own."""
 _RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
+_FINAL = (TrainingError, BadVectors, RoundTimeout)
+"""What new workers could only come upon again. Of clustering not all is: rows that could not be
+sent may find another actor."""
 
 Loop = Callable[[dict[str, Any], Written], Any]
 """What a worker runs, over its settings and where the run is written down."""
@@ -48,8 +53,8 @@ def fit(
     Args: written: its attempt is whose the workers are; they end for good when it has lost the
         folder.
     Returns: what rank 0 returned.
-    Raises: the loop's own TrainingError; TrainingError for a worker that failed too often;
-        KeyboardInterrupt.
+    Raises: the loop's own TrainingError, BadVectors or RoundTimeout; TrainingError for a worker
+        that failed too often; KeyboardInterrupt.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -168,14 +173,14 @@ class _Given(NamedTuple):
     settings: dict[str, Any]
     written: Written
     said: str
-    """File of the run folder in which a TrainingError is written, for the workers that are started
-    after it."""
+    """File of the run folder in which an error of `_FINAL` is written, for the workers that are
+    started after it."""
 
 
 def _told(config: dict[str, Any]) -> Any:
-    """The loop, or the TrainingError that it ended with.
+    """The loop, or the error that it ended with for good.
 
-    A TrainingError is raised first, so that Ray ends the other workers, which may wait in a
+    Such an error is raised first, so that Ray ends the other workers, which may wait in a
     collective for this one until its timeout of 30 minutes. The workers that Ray then starts anew
     find it written down and return it: repeating the run could only fail again. That the run
     folder was taken over they see for themselves, and write nothing into it.
@@ -193,27 +198,28 @@ def _told(config: dict[str, Any]) -> Any:
     except Exception as error:
         settle()  # Else the checkpoint on its way ended with this process.
         attempt.check()  # Rather this than what it may have led to, such as a lost actor.
-        if isinstance(error, TrainingError):
+        if isinstance(error, _FINAL):
             _write_error(place, given.said, error)
         raise
 
 
 class _Failure(NamedTuple):
-    error: TrainingError
+    error: Exception
 
 
-def _write_error(place: Location, name: str, error: TrainingError) -> None:
+def _write_error(place: Location, name: str, error: Exception) -> None:
     said = {"type": type(error).__name__, "message": str(error)}
     place.write_bytes(name, json.dumps(said).encode())
 
 
-def _read_error(place: Location, name: str) -> TrainingError:
+def _read_error(place: Location, name: str) -> TrainingError | ClusteringError:
     said = json.loads(place.read_bytes(name))
-    error: TrainingError = getattr(errors, said["type"])(said["message"])
+    kind = getattr(of_training, said["type"], None) or getattr(of_clustering, said["type"])
+    error: TrainingError | ClusteringError = kind(said["message"])
     return error
 
 
-def _explained(error: BaseException, place: Location, said: str) -> TrainingError:
+def _explained(error: BaseException, place: Location, said: str) -> Exception:
     """What a worker wrote into the file `said`, else the line of its error and where all of it
     is."""
     if place.exists(said):  # The last failure that scale.max_failures allowed.

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from clustering.errors import BadVectors, ClusteringError, RoundTimeout
 from pipeline.storage import Location
 from pipeline.store.lease import Lease
-from training.attempt import Attempt
+from training.attempt import UNHELD, Attempt
 from training.errors import RunTaken, WeightsError
 from training.on_ray import fit
 from training.on_ray.checkpoints import report_state
@@ -44,6 +45,34 @@ def test_a_worker_says_that_the_folder_was_taken_and_not_what_came_of_it(tmp_pat
             report_state({"step": 1}, 0, location, first)
         with pytest.raises(WeightsError):  # The words of the first are not those of the second.
             _told(_given(tmp_path, second))
+
+
+@pytest.mark.parametrize("kind", [WeightsError, BadVectors, RoundTimeout])
+def test_an_error_that_would_come_again_is_told_to_the_workers_after_it(
+    kind: type[Exception], tmp_path: Path
+) -> None:
+    """Else Ray would start them max_failures times, for a round as long as rounds.timeout_s."""
+
+    def fails(settings: dict[str, Any], written: Written) -> None:
+        raise kind("raise rounds.timeout_s")
+
+    given = {**_given(tmp_path, UNHELD), "loop": fails}
+    with pytest.raises(kind):
+        _told(given)
+    ended = _told(given)
+    assert isinstance(ended, _Failure)
+    assert type(ended.error) is kind
+    assert str(ended.error) == "raise rounds.timeout_s"
+
+
+def test_rows_that_found_no_actor_may_find_one_later(tmp_path: Path) -> None:
+    def fails(settings: dict[str, Any], written: Written) -> None:
+        raise ClusteringError("rows cannot be sent to the feature bank")
+
+    given = {**_given(tmp_path, UNHELD), "loop": fails}
+    for _ in range(2):
+        with pytest.raises(ClusteringError):
+            _told(given)
 
 
 def test_a_driver_that_waits_for_workers_ends_once_the_folder_was_taken(
