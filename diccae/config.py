@@ -24,6 +24,8 @@ from training.presets import with_sizes
 
 SHIPPED = Path(__file__).resolve().parents[1] / "configs"
 """The recipes: beside the packages in a checkout, and in a wheel, too."""
+DEMO_TRAIN, DEMO_TEST = 360, 120
+"""Clips that `demo` makes, and `synth` where it is not told: the demo is `smoke.yaml` on these."""
 _SECTIONS_NOT_DECIDING = tuple(key for key in NOT_DECIDING if key.endswith("."))
 """What earlier versions left out of a digest."""
 

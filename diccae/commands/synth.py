@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diccae.args import Options, refuse_negative_seed
+from diccae.config import DEMO_TEST, DEMO_TRAIN
 
 
 @dataclass(frozen=True)
@@ -12,9 +13,9 @@ class SynthArgs:
 
     out: str
     """Folder: `videos/` and `<folder name>.csv` are written into it."""
-    train: int = 480
+    train: int = DEMO_TRAIN
     """Clips of the train split."""
-    test: int = 160
+    test: int = DEMO_TEST
     """Clips of the test split."""
     seed: int = 0
     """Equal seeds give equal clips."""

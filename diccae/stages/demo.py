@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diccae.config import RunConfig
+from diccae.config import DEMO_TEST, DEMO_TRAIN, RunConfig
 from diccae.errors import UsageError
 from diccae.reach import check_reach
 from diccae.resources import embedded_cores, start_ray
@@ -24,8 +24,6 @@ from pipeline.storage import Location
 from pipeline.synth import write_clips
 
 Say = Callable[[str], None]
-
-_TRAIN, _TEST = 360, 120
 
 
 class Demo(NamedTuple):
@@ -78,7 +76,7 @@ def _clips(out: Location, data: Path | None, say: Say) -> tuple[str, str]:
     """The CSV and the folder of videos."""
     if data is None:
         if not out.exists("clips/clips.csv"):
-            say(f"synth     {_TRAIN + _TEST} labelled clips in confusable pairs")
+            say(f"synth     {DEMO_TRAIN + DEMO_TEST} labelled clips in confusable pairs")
             _synthesise(out.below("clips"))
         return out.uri_of("clips/clips.csv"), out.uri_of("clips/videos")
     csv, videos = data / f"{data.resolve().name}.csv", data / "videos"
@@ -93,11 +91,11 @@ def _clips(out: Location, data: Path | None, say: Say) -> tuple[str, str]:
 def _synthesise(place: Location) -> None:
     """Clips into a folder, their list last."""
     if place.is_local:
-        write_clips(Path(place.path), _TRAIN, _TEST, seed=0)
+        write_clips(Path(place.path), DEMO_TRAIN, DEMO_TEST, seed=0)
         return
     with tempfile.TemporaryDirectory(prefix="diccae-clips-") as scratch:
         folder = Path(scratch)
-        write_clips(folder, _TRAIN, _TEST, seed=0)
+        write_clips(folder, DEMO_TRAIN, DEMO_TEST, seed=0)
         for file in sorted(folder.glob("*/*")):
             place.publish(str(file), str(file.relative_to(folder)))
         place.publish(str(folder / "clips.csv"), "clips.csv")
