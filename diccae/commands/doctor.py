@@ -3,6 +3,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
 
 from diccae.args import Options
 from diccae.errors import UsageError
@@ -14,7 +17,7 @@ class DoctorArgs:
 
     store: str | None = None
     """Feature store to reach."""
-    mlflow_uri: str | None = None
+    tracking_uri: Annotated[str | None, tyro.conf.arg(aliases=["--mlflow-uri"])] = None
     """MLflow server to reach."""
     address: str | None = None
     """Ray job server to reach."""
@@ -36,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--init {args.init} is checked against a run: give its --config")
     from diccae.doctor.examine import run_doctor
 
-    checks = run_doctor(args.store, args.mlflow_uri, args.address, args.config, args.init)
+    checks = run_doctor(args.store, args.tracking_uri, args.address, args.config, args.init)
     if args.json:
         print(json.dumps([check._asdict() for check in checks]))
     else:

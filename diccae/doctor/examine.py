@@ -10,7 +10,7 @@ from diccae.doctor.check import Check
 
 def run_doctor(
     store: str | None = None,
-    mlflow_uri: str | None = None,
+    tracking_uri: str | None = None,
     address: str | None = None,
     config: str | None = None,
     init: str | None = None,
@@ -35,8 +35,8 @@ def run_doctor(
     ]
     if store:
         checks.append(services.check_store(store))
-    if mlflow_uri:
-        checks.append(services.check_mlflow(mlflow_uri))
+    if tracking_uri:
+        checks.append(services.check_mlflow(tracking_uri))
     if address:
         checks.append(services.check_cluster(address))
     if config:

@@ -198,6 +198,21 @@ def test_weights_without_the_run_they_are_for_are_not_passed_over(
     )
 
 
+@pytest.mark.parametrize("option", ["--tracking-uri", "--mlflow-uri"])
+def test_mlflows_address_is_given_as_to_predict_or_as_in_earlier_versions(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str | None] = []
+
+    def run_doctor(store: str | None, tracking_uri: str | None, *more: object) -> list[Check]:
+        asked.append(tracking_uri)
+        return []
+
+    monkeypatch.setattr("diccae.doctor.examine.run_doctor", run_doctor)
+    assert main(["doctor", option, "http://mlflow:5000"]) == 0
+    assert asked == ["http://mlflow:5000"]
+
+
 def test_whatever_is_named_is_checked_and_every_failure_has_a_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
