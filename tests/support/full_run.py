@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import simplejpeg
+from support.run_parts import curves, publish_round, write_metrics, write_predicted
 
-from clustering.rounds.files import publish
-from clustering.rounds.protocol import HeadLabels, PublishedRound
 from pipeline.config import FeatureSpec
 from pipeline.source.files import local_file
 from pipeline.store.schema import CLIPS_SCHEMA
@@ -128,75 +126,44 @@ def _features(rng: np.random.Generator, spec: FeatureSpec) -> dict[str, Any]:
 def _metrics(run: Path, size: Size) -> None:
     """Lines of the names that a pretraining of VGGSound logs."""
     rng = np.random.default_rng(2)
-    t = np.linspace(0, 1, size.lines)
-    falling = ("loss", "loss_instance", "loss_intra", "loss_class_alignment", "loss_confusion")
-    columns = {name: (5 - k) * np.exp(-3 * t) + 0.1 for k, name in enumerate(falling)}
-    columns |= {"lr": 1e-4 * (1 - t), "grad_norm": 1 + 0 * t, "accuracy_instance": 1 - np.exp(-t)}
-    columns |= {"clips_per_s": 800 + 0 * t, "labelled_frac": np.minimum(1, 3 * t)}
-    parts = ("data_wait", "forward", "loss", "gather", "backward", "update", "push", "stall")
-    columns |= {f"time/{part}": 0.05 + 0 * t for part in parts}
-    columns["confusion/mean_offdiagonal"] = 0.05 * np.exp(-t)
-    noisy = {name: x * rng.uniform(0.9, 1.1, len(t)) for name, x in columns.items()}
-    noisy["world_size"], noisy["attempt"] = np.full(len(t), 8), np.ones(len(t))
-    line = ", ".join(f'"{name}": %.6g' for name in noisy)
-    values = np.stack([*noisy.values()], axis=1).tolist()
-    with (run / "metrics.jsonl").open("w") as file:
-        for k, row in enumerate(values):
-            file.write(f'{{"step": {10 * k + 10}, "time": {1.7e9 + k}, {line}}}\n' % tuple(row))
+    t_L = np.linspace(0, 1, size.lines)
+    logged = {n: x_L * rng.uniform(0.9, 1.1, len(t_L)) for n, x_L in curves(t_L).items()}
+    write_metrics(run / "metrics.jsonl", logged)
 
 
 def _rounds(run: Path, clips: _Clips, size: Size) -> None:
     rng = np.random.default_rng(3)
     train = np.flatnonzero(~clips.is_test)
-    keys = clip_keys([clips.ids[k] for k in train])
-    order = np.argsort(keys)
-    truth = clips.labels[train][order]
-    eye = np.eye(size.clusters, dtype=np.float32)
+    keys_N, truth_N = clip_keys([clips.ids[k] for k in train]), clips.labels[train]
     for number in range(1, size.rounds + 1):
-        heads = []
+        labels = {}
         for stream in STREAMS[:2]:
-            noise = rng.integers(size.clusters, size=len(truth))
-            labels = np.where(rng.random(len(truth)) < 0.3 + number / 60, truth, noise)
-            labels = labels.astype(np.int32)
-            prototypes = {stream: rng.normal(size=(size.clusters, 256)).astype(np.float32)}
-            heads.append(HeadLabels(stream, (stream,), keys[order], labels, prototypes, eye))
-        health = {"inertia": 1e5 / number, "iterations": 12.0, "n_empty": 0.0, "size_min": 31.0}
-        health |= {
-            "size_max": 1312.0,
-            "effective_clusters": 510 + number / 2,
-            "churn": 0.4 / number,
-        }
-        health |= {"coverage": 1.0, "mean_cosine": 0.2, "age_mean": 812.5, "seconds": 61.2}
+            noise_N = rng.integers(size.clusters, size=len(truth_N))
+            is_right_N = rng.random(len(truth_N)) < 0.3 + number / 60
+            labels[stream] = np.where(is_right_N, truth_N, noise_N)
         step = 10 * size.lines * number // (size.rounds + 1)
-        publish(str(run / "rounds"), PublishedRound(number, step, True, "", heads, health))
+        publish_round(run, number, step, keys_N, labels, n_clusters=size.clusters, width=256)
 
 
 def _evaluation(run: Path, clips: _Clips, names: list[str], size: Size) -> None:
     """Classes come in groups of four that are taken for each other."""
     rng = np.random.default_rng(4)
     test = np.flatnonzero(clips.is_test)
-    truth = clips.labels[test]
+    truth_M = clips.labels[test]
     group = rng.permutation(size.classes).argsort() // 4
     mates = [np.flatnonzero(group == group[k]) for k in range(size.classes)]
-    columns: dict[str, Any] = {"clip_id": [clips.ids[k] for k in test], "label": truth}
-    counts: dict[str, Any] = {}
+    predicted = {}
     for stream, hit in zip(STREAMS, (0.5, 0.45, 0.65), strict=True):
-        near = np.array([rng.choice(mates[k]) for k in truth])
-        far = rng.integers(size.classes, size=len(truth))
-        draw = rng.random(len(truth))
-        predicted = np.where(draw < hit, truth, np.where(draw < hit + 0.25, near, far))
-        columns[f"pred_{stream}"] = predicted
-        counts[stream] = np.zeros((size.classes, size.classes), np.int64)
-        np.add.at(counts[stream], (truth, predicted), 1)
-    columns["p_fusion"] = rng.uniform(0.2, 1, len(truth)).astype(np.float32)
-    columns |= {"split": ["test"] * len(test), "cluster": np.full(len(test), -100, np.int32)}
-    path = run / "evaluation"
-    path.mkdir()
-    pq.write_table(pa.table(columns), path / "predictions.parquet")
-    np.savez_compressed(path / "confusion.npz", classes=np.array(names), **counts)
+        near_M = np.array([rng.choice(mates[k]) for k in truth_M])
+        far_M = rng.integers(size.classes, size=len(truth_M))
+        draw_M = rng.random(len(truth_M))
+        wrong_M = np.where(draw_M < hit + 0.25, near_M, far_M)
+        predicted[stream] = np.where(draw_M < hit, truth_M, wrong_M)
+    sure_M = rng.uniform(0.2, 1, len(truth_M))
     shape = (len(test), size.width)
-    vectors: dict[str, Any] = {s: rng.normal(size=shape).astype(np.float32) for s in STREAMS}
-    np.savez(path / "embeddings.npz", clip_ids=np.array(columns["clip_id"]), **vectors)
+    vectors = {s: rng.normal(size=shape).astype(np.float32) for s in STREAMS}
+    ids = [clips.ids[k] for k in test]
+    write_predicted(run, ids, names, truth_M, predicted, sure_M=sure_M, embeddings=vectors)
 
 
 def _json(run: Path, store: FeatureStore, names: list[str], size: Size) -> None:

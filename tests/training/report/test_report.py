@@ -18,9 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 from support.browser import CUT_OFF, FAINT, NAMELESS, Browser
+from support.run_parts import curves, publish_round, write_metrics, write_predicted
 
-from clustering.rounds.files import publish
-from clustering.rounds.protocol import HeadLabels, PublishedRound
 from pipeline.config import FeatureSpec
 from pipeline.errors import PipelineError
 from pipeline.source.files import local_file
@@ -30,6 +29,7 @@ from pipeline.store.store import FeatureStore
 from pipeline.synth import write_video
 from training.data.rows import clip_keys
 from training.errors import TrainingError
+from training.report.folder import read_run
 from training.report.page import write_report
 
 CLASSES = [
@@ -110,22 +110,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def _metrics(folder: Path) -> None:
-    lines = []
-    for step in range(10, 1210, 10):
-        t = step / 1200
-        line = {"step": step, "epoch": 12 * t, "time": 1.76e9 + step / 9}
-        line |= {"loss": 5.5 * np.exp(-3 * t) + 0.9, "loss_instance": 5.2 * np.exp(-3 * t) + 0.4}
-        line |= {"loss_intra": 1.1 * np.exp(-2 * t), "accuracy_instance": 1 - np.exp(-4 * t)}
-        line |= {"lr": 2e-4 * min(1, 8 * t) * (1 - 0.9 * t), "grad_norm": 3 * np.exp(-t) + 0.2}
-        line |= {"clips_per_s": 830 + 40 * np.sin(step / 30), "time/data_wait": 0.002}
-        line |= {"time/forward": 0.11, "time/backward": 0.19, "time/loss": 0.004}
-        line |= {"time/push": 0.003, "time/stall": 0.001}
-        if step > 400:
-            line |= {"loss_class_alignment": 1.3 * np.exp(-t), "loss_confusion": 0.9 * np.exp(-t)}
-            line |= {"labelled_frac": min(1, (step - 400) / 300), "loss_reconstruction": None}
-            line |= {"confusion/mean_offdiagonal": 0.05 * np.exp(-t), "clustering/nmi": 0.6}
-        lines.append(json.dumps(line))
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    write_metrics(folder / "metrics.jsonl", curves(np.linspace(0, 1, 120), labelled_from=1 / 3))
     losses = [(step, 2.3 * np.exp(-step / 90)) for step in range(10, 300, 10)]
     tuned = [
         {"step": s, "time": 1.77e9, "finetune/loss": x, "finetune/lr": 1e-4} for s, x in losses
@@ -136,53 +121,33 @@ def _metrics(folder: Path) -> None:
 def _rounds(folder: Path) -> None:
     rng = np.random.default_rng(1)
     train = [(clip_id, label) for clip_id, label, split in CLIPS if split == "train"]
-    keys = clip_keys([clip_id for clip_id, _ in train])
-    order = np.argsort(keys)
+    keys_N = clip_keys([clip_id for clip_id, _ in train])
     for number in range(1, 5):
-        ok = number != 3
-        health = {"inertia": 140.0 / number, "iterations": 12, "n_empty": 0, "size_min": 9}
-        health |= {"size_max": 31, "effective_clusters": 8 + number / 2, "churn": 0.4 / number}
-        health |= {"coverage": 0.9 + number / 50, "seconds": 0.8}
-        reason = "" if ok else "collapse guard: effective_clusters 1.2 < 5"
-        heads = []
-        if ok:
-            labels = [label if rng.random() < 0.8 else TWIN.get(label, 9) for _, label in train]
-            labels_N = np.array(labels, np.int32)[order]
-            prototypes = {"audio": np.eye(10, WIDTH, dtype=np.float32)}
-            confusion_KK = np.eye(10, dtype=np.float32)
-            heads = [
-                HeadLabels("head0", ("audio",), keys[order], labels_N, prototypes, confusion_KK)
-            ]
-        publish(
-            str(folder / "rounds"), PublishedRound(number, 300 * number, ok, reason, heads, health)
-        )
+        taken = [label if rng.random() < 0.8 else TWIN.get(label, 9) for _, label in train]
+        labels = {"audio": np.array(taken, np.int32)}
+        why = "collapse guard: effective_clusters 1.2 < 5" if number == 3 else ""
+        step = 300 * number
+        publish_round(folder, number, step, keys_N, labels, n_clusters=10, width=WIDTH, reason=why)
 
 
 def _evaluation(folder: Path) -> None:
     rng = np.random.default_rng(2)
     test = [(clip_id, label) for clip_id, label, split in CLIPS if split == "test"]
-    truth = np.array([label for _, label in test])
+    truth_M = np.array([label for _, label in test])
     hit = {"audio": 0.7, "video": 0.75, "fusion": 0.9}
-    predicted, counts = {}, {}
-    for stream, share in hit.items():
-        wrong = np.array([TWIN.get(int(label), (int(label) + 1) % 10) for label in truth])
-        predicted[stream] = np.where(rng.random(len(truth)) < share, truth, wrong)
-        matrix = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
-        np.add.at(matrix, (truth, predicted[stream]), 1)
-        counts[stream] = matrix
-    path = folder / "evaluation"
-    path.mkdir()
-    np.savez(path / "confusion.npz", classes=np.array(CLASSES), **counts)
-    columns = {"clip_id": [clip_id for clip_id, _ in test], "label": truth}
-    columns |= {f"pred_{stream}": values for stream, values in predicted.items()}
-    columns |= {"split": ["test"] * len(test), "cluster": np.full(len(test), -100, np.int32)}
-    columns["p_fusion"] = rng.uniform(0.4, 1, len(test)).astype(np.float32)
-    pq.write_table(pa.table(columns), path / "predictions.parquet")
+    wrong_M = np.array([TWIN.get(int(label), (int(label) + 1) % 10) for label in truth_M])
+    predicted = {
+        stream: np.where(rng.random(len(truth_M)) < share, truth_M, wrong_M)
+        for stream, share in hit.items()
+    }
+    sure_M = rng.uniform(0.4, 1, len(test))
     vectors = {}
     for stream in hit:
-        x = np.eye(len(CLASSES), WIDTH)[truth] + rng.normal(0, 0.3, (len(truth), WIDTH))
-        vectors[stream] = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-    np.savez(path / "embeddings.npz", clip_ids=np.array([c for c, _ in test]), **vectors)
+        x_MP = np.eye(len(CLASSES), WIDTH)[truth_M] + rng.normal(0, 0.3, (len(truth_M), WIDTH))
+        unit_MP = x_MP / np.linalg.norm(x_MP, axis=1, keepdims=True)
+        vectors[stream] = unit_MP.astype(np.float32)
+    ids = [clip_id for clip_id, _ in test]
+    write_predicted(folder, ids, CLASSES, truth_M, predicted, sure_M=sure_M, embeddings=vectors)
 
 
 def make_run(folder: Path, store_uri: str) -> Path:
@@ -191,7 +156,6 @@ def make_run(folder: Path, store_uri: str) -> Path:
     _metrics(folder)
     _rounds(folder)
     _evaluation(folder)
-    _write_json(folder / "encoder" / "encoder.json", {"config": {}})
     digest = FeatureStore.open(store_uri).snapshot(1).digest
     store = {"uri": store_uri, "version": 1, "digest": digest}
     versions = {"torch": "2.11.0", "ray": "2.60.0", "python": "3.11.7", "diccae": "0.1.0"}
@@ -435,17 +399,19 @@ def test_a_store_made_anew_in_its_place_is_said_to_hold_other_clips(
 
 
 def test_results_of_other_weights_than_the_run_has_are_said_to_be(run: Path) -> None:
-    file = run / "evaluation" / "predictions.parquet"
-    about = {"classes": CLASSES, "scorer": "classifier", "config_hash": "c0ffee"}
-    about["models"] = {"encoder": "1" * 64, "classifier": "2" * 64}
-    table = pq.read_table(file).replace_schema_metadata({"diccae": json.dumps(about)})
-    pq.write_table(table, file)
-    for digest, is_said in (("2" * 64, False), ("3" * 64, True)):
-        _write_json(run / "encoder" / "encoder.json", {"sha256": "1" * 64})
-        _write_json(run / "classifier" / "classifier.json", {"sha256": digest})
-        text = _text(Path(write_report(run, with_sound=False)).read_text())
-        said = "results are of other weights than the run has now (classifier of it came since)"
-        assert (said in text) == is_said
+    said = "results are of other weights than the run has now (classifier of it came since)"
+    assert said not in _text(Path(write_report(run, with_sound=False)).read_text())
+    _write_json(run / "classifier" / "classifier.json", {"sha256": "3" * 64})
+    assert said in _text(Path(write_report(run, with_sound=False)).read_text())
+
+
+def test_of_a_runs_predictions_all_is_read_but_the_probabilities(run: Path) -> None:
+    """57 MB of VGGSound's file."""
+    names = pq.read_schema(run / "evaluation" / "predictions.parquet").names
+    probabilities = {f"probabilities_{stream}" for stream in ("audio", "video", "fusion")}
+    predictions = read_run(run).predictions
+    assert predictions is not None
+    assert set(names) - set(predictions.column_names) == probabilities
 
 
 WIDTHS = (1920, 1280, 390)
