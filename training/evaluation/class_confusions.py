@@ -15,7 +15,7 @@ from scipy.special import bdtrc
 from training.config import SIDES
 from training.evaluation.predictions import Predictions
 from training.evaluation.results import ConfusionCounts
-from training.evaluation.scores import confusion_rates, mcnemar
+from training.evaluation.scores import mcnemar, mutual_confusion
 from training.weights.measured import ClassConfusion, ToldApart
 
 _LEVEL = 0.05
@@ -27,8 +27,7 @@ def class_confusions(confusion: ConfusionCounts, predictions: Predictions) -> li
 
     Args: predictions: of the clips that were counted.
     """
-    rates_CC = np.nan_to_num(confusion_rates(confusion.main))
-    degree_CC = (rates_CC + rates_CC.T) / 2
+    degree_CC = mutual_confusion(confusion.main)
     np.fill_diagonal(degree_CC, 0.0)
     found = []
     for k, m in enumerate(degree_CC.argmax(1).tolist()):

@@ -93,7 +93,7 @@ class ConfusedPair(NamedTuple):
     first: int
     second: int
     degree: float
-    """Mean of both directions' rates, in [0, 1]."""
+    """`mutual_confusion` of the two, in [0, 1]."""
 
 
 def most_confused_pairs(confusion_CC: NDArray[np.number], n_pairs: int) -> list[ConfusedPair]:
@@ -102,8 +102,7 @@ def most_confused_pairs(confusion_CC: NDArray[np.number], n_pairs: int) -> list[
     Args: confusion_CC: counts, or summed posteriors, of the classes that clips of each class (rows)
         were taken for.
     """
-    rates = np.nan_to_num(confusion_rates(confusion_CC))
-    degrees = np.triu((rates + rates.T) / 2, k=1)
+    degrees = np.triu(mutual_confusion(confusion_CC), k=1)
     order = np.argsort(-degrees, axis=None, kind="stable")[:n_pairs]
     firsts, seconds = np.unravel_index(order, degrees.shape)
     pairs = zip(firsts.tolist(), seconds.tolist(), strict=True)
@@ -146,6 +145,17 @@ def confusion_rates(confusion_CC: NDArray[np.number]) -> NDArray[np.float64]:
     rates = np.full(confusion_CC.shape, np.nan)
     np.divide(confusion_CC, clips_C1, out=rates, where=clips_C1 > 0)
     return rates
+
+
+def mutual_confusion(confusion_CC: NDArray[np.number]) -> NDArray[np.float64]:
+    """How much two classes are taken for each other, the mean of both directions' rates: [C, C].
+
+    Symmetric, in [0, 1]. A class without clips is taken for nothing; on the diagonal is the share
+    of a class's clips that were recognised.
+    """
+    rates_CC = np.nan_to_num(confusion_rates(confusion_CC))
+    mutual_CC: NDArray[np.float64] = (rates_CC + rates_CC.T) / 2
+    return mutual_CC
 
 
 def _of_each(labels_N: Labels) -> Labels:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from training.evaluation.scores import confusion_rates, most_confused_pairs
+from training.evaluation.scores import most_confused_pairs, mutual_confusion
 
 _MAX_OPTIMAL = 400  # optimal leaf ordering costs C^3
 _CUT = 0.97
@@ -37,9 +37,7 @@ def group_classes(counts_CC: NDArray[np.int64]) -> Order:
     n_classes = len(counts_CC)
     if n_classes < 3:
         return Order(list(range(n_classes)), [])
-    rate_CC = np.nan_to_num(confusion_rates(counts_CC))
-    affinity = (rate_CC + rate_CC.T) / 2
-    distance = 1.0 - affinity
+    distance = 1.0 - mutual_confusion(counts_CC)
     np.fill_diagonal(distance, 0.0)
     tree = linkage(
         squareform(distance, checks=False), "average", optimal_ordering=n_classes <= _MAX_OPTIMAL
@@ -63,7 +61,9 @@ class Pair(NamedTuple):
     @property
     def rate(self) -> float:
         """Mean over both classes of the share of its clips that went to the other."""
-        return (self.a_as_b / max(self.n_a, 1) + self.b_as_a / max(self.n_b, 1)) / 2
+        right_a, right_b = self.n_a - self.a_as_b, self.n_b - self.b_as_a
+        counts_22 = np.array([[right_a, self.a_as_b], [self.b_as_a, right_b]])
+        return float(mutual_confusion(counts_22)[0, 1])
 
 
 def worst_pairs(counts_CC: NDArray[np.int64], most: int) -> list[Pair]:

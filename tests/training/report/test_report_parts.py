@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from clustering.rounds.protocol import HeadLabels, PublishedRound
-from training.evaluation.scores import confusion_rates
+from training.evaluation.scores import confusion_rates, most_confused_pairs
 from training.report.agreement import truths_of, with_agreement
 from training.report.confusions import group_classes, worst_pairs
 from training.report.curves import (
@@ -101,6 +101,8 @@ def test_worst_pair_is_by_rate_and_counts_both_ways_once() -> None:
     assert first.rate == pytest.approx((0 / 100 + 3 / 10) / 2)
     assert (second.a, second.b, second.a_as_b, second.b_as_a) == (0, 1, 10, 0)
     assert second.rate == pytest.approx((10 / 100 + 0 / 100) / 2)
+    ranked = most_confused_pairs(counts, 2)
+    assert [first.rate, second.rate] == [pair.degree for pair in ranked]
 
 
 def _predictions(labels: list[int], predicted: list[int], sure: list[float]) -> pa.Table:
