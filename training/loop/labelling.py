@@ -199,9 +199,9 @@ class Labelling:
             # Else they were all 1, whatever is confused, until the next update.
             self._enforce(head).confusion.weigh(self._since_labels(step))
         first = published.heads[0]
-        true_N = self.truth.lookup(first.keys_N, default=-1)
+        true_N = self.truth.lookup(first.keys_N)
         if (true_N >= 0).any():
-            self.health |= agreement(first.labels_N[true_N >= 0], true_N[true_N >= 0])
+            self.health |= agreement(first.labels_N, true_N)
 
     def _enforce(self, head: HeadLabels) -> Labels:
         prototypes = {s: self._on_device(m) for s, m in head.prototypes.items()}
