@@ -158,7 +158,7 @@ def _some(names: Sequence[str]) -> str:
 
 def write_page(found: Comparison, uri: str) -> None:
     """Write the comparison as one page. Args: uri: of the file."""
-    from training.comparison.page import page
+    from training.comparison.page import comparison_page
 
     place, name = place_of(uri)
-    place.write_bytes(name, page(found).encode())
+    place.write_bytes(name, comparison_page(found).encode())

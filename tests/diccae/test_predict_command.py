@@ -82,6 +82,7 @@ def _check_answer(clip: dict[str, Any]) -> None:
 
 def _check_page(page: str, n_clips: int) -> None:
     assert "default-src 'none'" in page
+    assert 'name="color-scheme" content="light dark"' in page
     assert not re.search(r"""(?:src|href)="(?!data:|#)""", page)
     assert page.count("data:audio/webm;base64,") == n_clips
     assert page.count("data:image/jpeg;base64,") == 4 * n_clips

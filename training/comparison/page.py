@@ -6,24 +6,12 @@ number of the record is on it, and every clip that was left out.
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from training.comparison.compare import Comparison
 from training.comparison.differences import Difference
-from training.report import markup
-from training.report.markup import number, percent, section, table, text
+from training.report.markup import absent, number, page, percent, section, table, text
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none';
- style-src 'unsafe-inline'">
-<title>{title}</title><style>{css}{own}</style></head><body>
-<header class="top"><div><div class="eyebrow">diccae comparison</div><h1>{title}</h1>
-<p class="lead">{facts}</p></div></header><main>{body}
-<footer>Written by diccae from predictions of clips; needs no network.</footer></main></body></html>
-"""
-_OWN = """
+_STYLE = """
 .range { display: block; width: 120px; height: 16px; }
 tbody th { white-space: normal; }
 .range line { stroke: var(--soft); stroke-width: 2; }
@@ -34,7 +22,7 @@ _WIDTH, _HEIGHT = 120, 16
 _HEAD = ("", "clips", "a", "b", "b − a", "95 % interval", "", "only a", "only b", "p", "p (Holm)")
 
 
-def page(found: Comparison) -> str:
+def comparison_page(found: Comparison) -> str:
     """The page's text."""
     facts = (
         f"a = {found.a}, b = {found.b}: {number(found.n_clips)} clips of "
@@ -53,12 +41,15 @@ def page(found: Comparison) -> str:
         _by_stream("classes", "Classes", "Share of a class's clips that are right.", found.classes),
         _left_out(found),
     ]  # fmt: skip
-    return _PAGE.format(
-        title=text(f"{found.b} against {found.a}"),
-        css=Path(markup.__file__).with_name("page.css").read_text(),
-        own=_OWN,
-        facts=text(facts),
-        body="\n".join(body),
+    title = f"{found.b} against {found.a}"
+    return page(
+        kind="comparison",
+        title=title,
+        name=title,
+        facts=facts,
+        body=body,
+        source="from predictions of clips",
+        style=_STYLE,
     )
 
 
@@ -75,7 +66,7 @@ def _by_stream(anchor: str, title: str, lead: str, found: dict[str, list[Differe
 
 def _section(anchor: str, title: str, lead: str, rows: Sequence[tuple[str, Difference]]) -> str:
     if not rows:
-        return markup.absent(anchor, title, "None to compare on.")
+        return absent(anchor, title, "None to compare on.")
     ends = [abs(x) for _, one in rows for x in (one.low, one.high, one.difference) if x == x]
     widest = max(ends) or 1.0
     cells = [

@@ -1,41 +1,30 @@
 """predictions_page: clips, what they look and sound like, and what a model takes them for, as HTML.
 
-Knows nothing of models. Invariant: the page fetches nothing (its own policy forbids it): frames,
-spectrograms and sounds are in it.
+Knows nothing of models. Invariant: frames, spectrograms and sounds are in the page.
 
 Shapes: S samples, T fbank frames, M mel bins.
 """
 
 import base64
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 
-from training import report
 from training.predict.clips import Features
 from training.predict.predictor import Answer, StreamAnswer
 from training.predict.told import confusion_sentence
 from training.report.clips.sound import Sound, encode_sound
 from training.report.clips.spectrogram import colours
-from training.report.markup import percent, section, table, text
+from training.report.markup import page, percent, section, table, text
 
 _SHOWN_FRAMES = 3
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
- media-src data:; style-src 'unsafe-inline'">
-<title>Predictions · diccae</title><style>{css}
-.clip-looks {{ display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }}
-.clip-looks img {{ height: 112px; }} .clip-looks audio {{ min-width: 240px; }}
-main th:nth-child(2) {{ text-align: left; }}</style></head><body>
-<header class="top"><div><div class="eyebrow">diccae predictions</div><h1>{model}</h1>
-<p class="lead">{facts}</p></div></header><main>{body}
-<footer>Written by diccae predict; needs no network.</footer></main></body></html>
+_STYLE = """
+.clip-looks { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
+.clip-looks img { height: 112px; } .clip-looks audio { min-width: 240px; }
+main th:nth-child(2) { text-align: left; }
 """
 
 
@@ -69,11 +58,15 @@ def predictions_page(model: str, clips: Sequence[Shown], note: str) -> str:
     """The page. Args: note: a sentence on what the answers rest on."""
     n_broken = sum(clip.answer.rejected is not None for clip in clips)
     broken = f"; {n_broken} could not be decoded" if n_broken else ""
-    return _PAGE.format(
-        css=(Path(report.__path__[0]) / "page.css").read_text(),
-        model=text(model),
-        facts=text(f"{len(clips)} clips{broken}. {note}"),
-        body="\n".join(_clip(number, clip) for number, clip in enumerate(clips, 1)),
+    return page(
+        kind="predictions",
+        title="Predictions",
+        name=model,
+        facts=f"{len(clips)} clips{broken}. {note}",
+        body=[_clip(number, clip) for number, clip in enumerate(clips, 1)],
+        source="predict",
+        allowed=("img-src data:", "media-src data:"),
+        style=_STYLE,
     )
 
 

@@ -1,16 +1,76 @@
-"""The few shapes of HTML that a report is built of.
+"""The few shapes of HTML that a report is built of, and the page around them.
 
-Pure strings: knows nothing of runs. Invariant: text that comes from data is escaped here, and
-loses the passwords of its URLs: a page is passed on.
+Pure strings: knows nothing of runs. Invariants: text that comes from data is escaped here, and
+loses the passwords of its URLs: a page is passed on. A page fetches nothing; its own policy forbids
+it.
 """
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from pipeline.passwords import without_passwords
 from training.report.clips.media import Media
 from training.report.examples import Example
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{title} · diccae</title><style>{css}</style></head><body>
+{skip}<header class="top"><div><p class="eyebrow">diccae {kind}</p><h1>{name}</h1>
+<p class="lead">{facts}</p>{tiles}</div></header>
+{nav}<main>{body}</main>
+<footer><div>Written by diccae {source}; needs no network.</div></footer>{scripts}</body></html>
+"""
+
+
+def page(
+    *,
+    kind: str,
+    title: str,
+    name: str,
+    facts: str,
+    body: Iterable[str],
+    source: str,
+    allowed: Sequence[str] = (),
+    style: str = "",
+    tiles: str = "",
+    links: Mapping[str, str] | None = None,
+    scripts: str = "",
+) -> str:
+    """A whole page that holds all it needs.
+
+    Args: title: of the window; name: the heading; facts: the line below it. body: finished
+        sections. source: what it was written by or from. allowed: what its policy allows beside
+        styles. style: on top of page.css. tiles, scripts: finished HTML at the end of the head and
+        of the page. links: titles of sections by anchor, to go to from anywhere.
+    """
+    skip, nav = _ways_around(links) if links else ("", "")
+    return _PAGE.format(
+        policy="; ".join(("default-src 'none'", "style-src 'unsafe-inline'", *allowed)),
+        title=text(title),
+        css=Path(__file__).with_name("page.css").read_text() + style,
+        skip=skip,
+        kind=text(kind),
+        name=text(name),
+        facts=text(facts),
+        tiles=tiles,
+        nav=nav,
+        body="\n".join(body),
+        source=text(source),
+        scripts=scripts,
+    )
+
+
+def _ways_around(links: Mapping[str, str]) -> tuple[str, str]:
+    """Past the head to the first section, and from anywhere to each."""
+    anchor, of = next(iter(links.items()))
+    skip = f'<a class="skip" href="#{anchor}">Skip to the {text(of.lower())}</a>\n'
+    inner = "".join(f'<a href="#{anchor}">{text(of)}</a>' for anchor, of in links.items())
+    return skip, f'<nav aria-label="Sections"><div>{inner}</div></nav>\n'
 
 
 def text(value: object) -> str:

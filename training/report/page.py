@@ -20,26 +20,11 @@ from training.report.clips.media import media_of
 from training.report.clips.pictures import Pictures
 from training.report.folder import ReportData, read_run
 from training.report.label_noise import label_noise
-from training.report.markup import number, text
+from training.report.markup import number, page, text
 
 log = logging.getLogger(__name__)
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
- media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{title}</title><style>{css}</style></head><body>
-<a class="skip" href="#results">Skip to the results</a>
-<header class="top"><div><p class="eyebrow">diccae run report</p><h1>{name}</h1>
-<p class="lead">{facts}</p>{tiles}</div></header>
-<nav aria-label="Sections"><div>{links}</div></nav><main>{body}</main>
-<footer><div>{footer}</div></footer><div id="tip" aria-hidden="true"></div>
-<script id="data" type="application/json">{data}</script>
-<script id="sounds" type="application/json">{sounds}</script>
-<script>{script}</script></body></html>
-"""
+_ALLOWED = ("img-src data:", "media-src data:", "script-src 'unsafe-inline'")
 _SCRIPTS = ("page.js", "confusion_map.js", "sounds.js")
 _LINKS = {
     "results": "Results",
@@ -71,7 +56,7 @@ def write_report(
     about = _of_other_weights(run)
     try:
         pictures, notes = _open_pictures(run, store_uri)
-        page = build_page(run, pictures, [*about, *notes], with_sound)
+        written = build_page(run, pictures, [*about, *notes], with_sound)
     except Exception as error:
         # Also of a store whose table is there, and a shard that it points at is not.
         is_away = isinstance(error, PipelineError) or is_storage_failure(error)
@@ -80,9 +65,9 @@ def write_report(
         log.warning("report without frames: %s", error)
         uri = _store(run).get("uri")
         note = f"Frames are left out: the feature store {uri} cannot be read now."
-        page = build_page(run, None, [*about, note], with_sound)
+        written = build_page(run, None, [*about, note], with_sound)
     may_write()
-    run.place.write_bytes("report.html", page.encode())
+    run.place.write_bytes("report.html", written.encode())
     return run.place.uri_of("report.html")
 
 
@@ -158,19 +143,29 @@ def build_page(
         "rounds": [r.effective_step for r in run.rounds if r.ok and r.effective_step],
         "confusion": confusion_map.confusion_data(run),
     }
-    here, name = Path(__file__).parent, text(run.run.get("name") or run.place.name)
-    return _PAGE.format(
-        title=f"{name} · diccae",
+    name = run.run.get("name") or run.place.name
+    return page(
+        kind="run report",
+        title=name,
         name=name,
         facts=_facts(run, pictures),
+        body=body,
+        source="from the run folder",
+        allowed=_ALLOWED,
         tiles=sections.tiles(run),
-        links="".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in _LINKS.items()),
-        body="\n".join(body),
-        footer="Written by diccae from the run folder; needs no network.",
-        css=(here / "page.css").read_text(),
-        data=_as_script(data),
-        sounds=_as_script({clip_id: sound.uri for clip_id, sound in media.sounds.items()}),
-        script="".join((here / name).read_text() for name in _SCRIPTS),
+        links=_LINKS,
+        scripts=_scripts(data, {clip_id: sound.uri for clip_id, sound in media.sounds.items()}),
+    )
+
+
+def _scripts(data: object, sounds: object) -> str:
+    """What the page draws, what can be heard on it, and what does both."""
+    code = "".join((Path(__file__).parent / name).read_text() for name in _SCRIPTS)
+    return (
+        '<div id="tip" aria-hidden="true"></div>\n'
+        f'<script id="data" type="application/json">{_as_script(data)}</script>\n'
+        f'<script id="sounds" type="application/json">{_as_script(sounds)}</script>\n'
+        f"<script>{code}</script>"
     )
 
 
@@ -189,7 +184,7 @@ def _facts(run: ReportData, pictures: Pictures | None) -> str:
         f"{number(len(run.confusion.classes))} classes" if run.confusion else "",
         f"started {_moment(str(run.run['started']))}" if run.run.get("started") else "",
     ]
-    return " · ".join(text(fact) for fact in facts if fact)
+    return " · ".join(fact for fact in facts if fact)
 
 
 def _moment(stamp: str) -> str:

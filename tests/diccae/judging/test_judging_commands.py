@@ -113,6 +113,8 @@ def test_runs_are_compared_by_name_as_table_json_and_page(
         assert n_classes == found["n_clips"] == len(CLIPS)
     assert found["pairs_chosen_on"] == "the clips compared"
     page = Path("c.html").read_text()
+    assert 'name="color-scheme" content="light dark"' in page
+    assert "script-src" not in page
     assert not re.search(r"(src|href)=|@import|url\((?!data)", page)
     assert all(percent(found["streams"][s]["all"]["b"]) in page for s in STREAMS)
     assert main(["compare", "a", "b"]) == 0
