@@ -74,9 +74,9 @@ def _missing(joined: Joined, predictions: Predictions) -> list[str]:
 
 
 def _logged(found: dict[str, Any]) -> list[tuple[str, float]]:
-    """The metrics on all clips by their name in MLflow, which takes no @."""
+    """The metrics on all clips, by name in MLflow."""
     return [
-        (f"vggsounder/{modality}/{metric.replace('@', '_at_')}", float(value))
+        (f"vggsounder/{modality}/{metric}", float(value))
         for modality, values in found["scores"]["all"].items()
         for metric, value in values.items()
     ]

@@ -84,8 +84,8 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def legal_name(key: str) -> str:
-    """A metric name with the characters MLflow refuses replaced."""
-    return re.sub(r"[^\w\-. :/]", "_", key)
+    """A metric's name as MLflow takes it: `@` is `_at_`, what else it refuses is `_`."""
+    return re.sub(r"[^\w\-. :/]", "_", key.replace("@", "_at_"))
 
 
 class MetricsCopier:

@@ -82,13 +82,15 @@ def test_every_line_reaches_mlflow_once_and_strict_json_holds_nan(out: Path) -> 
     handle = _new_run(out)
     tracker = Tracker(handle, out / "metrics.jsonl")
     for step in range(0, 300, 10):
-        tracker.log(step, {"loss": 1.0 / (step + 1), "clustering/nmi": float("nan"), "odd@key": 1})
+        odd = {"odd#key": 1, "hit_rate@5": 0.5}
+        tracker.log(step, {"loss": 1.0 / (step + 1), "clustering/nmi": float("nan"), **odd})
     tracker.log(290, {"loss": 99.0})  # a doubled step of the same metric is no second point
     tracker.log(290, {"clustering/churn": 0.25})  # another metric of that step is
     assert tracker.close()
     assert _history(handle, "loss") == [(s, 1.0 / (s + 1)) for s in range(0, 300, 10)]
     assert _history(handle, "clustering/churn") == [(290, 0.25)]
     assert len(_history(handle, "odd_key")) == 30
+    assert len(_history(handle, "hit_rate_at_5")) == 30
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
