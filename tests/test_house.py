@@ -5,6 +5,8 @@ Reads the source of the five packages, imports none of it.
 
 import ast
 import functools
+import itertools
+import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
@@ -108,6 +110,30 @@ def test_rooms_import_each_other_in_no_circle(package: str) -> None:
             del below[room]
     circle = {room: sorted(wants & below.keys()) for room, wants in below.items()}
     assert circle == {}
+
+
+def test_the_design_shows_what_the_rooms_of_training_build_on() -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    graph = page.partition("rooms build on each other in one direction:\n\n```\n")[2]
+    below: dict[str, set[str]] = defaultdict(set)
+    for chain in re.split(r"\n| {4}", graph.partition("\n```")[0]):
+        for lower, upper in itertools.pairwise(chain.split(" <- ")):
+            for room in upper.split(", "):
+                below[room] |= set(lower.split(", "))
+    for between in [*below]:
+        for room in below:
+            below[room] |= below[between] if between in below[room] else set()
+    imports = [
+        (Path(path).parts[1:-1][:1], Path(room).parts[1:2], f"{path} imports {name}")
+        for path, tree in _files("training").items()
+        for name in _imports(tree)
+        if (room := _room(name)) and room.startswith("training/")
+    ]
+    assert [
+        said
+        for here, there, said in imports
+        if here and here != there and there[0] not in below[here[0]]
+    ] == []
 
 
 @every_package
