@@ -2,15 +2,21 @@
 
 import os
 import secrets
+import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fsspec
 import pytest
 from support.processes import shared_server
 from support.warm_workers import warm_workers
+
+if TYPE_CHECKING:
+    from support.mlflow_server import Server
 
 # Tiny tensors: a second BLAS thread costs more than it brings, and disturbs the tests beside it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -113,6 +119,51 @@ def mlflow_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         ready_tables(shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared, patch)
         yield
+
+
+@pytest.fixture(scope="session")
+def migrated_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables made once (4 s); tests copy it."""
+    from training.tracking.copier import mlflow_client
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    mlflow_client(f"sqlite:///{folder}/mlflow.db").search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def mlflow_server(
+    migrated_db: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator["Server"]:
+    """A server of this file's tests, which start and kill it."""
+    from support.mlflow_server import Server
+
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(migrated_db, folder / "mlflow.db")
+    server = Server(folder)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def mlflow_up(mlflow_server: "Server") -> "Server":
+    """The server, as the test before left it or started: its start takes five seconds of CPU."""
+    if mlflow_server.process is None:
+        mlflow_server.start()
+    return mlflow_server
+
+
+@pytest.fixture(scope="module")
+def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
+    """URI of a bucket of this file's tests, behind a `support.unsteady.Unsteady`.
+
+    Named by the file: a process keeps footers of shards by their URI.
+    """
+    from support.unsteady import unsteady_bucket
+
+    name = f"{request.path.parent.name}-{request.path.stem}".replace("_", "-")
+    with unsteady_bucket(name) as uri:
+        yield uri
 
 
 @pytest.fixture(autouse=True)

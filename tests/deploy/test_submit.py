@@ -5,14 +5,13 @@ import ipaddress
 import json
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -26,6 +25,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from support.polling import wait_until
+from support.ports import free_ports
 
 from deploy.connect import connect, nodes_of
 from deploy.errors import AccessRefused, ClusterUnreachable, DeployError
@@ -62,17 +63,6 @@ if sys.argv[1] == "save":
 """
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports of the kernel's choice, above the range Ray gives its workers (10002-19999)."""
-    sockets = [socket.socket() for _ in range(count)]
-    for held in sockets:
-        held.bind(("127.0.0.1", 0))
-    ports = [held.getsockname()[1] for held in sockets]
-    for held in sockets:
-        held.close()
-    return ports
-
-
 def _head_process(folder: Path, ports: list[int]) -> "subprocess.Popen[bytes]":
     gcs, dashboard, client, agent = ports
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
@@ -103,7 +93,7 @@ def _wait_for(head: "subprocess.Popen[bytes]", address: str, log: Path) -> None:
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
     """The address of a head node with its own ports, folder and token."""
-    ports = _free_ports(4)
+    ports = free_ports(4)
     address = f"http://127.0.0.1:{ports[1]}"
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_AUTH_TOKEN", TOKEN)
@@ -162,12 +152,10 @@ class Screen:
 @pytest.mark.slow
 @pytest.mark.usefixtures("token")
 def test_the_nodes_of_a_cluster_are_known_before_a_job_is_sent(head: str) -> None:
-    deadline = time.monotonic() + 60
     cluster = connect(head)
-    while not (nodes := nodes_of(cluster)):  # The head answers a second before it is a node.
-        assert time.monotonic() < deadline, "the head never listed itself"
-        time.sleep(0.2)
-    assert nodes == [(2.0, 0.0, False)]
+    # The head answers a second before it is a node.
+    wait_until(lambda: nodes_of(cluster), 60, "the head in its own list")
+    assert nodes_of(cluster) == [(2.0, 0.0, False)]
 
 
 @pytest.mark.usefixtures("token")
@@ -232,7 +220,7 @@ def test_jobs_are_listed_read_and_stopped_by_commands(
     args = {"working_dir": project, "say": screen.say, "write": screen.write}
     submit(head, ["save", "--out", str(run)], wait=False, **args)
     job_id = screen.said.split("diccae logs ")[1].split()[0]
-    _until(lambda: "ready" in _read(job_id, head, capsys))
+    wait_until(lambda: "ready" in _read(job_id, head, capsys), 60, "the job's first line")
     run.mkdir()
     record = {"job": job_id, "attempt": 3, "mlflow": {"uri": "http://mlflow:5000", "run_id": "7f"}}
     (run / "run.json").write_text(json.dumps(record))
@@ -259,13 +247,6 @@ def _read(job_id: str, head: str, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     assert main(["logs", job_id, "--address", head]) == 0
     return capsys.readouterr().out
-
-
-def _until(happens: Callable[[], bool], within_s: float = 60.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not happens():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.1)
 
 
 @pytest.mark.usefixtures("token")

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.polling import wait_until
 from support.runs import SMOKE, lines
-from support.unsteady import unsteady_bucket
 
 from diccae.cli import main
 from diccae.run_folder import RunFolder
@@ -71,13 +71,6 @@ def _digests(folder: Path) -> dict[str, str]:
     }
 
 
-def _until(what: str, is_so: Callable[[], bool], timeout_s: float = 200.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     """A process that holds `run` and writes a metric every 5 ms."""
@@ -113,7 +106,7 @@ def test_a_start_that_was_taken_for_dead_writes_nothing_any_more(
 ) -> None:
     out = tmp_path / "run"
     folder = RunFolder(out)
-    _until("a metric", lambda: bool(lines(out / "metrics.jsonl")))
+    wait_until(lambda: bool(lines(out / "metrics.jsonl")), 200, "a metric")
     holder.send_signal(signal.SIGSTOP)
 
     def taken() -> bool:
@@ -128,7 +121,7 @@ def test_a_start_that_was_taken_for_dead_writes_nothing_any_more(
         except StoreLocked:
             return False
 
-    _until("the stopped start was taken for dead", taken, 60)
+    wait_until(taken, 60, "the stopped start was taken for dead")
 
 
 def test_a_second_attempt_runs_in_mlflow_although_the_first_left_no_checkpoint(
@@ -164,18 +157,17 @@ def test_a_fresh_start_does_not_give_the_folder_back_to_the_one_before(tmp_path:
 
 
 def test_in_a_bucket_a_start_that_was_taken_for_dead_writes_nothing_either(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with unsteady_bucket("fenced") as bucket:
-        folder = RunFolder(f"{bucket}/run")
-        command = [sys.executable, "-c", HOLDER, folder.uri]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-            assert holder.stdout is not None
-            assert holder.stdout.readline() == "holds 1\n"
-            _until("metrics", lambda: folder.place.exists("metrics.jsonl"))
-            holder.send_signal(signal.SIGSTOP)
-            _until("taken over", lambda: _taken_from(folder, holder), 60)
+    folder = RunFolder(f"{bucket}/run")
+    command = [sys.executable, "-c", HOLDER, folder.uri]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holds 1\n"
+        wait_until(lambda: folder.place.exists("metrics.jsonl"), 200, "metrics")
+        holder.send_signal(signal.SIGSTOP)
+        wait_until(lambda: _taken_from(folder, holder), 60, "taken over")
     assert not list(tmp_path.iterdir())
 
 
@@ -233,12 +225,12 @@ def test_a_stopped_pretraining_is_taken_over_and_writes_nothing_more(
     first = subprocess.Popen([sys.executable, "-m", "diccae", *command], env=env)
     try:
         checkpoints = out / "pretrain"
-        _until("a checkpoint", lambda: any(checkpoints.glob("checkpoint_*/state.pt")))
+        wait_until(lambda: any(checkpoints.glob("checkpoint_*/state.pt")), 200, "a checkpoint")
         assert main(command) == 4
         assert "locked by diccae pretrain" in capsys.readouterr().err
         first.send_signal(signal.SIGSTOP)
         codes: list[int] = []
-        _until("taken over", lambda: codes.append(main(command)) or codes[-1] != 4)
+        wait_until(lambda: codes.append(main(command)) or codes[-1] != 4, 200, "taken over")
         assert codes[-1] == 0
         before = _digests(out)
         first.send_signal(signal.SIGCONT)

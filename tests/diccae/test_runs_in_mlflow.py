@@ -1,7 +1,7 @@
 """What commands leave in MLflow, and what they say where it is away, against a real server."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,6 @@ from training.run.edge import Written
 from training.tracking.copier import mlflow_client
 
 Diccae = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        server = Server(tmp_path_factory.mktemp("server"))
-        yield server
-        server.kill()
-
-
-@pytest.fixture
-def running(server: Server) -> Server:
-    """The server, as the test before left it or started: its start takes five seconds of CPU."""
-    if server.process is None:
-        server.start()
-    return server
 
 
 @pytest.fixture
@@ -58,8 +40,13 @@ def _pretrain(store: str, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.usefixtures("tracked")
 def test_a_run_that_mlflow_missed_is_in_it_once_a_report_is_made(
-    server: Server, store: str, tmp_path: Path, diccae: Diccae, capsys: pytest.CaptureFixture[str]
+    mlflow_server: Server,
+    store: str,
+    tmp_path: Path,
+    diccae: Diccae,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    server = mlflow_server
     server.kill()
     out = tmp_path / "run"
     diccae(*_pretrain(store, out, "--tracking.uri", server.uri))
@@ -77,7 +64,7 @@ def test_a_run_that_mlflow_missed_is_in_it_once_a_report_is_made(
 
 @pytest.mark.usefixtures("tracked")
 def test_a_run_that_mlflow_missed_begins_with_the_next_start_where_that_says(
-    running: Server,
+    mlflow_up: Server,
     store: str,
     tmp_path: Path,
     diccae: Diccae,
@@ -93,54 +80,60 @@ def test_a_run_that_mlflow_missed_begins_with_the_next_start_where_that_says(
 
     monkeypatch.setattr(InLab, "pretrain", seen)
     diccae(*_pretrain(store, out, "--tracking.uri", "http://127.0.0.1:9"))
-    diccae(*_pretrain(store, out, "--tracking.uri", running.uri))
+    diccae(*_pretrain(store, out, "--tracking.uri", mlflow_up.uri))
     record = _record(out)
     assert began == ["", record["run_id"]], "before training, so that its curves are seen"
-    assert record["uri"] == running.uri
+    assert record["uri"] == mlflow_up.uri
     assert _run(out).info.status == "FINISHED"
     assert main(_pretrain(store, out, "--tracking.uri", "http://127.0.0.1:9")) == 0
-    assert f"the run stays in MLflow at {running.uri}" in capsys.readouterr().err
+    assert f"the run stays in MLflow at {mlflow_up.uri}" in capsys.readouterr().err
     assert _record(out) == record
 
 
 @pytest.mark.usefixtures("tracked")
 def test_a_run_is_where_the_environment_says_and_says_so(
-    running: Server,
+    mlflow_up: Server,
     store: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "run"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", running.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_up.uri)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "team")
     assert main(_pretrain(store, out)) == 0
-    said = f"MLflow at {running.uri} (MLFLOW_TRACKING_URI), experiment team (MLFLOW_EXPERIMENT_NAME"
+    said = (
+        f"MLflow at {mlflow_up.uri} (MLFLOW_TRACKING_URI), experiment team (MLFLOW_EXPERIMENT_NAME"
+    )
     assert capsys.readouterr().err.count(said) == 1
-    assert _record(out)["uri"] == running.uri
+    assert _record(out)["uri"] == mlflow_up.uri
     assert not (out / "mlflow.db").exists()
     team = _client(out).get_experiment_by_name("team")
     assert _run(out).info.experiment_id == team.experiment_id
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert main(["evaluate", "--out", str(out)]) == 0
-    said = f"stays in MLflow at {running.uri}; MLFLOW_TRACKING_URI is http://127.0.0.1:9"
+    said = f"stays in MLflow at {mlflow_up.uri}; MLFLOW_TRACKING_URI is http://127.0.0.1:9"
     assert said in capsys.readouterr().err
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert main(["finetune", "--out", str(out), *TUNED]) == 0
     assert main(["finetune", "--out", str(out), *TUNED, "--fresh"]) == 0
-    assert _record(out)["uri"] == running.uri, "another run, in the same place"
+    assert _record(out)["uri"] == mlflow_up.uri, "another run, in the same place"
 
 
 @pytest.mark.usefixtures("tracked")
 def test_the_way_from_mlflow_to_folder_and_job_is_that_of_the_last_start(
-    running: Server, store: str, tmp_path: Path, diccae: Diccae, monkeypatch: pytest.MonkeyPatch
+    mlflow_up: Server,
+    store: str,
+    tmp_path: Path,
+    diccae: Diccae,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out, told = tmp_path / "run", list[dict[str, str]]()
     for job in ("raysubmit_1", "raysubmit_2"):
         given = json.dumps({"metadata": {"job_submission_id": job}})
         monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", given)
         more = ["--pretrain.log-every", job[-1]]
-        diccae(*_pretrain(store, out, "--tracking.uri", running.uri, *more))
+        diccae(*_pretrain(store, out, "--tracking.uri", mlflow_up.uri, *more))
         told.append({key: _run(out).data.tags[key] for key in ("out", "job", "attempt")})
     data = _run(out).data
     assert (data.params["pretrain.log_every"], data.tags["pretrain.log_every"]) == ("1", "2")
@@ -155,10 +148,10 @@ TUNED = ["--finetune.epochs", "1", "--finetune.optim.lr", "5e-5"]
 
 @pytest.mark.usefixtures("tracked")
 def test_settings_in_mlflow_are_those_of_the_stage_that_used_them(
-    running: Server, store: str, tmp_path: Path, diccae: Diccae
+    mlflow_up: Server, store: str, tmp_path: Path, diccae: Diccae
 ) -> None:
     out = tmp_path / "run"
-    kept = ["--data.validation-frac", "0.2", "--tracking.uri", running.uri]
+    kept = ["--data.validation-frac", "0.2", "--tracking.uri", mlflow_up.uri]
     diccae(*_pretrain(store, out, *kept))
     before = _run(out).data
     assert before.params["pretrain.epochs"] == "1"
@@ -178,10 +171,10 @@ def test_settings_in_mlflow_are_those_of_the_stage_that_used_them(
 
 @pytest.mark.usefixtures("tracked")
 def test_a_param_that_an_earlier_version_left_is_overruled_by_a_tag(
-    running: Server, store: str, tmp_path: Path, diccae: Diccae
+    mlflow_up: Server, store: str, tmp_path: Path, diccae: Diccae
 ) -> None:
     out = tmp_path / "run"
-    diccae(*_pretrain(store, out, "--tracking.uri", running.uri))
+    diccae(*_pretrain(store, out, "--tracking.uri", mlflow_up.uri))
     run_id = _record(out)["run_id"]
     for key, value in (("finetune.epochs", "9"), ("finetune.optim.lr", "5e-05")):
         _client(out).log_param(run_id, key, value)
@@ -199,9 +192,9 @@ def test_a_param_that_an_earlier_version_left_is_overruled_by_a_tag(
 
 @pytest.mark.usefixtures("tracked")
 def test_json_of_a_run_in_a_server_is_all_of_stdout(
-    running: Server, store: str, tmp_path: Path, diccae: Diccae
+    mlflow_up: Server, store: str, tmp_path: Path, diccae: Diccae
 ) -> None:
-    uri = ["--tracking.uri", running.uri]
+    uri = ["--tracking.uri", mlflow_up.uri]
     printed = diccae(*_pretrain(store, tmp_path / "run", *uri), "--json")
     assert json.loads(printed)["n_train"] > 0
     assert _record(tmp_path / "run")["run_id"], "it is in the server"
@@ -209,14 +202,14 @@ def test_json_of_a_run_in_a_server_is_all_of_stdout(
 
 @pytest.mark.usefixtures("tracked")
 def test_a_stage_of_a_finished_run_is_seen_to_run_and_to_end(
-    running: Server,
+    mlflow_up: Server,
     store: str,
     tmp_path: Path,
     diccae: Diccae,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out, seen = tmp_path / "run", list[tuple[str, list[str]]]()
-    diccae(*_pretrain(store, out, "--tracking.uri", running.uri))
+    diccae(*_pretrain(store, out, "--tracking.uri", mlflow_up.uri))
     run_id, finetune = _record(out)["run_id"], InLab.finetune
 
     def look(lab: InLab, *arguments: Any) -> dict[str, Any]:
@@ -250,13 +243,13 @@ def without_mlflow(monkeypatch: pytest.MonkeyPatch, in_lab: None) -> None:
 @pytest.mark.parametrize("stage", ["finetune", "evaluate"])
 def test_a_run_begun_without_mlflow_is_in_the_one_that_a_later_stage_names(
     stage: str,
-    running: Server,
+    mlflow_up: Server,
     store: str,
     tmp_path: Path,
     diccae: Diccae,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out, uri = tmp_path / "run", ["--tracking.uri", running.uri]
+    out, uri = tmp_path / "run", ["--tracking.uri", mlflow_up.uri]
     diccae(*_pretrain(store, out))
     diccae("finetune", "--out", str(out), *TUNED, *(uri if stage == "finetune" else ()))
     if stage == "evaluate":
@@ -265,7 +258,7 @@ def test_a_run_begun_without_mlflow_is_in_the_one_that_a_later_stage_names(
         assert not _record(out)["run_id"]
     diccae("evaluate", "--out", str(out), *uri)
     run = _run(out)
-    assert _record(out)["uri"] == running.uri
+    assert _record(out)["uri"] == mlflow_up.uri
     assert run.info.status == "FINISHED"
     assert run.data.params["finetune.epochs"] == "1"
     assert "probe/audio" in run.data.metrics
@@ -274,17 +267,21 @@ def test_a_run_begun_without_mlflow_is_in_the_one_that_a_later_stage_names(
 
 
 def test_an_ingest_is_where_the_environment_says_with_the_way_to_its_job(
-    running: Server, store: str, tmp_path: Path, diccae: Diccae, monkeypatch: pytest.MonkeyPatch
+    mlflow_up: Server,
+    store: str,
+    tmp_path: Path,
+    diccae: Diccae,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clips, few = Path(store).parent / "clips", tmp_path / "few.csv"
     few.write_text("".join((clips / "clips.csv").read_text().splitlines(keepends=True)[:2]))
     job = json.dumps({"metadata": {"job_submission_id": "raysubmit_7"}})
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", job)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", running.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_up.uri)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "ingests")
     source = ["--clips", str(few), "--videos", str(clips / "videos")]
     diccae("ingest", *source, "--store", str(tmp_path / "store"), "--config", SMOKE)
-    client = mlflow_client(running.uri)
+    client = mlflow_client(mlflow_up.uri)
     [run] = client.search_runs([client.get_experiment_by_name("ingests").experiment_id])
     assert run.data.metrics["ok"] == 2
     assert run.data.tags["store.uri"] == str(tmp_path / "store")

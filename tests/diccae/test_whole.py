@@ -3,13 +3,13 @@
 It is one run on Ray; what commands do with that run afterwards computes in the lab.
 """
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from support.polling import wait_until
 from support.processes import ray_env
 from support.runs import CONFIGS, N_TEST, N_TRAIN, SMOKE, lines
 
@@ -90,11 +91,8 @@ def _kill_after_checkpoint(arguments: list[str], place: Path, out: Path) -> None
         cwd=place,
         env=ray_env(),
     )
-    deadline = time.monotonic() + 400
-    while not any((out / "pretrain").glob("checkpoint_*/state.pt")):
-        assert process.poll() is None, "ended before it could be killed"
-        assert time.monotonic() < deadline, "no checkpoint in time"
-        time.sleep(0.1)
+    saved = functools.partial((out / "pretrain").glob, "checkpoint_*/state.pt")
+    wait_until(lambda: any(saved()), 400, "a checkpoint", running=process)
     process.kill()
     process.wait()
 

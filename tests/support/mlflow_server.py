@@ -1,4 +1,4 @@
-"""A real MLflow server for a test, and waiting for one.
+"""A real MLflow server for a test.
 
 Knows nothing of what is tracked. Invariant: it listens on 127.0.0.1 alone and writes into its
 folder.
@@ -6,21 +6,16 @@ folder.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
+from support.polling import wait_until
+from support.ports import free_port
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+_WITHOUT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+"""What a test needs none of, and waits for."""
 
 
 def answers(url: str) -> bool:
@@ -51,19 +46,17 @@ class Server:
         command += ["--artifacts-destination", str(self.folder / "artifacts"), *self.options]
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
+                command,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=self.folder,
+                env={**os.environ, **_WITHOUT},
             )
-        wait_until(lambda: answers(f"{self.uri}/health"), 400)
+        wait_until(lambda: answers(f"{self.uri}/health"), 400, "the MLflow server")
 
     def kill(self) -> None:
         if self.process is not None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not so within {timeout_s} s"
-        time.sleep(0.05)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from support.polling import wait_until
 from support.processes import ray_env
 
 from clustering.config import KMeansConfig, PoolConfig
@@ -421,8 +422,7 @@ def test_a_killed_driver_is_resumed_by_the_next_one(
     )
     state = uri / "round-0001" / "state" / "mean.npz"
     try:
-        _until(lambda: driver.poll() is not None or _iterations(state) >= 2, 90)
-        assert driver.poll() is None
+        wait_until(lambda: _iterations(state) >= 2, 90, "two iterations", driver, every_s=0.02)
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
@@ -437,13 +437,6 @@ def _iterations(state: Path) -> int:
             return len(arrays["inertia"])
     except (FileNotFoundError, OSError):
         return 0
-
-
-def _until(condition, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

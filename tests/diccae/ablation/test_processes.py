@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import psutil
+from support.polling import wait_until
 
 from diccae.ablation.processes import Work, run_all
 
@@ -81,10 +81,7 @@ def test_a_killed_command_leaves_no_run_behind(tmp_path: Path) -> None:
     folders = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": folders}
     command = subprocess.Popen([sys.executable, "-c", _COMMAND, tmp_path], env=environment)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "pid").exists():
-        assert time.monotonic() < deadline, "the run never began"
-        time.sleep(0.05)
+    wait_until((tmp_path / "pid").exists, 120, "the run's beginning")
     run = psutil.Process(int((tmp_path / "pid").read_text()))
     command.kill()
     command.wait()

@@ -164,8 +164,7 @@ def something_else() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_mlflow_lets_us_in_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+def test_mlflow_lets_us_in_or_not(tmp_path: Path) -> None:
     server = Server(tmp_path, "--allowed-hosts", "localhost:*")
     try:
         server.start()

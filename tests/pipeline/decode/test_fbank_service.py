@@ -1,11 +1,11 @@
 """Many ask, one process makes the fbanks; it may die, and it goes when nobody needs it."""
 
 import os
-import time
 
 import numpy as np
 import psutil
 import pytest
+from support.polling import wait_until
 from support.processes import below, kill
 
 from pipeline.config import FeatureSpec
@@ -48,10 +48,11 @@ def test_one_service_for_all_who_share_its_name_and_it_ends_after_them(shared):
         assert made[0].tobytes() == made[1].tobytes() == made[2].tobytes()
         np.testing.assert_allclose(made[0], fbank(waveform), atol=0.01)
     ours.clear()
-    deadline = time.monotonic() + 60
-    while service.is_running() and service.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(
+        lambda: not service.is_running() or service.status() == psutil.STATUS_ZOMBIE,
+        60,
+        "the end of the service",
+    )
 
 
 @pytest.mark.slow

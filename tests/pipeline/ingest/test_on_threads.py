@@ -5,10 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from support.polling import wait_until
 from support.processes import below
 from support.stores import contents
 
@@ -79,11 +79,7 @@ def test_the_end_of_the_command_is_the_end_of_all_its_processes(source):
         env={**os.environ, "TEST_SLOW_S": "60", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     names = ["pipeline.decode.fbank_service", "pipeline.decode.sandbox"]
-    deadline = time.monotonic() + 60
-    while not all(map(below, names)):
-        assert time.monotonic() < deadline
-        assert run.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: all(map(below, names)), 60, "decoding", running=run)
     run.kill()
     # Without an end of its own the service stays for a minute.
     run.communicate(timeout=20)

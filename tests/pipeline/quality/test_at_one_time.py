@@ -2,7 +2,6 @@
 
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from support.polling import wait_until
 
 from diccae.cli import main
 from pipeline.quality import run as quality_run
@@ -108,10 +108,7 @@ def test_a_call_that_would_write_waits_for_one_that_does(
     def write_table(*args, **options) -> None:
         monkeypatch.setattr(quality_run, "write_table", whole)
         second.start()
-        deadline = time.monotonic() + 60
-        while not caplog.messages:
-            assert time.monotonic() < deadline, "the second call never waited"
-            time.sleep(0.02)
+        wait_until(lambda: caplog.messages, 60, "the second call to wait")
         whole(*args, **options)
 
     monkeypatch.setattr(quality_run, "write_table", write_table)

@@ -1,15 +1,15 @@
 """What readers of a store ask a real S3 API for: the bytes they need, in few requests."""
 
 import io
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.asked import asked_of_shards
 from support.stores import N_SHARDS, noise_store
-from support.unsteady import Unsteady, unsteady_bucket
+from support.unsteady import Unsteady
 
 from pipeline.config import FeatureSpec
 from pipeline.errors import DamagedShard, StoreError
@@ -32,12 +32,6 @@ SIGNALS = ("frames", "frame_ts_ms", "fbank", "fbank_frames")
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    with unsteady_bucket("asked") as uri:
-        yield uri
-
-
-@pytest.fixture(scope="module")
 def store(bucket: str) -> FeatureStore:
     """Row groups of 0.6 MB, three in each shard."""
     return noise_store(f"{bucket}/store", SPEC, N_CLIPS)
@@ -53,10 +47,9 @@ def forgotten(store: FeatureStore) -> None:
     Unsteady.asked.clear()
 
 
-def asked_of_shards() -> Asked:
-    """Since the test began."""
-    sizes = [n_bytes for path, n_bytes in Unsteady.asked if "/features/" in path]
-    Unsteady.asked.clear()
+def answers() -> Asked:
+    """About shards, since the test began."""
+    sizes = asked_of_shards()
     return Asked(len(sizes), sum(sizes))
 
 
@@ -79,25 +72,25 @@ def test_a_row_group_costs_its_columns_and_one_request(store: FeatureStore) -> N
     whole = stored_bytes(store, "frames", "fbank")
     Unsteady.asked.clear()
     read_rows(store.uri, shard, rows, ["frames", "fbank"], keeps_footer=True)
-    n_requests, n_bytes = asked_of_shards()
+    n_requests, n_bytes = answers()
     assert n_requests == OPENING + 1
     assert n_bytes < 1.1 * whole * ROW_GROUP_ROWS / N_CLIPS + FOOTER
     read_rows(store.uri, shard, rows, ["frames", "fbank"], keeps_footer=True)
-    n_requests, n_bytes = asked_of_shards()
+    n_requests, n_bytes = answers()
     assert n_requests == 1
     assert n_bytes < 1.1 * whole * ROW_GROUP_ROWS / N_CLIPS
 
 
 def test_compact_counts_rows_by_footers(store: FeatureStore) -> None:
     assert compact(store.uri)["clips_moved"] == 0
-    n_requests, n_bytes = asked_of_shards()
+    n_requests, n_bytes = answers()
     assert n_requests == OPENING * N_SHARDS
     assert n_bytes <= FOOTER * N_SHARDS
 
 
 def test_verify_opens_each_shard_once_and_reads_keys_alone(store: FeatureStore) -> None:
     assert verify(store.uri, sample=0)["problems"] == []
-    n_requests, n_bytes = asked_of_shards()
+    n_requests, n_bytes = answers()
     assert n_requests <= OPENING * N_SHARDS + N_GROUPS
     assert n_bytes <= FOOTER * N_SHARDS + stored_bytes(store, "clip_id", "row_key")
 
@@ -108,7 +101,7 @@ def test_a_scan_of_features_opens_each_shard_once(store: FeatureStore) -> None:
     Unsteady.asked.clear()
     measured = pa.concat_tables(scan(clips, ScanSettings(store.uri, SPEC, reads_sources=False)))
     assert len(measured) == N_CLIPS
-    n_requests, n_bytes = asked_of_shards()
+    n_requests, n_bytes = answers()
     assert n_requests == OPENING * N_SHARDS + N_GROUPS
     assert n_bytes <= 1.1 * needed + FOOTER * N_SHARDS
 
@@ -116,7 +109,7 @@ def test_a_scan_of_features_opens_each_shard_once(store: FeatureStore) -> None:
 def test_statistics_open_each_shard_once(store: FeatureStore) -> None:
     needed = stored_bytes(store, "fbank")
     compute_stats(store, store.snapshot(), "train", with_pixels=False)
-    n_requests, n_bytes = asked_of_shards()
+    n_requests, n_bytes = answers()
     assert n_requests == OPENING * N_SHARDS + N_GROUPS
     assert n_bytes <= 1.1 * needed + FOOTER * N_SHARDS
 
@@ -132,7 +125,7 @@ def test_an_export_reads_a_row_group_once_though_clips_were_dropped(bucket, tmp_
     whole = sum(map(len, map(store.location.read_bytes, features(store))))
     Unsteady.asked.clear()
     assert export(store.uri, str(tmp_path / "out"), "folder")["clips"] == N_CLIPS - len(gone)
-    n_requests, n_bytes = asked_of_shards()
+    n_requests, n_bytes = answers()
     assert n_requests <= OPENING * N_SHARDS + 2 * N_GROUPS
     assert n_bytes <= whole + FOOTER * N_SHARDS
 

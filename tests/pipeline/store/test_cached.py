@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from support.asked import asked_of_shards, forget
 from support.stores import noise_store
-from support.unsteady import Unsteady, unsteady_bucket
+from support.unsteady import Unsteady
 
 from pipeline.config import FeatureSpec
 from pipeline.errors import DamagedShard, StoreError
-from pipeline.store import cached, shards
+from pipeline.store import cached
 from pipeline.store.cached import SILENT_S, ShardCache
 from pipeline.store.schema import ROW_GROUP_ROWS
 from pipeline.store.shards import read_rows
@@ -29,12 +30,6 @@ SHARD_ROWS = 3 * ROW_GROUP_ROWS
 ALL = np.arange(SHARD_ROWS)
 COLUMNS = ["frames", "fbank"]
 ROOMY = 2**30
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    with unsteady_bucket("cached") as uri:
-        yield uri
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +46,8 @@ def forgotten() -> Iterator[None]:
     forget()
 
 
-def forget() -> None:
-    shards._footers._kept.clear()
-    cached._folder.cache_clear()
-    Unsteady.asked.clear()
-
-
 def shard_of(store: FeatureStore, number: int = 0) -> str:
     return f"features/{sorted(store.location.files('features'))[number]}"
-
-
-def asked() -> int:
-    """Requests for shards since the last time."""
-    n = sum("/features/" in path for path, _ in Unsteady.asked)
-    Unsteady.asked.clear()
-    return n
 
 
 def read(store: FeatureStore, cache: ShardCache | None, number: int = 0) -> pa.Table:
@@ -80,14 +62,14 @@ def units(folder: Path) -> list[Path]:
 def test_what_a_node_has_read_once_costs_no_request_also_in_a_new_process(store, tmp_path) -> None:
     cache = ShardCache(str(tmp_path), ROOMY)
     expected = read(store, None)
-    asked()
+    asked_of_shards()
     assert read(store, cache).equals(expected)
-    assert asked() == 2 + 3  # Size, end, row groups.
+    assert len(asked_of_shards()) == 2 + 3  # Size, end, row groups.
     for new_process in (False, True):
         if new_process:
             forget()
         assert read(store, cache).equals(expected)
-        assert asked() == 0
+        assert not asked_of_shards()
     some = np.array([ROW_GROUP_ROWS + 1, 3])
     assert read_rows(store.uri, shard_of(store), some, ["clip_id"], cache=cache).equals(
         read_rows(store.uri, shard_of(store), some, ["clip_id"])
@@ -119,9 +101,9 @@ def test_the_limit_holds_and_what_came_first_stays(store, tmp_path) -> None:
     assert len(first) == 2
     assert read(store, cache, 1).equals(expected[1])
     assert units(tmp_path / "small") == first
-    asked()
+    asked_of_shards()
     assert read(store, cache).equals(expected[0])
-    assert asked() == 1  # The third row group.
+    assert len(asked_of_shards()) == 1  # The third row group.
 
 
 def test_units_of_a_store_that_nobody_reads_make_room_oldest_first(
@@ -172,11 +154,11 @@ def test_a_unit_that_is_not_whole_is_fetched_anew(store, tmp_path, harm) -> None
         hurt.write_bytes(bytes(len(content)))
     forget()
     assert read(store, cache).equals(expected)
-    assert asked() > 0
+    assert asked_of_shards()
     read(store, cache)
-    asked()
+    asked_of_shards()
     assert read(store, cache).equals(expected)
-    assert asked() == 0
+    assert not asked_of_shards()
     assert hurt.read_bytes() == content
 
 
@@ -233,10 +215,10 @@ def test_a_full_disk_is_told_once_and_ends_nothing(store, tmp_path, caplog) -> N
         (told,) = [r.getMessage() for r in caplog.records if r.name == cached.__name__]
         assert "No space left on device" in told
         assert str(tmp_path / "disk") in told
-        asked()
+        asked_of_shards()
         forget()
         assert read(store, cache).equals(expected[0])
-        assert asked() < 5, "what fitted is not used"
+        assert len(asked_of_shards()) < 5, "what fitted is not used"
 
 
 READS = """
@@ -282,10 +264,10 @@ def test_processes_that_read_the_same_keep_each_unit_once_and_count_it_once(
     assert len(kept) == N_SHARDS * (3 + 1)
     (counter,) = tmp_path.rglob("used")
     assert int(counter.read_text()) == sum(p.stat().st_size for p in kept)
-    asked()
+    asked_of_shards()
     for number in range(N_SHARDS):
         read(store, ShardCache(str(tmp_path), ROOMY), number)
-    assert asked() == 0
+    assert not asked_of_shards()
 
 
 def test_what_a_killed_writer_left_counts_and_goes_later(store, tmp_path) -> None:

@@ -2,13 +2,13 @@
 
 import http.client
 import http.server
-import socket
 import threading
 from urllib.parse import quote, unquote, urlsplit
 
 import boto3
 import pytest
 from gcp_storage_emulator.server import create_server
+from support.ports import free_port
 from support.s3 import s3_server
 
 from pipeline.config import FeatureSpec, IngestConfig
@@ -65,12 +65,6 @@ class BothApis(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         return
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,15 @@
 """A reader with a cache: the batches of one without, and no request in a later sweep or epoch."""
 
-from collections.abc import Iterator
-
-import numpy as np
 import pytest
+from support.asked import asked_of_shards, forget
+from support.batches import same_batches
 from support.stores import noise_store
-from support.unsteady import Unsteady, unsteady_bucket
 
 from pipeline.config import FeatureSpec
-from pipeline.store import cached, shards
 from training.cluster_config import ScaleConfig
 from training.config import DataConfig
 from training.data.order import BatchPlan, EpochReads, FrameDraw, WindowPlan
-from training.data.reader import Batch, LocalReader
+from training.data.reader import LocalReader
 from training.data.rows import RowIndex, index_rows
 
 SPEC = FeatureSpec(n_frames=3, frame_size=32, fbank_frames=16, n_mels=8)
@@ -21,9 +18,8 @@ EPOCHS = [EpochReads(0, 0, FrameDraw(1)), EpochReads(1, 0, FrameDraw(1))]
 
 
 @pytest.fixture(scope="module")
-def index() -> Iterator[RowIndex]:
-    with unsteady_bucket("reader") as uri:
-        yield index_rows(noise_store(f"{uri}/store", SPEC, N_CLIPS).snapshot(), "train")
+def index(bucket: str) -> RowIndex:
+    return index_rows(noise_store(f"{bucket}/store", SPEC, N_CLIPS).snapshot(), "train")
 
 
 @pytest.fixture
@@ -34,34 +30,15 @@ def windows(index: RowIndex) -> WindowPlan:
     return plan
 
 
-def forget() -> None:
-    """As a process that was just started."""
-    shards._footers._kept.clear()
-    cached._folder.cache_clear()
-    Unsteady.asked.clear()
-
-
-def asked() -> int:
-    return sum("/features/" in path for path, _ in Unsteady.asked)
-
-
-def same(found: list[Batch], expected: list[Batch]) -> bool:
-    return len(found) == len(expected) and all(
-        np.array_equal(x, y)
-        for a, b in zip(found, expected, strict=True)
-        for x, y in zip(a, b, strict=True)
-    )
-
-
 def test_a_second_sweep_asks_storage_for_nothing_and_no_batch_differs(windows, tmp_path) -> None:
     ours = LocalReader(windows, ScaleConfig(shard_cache=str(tmp_path)).cache)
     expected = list(LocalReader(windows).sweep(FrameDraw(1)))
     forget()
-    assert same(list(ours.sweep(FrameDraw(1))), expected)
-    assert asked() > 0
+    assert same_batches(list(ours.sweep(FrameDraw(1))), expected)
+    assert asked_of_shards()
     forget()
-    assert same(list(ours.sweep(FrameDraw(1))), expected)
-    assert asked() == 0
+    assert same_batches(list(ours.sweep(FrameDraw(1))), expected)
+    assert not asked_of_shards()
 
 
 def test_epochs_in_orders_of_their_own_are_read_from_what_a_sweep_kept(windows, tmp_path) -> None:
@@ -70,5 +47,5 @@ def test_epochs_in_orders_of_their_own_are_read_from_what_a_sweep_kept(windows, 
     forget()
     list(ours.sweep(FrameDraw(1)))
     forget()
-    assert same(list(ours.stream(EPOCHS)), expected)
-    assert asked() == 0
+    assert same_batches(list(ours.stream(EPOCHS)), expected)
+    assert not asked_of_shards()

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from support.batches import same_batch
 from support.stores import noise_store
 
 from pipeline.config import FeatureSpec
@@ -27,10 +28,6 @@ SPEC = FeatureSpec(n_frames=3, frame_size=16, fbank_frames=16, n_mels=8, duratio
 DATA = DataConfig(lanes=2, shuffle_window=8)
 
 
-def _same(a: Batch, b: Batch) -> bool:
-    return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
-
-
 def test_mapped_features_are_those_a_reader_decodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,11 +44,11 @@ def test_mapped_features_are_those_a_reader_decodes(
         mine = list(mapped.stream([EpochReads(epoch, 1, draw)]))
         theirs = list(decoded.stream([EpochReads(epoch, 1, draw)]))
         assert len(mine) == len(index) // 8 - 1
-        assert all(map(_same, mine, theirs))
+        assert all(map(same_batch, mine, theirs))
     others = decoded.stream([EpochReads(0, 1, draw)])
-    assert not any(map(_same, mine, others)), "epochs do not differ: nothing is compared"
+    assert not any(map(same_batch, mine, others)), "epochs do not differ: nothing is compared"
     middle = FrameDraw(1, random=False)
-    assert all(map(_same, mapped.sweep(middle), decoded.sweep(middle)))
+    assert all(map(same_batch, mapped.sweep(middle), decoded.sweep(middle)))
     monkeypatch.setattr(features, "_decoded", lambda index: pytest.fail("decoded again"))
     decode_store(snapshot, tmp_path / "features")
 
@@ -71,7 +68,7 @@ def test_a_clip_that_an_epoch_draws_again_shows_other_frames(tmp_path: Path) -> 
         reads = [EpochReads(0, first_step, FrameDraw(1))]
         batches = list(LocalReader(windows).stream(reads))
         mapped = MappedReader(windows, open_features(tmp_path / "features", spec))
-        assert all(map(_same, batches, mapped.stream(reads)))
+        assert all(map(same_batch, batches, mapped.stream(reads)))
         return batches
 
     def shown(batches: list[Batch]) -> dict[int, list[bytes]]:
@@ -88,13 +85,13 @@ def test_a_clip_that_an_epoch_draws_again_shows_other_frames(tmp_path: Path) -> 
     assert len(set(often)) >= 4, "of 8 stored frames"
     first = {key: frames[0] for key, frames in seen.items() if key in once}
     assert first == {key: once[key][0] for key in first}, "a first visit draws what it drew before"
-    assert all(map(_same, read(range(2), first_step=4), whole[4:]))
+    assert all(map(same_batch, read(range(2), first_step=4), whole[4:]))
     workers = [read(lanes_of(rank, 2, 2)) for rank in range(2)]
     joined = [
         Batch(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
         for batches in zip(*workers, strict=True)
     ]
-    assert all(map(_same, joined, whole))
+    assert all(map(same_batch, joined, whole))
 
 
 def test_features_larger_than_memory_are_refused(

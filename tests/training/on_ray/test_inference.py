@@ -13,9 +13,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from support.asked import asked_of_shards
 from support.memory import SHAPE, SPEC, MemoryReader, memory_index
 from support.stores import noise_store
-from support.unsteady import Unsteady, unsteady_bucket
 
 from pipeline.errors import DamagedShard
 from pipeline.store.cached import ShardCache
@@ -213,16 +213,15 @@ def test_an_actor_reads_the_next_batches_while_one_runs(
 
 
 def test_an_actor_asks_storage_once_for_what_its_node_keeps(
-    encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: str, encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with unsteady_bucket("evaluated") as uri:
-        index = index_rows(noise_store(f"{uri}/store", SPEC, 32).snapshot(), "train")
-        worker = _worker(encoder, index, monkeypatch, ShardCache(str(tmp_path), 2**30))
-        found = []
-        for is_first in (True, False):
-            Unsteady.asked.clear()
-            found.append(worker({"id": np.arange(8)})["outputs"])
-            assert any("/features/" in path for path, _ in Unsteady.asked) == is_first
+    index = index_rows(noise_store(f"{bucket}/store", SPEC, 32).snapshot(), "train")
+    worker = _worker(encoder, index, monkeypatch, ShardCache(str(tmp_path), 2**30))
+    found = []
+    for is_first in (True, False):
+        asked_of_shards()
+        found.append(worker({"id": np.arange(8)})["outputs"])
+        assert bool(asked_of_shards()) == is_first
     assert found[0] == found[1]
 
 

@@ -2,15 +2,15 @@
 
 import dataclasses
 import os
-import time
 from pathlib import Path
 
 import boto3
-import numpy as np
 import pytest
+from support.asked import asked_of_shards
+from support.batches import same_batches
+from support.polling import wait_until
 from support.processes import below, kill
 from support.stores import noise_store
-from support.unsteady import Unsteady, unsteady_bucket
 
 from pipeline.config import FeatureSpec
 from pipeline.storage import Location
@@ -53,14 +53,6 @@ def _local(index: RowIndex) -> list[Batch]:
     return list(LocalReader(windows_of(index)).stream(EPOCHS))
 
 
-def _same(found: list[Batch], expected: list[Batch]) -> bool:
-    return len(found) == len(expected) and all(
-        np.array_equal(x, y)
-        for a, b in zip(found, expected, strict=True)
-        for x, y in zip(a, b, strict=True)
-    )
-
-
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_tasks_give_the_batches_of_one_process(
     ray_session: None, windows: WindowPlan, tasks: int
@@ -68,27 +60,26 @@ def test_tasks_give_the_batches_of_one_process(
     ours, local = RayReader(windows, tasks, cpus=0.5), LocalReader(windows)
     expected = list(local.stream(EPOCHS))
     assert len(expected) == 2 * windows.plan.steps(N_CLIPS) - 5
-    assert _same(list(ours.stream(EPOCHS)), expected)
-    assert _same(list(ours.sweep(FrameDraw(1))), list(local.sweep(FrameDraw(1))))
+    assert same_batches(list(ours.stream(EPOCHS)), expected)
+    assert same_batches(list(ours.sweep(FrameDraw(1))), list(local.sweep(FrameDraw(1))))
 
 
 def test_tasks_keep_what_they_read_on_their_node(
-    ray_session: None, index: RowIndex, tmp_path: Path
+    ray_session: None, bucket: str, index: RowIndex, tmp_path: Path
 ) -> None:
     """Of a store behind plain HTTP, which needs no keys: the tasks have none."""
-    with unsteady_bucket("read") as uri:
-        store = noise_store(f"{uri}/store", SPEC, N_CLIPS)
-        for name in store.location.files("features"):
-            key = f"store/features/{name}"
-            boto3.client("s3").put_object_acl(Bucket="read", Key=key, ACL="public-read")
-        far = f"{os.environ['AWS_ENDPOINT_URL']}/read/store"
-        windows = windows_of(dataclasses.replace(index, store_uri=far))
-        cache = ScaleConfig(shard_cache=str(tmp_path)).cache
-        assert _same(list(RayReader(windows, 2, 0.5, cache).stream(EPOCHS)), _local(index))
-        for kept in (True, False):
-            Unsteady.asked.clear()
-            list(RayReader(windows, 2, 0.5, cache if kept else None).stream(EPOCHS))
-            assert any("/features/" in path for path, _ in Unsteady.asked) != kept
+    store, name_of = noise_store(f"{bucket}/store", SPEC, N_CLIPS), bucket.removeprefix("s3://")
+    for name in store.location.files("features"):
+        key = f"store/features/{name}"
+        boto3.client("s3").put_object_acl(Bucket=name_of, Key=key, ACL="public-read")
+    far = f"{os.environ['AWS_ENDPOINT_URL']}/{name_of}/store"
+    windows = windows_of(dataclasses.replace(index, store_uri=far))
+    cache = ScaleConfig(shard_cache=str(tmp_path)).cache
+    assert same_batches(list(RayReader(windows, 2, 0.5, cache).stream(EPOCHS)), _local(index))
+    for kept in (True, False):
+        asked_of_shards()
+        list(RayReader(windows, 2, 0.5, cache if kept else None).stream(EPOCHS))
+        assert bool(asked_of_shards()) != kept
 
 
 def test_a_training_worker_has_its_readers_keep_what_they_read(
@@ -112,7 +103,7 @@ def test_a_reader_killed_on_the_way_changes_nothing(ray_session: None, windows: 
         if n_killed < 2:
             n_killed += kill(READING)
     assert n_killed, "no reader was running"
-    assert _same(found, list(LocalReader(windows).stream(EPOCHS)))
+    assert same_batches(found, list(LocalReader(windows).stream(EPOCHS)))
 
 
 def test_reading_that_is_given_up_leaves_no_task_behind(
@@ -122,7 +113,4 @@ def test_reading_that_is_given_up_leaves_no_task_behind(
     next(stream)
     assert below(READING)
     stream.close()  # type: ignore[attr-defined]
-    deadline = time.monotonic() + 60
-    while below(READING):
-        assert time.monotonic() < deadline, "a reader still runs"
-        time.sleep(0.1)
+    wait_until(lambda: not below(READING), 60, "the end of all readers")

@@ -3,12 +3,11 @@
 import pickle
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from support.unsteady import Unsteady, unsteady_bucket
+from support.unsteady import Unsteady
 
 from pipeline.storage import Location
 from pipeline.store.lease import Lease
@@ -16,12 +15,6 @@ from training.attempt import UNHELD, Attempt
 from training.errors import RunTaken
 from training.on_ray.storage import arrow_filesystem
 from training.run.checkpoints import newest_checkpoint, state_in, write_state
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    with unsteady_bucket("checkpoints") as uri:
-        yield uri
 
 
 def _kept(place: Location, step: int, attempt: Attempt = UNHELD, n: int = 1000) -> None:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.mlflow_server import Server, answers, free_port, wait_until
+from support.mlflow_server import Server, answers
 from support.models import CLASSES, evaluated, saved_models
+from support.polling import wait_until
+from support.ports import free_port
 
 from diccae.cli import main
 from pipeline.synth import write_clips
@@ -162,8 +164,6 @@ def test_a_run_that_mlflow_does_not_know_is_one_line(
 def served(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of `mlflow models serve`, which has the model from a real server."""
     folder = tmp_path_factory.mktemp("served")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     server, port = Server(folder), free_port()
     serving = None
     try:
@@ -191,7 +191,6 @@ def served(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
             os.killpg(serving.pid, signal.SIGKILL)
             serving.wait()
         server.kill()
-        patch.undo()
 
 
 def _ask(url: str, body: dict[str, Any]) -> list[dict[str, Any]]:

@@ -5,14 +5,14 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-from support.mlflow_server import Server, wait_until
+from support.mlflow_server import Server
 from support.models import saved_models
+from support.polling import wait_until
 
 from training.cluster_config import TrackingConfig
 from training.predict.registry import register, registered
@@ -38,14 +38,6 @@ def _client(uri: str) -> Any:
 def _history(handle: RunHandle, key: str) -> list[tuple[int, float]]:
     points = _client(handle.uri).get_metric_history(handle.run_id, key)
     return sorted((point.step, point.value) for point in points)
-
-
-@pytest.fixture(scope="session")
-def migrated_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its tables made once (4 s); tests copy it."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    _client(f"sqlite:///{folder}/mlflow.db").search_experiments()
-    return folder / "mlflow.db"
 
 
 @pytest.fixture
@@ -246,29 +238,11 @@ def test_a_deleted_run_is_one_warning(out: Path, caplog: pytest.LogCaptureFixtur
     assert len(list(read_metrics(out / "metrics.jsonl"))) == 20
 
 
-@pytest.fixture(scope="module")
-def server(migrated_db: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copy(migrated_db, folder / "mlflow.db")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    server = Server(folder)
-    yield server
-    server.kill()
-    patch.undo()
-
-
-@pytest.fixture
-def running(server: Server) -> Server:
-    """The server, as the test before left it or started: its start takes five seconds of CPU."""
-    if server.process is None:
-        server.start()
-    return server
-
-
 @pytest.mark.slow
-def test_a_run_begun_without_mlflow_is_written_when_it_ends(server: Server, tmp_path: Path) -> None:
+def test_a_run_begun_without_mlflow_is_written_when_it_ends(
+    mlflow_server: Server, tmp_path: Path
+) -> None:
+    server = mlflow_server
     server.kill()
     handle = _new_run(tmp_path, server.uri, **{"mlflow.runName": "late"})
     assert handle.run_id == ""
@@ -287,9 +261,9 @@ def test_a_run_begun_without_mlflow_is_written_when_it_ends(server: Server, tmp_
 
 @pytest.mark.slow
 def test_server_that_dies_and_comes_back_has_every_point_once(
-    running: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    mlflow_up: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = running
+    server = mlflow_up
     caplog.set_level(logging.WARNING)
     handle = _new_run(tmp_path, server.uri)
     tracker = Tracker(handle, tmp_path / "metrics.jsonl")
@@ -313,7 +287,7 @@ def test_server_that_dies_and_comes_back_has_every_point_once(
 
 
 def test_what_a_stage_asks_at_its_end_does_not_grow_with_its_metrics(
-    running: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mlflow_up: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asked metric by metric, a server far away answered for minutes."""
     asked: list[str] = []
@@ -328,7 +302,7 @@ def test_what_a_stage_asks_at_its_end_does_not_grow_with_its_metrics(
     for n_metrics in (1, 30):
         out = tmp_path / str(n_metrics)
         out.mkdir()
-        handles.append(_new_run(out, running.uri))
+        handles.append(_new_run(out, mlflow_up.uri))
         tracker = Tracker(handles[-1], out / "metrics.jsonl")
         for step in range(1, 4):
             tracker.log(step, {f"metric_{n}": float(n) for n in range(n_metrics)})
@@ -344,9 +318,9 @@ def test_what_a_stage_asks_at_its_end_does_not_grow_with_its_metrics(
 
 @pytest.mark.slow
 def test_nodes_are_measured_in_one_run_also_after_mlflow_was_away(
-    running: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    mlflow_up: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = running
+    server = mlflow_up
     caplog.set_level(logging.WARNING)
     handle = _new_run(tmp_path, server.uri)
     nodes = [SystemMetrics(handle, name, every_s=0.1) for name in ("10.0.0.1", "10.0.0.2")]
