@@ -104,7 +104,7 @@ def _tell_what_google_repeats() -> None:
 
     decide = gcsfs.retry.is_retriable
     if decide.__module__ != gcsfs.retry.__name__:
-        return  # Told already, also where clustering.storage was first.
+        return  # Told already.
 
     def decide_and_tell(error: BaseException) -> bool:
         passes = bool(decide(error))

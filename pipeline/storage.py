@@ -25,6 +25,8 @@ from pipeline.patience import DELTA_RETRIES, open_filesystem
 _LIBRARIES = ("_internal", "aiohttp", "botocore", "deltalake", "gcsfs", "google")
 """`_internal` is where deltalake says that its errors are from."""
 _UNFINISHED = ".unfinished-"
+_STAGED = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+"""Ends the name of a file that `write_bytes` or `create_bytes` has not put in its place yet."""
 _ONE_SLASH = re.compile(r"[A-Za-z][\w+.-]*:/(?!/)")
 _SLOW_S = 2.0
 _BLOCK_BYTES = 2**16
@@ -103,7 +105,9 @@ class Location:
         except FileNotFoundError:
             return []
         names = {path.rstrip("/").rpartition("/")[2] for path in found}
-        return sorted(name for name in names if not name.startswith(_UNFINISHED))
+        return sorted(
+            name for name in names if not (name.startswith(_UNFINISHED) or _STAGED.search(name))
+        )
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file or folder."""
@@ -185,7 +189,7 @@ class Location:
         finally:
             unfinished.unlink(missing_ok=True)
 
-    def write_bytes(self, name: str, data: bytes) -> None:
+    def write_bytes(self, name: str, data: bytes | memoryview) -> None:
         """Create or replace a file."""
         if self.is_local:
             scratch = self.join(f"{name}.{uuid.uuid4().hex}.tmp")
@@ -201,7 +205,7 @@ class Location:
                     os.unlink(scratch)
                 raise
         else:
-            self.fs.pipe_file(self.join(name), data)
+            self.fs.pipe_file(self.join(name), bytes(data))
 
     def create_bytes(self, name: str, data: bytes) -> bool:
         """Create a file unless it exists. Returns whether this call created it (atomic).
@@ -242,13 +246,16 @@ class Location:
             self.fs.rm([self.join(name) for name in names])
 
     def remove_tree(self, name: str) -> None:
-        """Delete a file or folder; nothing happens if it is not there."""
+        """Delete a file or folder; nothing happens if it is not there, or goes meanwhile.
+
+        Raises: OSError, or what the library of an object store does, where something stays.
+        """
         path = self.join(name)
         if not self.is_local:
             with contextlib.suppress(FileNotFoundError):
                 self.fs.rm(path, recursive=True)
         elif os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path, onerror=_unless_gone)
         else:
             Path(path).unlink(missing_ok=True)
 
@@ -261,6 +268,12 @@ class Location:
         else:
             self.fs.put_file(local_file, self.join(name))
             os.unlink(local_file)
+
+
+def _unless_gone(_function: Any, _path: str, raised: Any) -> None:
+    error = raised[1]
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from clustering.rounds.frozen import FrozenRows
 from clustering.rounds.maker import RoundMaker
 from clustering.rounds.protocol import RoundRequest
 from clustering.rounds.saved import (
+    MARKER,
     forget_saved,
     kept_files,
     pools_at,
@@ -59,7 +60,7 @@ class Coordinator:
         # The marker tells a restarted coordinator from that of a new pool, which must not go on
         # with rounds of an earlier driver before they are asked for.
         self._pool_id = folder.rsplit("/", 1)[-1]
-        marker = storage.join(folder, "coordinator.json")
+        marker = storage.join(folder, MARKER)
         restarted = storage.exists(marker)
         maker.may_write()
         storage.write_json(marker, maker.identity)

@@ -25,6 +25,8 @@ _PREFIX = "bank-"
 _MANIFEST = "manifest.json"
 POOLS = "bank"
 """Folder, below that of the rounds, of what the banks of each pool write."""
+MARKER = "coordinator.json"
+"""File of a pool beside its banks' folders, by which a restarted coordinator knows itself."""
 
 
 class SavedBank(NamedTuple):
@@ -96,7 +98,8 @@ def remove_unnamed(home: str, kept: Collection[str], pools: Collection[str]) -> 
             storage.remove(folder)
             continue
         for bank in storage.names(folder):
-            for name in storage.names(storage.join(folder, bank)):
+            files = [] if bank == MARKER else storage.names(storage.join(folder, bank))
+            for name in files:
                 if f"{POOLS}/{pool}/{bank}/{name}" not in kept:
                     storage.remove(storage.join(folder, bank, name))
 

@@ -25,6 +25,7 @@ from clustering.kmeans.passes import LocalPasses, Passes
 from clustering.kmeans.share import Share
 from clustering.kmeans.space import whole_rows
 from clustering.vectors.source import VectorFile, VectorSource, find_files, shares_of, width_of
+from pipeline.patience import open_filesystem
 
 _ID_NAMES = ("id", "clip_id", "key")
 _STAMPS = ("mtime", "ETag", "etag", "LastModified", "updated", "created")
@@ -139,7 +140,7 @@ def _token(files: list[VectorFile], column: str) -> str:
     """Name of the input's content, as far as the listing tells."""
     facts: list[Any] = [column]
     for file in files:
-        filesystem, path = storage.open_filesystem(file.uri)
+        filesystem, path = open_filesystem(file.uri)
         info = filesystem.info(path)
         stamp = next((str(info[name]) for name in _STAMPS if info.get(name)), "")
         facts.append([file.uri, file.group_rows, info["size"], stamp])

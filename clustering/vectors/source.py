@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from clustering import storage
 from clustering.errors import BadVectors, ClusteringError
 from clustering.kmeans.share import RowBlock
+from pipeline.patience import open_filesystem
 
 _BLOCK_ROWS = 16384
 
@@ -67,7 +68,7 @@ class VectorSource:
 
 def find_files(uri: str) -> list[VectorFile]:
     """Parquet files at a file or folder URI, by name. Raises: ClusteringError if there are none."""
-    filesystem, path = storage.open_filesystem(uri)
+    filesystem, path = open_filesystem(uri)
     if not filesystem.exists(path):
         raise ClusteringError(f"{uri}: no such file or folder.")
     paths = sorted(filesystem.find(path)) if filesystem.isdir(path) else [path]

@@ -220,7 +220,8 @@ def test_the_rule_check_finds_planted_faults() -> None:
 
 def test_words_of_the_command_and_env_arrive_as_given() -> None:
     job = _rayjob(UNUSUAL)
-    assert shlex.split(job["spec"]["entrypoint"]) == ["python", "-m", "diccae", *UNUSUAL.command]
+    words = ["python", "-m", "diccae", *UNUSUAL.command, "--scale.shard-cache", "None"]
+    assert shlex.split(job["spec"]["entrypoint"]) == words
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     env = {entry["name"]: entry["value"] for entry in head["env"]}
     maxima = json.loads(env.pop(MAXIMA))

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from support.unsteady import Unsteady, unsteady_bucket
 
-import clustering.storage
 import pipeline.storage
 from pipeline import patience
 from pipeline.config import FeatureSpec
@@ -65,6 +64,18 @@ def test_a_folder_is_removed_whole(place: Location) -> None:
         place.write_bytes(name, b"1")
     place.remove_tree("drop")
     assert place.entries() == ["keep"]
+
+
+def test_what_a_killed_writer_left_is_none_of_the_entries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Location(tmp_path)
+    place.write_bytes("kept.tmp", b"1")
+    monkeypatch.setattr("os.replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        place.write_bytes("state.json", b"{}")
+    assert len(place.files()) == 2, "nothing was left"
+    assert place.entries() == ["kept.tmp"]
 
 
 @pytest.mark.slow
@@ -145,9 +156,3 @@ def test_a_table_in_a_bucket_that_is_away_is_told_while_it_is_tried_again(
         finally:
             Unsteady.fail_every = 0
         assert version.result() == 0
-
-
-def test_clustering_is_as_patient_as_the_rest() -> None:
-    """It has a storage of its own, since it imports none of the others."""
-    assert clustering.storage.ATTEMPTS == patience.ATTEMPTS
-    assert clustering.storage._ONE_REQUEST == patience._ONE_REQUEST
