@@ -148,7 +148,9 @@ def pool() -> None:
         single = LocalPasses(Share(BothSources(sources), config.block_rows, "cpu"))
         one, _ = iterations_cpu(single, [], d, k)
         actors = compute_actors(config, PoolConfig().groups(config).compute)
-        driver, theirs = iterations_cpu(RayPasses(actors, sources, "driver"), actors, d, k)
+        driver, theirs = iterations_cpu(
+            RayPasses(actors, sources, "driver", PoolConfig().fan_in), actors, d, k
+        )
         row(n, d, k, one, theirs, driver, (theirs + driver) / one, "<= 1.20")
         stop(actors)
 
@@ -247,7 +249,7 @@ def shares(axis: Any) -> None:
         actors = compute_actors(config, PoolConfig(n_actors=count).groups(config).compute)
         empty = max(actor_memory(actor) for actor in actors)
         sources = [GeneratedSource(n // count, d, k, part) for part in range(count)]
-        passes = RayPasses(actors, sources, "driver")
+        passes = RayPasses(actors, sources, "driver", PoolConfig().fan_in)
         spent = sum(iterations_cpu(passes, actors, d, k)) / ITERATIONS / count
         seconds.append(spent)
         held = max(actor_memory(actor) for actor in actors) - empty

@@ -132,7 +132,9 @@ def _child_start(folder: Path) -> float:
     from pipeline.decode.sandbox import Sandbox
 
     began = cpu_seconds()
-    sandbox = Sandbox("pipeline.quality.container:probe_source", timeout_s=60)
+    sandbox = Sandbox(
+        "pipeline.quality.container:probe_source", timeout_s=60, max_calls=500, max_memory_mb=1024
+    )
     sandbox.submit(str(folder / "clips.csv"), None, 1.0)
     sandbox.result()
     sandbox.close()

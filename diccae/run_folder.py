@@ -29,6 +29,7 @@ from diccae.config import (
 from diccae.errors import UsageError
 from diccae.resources import job_id
 from diccae.screen import ProgressLine, clock
+from pipeline.config import LEASE_STALE_S
 from pipeline.errors import StoreLocked
 from pipeline.storage import Location, storage_failures_ignored
 from pipeline.store.lease import LEASE_FOLDER, Lease
@@ -51,8 +52,6 @@ _NOT_PINNED = (*NOT_DECIDING, "finetune.", "evaluate.", "features.")
 """What may change between the stages of a run; its features are pinned with the store."""
 
 
-LEASE_STALE_S = 60.0
-"""Of commands that have no `scale.lease_stale_s`."""
 _LOOK_S = 0.5
 """How often a growing metrics file is looked at."""
 
@@ -84,7 +83,7 @@ class RunFolder:
         """Be the one who writes into the folder. Commands of commands hold it once.
 
         Args: purpose: the command, for the message to others. stale_s: silence after which another
-            start may take the folder over.
+            start may take the folder over: `scale.lease_stale_s`, where the command has a config.
         Raises: StoreLocked (exit 4) while another start lives.
         """
         if self._lease is not None:

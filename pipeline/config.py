@@ -16,6 +16,9 @@ from pipeline.reasons import Reason
 
 FRAME_LENGTH_MS = 25.0
 FRAME_SHIFT_MS = 10.0
+LEASE_STALE_S = 60.0
+"""Silence after which a writer is taken for dead, of leases that no config sets otherwise. Longer
+than `pipeline/patience.py` repeats a write; `scale.lease_stale_s` begins with it, too."""
 
 
 class Frozen(BaseModel):
@@ -126,5 +129,5 @@ class IngestConfig(Frozen):
     leave_out: tuple[str, ...] = ()
     """Rules of `diccae store quality` (such as still, duplicate): clips that hit one, and whose
     file is still the one that was looked at, count as not listed."""
-    lease_stale_s: float = Field(60.0, gt=1)
+    lease_stale_s: float = Field(LEASE_STALE_S, gt=1)
     """A writer that was silent for this long is taken for dead."""

@@ -6,6 +6,7 @@ changes what a run learns, but for last digits.
 
 from pydantic import Field, field_validator
 
+from pipeline.config import LEASE_STALE_S
 from pipeline.store.cached import ShardCache
 from training.frozen import Frozen
 
@@ -51,7 +52,7 @@ class ScaleConfig(Frozen):
     `ablate --processes`, which decodes a store once, nothing is."""
     shard_cache_gib: float = Field(200.0, gt=0)
     """The most that it holds on a node."""
-    lease_stale_s: float = Field(60.0, gt=1)
+    lease_stale_s: float = Field(LEASE_STALE_S, gt=1)
     """A start of a command that was silent for this long is taken for dead: the next one goes on
     with its run folder, and it writes nothing there any more."""
 

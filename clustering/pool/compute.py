@@ -57,8 +57,9 @@ class RayPasses(Passes):
     """Passes over shares that compute actors hold, one share each."""
 
     def __init__(
-        self, actors: list[Any], sources: Sequence[Source], reducer: str = "auto", fan_in: int = 8
+        self, actors: list[Any], sources: Sequence[Source], reducer: str, fan_in: int
     ) -> None:
+        """Args: actors: one for each source. reducer, fan_in: as in `PoolConfig`."""
         self._actors = actors
         self._sources = sources
         self._tree = reducer == "tree" or (reducer == "auto" and len(actors) > _TREE_ABOVE)

@@ -107,7 +107,11 @@ def main(argv: Sequence[str]) -> int:
         return _versions(args)
     if args.action == "failures":
         found = maintenance.failures(
-            args.store, args.reason, args.examples, spec=args.spec, version=args.version
+            args.store,
+            args.reason,
+            examples=args.examples,
+            spec=args.spec,
+            version=args.version,
         )
         return _failures(found, args.json)
     if args.action == "verify":

@@ -40,9 +40,11 @@ class Sandbox:
     """
 
     def __init__(
-        self, function: str, *, timeout_s: float, max_calls: int = 500, max_memory_mb: int = 1024
+        self, function: str, *, timeout_s: float, max_calls: int, max_memory_mb: int
     ) -> None:
-        """Args: function: `module:name`, importable in the child; timeout_s: deadline of a call."""
+        """Args: function: `module:name`, importable in the child; timeout_s: deadline of a call;
+        max_calls, max_memory_mb: after or above which a child is replaced, see `IngestConfig`.
+        """
         self._function = function
         self._timeout_s = timeout_s
         self._max_calls = max_calls

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import FeatureSpec
+from pipeline.config import LEASE_STALE_S, FeatureSpec
 from pipeline.decode.payload import fbank_array
 from pipeline.errors import SourceError, StoreError
 from pipeline.reasons import Reason
@@ -32,7 +32,6 @@ from pipeline.store.vacuumed import whole_snapshot
 
 _log = logging.getLogger(__name__)
 
-_LEASE_STALE_S = 60.0
 _SPARSE_FRAC = 0.5
 _TAR_CLIPS = 1000
 _MOST_RETENTION_HOURS = 876_000
@@ -80,8 +79,8 @@ def status(uri: str, version: int | None = None) -> dict[str, Any]:
 def failures(
     uri: str,
     reason: str | None = None,
-    examples: int = 3,
     *,
+    examples: int,
     spec: str | None = None,
     version: int | None = None,
 ) -> dict[str, Any]:
@@ -151,7 +150,7 @@ def compact(uri: str, shard_clips: int = 256) -> dict[str, Any]:
     Raises: StoreLocked, StoreError.
     """
     store = FeatureStore.open(uri)
-    with store.lease(_LEASE_STALE_S, "store compact") as lease:
+    with store.lease(LEASE_STALE_S, "store compact") as lease:
         snapshot = store.snapshot()
         live = snapshot.rows(None)
         sparse = live.filter(
@@ -211,7 +210,7 @@ def _point_at(rows: pa.Table, spec_hash: str, moved: list[tuple[str, str, int]])
     return rows
 
 
-def vacuum(uri: str, retention_hours: float = 168.0, dry_run: bool = False) -> dict[str, Any]:
+def vacuum(uri: str, retention_hours: float, dry_run: bool = False) -> dict[str, Any]:
     """Delete shards and log files that no kept version needs, those of killed runs among them.
 
     Kept are the newest version, pinned ones and all younger than the retention, which must be
@@ -228,7 +227,7 @@ def vacuum(uri: str, retention_hours: float = 168.0, dry_run: bool = False) -> d
             f"{_MOST_RETENTION_HOURS:,}. Nothing was removed."
         )
     store = FeatureStore.open(uri)
-    with store.lease(_LEASE_STALE_S, "store vacuum") as lease:
+    with store.lease(LEASE_STALE_S, "store vacuum") as lease:
         oldest = time.time() - 3600 * retention_hours
         young, pinned = _young_versions(store, oldest), set(store.pins().values())
         newest = store.snapshot()

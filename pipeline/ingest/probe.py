@@ -40,7 +40,12 @@ def probe_timelines(clips: pa.Table, spec: FeatureSpec, config: IngestConfig) ->
     rows = clips.to_pylist()
     files = [clip for clip in rows if part_of(clip["uri"]) is None]
     counts["in_parts"] = len(rows) - len(files)
-    sandbox = Sandbox("pipeline.ingest.probe:probe_clip", timeout_s=config.timeout_s)
+    sandbox = Sandbox(
+        "pipeline.ingest.probe:probe_clip",
+        timeout_s=config.timeout_s,
+        max_calls=config.child_clips,
+        max_memory_mb=config.child_memory_mb,
+    )
     try:
         for fetched in fetch_all(files, config):
             try:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from av.video.reformatter import VideoReformatter
 
-from pipeline.config import FeatureSpec, IngestConfig
+from pipeline.config import LEASE_STALE_S, FeatureSpec, IngestConfig
 from pipeline.decode.frames import frames_in_order, pixel_aspect, to_square
 from pipeline.decode.payload import decode_jpegs, fbank_array
 from pipeline.decode.timeline import read_timeline
@@ -27,7 +27,6 @@ from pipeline.store.schema import CLIPS_SCHEMA
 from pipeline.store.shards import by_shard, read_rows, side_by_side, spec_hash_of
 from pipeline.store.store import FeatureStore, Snapshot
 
-_LEASE_STALE_S = 60.0
 # Mean absolute difference of two 8-bit pictures: JPEG at quality 95 and another scaler make 1-4,
 # the neighbouring frame of a moving scene more.
 _MOST_DIFFERENCE = 8.0
@@ -44,7 +43,7 @@ class _Checked(NamedTuple):
     """Frames compared with the source."""
 
 
-def verify(uri: str, sample: int = 32, seed: int = 0, repair: bool = False) -> dict[str, Any]:
+def verify(uri: str, sample: int, seed: int = 0, repair: bool = False) -> dict[str, Any]:
     """Check all shards, and `sample` clips in depth.
 
     Returns: {"clips", "shards", "sampled", "compared" (frames against their source),
@@ -231,7 +230,7 @@ def _decode_all(
 
 def _forget(store: FeatureStore, clip_ids: set[str]) -> dict[str, int]:
     """Tombstones for clips: the next ingest sees them as new."""
-    with store.lease(_LEASE_STALE_S, "store verify --repair") as lease:
+    with store.lease(LEASE_STALE_S, "store verify --repair") as lease:
         states = store.snapshot().clips
         wanted = pa.array(sorted(clip_ids), pa.string())
         rows = states.filter(pc.is_in(states["clip_id"], value_set=wanted))

@@ -45,7 +45,6 @@ class ScanSettings:
     store_uri: str
     spec: FeatureSpec
     reads_sources: bool
-    timeout_s: float = 60.0
 
 
 class _Looked(NamedTuple):
@@ -89,8 +88,13 @@ class _Looker:
 
     def __init__(self, settings: ScanSettings) -> None:
         self.settings = settings
+        ingest = IngestConfig()
+        # No config of an ingest is at hand: sources are read as one does by default.
         self._sandbox = Sandbox(
-            "pipeline.quality.container:probe_source", timeout_s=settings.timeout_s
+            "pipeline.quality.container:probe_source",
+            timeout_s=ingest.timeout_s,
+            max_calls=ingest.child_clips,
+            max_memory_mb=ingest.child_memory_mb,
         )
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.config import LEASE_STALE_S
 from pipeline.errors import StoreError
 from pipeline.quality.rules import RULES, rules_named
 from pipeline.storage import Location
@@ -29,7 +30,6 @@ FILE = "quality/table.parquet"
 _PRINTS_FILE = "quality/prints.parquet"
 _PARTS = "quality/parts"
 _ABOUT = b"diccae.quality"
-_LEASE_STALE_S = 60.0
 
 _IDENTITY = [
     *(SOURCE_SCHEMA.field(name) for name in ("clip_id", "uri", "start_s", "end_s", "split")),
@@ -109,7 +109,7 @@ class Measured(NamedTuple):
 def table_lease(location: Location) -> Lease:
     """The right to replace the table, for the moments between `read_measured` and `write_table`;
     who comes second waits."""
-    return Lease(location.below("quality"), _LEASE_STALE_S, "store quality", waits=True)
+    return Lease(location.below("quality"), LEASE_STALE_S, "store quality", waits=True)
 
 
 def read_measured(location: Location) -> Measured:

@@ -79,7 +79,7 @@ def test_rounds_and_clusters_lie_where_a_name_has_two_colons(
         uri = str(tmp_path / name / "rounds")
         rounds = LocalRounds(KMeansConfig(k=8), streams, uri)
         push_all(rounds, features(), 100)
-        rounds.start(RoundRequest(1, 100, 120))
+        rounds.start(RoundRequest(1, 100, 120, posterior_temperature=0.1))
         rounds.wait(1, 120)
         rounds.save(f"{uri}/bank-1")
         rounds.restore(f"{uri}/bank-1")
@@ -104,7 +104,7 @@ def test_a_round_that_cannot_be_cleared_away_is_not_taken_for_the_one_asked_for(
         rounds = LocalRounds(KMeansConfig(k=k), streams, str(tmp_path))
         push_all(rounds, features(), 100)
         if k == 8:
-            rounds.start(RoundRequest(1, 100, 120))
+            rounds.start(RoundRequest(1, 100, 120, posterior_temperature=0.1))
             rounds.wait(1, 120)
 
     def refuse(*_: object, **__: object) -> None:
@@ -112,7 +112,7 @@ def test_a_round_that_cannot_be_cleared_away_is_not_taken_for_the_one_asked_for(
 
     monkeypatch.setattr("os.unlink", refuse)
     with pytest.raises(PermissionError, match="not yours"):
-        rounds.start(RoundRequest(1, 100, 120))
+        rounds.start(RoundRequest(1, 100, 120, posterior_temperature=0.1))
 
 
 def test_a_write_that_failed_leaves_the_old_file_and_nothing_else(

@@ -164,8 +164,8 @@ class Labelling:
             round=number,
             step=step,
             effective_step=step + self.lead_steps,
-            cold=cold,
             posterior_temperature=self.config.loss.class_temperature,
+            cold=cold,
             expected_rows=self.n_clips,
         )
 

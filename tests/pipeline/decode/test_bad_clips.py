@@ -39,7 +39,9 @@ def check_mutants(originals: list[Path], n: int, folder: Path, seed: int) -> dic
     """Decode n mutants in a sandbox, check what is accepted. Returns how they ended."""
     rng = np.random.default_rng(seed)
     whole = [extract(str(path), None, None, SPEC) for path in originals]
-    sandbox = Sandbox("pipeline.decode.clip:extract", timeout_s=30.0)
+    sandbox = Sandbox(
+        "pipeline.decode.clip:extract", timeout_s=30.0, max_calls=500, max_memory_mb=1024
+    )
     ended: dict[str, int] = {}
     try:
         for i in range(n):

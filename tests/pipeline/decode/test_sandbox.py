@@ -45,6 +45,9 @@ def run(what):
 """
 
 
+LIMITS = {"max_calls": 500, "max_memory_mb": 1024}
+
+
 @pytest.fixture
 def sandbox(tmp_path, monkeypatch):
     (tmp_path / "poison.py").write_text(POISON)
@@ -52,7 +55,7 @@ def sandbox(tmp_path, monkeypatch):
     made = []
 
     def make(**options) -> Sandbox:
-        made.append(Sandbox("poison:run", **{"timeout_s": 10.0, **options}))
+        made.append(Sandbox("poison:run", **{"timeout_s": 10.0, **LIMITS, **options}))
         return made[-1]
 
     yield make
@@ -131,7 +134,7 @@ def test_child_that_stalls_while_it_starts_costs_its_call_and_a_third_one_ends_i
 ):
     (tmp_path / "stalls.py").write_text("import time\ntime.sleep(600)\n")
     monkeypatch.setattr("pipeline.decode.sandbox._START_TIMEOUT_S", 0.5)
-    box = Sandbox("stalls:run", timeout_s=60.0)
+    box = Sandbox("stalls:run", timeout_s=60.0, **LIMITS)
     for _ in range(2):
         box.submit("anything")
         with pytest.raises(Rejected, match=r"while it started: no result after 0\.5 s") as caught:
@@ -158,7 +161,7 @@ def test_child_dies_with_its_parent(tmp_path, monkeypatch):
     (tmp_path / "poison.py").write_text(POISON)
     script = (
         "from pipeline.decode.sandbox import Sandbox\n"
-        "box = Sandbox('poison:run', timeout_s=60)\n"
+        "box = Sandbox('poison:run', timeout_s=60, max_calls=9, max_memory_mb=1024)\n"
         "box.submit('fine')\n"
         "print(box.result()[1], flush=True)\n"
         "box.submit('hang with the GIL')\n"

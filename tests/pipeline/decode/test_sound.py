@@ -60,7 +60,9 @@ def flash_and_beep(ffmpeg, tmp_path_factory):
 @pytest.fixture
 def child():
     """A process that decodes: sound that ends it costs one answer, not the tests."""
-    sandbox = Sandbox("pipeline.decode.clip:extract", timeout_s=60)
+    sandbox = Sandbox(
+        "pipeline.decode.clip:extract", timeout_s=60, max_calls=500, max_memory_mb=1024
+    )
     yield sandbox
     sandbox.close()
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import subprocess
 import tarfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_touched_added_and_deleted_files_are_counted_exactly(source):
     after = source.snapshot()
     assert "a new, odd label" in after.classes
     assert deleted.stem not in after.rows(None)["clip_id"].to_pylist()
-    assert failures(source.store)["missing"]["examples"][0]["clip_id"] == deleted.stem
+    assert failures(source.store, examples=1)["missing"]["examples"][0]["clip_id"] == deleted.stem
     # The older version still is what it was.
     old = source.snapshot(pinned[0])
     assert (old.digest, old.rows(None)) == pinned[1:]
@@ -199,7 +200,7 @@ def test_one_file_that_vanishes_while_others_are_decoded_is_missing(source):
     )
     summary = source.ingest(source.spec, lambda progress: last.unlink(True), shard_clips=4)
     assert (summary.ok, summary.failed) == (47, 0)
-    assert failures(source.store)["missing"]["examples"][0]["clip_id"] == last.stem
+    assert failures(source.store, examples=1)["missing"]["examples"][0]["clip_id"] == last.stem
     assert source.counts(source.ingest()) == {"unchanged": 48}
 
 
@@ -329,6 +330,22 @@ def test_probe_counts_timelines_that_frame_counting_gets_wrong(moving_clip, ffmp
     assert list(examples) == ["cut00000000_000001"]
     assert "discard" in examples["cut00000000_000001"]
     assert not store.exists()
+
+
+def test_a_probe_keeps_to_the_limits_of_the_config(source, monkeypatch):
+    for file in source.files()[:2]:
+        os.utime(file, ns=(1, 1))
+    start, started = subprocess.Popen, []
+
+    def child(*args, **options):
+        started.append(args)
+        return start(*args, **options)
+
+    monkeypatch.setattr("pipeline.decode.sandbox.subprocess.Popen", child)
+    config = source.config.model_copy(update={"child_clips": 1})
+    where = str(source.csv), str(source.videos), source.store
+    plan = plan_ingest(*where, None, config, probe=True)
+    assert plan.timelines["clean"] + plan.timelines["unclean"] == len(started) == 2
 
 
 def test_opening_what_is_no_store_says_so(tmp_path):

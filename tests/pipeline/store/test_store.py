@@ -22,6 +22,7 @@ from pipeline.store.shards import ShardWriter, by_row_group, by_shard, read_rows
 from pipeline.store.store import FeatureStore
 
 SPEC = FeatureSpec(n_frames=1, frame_size=16, fbank_frames=8, n_mels=8)
+WEEK_H = 168.0
 
 
 def commit(store: FeatureStore, ids: list[str], shard: str | None = None, **changes) -> int:
@@ -266,7 +267,7 @@ def test_vacuum_works_after_one_of_a_shorter_retention(dry_run, store, caplog):
     newest = store.version()
     vacuum(store.uri, retention_hours=0.0)
     caplog.clear()
-    assert vacuum(store.uri, dry_run=dry_run)["kept"][0] == newest
+    assert vacuum(store.uri, WEEK_H, dry_run)["kept"][0] == newest
     (record,) = caplog.records
     said = f"{store.uri}: nothing is kept for 1 of the versions up to {newest - 1}, which"
     assert record.getMessage().startswith(said)
@@ -285,7 +286,7 @@ def test_vacuum_keeps_what_a_young_version_needs_behind_one_whose_files_are_gone
     compact(store.uri)
     vacuum(store.uri, retention_hours=0.0)
     store.unpin("run-1")
-    vacuumed = vacuum(store.uri)
+    vacuumed = vacuum(store.uri, WEEK_H)
     assert vacuumed["shards"] == 0
     assert gone not in vacuumed["kept"]
     assert young in vacuumed["kept"]
@@ -303,7 +304,7 @@ def test_vacuum_refuses_where_a_pinned_version_cannot_be_read(store):
     store.pin(pinned, "run-1")
     for dry_run in (True, False):
         with pytest.raises(StoreError, match=f"version {pinned} cannot be read"):
-            vacuum(store.uri, dry_run=dry_run)
+            vacuum(store.uri, WEEK_H, dry_run)
 
 
 def test_verify_finds_a_row_of_another_clip_and_forgets_it_on_demand(store):
@@ -324,7 +325,7 @@ def test_failures_tell_counts_and_examples(store):
     assert list(report) == ["no_audio", "timeout"]
     assert report["no_audio"]["clips"] == 5
     assert [e["clip_id"] for e in report["no_audio"]["examples"]] == ["f0", "f1"]
-    assert list(failures(store.uri, reason="timeout")) == ["timeout"]
+    assert list(failures(store.uri, "timeout", examples=3)) == ["timeout"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "webdataset"])

@@ -66,11 +66,17 @@ def _from_sources(
     clips: list[dict[str, Any]], deadline: float
 ) -> Iterator[tuple[str, bytes | None, str]]:
     """(clip id, sound or None, why not) of every clip."""
-    sandbox = Sandbox("training.report.clips.sound:excerpt", timeout_s=_TIMEOUT_S)
+    ingest = IngestConfig()
+    sandbox = Sandbox(
+        "training.report.clips.sound:excerpt",
+        timeout_s=_TIMEOUT_S,
+        max_calls=ingest.child_clips,
+        max_memory_mb=ingest.child_memory_mb,
+    )
     left = {clip["clip_id"]: clip for clip in clips}
     why = "its source cannot be reached"
     try:
-        for fetched in fetch_all([dict(clip) for clip in clips], IngestConfig()):
+        for fetched in fetch_all([dict(clip) for clip in clips], ingest):
             if time.monotonic() > deadline:
                 fetched.release()
                 why = "its source takes too long"
