@@ -134,7 +134,7 @@ def as_before() -> Iterator[None]:
         return location.fs.open(path, "rb")
 
     with (
-        mock.patch.object(reader, "side_by_side", map),
+        mock.patch.object(reader, "side_by_side", lambda work, items, _at_once: map(work, items)),
         mock.patch.object(shards, "_opened", opened),
         mock.patch.object(shards, "_footers", shards._Footers(most=0)),
     ):

@@ -24,9 +24,10 @@ from pipeline.config import LEASE_STALE_S, FeatureSpec
 from pipeline.decode.payload import fbank_array
 from pipeline.errors import SourceError, StoreError
 from pipeline.reasons import Reason
+from pipeline.side_by_side import side_by_side
 from pipeline.storage import Location
 from pipeline.store.schema import CLIPS_SCHEMA, SHARD_SCHEMA, split_labels
-from pipeline.store.shards import ShardWriter, shard_n_rows, side_by_side, with_features
+from pipeline.store.shards import AT_ONCE, ShardWriter, shard_n_rows, with_features
 from pipeline.store.store import FeatureStore, Snapshot
 from pipeline.store.vacuumed import whole_snapshot
 
@@ -172,7 +173,7 @@ def compact(uri: str, shard_clips: int = 256) -> dict[str, Any]:
 
 def _sparse_shards(live: pa.Table, uri: str) -> list[str]:
     counts = Counter(live["shard"].to_pylist())
-    n_rows = side_by_side(lambda shard: shard_n_rows(uri, shard), counts)
+    n_rows = side_by_side(lambda shard: shard_n_rows(uri, shard), counts, AT_ONCE)
     of_shards = zip(counts.items(), n_rows, strict=True)
     return [shard for (shard, n_live), n in of_shards if n_live < _SPARSE_FRAC * n]
 

@@ -20,11 +20,12 @@ from pipeline.decode.payload import decode_jpegs, fbank_array
 from pipeline.decode.timeline import read_timeline
 from pipeline.errors import DamagedShard
 from pipeline.reasons import Reason, Rejected
+from pipeline.side_by_side import side_by_side
 from pipeline.source.fetch import Fetched, fetch_all
 from pipeline.source.tar_parts import part_of
 from pipeline.storage import is_storage_failure
 from pipeline.store.schema import CLIPS_SCHEMA
-from pipeline.store.shards import by_shard, read_rows, side_by_side, spec_hash_of
+from pipeline.store.shards import AT_ONCE, by_shard, read_rows, spec_hash_of
 from pipeline.store.store import FeatureStore, Snapshot
 
 # Mean absolute difference of two 8-bit pictures: JPEG at quality 95 and another scaler make 1-4,
@@ -104,7 +105,7 @@ def _check_shards(snapshot: Snapshot, live: pa.Table) -> Iterator[dict[str, str]
         except DamagedShard as error:
             return error
 
-    tables = side_by_side(opened, by_shard(live))
+    tables = side_by_side(opened, by_shard(live), AT_ONCE)
     for (_, rows), table in zip(by_shard(live), tables, strict=True):
         mine = rows.to_pylist()
         if isinstance(table, DamagedShard):

@@ -25,7 +25,8 @@ import pyarrow.compute as pc
 from pipeline.config import FeatureSpec
 from pipeline.decode.payload import decode_jpegs, fbank_array
 from pipeline.quality.run import Progress, refuse_no_clips
-from pipeline.store.shards import by_shard, side_by_side, with_features
+from pipeline.side_by_side import side_by_side
+from pipeline.store.shards import by_shard, with_features
 from pipeline.store.store import FeatureStore, Snapshot
 
 

@@ -7,9 +7,8 @@ not at all, and is never changed.
 import os
 import tempfile
 import uuid
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -36,7 +35,6 @@ _UNFINISHED = ".part-"
 AT_ONCE = 8
 """Shards that a process asks for at once: as many as Arrow has threads for reading."""
 
-A = TypeVar("A")
 T = TypeVar("T")
 
 
@@ -219,26 +217,6 @@ def shard_n_rows(store_uri: str, shard: str) -> int:
 def spec_hash_of(table: pa.Table) -> str:
     """Hash of the spec that the shard was written with which `read_rows` took this from."""
     return FeatureSpec.hash_of((table.schema.metadata or {}).get(SPEC_KEY, b""))
-
-
-def side_by_side(work: Callable[[A], T], items: Iterable[A], at_once: int = AT_ONCE) -> Iterator[T]:
-    """What `work` makes of each item, in their order, by threads that wait for storage together.
-
-    Args: at_once: most items that are at work or done and not taken yet.
-    Raises: what `work` raises, of the first item for which it does; the others are given up.
-    """
-    started: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(at_once) as pool:
-        try:
-            for item in items:
-                started.append(pool.submit(work, item))
-                if len(started) == at_once:
-                    yield started.popleft().result()
-            while started:
-                yield started.popleft().result()
-        finally:
-            for future in started:
-                future.cancel()
 
 
 class _Footer(NamedTuple):

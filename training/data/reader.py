@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from clustering.kmeans.hashing import GOLDEN, hash64
 from pipeline.decode.payload import decode_jpegs, fbank_array
+from pipeline.side_by_side import side_by_side
 from pipeline.store.cached import ShardCache
-from pipeline.store.shards import read_rows, side_by_side
+from pipeline.store.shards import AT_ONCE, read_rows
 from training.data.frames import frames_at
 from training.data.order import EpochReads, FrameDraw, Window, WindowPlan
 
@@ -121,7 +122,8 @@ class _Encoded:
                 cache=cache,
             ).combine_chunks()
 
-        for here, table in zip(of_shard, side_by_side(read, range(len(of_shard))), strict=True):
+        tables = side_by_side(read, range(len(of_shard)), AT_ONCE)
+        for here, table in zip(of_shard, tables, strict=True):
             self.frames.append(table["frames"].chunk(0))
             self.fbanks.append(table["fbank"].chunk(0))
             self.row_W[here] = np.arange(len(here))

@@ -7,14 +7,12 @@ grow with the number of clips.
 
 import logging
 import pickle
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from numpy.typing import NDArray
 
+from pipeline.side_by_side import side_by_side
 from pipeline.storage import place_of
 from training.cluster_config import ScaleConfig
 from training.config import DataConfig
@@ -34,9 +32,6 @@ _AHEAD = 3
 fbanks are 110 MB."""
 _TASK_BATCHES = 16
 """Of a task of an actor, which begins with nothing read."""
-
-Item = TypeVar("Item")
-Read = TypeVar("Read")
 
 
 class _Worker:
@@ -58,7 +53,7 @@ class _Worker:
         rows: dict[str, list[Any]] = {"job": [], "outputs": []}
         # All rows of a task together, and not one batch after the other: Ray Data wraps what a
         # call raises, not what an iterator raises later.
-        for clips in read_ahead(self._read, task["id"].tolist(), _AHEAD):
+        for clips in side_by_side(self._read, task["id"].tolist(), 1 + _AHEAD):
             for part, decoded in clips:
                 found = part.outputs(self.model, decoded)
                 rows["job"].append(part.job)
@@ -72,23 +67,6 @@ class _Worker:
             (decoded,) = read_window(part.window, self.cache)
             clips.append((part, decoded))
         return clips
-
-
-def read_ahead(read: Callable[[Item], Read], items: Iterable[Item], n_ahead: int) -> Iterator[Read]:
-    """What `read` makes of each item, in order; the next `n_ahead` are read meanwhile, by threads.
-
-    Raises: what `read` raises, when its item's turn comes.
-    """
-    rest, started = iter(items), deque[Future[Read]]()
-    threads = ThreadPoolExecutor(n_ahead, "read")
-    try:
-        started.extend(threads.submit(read, item) for item in islice(rest, n_ahead))
-        while started:
-            found = started.popleft().result()
-            started.extend(threads.submit(read, item) for item in islice(rest, 1))
-            yield found
-    finally:
-        threads.shutdown(cancel_futures=True)
 
 
 def run_jobs(

@@ -12,7 +12,7 @@ from support.stores import noise_store
 from pipeline.config import FeatureSpec
 from pipeline.decode.payload import decode_jpegs, fbank_array
 from pipeline.errors import DamagedShard
-from pipeline.store.shards import AT_ONCE, read_rows, side_by_side
+from pipeline.store.shards import AT_ONCE, read_rows
 from pipeline.store.store import FeatureStore
 from training.config import DataConfig
 from training.data import rows
@@ -90,30 +90,3 @@ def test_a_missing_shard_is_named(store: FeatureStore) -> None:
     shard.unlink()
     with pytest.raises(DamagedShard, match=shard.name):
         list(reader(store).stream([ONCE]))
-
-
-def test_no_more_shards_are_read_ahead_than_may_wait() -> None:
-    begun: list[int] = []
-
-    def work(item: int) -> int:
-        begun.append(item)
-        return item
-
-    results = side_by_side(work, range(100), at_once=3)
-    assert next(results) == 0
-    assert set(begun) <= {0, 1, 2}
-    assert list(results) == list(range(1, 100))
-
-
-def test_the_first_failure_in_their_order_is_told_and_the_rest_given_up() -> None:
-    begun: list[int] = []
-
-    def work(item: int) -> int:
-        begun.append(item)
-        if item in (4, 5):
-            raise ValueError(item)
-        return item
-
-    with pytest.raises(ValueError, match="4"):
-        list(side_by_side(work, range(100), at_once=3))
-    assert len(begun) <= 7
