@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = OPTIONS.parse(argv)
     _refuse_options_of_others(args)
-    from pipeline.ingest import maintenance
+    from pipeline.store import maintenance
 
     if args.action == "status":
         return _status(maintenance.status(args.store, args.version), args.json)
@@ -136,7 +136,7 @@ def _refuse_options_of_others(args: StoreArgs) -> None:
 
 def _change_or_copy(args: StoreArgs) -> int:
     """The actions that write: compact, vacuum, pin, unpin, export."""
-    from pipeline.ingest import maintenance
+    from pipeline.store import maintenance
 
     if args.action == "compact":
         return _show(maintenance.compact(args.store), args.json)
@@ -219,7 +219,7 @@ def _status(result: dict[str, Any], as_json: bool) -> int:
 
 
 def _vacuum(args: StoreArgs) -> int:
-    from pipeline.ingest.maintenance import vacuum
+    from pipeline.store.maintenance import vacuum
 
     result = vacuum(args.store, args.retention_hours, args.dry_run)
     files = result.pop("files")

@@ -12,7 +12,7 @@ from support.cheap_source import CHEAP_SPECS, CheapSource
 from diccae.cli import main
 from diccae.errors import UsageError
 from diccae.stages import ingest
-from pipeline.ingest.maintenance import status
+from pipeline.store.maintenance import status
 from pipeline.store.store import FeatureStore
 
 OLD, NEW = CHEAP_SPECS

@@ -12,7 +12,7 @@ from support.processes import ray_env
 from support.runs import SMOKE
 
 from diccae.cli import main
-from pipeline.ingest.maintenance import status
+from pipeline.store.maintenance import status
 
 N_CLIPS = 96
 

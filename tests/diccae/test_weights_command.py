@@ -12,7 +12,7 @@ from support.stores import noise_store
 from diccae.cli import main
 from pipeline.config import FeatureSpec
 from pipeline.errors import StoreError
-from pipeline.ingest.maintenance import status
+from pipeline.store.maintenance import status
 from pipeline.store.schema import CLIPS_SCHEMA
 from pipeline.store.store import FeatureStore
 from pipeline.store.versions import unpin

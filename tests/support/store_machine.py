@@ -28,10 +28,10 @@ from support.sudden_end import Killed, Steps
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import MassRemoval, StoreError, StoreLocked
 from pipeline.ingest import run
-from pipeline.ingest.maintenance import compact, status, vacuum
 from pipeline.ingest.verify import verify
 from pipeline.storage import Location
 from pipeline.store.lease import Lease
+from pipeline.store.maintenance import compact, status, vacuum
 from pipeline.store.shards import ShardWriter, read_rows
 from pipeline.store.snapshot import Snapshot
 from pipeline.store.store import FeatureStore

@@ -22,9 +22,9 @@ from support.stores import contents
 
 from pipeline.config import FeatureSpec
 from pipeline.errors import PipelineError, StoreLocked
-from pipeline.ingest.maintenance import status
 from pipeline.storage import Location
 from pipeline.store.lease import Lease
+from pipeline.store.maintenance import status
 from pipeline.store.store import FeatureStore
 
 DRIVER = """

@@ -6,7 +6,7 @@ import pytest
 from support.cheap_source import CHEAP_SPECS, CheapSource
 
 from pipeline.errors import TooManyFailures
-from pipeline.ingest.maintenance import status
+from pipeline.store.maintenance import status
 
 SPEC = CHEAP_SPECS[0]
 LIMIT = {"max_failed_frac": 0.1}

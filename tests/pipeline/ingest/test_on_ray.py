@@ -7,12 +7,12 @@ import pytest
 from support.stores import contents
 
 from pipeline.errors import PipelineError
-from pipeline.ingest.maintenance import status
 from pipeline.ingest.on_ray import _DecodeActor
 from pipeline.ingest.run import plan_ingest
 from pipeline.ingest.shard_decoder import table_to_bytes
 from pipeline.storage import Location
 from pipeline.store.identity import store_id
+from pipeline.store.maintenance import status
 
 SLOW = "tests.pipeline.slow_decoder:extract"
 

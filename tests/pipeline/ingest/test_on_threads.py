@@ -13,11 +13,11 @@ from support.processes import below
 from support.stores import contents
 
 from pipeline.errors import PipelineError
-from pipeline.ingest.maintenance import status
 from pipeline.ingest.run import plan_ingest
 from pipeline.ingest.shard_decoder import ShardDecoder
 from pipeline.ingest.verify import verify
 from pipeline.reasons import Reason
+from pipeline.store.maintenance import status
 from pipeline.store.shards import ShardWriter
 
 SLOW = "tests.pipeline.slow_decoder:extract"

@@ -17,10 +17,10 @@ from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.decode.clip import extract
 from pipeline.decode.payload import decode_jpegs, fbank_array
 from pipeline.errors import MassRemoval, PipelineError, SourceError, StoreError, TooManyFailures
-from pipeline.ingest.maintenance import failures, status
 from pipeline.ingest.run import Progress, _Run, ingest, plan_ingest
 from pipeline.ingest.verify import verify
 from pipeline.store.lease import Lease
+from pipeline.store.maintenance import failures, status
 from pipeline.store.schema import CLIPS_SCHEMA
 from pipeline.store.store import FeatureStore, read_rows
 

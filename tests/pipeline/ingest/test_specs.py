@@ -5,9 +5,9 @@ import pytest
 from support.cheap_source import CHEAP_SPECS, CheapSource, features
 
 from pipeline.errors import MassRemoval, StoreLocked, TooManyFailures
-from pipeline.ingest.maintenance import compact, failures, status, vacuum
 from pipeline.ingest.verify import verify
 from pipeline.store.lease import Lease
+from pipeline.store.maintenance import compact, failures, status, vacuum
 from pipeline.store.schema import CLIPS_SCHEMA
 from pipeline.store.shards import ShardWriter, read_rows
 from pipeline.store.store import FeatureStore

@@ -13,10 +13,10 @@ from support.unsteady import Unsteady
 
 from pipeline.config import FeatureSpec
 from pipeline.errors import DamagedShard, StoreError
-from pipeline.ingest.maintenance import compact, export
 from pipeline.ingest.verify import verify
 from pipeline.quality.scan import ScanSettings, scan
 from pipeline.quality.stats import compute_stats
+from pipeline.store.maintenance import compact, export
 from pipeline.store.schema import ROW_GROUP_ROWS
 from pipeline.store.shards import read_rows
 from pipeline.store.store import FeatureStore

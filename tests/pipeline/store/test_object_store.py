@@ -20,8 +20,6 @@ from diccae.cli import main
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.decode.payload import fbanks_function
 from pipeline.errors import StoreError, StoreLocked
-from pipeline.ingest.maintenance import compact, failures, vacuum
-from pipeline.ingest.maintenance import status as store_status
 from pipeline.ingest.run import ingest, plan_ingest
 from pipeline.ingest.shard_decoder import ShardDecoder
 from pipeline.ingest.verify import verify
@@ -31,6 +29,8 @@ from pipeline.source.listing import list_sources
 from pipeline.storage import Location
 from pipeline.store.identity import store_id
 from pipeline.store.lease import Lease
+from pipeline.store.maintenance import compact, failures, vacuum
+from pipeline.store.maintenance import status as store_status
 from pipeline.store.store import FeatureStore, read_rows
 from pipeline.synth import write_clips
 

@@ -15,8 +15,8 @@ import pytest
 
 from pipeline.config import FeatureSpec
 from pipeline.errors import SourceError, StoreError
-from pipeline.ingest.maintenance import compact, export, failures, status, vacuum
 from pipeline.ingest.verify import verify
+from pipeline.store.maintenance import compact, export, failures, status, vacuum
 from pipeline.store.schema import CLIPS_SCHEMA, SPEC_PROPERTY
 from pipeline.store.shards import ShardWriter, by_row_group, by_shard, read_rows
 from pipeline.store.store import FeatureStore
