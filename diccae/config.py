@@ -107,7 +107,7 @@ def parse_config(text: str, where: str | Path) -> RunConfig:
             f"{where}: found {type(content).__name__}, expected sections such as data:"
         )
     _move_pool_keys(content)
-    _drop_switches(content, where)
+    _drop_keys_of_before(content, where)
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
@@ -126,14 +126,24 @@ def _move_pool_keys(content: dict[str, Any]) -> None:
             content["pool"] = moved | (content.get("pool") or {})
 
 
-def _drop_switches(content: dict[str, Any], where: str | Path) -> None:
-    """What holds for one call alone is no key any more; each config saved before has these, off.
+def _drop_keys_of_before(content: dict[str, Any], where: str | Path) -> None:
+    """What holds for one call alone, and what makes other features, are no keys of an ingest any
+    more; each config saved before has them, as they make no difference.
 
-    Raises: UsageError for one that is on.
+    Raises: UsageError for one that would.
     """
     section = content.get("ingest")
+    if not isinstance(section, dict):
+        return
+    extractor = section.pop("extractor", IngestConfig.extractor)
+    if extractor != IngestConfig.extractor:
+        raise UsageError(
+            f"{where}: ingest.extractor: {extractor} is no key of a config any more, since another "
+            f"one than {IngestConfig.extractor} makes other features under the same spec: leave it "
+            "out; which decoder reads a clip is features.decoder"
+        )
     for key in ("probe", "allow_mass_delete"):
-        if isinstance(section, dict) and section.pop(key, False):
+        if section.pop(key, False):
             option = f"--{key.replace('_', '-')}"
             raise UsageError(
                 f"{where}: ingest.{key} is no key of a config any more, since it is meant for one "

@@ -8,7 +8,7 @@ or until they get more room or time (`max_clip_bytes`, `child_memory_mb`, `timeo
 """
 
 import hashlib
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -79,6 +79,9 @@ class FeatureSpec(Frozen):
 class IngestConfig(Frozen):
     """How an ingest runs; changes nothing of what is stored of a clip."""
 
+    extractor: ClassVar[str] = "pipeline.decode.clip:extract"
+    """What the decode child runs, `module:function`. No field: another one makes other features."""
+
     shard_clips: int = Field(256, ge=1, le=4096)
     """Most clips in one shard, the unit of retry."""
     workers: int | None = Field(None, ge=1)
@@ -91,8 +94,6 @@ class IngestConfig(Frozen):
     """CPUs an actor reserves; below 1 so that Ray Data's own tasks always find room."""
     timeout_s: float = Field(60.0, gt=0)
     """Longest time one clip may take in the decode child."""
-    extractor: str = Field("pipeline.decode.clip:extract", pattern=r"[\w.]+:\w+")
-    """What the decode child runs, `module:function`: another decoder with the same result."""
     child_clips: int = Field(500, ge=1)
     """The decode child is replaced after this many clips."""
     child_memory_mb: int = Field(1024, ge=128)

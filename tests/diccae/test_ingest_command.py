@@ -10,6 +10,7 @@ from deltalake import DeltaTable
 from support.cheap_source import CHEAP_SPECS, CheapSource
 
 from diccae.cli import main
+from diccae.config import config_text, load_config
 from diccae.errors import UsageError
 from diccae.stages import ingest
 from pipeline.store.maintenance import status
@@ -162,6 +163,24 @@ def test_what_is_meant_for_one_call_is_no_key_of_a_config(
     assert "Use --allow-mass-delete" in capsys.readouterr().err
     assert main([*with_config, "--allow-mass-delete"]) == 0
     assert answer(capsys)[0]["removed"] == 2
+
+
+def test_what_makes_other_features_is_no_key_of_a_config(
+    source: CheapSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.yaml"
+    with_config = command(source, "--config", str(config))
+    config.write_text("ingest: {extractor: 'my.own:extract'}")
+    assert main(with_config) == 2
+    told = capsys.readouterr().err
+    assert f"{config}: ingest.extractor: my.own:extract is no key of a config any more" in told
+    with pytest.raises(SystemExit, match="2"):
+        main(command(source, "--ingest.extractor", "my.own:extract"))
+    assert "Unrecognized options: --ingest.extractor" in capsys.readouterr().err
+    # As each config stands that was saved with a run before.
+    config.write_text("ingest: {extractor: 'pipeline.decode.clip:extract'}")
+    assert main(with_config) == 0
+    assert "extractor" not in config_text(load_config(config))
 
 
 def test_of_two_first_ingests_at_once_one_makes_the_store(

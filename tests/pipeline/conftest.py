@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from support.decoders import decoding_by
 from support.stores import contents
 
 from pipeline.config import FeatureSpec, IngestConfig
@@ -88,13 +89,13 @@ class Source:
         self.n_ray_starts = 0
         self.progress = []
 
-    def ingest(self, spec=None, on_progress=None, **options):
-        """Args: options: of IngestConfig."""
+    def ingest(self, spec=None, on_progress=None, extractor=IngestConfig.extractor, **options):
+        """Args: extractor: as `decoding_by` takes it; options: of IngestConfig."""
 
         def start_ray():
             self.n_ray_starts += 1
 
-        config = self.config.model_copy(update=options)
+        config = decoding_by(self.config.model_copy(update=options), extractor)
         return ingest(
             str(self.csv), str(self.videos), self.store, spec, config,
             start_ray=start_ray, on_progress=on_progress or self.progress.append,

@@ -16,6 +16,7 @@ import ray
 from ray.cluster_utils import Cluster
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.ingest.run import ingest
+from support.decoders import decoding_by
 
 if __name__ == "__main__":
     csv, videos, store, spec = sys.argv[1:]
@@ -28,7 +29,9 @@ if __name__ == "__main__":
 
     ingest(
         csv, videos, store, FeatureSpec.model_validate_json(spec),
-        IngestConfig(local_clips=0, shard_clips=2, extractor="tests.pipeline.slow_decoder:extract"),
+        decoding_by(
+            IngestConfig(local_clips=0, shard_clips=2), "tests.pipeline.slow_decoder:extract"
+        ),
         start_ray=lambda: ray.init(address=cluster.address, log_to_driver=False),
         on_progress=grow,
     )

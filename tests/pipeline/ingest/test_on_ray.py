@@ -4,6 +4,7 @@ import os
 
 import pyarrow as pa
 import pytest
+from support.decoders import decoding_by
 from support.stores import contents
 
 from pipeline.errors import PipelineError
@@ -47,7 +48,7 @@ def test_one_clip_more_than_the_line_is_rays(source):
 def test_an_actor_is_heard_of_while_its_shard_is_unfinished(source, monkeypatch):
     monkeypatch.setattr("pipeline.ingest.on_ray._pick_service", lambda: "here")
     monkeypatch.setenv("TEST_SLOW_S", "0.2")
-    config = source.config.model_copy(update={"extractor": SLOW, "stall_timeout_s": 0.4})
+    config = decoding_by(source.config.model_copy(update={"stall_timeout_s": 0.4}), SLOW)
     source.store += "-again"
     source.ingest(source.spec)
     spec = source.spec.model_copy(update={"n_frames": 2})

@@ -69,9 +69,14 @@ def test_an_interrupt_keeps_what_is_done(source):
 
 def test_the_end_of_the_command_is_the_end_of_all_its_processes(source):
     """Whoever reads its output through a pipe waits for whatever still holds the pipe's end."""
-    command = [sys.executable, "-m", "diccae", "ingest", "--clips", source.csv]
+    code = (
+        "from pipeline.config import IngestConfig; from diccae.cli import run\n"
+        f"IngestConfig.extractor = {SLOW!r}\n"
+        "run()"
+    )
+    command = [sys.executable, "-c", code, "ingest", "--clips", source.csv]
     command += ["--videos", source.videos, "--store", f"{source.store}-again"]
-    command += ["--ingest.extractor", SLOW, "--ingest.workers", "1"]
+    command += ["--ingest.workers", "1"]
     run = subprocess.Popen(
         list(map(str, command)),
         stdout=subprocess.PIPE,
