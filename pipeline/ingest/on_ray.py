@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.decode.fbank_service import CPUS_PER_SERVICE, SharedFbanks
-from pipeline.ingest.shard_decoder import Outcome, ShardDecoder, table_from_bytes, table_to_bytes
+from pipeline.ingest.shard_decoder import Outcome, ShardDecoder
 from pipeline.ingest.waves import run_waves
 from pipeline.storage import Location
 from pipeline.store.identity import store_id
@@ -77,7 +77,7 @@ class _DecodeActor(ShardDecoder):
         """Tasks (index, clips as IPC) to results (states as IPC, error, refused)."""
         for index, clips in zip(task["index"].to_pylist(), task["clips"].to_pylist(), strict=True):
             said_at = time.monotonic()
-            for outcome in self.outcomes(index, table_from_bytes(clips)):
+            for outcome in self.outcomes(index, _table_from_bytes(clips)):
                 is_sign_of_life = outcome.states is not None and not len(outcome.states)
                 if is_sign_of_life and time.monotonic() - said_at < self._life_every_s:
                     continue
@@ -93,7 +93,7 @@ def _pick_service() -> str:
 
 
 def _result(outcome: Outcome) -> pa.Table:
-    states = b"" if outcome.states is None else table_to_bytes(outcome.states)
+    states = b"" if outcome.states is None else _table_to_bytes(outcome.states)
     return pa.table({"states": [states], "error": [outcome.error], "refused": [outcome.refused]})
 
 
@@ -103,7 +103,7 @@ def _outcomes(
     arguments: dict[str, Any],
     config: IngestConfig,
 ) -> Generator[Outcome, None, None]:
-    rows = [{"index": i, "clips": table_to_bytes(shard)} for i, shard in enumerate(shards)]
+    rows = [{"index": i, "clips": _table_to_bytes(shard)} for i, shard in enumerate(shards)]
     with DataContext.current(_own_context()):
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _DecodeActor,
@@ -116,7 +116,7 @@ def _outcomes(
         )
     for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in block.to_pylist():
-            states = table_from_bytes(row["states"]) if row["states"] else None
+            states = _table_from_bytes(row["states"]) if row["states"] else None
             yield Outcome(states, row["error"], row["refused"])
 
 
@@ -129,3 +129,16 @@ def _own_context() -> DataContext:
     context.target_max_block_size = 1
     context.target_min_block_size = 1
     return context
+
+
+def _table_to_bytes(table: pa.Table) -> bytes:
+    """A table as an Arrow IPC stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def _table_from_bytes(data: bytes) -> pa.Table:
+    """The inverse of _table_to_bytes."""
+    return pa.ipc.open_stream(data).read_all()

@@ -271,16 +271,3 @@ def row_key(clip: dict[str, Any], spec_hash: str) -> str:
     """Identity of a feature row: the clip, its content and window, and the spec."""
     parts = (clip["clip_id"], clip["fp"], clip["start_s"], clip["end_s"], spec_hash)
     return hashlib.blake2b(repr(parts).encode(), digest_size=12).hexdigest()
-
-
-def table_to_bytes(table: pa.Table) -> bytes:
-    """A table as an Arrow IPC stream."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
-
-
-def table_from_bytes(data: bytes) -> pa.Table:
-    """The inverse of table_to_bytes."""
-    return pa.ipc.open_stream(data).read_all()

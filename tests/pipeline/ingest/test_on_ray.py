@@ -8,9 +8,8 @@ from support.decoders import decoding_by
 from support.stores import contents
 
 from pipeline.errors import PipelineError
-from pipeline.ingest.on_ray import _DecodeActor
+from pipeline.ingest.on_ray import _DecodeActor, _table_to_bytes
 from pipeline.ingest.run import plan_ingest
-from pipeline.ingest.shard_decoder import table_to_bytes
 from pipeline.storage import Location
 from pipeline.store.identity import store_id
 from pipeline.store.maintenance import status
@@ -57,7 +56,7 @@ def test_an_actor_is_heard_of_while_its_shard_is_unfinished(source, monkeypatch)
         source.store, spec, config, "run", fbank_key=b"key",
         expected_id=store_id(Location(source.store)),
     )  # fmt: skip
-    task = pa.table({"index": [0], "clips": [table_to_bytes(plan.todo.slice(0, 4))]})
+    task = pa.table({"index": [0], "clips": [_table_to_bytes(plan.todo.slice(0, 4))]})
     said = [row for result in actor(task) for row in result.to_pylist()]
     actor.close()
     assert len(said) >= 3, "a sign of life before the shard"
