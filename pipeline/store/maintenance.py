@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import LEASE_STALE_S, FeatureSpec
+from pipeline.config import LEASE_STALE_S, FeatureSpec, IngestConfig
 from pipeline.decode.payload import fbank_array
 from pipeline.errors import SourceError, StoreError
 from pipeline.reasons import Reason
@@ -33,6 +33,8 @@ from pipeline.store.vacuumed import whole_snapshot
 
 _log = logging.getLogger(__name__)
 
+_SHARD_CLIPS = IngestConfig().shard_clips
+"""Of a shard that `compact` writes: as many as of one that an ingest does by default."""
 _SPARSE_FRAC = 0.5
 _TAR_CLIPS = 1000
 _MOST_RETENTION_HOURS = 876_000
@@ -139,7 +141,7 @@ def shard_sizes(store: FeatureStore) -> dict[str, tuple[int, float]]:
     return found
 
 
-def compact(uri: str, shard_clips: int = 256) -> dict[str, Any]:
+def compact(uri: str) -> dict[str, Any]:
     """Rewrite shards of which less than half is live, and drop superseded rows from the log.
 
     What other specs have is kept. Older versions keep their shards until `vacuum`. Shards that are
@@ -157,7 +159,7 @@ def compact(uri: str, shard_clips: int = 256) -> dict[str, Any]:
         sparse = live.filter(
             pc.is_in(live["shard"], value_set=pa.array(_sparse_shards(live, uri), pa.string()))
         )
-        moved = list(_move(store, snapshot.spec, sparse, shard_clips))
+        moved = list(_move(store, snapshot.spec, sparse))
         version = snapshot.version
         if moved or snapshot.has_superseded_rows:
             rows = _point_at(snapshot.kept_rows(), snapshot.spec_hash, moved)
@@ -178,15 +180,13 @@ def _sparse_shards(live: pa.Table, uri: str) -> list[str]:
     return [shard for (shard, n_live), n in of_shards if n_live < _SPARSE_FRAC * n]
 
 
-def _move(
-    store: FeatureStore, spec: FeatureSpec, rows: pa.Table, shard_clips: int
-) -> Iterator[tuple[str, str, int]]:
+def _move(store: FeatureStore, spec: FeatureSpec, rows: pa.Table) -> Iterator[tuple[str, str, int]]:
     """Copy rows to new shards. Yields (clip_id, shard, row)."""
     run = f"compact{time.time_ns():x}"
     writer: ShardWriter | None = None
     for _, table in with_features(store.uri, rows, SHARD_SCHEMA.names):
         for row in table.to_pylist():
-            if writer is None or writer.n_rows == shard_clips:
+            if writer is None or writer.n_rows == _SHARD_CLIPS:
                 if writer is not None:
                     writer.publish()
                 index = 0 if writer is None else int(writer.name.split("-")[2]) + 1
