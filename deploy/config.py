@@ -118,8 +118,8 @@ class ClusterConfig(Frozen):
     """Where the MLflow server keeps artifacts."""
     shard_cache_gib: int = Field(0, ge=0)
     """Disk of each decode and train node that keeps what readers have read of a store in a bucket;
-    a command that trains or evaluates gets it as `scale.shard_cache`, and its size as
-    `scale.shard_cache_gib`. 0: none. Of both groups, since Ray puts readers on either."""
+    a command that trains gets it as `scale.shard_cache`, and its size as `scale.shard_cache_gib`.
+    0: none, and the command is told so. Of both groups, since Ray puts readers on either."""
     env: dict[str, str] = {
         "RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",

@@ -30,8 +30,11 @@ JOB = "DICCAE_JOB"
 alone: who submits something else to its cluster is somebody else."""
 SHARD_CACHE = "/shard-cache"
 """Where the pods that read see the disk of `shard_cache_gib`."""
-READERS = ("ablate", "embed", "evaluate", "finetune", "pretrain")
-"""Commands that have `scale.shard_cache`."""
+KEEPERS = ("ablate", "finetune", "pretrain")
+"""Commands that get that disk, as `scale.shard_cache`: they read a store once an epoch."""
+ONCE = ("embed", "evaluate")
+"""Commands that have the setting and read a store once or twice: what they kept would go with their
+pods."""
 _RAYS_PROFILE = "ray-autoscaler-v1"
 _RAYS_FOLDER = "ray-logs"
 """KubeRay mounts a volume of this name into the autoscaler's container, too: under another name its
@@ -139,27 +142,43 @@ def _mounts(config: ClusterConfig) -> list[dict[str, str]]:
 
 
 def _command(config: ClusterConfig) -> tuple[str, ...]:
-    """The words after `diccae`, with the cache of the nodes where there is one."""
-    if not config.shard_cache_gib or config.command[0] not in READERS:
+    """The words after `diccae`, with what is true here of the cache of the nodes: the run, or the
+    file of `--config`, may name one of elsewhere."""
+    if config.command[0] not in (*KEEPERS, *ONCE) or _says_no_cache(config):
         return config.command
-    size = str(config.shard_cache_gib)
-    options = ("--scale.shard-cache", SHARD_CACHE, "--scale.shard-cache-gib", size)
+    if not (gib := _cache_gib(config)):
+        return (*config.command, "--scale.shard-cache", "None")
+    options = ("--scale.shard-cache", SHARD_CACHE, "--scale.shard-cache-gib", str(gib))
     return (*config.command, *options)
 
 
+def _cache_gib(config: ClusterConfig) -> int:
+    """Size of the cache that the nodes have for this command; 0: none."""
+    is_kept = config.command[0] in KEEPERS and not _says_no_cache(config)
+    return config.shard_cache_gib if is_kept else 0
+
+
+def _says_no_cache(config: ClusterConfig) -> bool:
+    return any(
+        "None" in values_of(config.command, option)
+        for option in ("--scale.shard-cache", "--scale.shard_cache")
+    )
+
+
 def _cache_mounts(config: ClusterConfig) -> list[dict[str, str]]:
-    return [{"name": "shard-cache", "mountPath": SHARD_CACHE}] if config.shard_cache_gib else []
+    return [{"name": "shard-cache", "mountPath": SHARD_CACHE}] if _cache_gib(config) else []
 
 
 def _cache_disk(config: ClusterConfig) -> str:
     """Of its volume. A pod whose volume grows beyond is evicted, and folders take some of it."""
-    return f"{config.shard_cache_gib + 1 + config.shard_cache_gib // 50}Gi"
+    gib = _cache_gib(config)
+    return f"{gib + 1 + gib // 50}Gi"
 
 
 def _requests(config: ClusterConfig, group: GroupConfig, reads: bool) -> dict[str, str]:
     """What a machine must have for the pod to be put on it."""
     requests = {"cpu": str(group.cpus), "memory": f"{group.memory_gib}Gi"}
-    if reads and config.shard_cache_gib:
+    if reads and _cache_gib(config):
         requests["ephemeral-storage"] = _cache_disk(config)
     return requests
 
@@ -174,7 +193,7 @@ def _volumes(config: ClusterConfig, group: GroupConfig, reads: bool) -> list[dic
     if config.shared_claim is not None:
         claim = {"claimName": config.shared_claim}
         volumes.append({"name": "shared", "persistentVolumeClaim": claim})
-    if reads and config.shard_cache_gib:
+    if reads and _cache_gib(config):
         volumes.append({"name": "shard-cache", "emptyDir": {"sizeLimit": _cache_disk(config)}})
     return volumes
 
@@ -211,11 +230,13 @@ def _refuse_another_shard_cache(config: ClusterConfig) -> None:
     for key in ("shard-cache", "shard-cache-gib"):
         for option in (f"--scale.{key}", f"--scale.{key.replace('-', '_')}"):
             for value in values_of(config.command, option):
+                if value == "None" and key == "shard-cache":
+                    continue
                 raise ManifestError(
                     f"command: {option} {value}: pods have no disk but the volumes of the "
                     f"manifest; leave it out and set shard_cache_gib (now "
                     f"{config.shard_cache_gib}) in the cluster's config, which mounts one at "
-                    f"{SHARD_CACHE} and adds both options"
+                    f"{SHARD_CACHE} and adds both options, or say --scale.shard-cache None"
                 )
 
 

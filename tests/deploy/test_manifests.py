@@ -9,6 +9,7 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jsonschema
@@ -19,9 +20,11 @@ from support.box.kuberay import OPERATORS
 
 from deploy.config import ClusterConfig, GroupConfig, read_config
 from deploy.errors import ManifestError
-from deploy.render import JOB, MAXIMA, READERS, render, write_manifests
+from deploy.render import JOB, KEEPERS, MAXIMA, ONCE, render, write_manifests
 from diccae.cli import main
-from diccae.commands import pretrain
+from diccae.commands import evaluate, finetune, pretrain
+from diccae.config import RunConfig, config_text
+from diccae.run_folder import RunFolder
 from diccae.subcommands import COMMANDS, module_of
 from pipeline.store import lease
 
@@ -311,26 +314,80 @@ def test_pods_that_read_have_a_disk_for_shards_and_the_job_fills_no_more_of_it(
     assert "shard-cache" not in json.dumps(head)
 
 
-def test_without_a_disk_for_shards_no_pod_has_one_and_nothing_is_asked() -> None:
-    command = ("pretrain", "--store", "s3://b/store", "--out", "s3://b/run")
-    job = render(_cluster(command=command))["rayjob.yaml"]
-    assert "shard-cache" not in job
+PRETRAIN = "pretrain --store s3://b/store --out s3://b/run"
+
+
+@pytest.mark.parametrize(
+    ("command", "gib"),
+    [
+        (PRETRAIN, 0),
+        (f"{PRETRAIN} --scale.shard-cache None", 300),
+        ("evaluate --out s3://b/run", 300),
+        ("ingest --store s3://b/store", 300),
+    ],
+)
+def test_a_command_without_a_disk_for_shards_has_pods_without(command: str, gib: int) -> None:
+    job = render(_cluster(command=tuple(command.split()), shard_cache_gib=gib))["rayjob.yaml"]
+    assert "/shard-cache" not in job
     assert "ephemeral-storage" not in job
 
 
-def test_commands_that_read_epochs_are_told_of_the_disk_and_no_others() -> None:
-    assert set(READERS) == {
+@pytest.mark.parametrize("gib", [0, 9])
+def test_commands_that_read_epochs_are_told_of_the_disk_and_others_that_there_is_none(
+    gib: int,
+) -> None:
+    told = {}
+    for name in COMMANDS:
+        job = _rayjob(_cluster(command=(name,), shard_cache_gib=gib))
+        words = shlex.split(job["spec"]["entrypoint"])
+        if "--scale.shard-cache" in words:
+            told[name] = words[words.index("--scale.shard-cache") + 1]
+    folder = "/shard-cache" if gib else "None"
+    assert told == dict.fromkeys(KEEPERS, folder) | dict.fromkeys(ONCE, "None")
+    assert set(told) == {
         name
         for name in COMMANDS
         if "scale" in (getattr(module_of(name).OPTIONS, "sections", None) or ())
     }
-    told = [
-        name
-        for name in COMMANDS
-        if "--scale.shard-cache"
-        in _rayjob(_cluster(command=(name,), shard_cache_gib=9))["spec"]["entrypoint"]
-    ]
-    assert sorted(told) == sorted(READERS)
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        (finetune, "finetune"),
+        (evaluate, "evaluate"),
+        (finetune, "finetune --scale.shard-cache None"),
+    ],
+)
+@pytest.mark.parametrize("gib", [0, 90])
+def test_a_run_that_began_with_a_cache_is_gone_on_with_where_there_is_none(
+    tmp_path: Path, stage: ModuleType, words: str, gib: int
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    began = RunConfig(scale={"shard_cache": "/shard-cache", "shard_cache_gib": 120})
+    (out / "config.yaml").write_text(config_text(began))
+    config = _cluster(
+        command=(*words.split(), "--out", str(out)),
+        shard_cache_gib=gib,
+        shared_claim="runs",
+        shared_mount=str(tmp_path),
+    )
+    manifest, *_ = write_manifests(config, tmp_path / "manifests")
+    entrypoint = yaml.safe_load(manifest.read_text())["spec"]["entrypoint"]
+
+    def own_config(args: Any) -> RunConfig:
+        return RunFolder(args.out).config()
+
+    scale = stage.OPTIONS.parse(shlex.split(entrypoint)[4:], own_config).run.scale
+    mounted = {
+        mount["mountPath"]
+        for pod in _groups(config)[1]
+        for container in pod["containers"]
+        for mount in container["volumeMounts"]
+    }
+    assert (scale.shard_cache is not None) == (gib > 0 and words == "finetune")
+    assert scale.shard_cache is None or scale.shard_cache in mounted
 
 
 @pytest.mark.parametrize(
