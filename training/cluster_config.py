@@ -48,8 +48,9 @@ class ScaleConfig(Frozen):
     """Worker failures a run survives; -1: any number."""
     shard_cache: str | None = None
     """Absolute path of a folder of each node's own disk that keeps what was read of a store in a
-    bucket, so that each node reads it once; None: nothing is kept. Of a store on a disk, and with
-    `ablate --processes`, which decodes a store once, nothing is."""
+    bucket, so that each node reads it once; None: nothing is kept. A node that cannot use it is
+    refused at the start; one that joins later reads the bucket. Of a store on a disk, and with
+    `ablate --processes`, which decodes a store once, nothing is kept."""
     shard_cache_gib: float = Field(200.0, gt=0)
     """The most that it holds on a node."""
     lease_stale_s: float = Field(LEASE_STALE_S, gt=1)

@@ -3,7 +3,7 @@
 Knows nothing of Parquet, nor of why something is read: a unit is a range of bytes that is kept
 whole. Invariants: a unit lies under its name whole or not at all, and is what storage would give,
 since a shard never changes; the units of all processes of a node, unfinished ones included, stay
-within the limit; what the disk refuses is read from storage.
+within the limit; what the disk refuses is read from storage, for as long as it refuses.
 
     <folder>/shards-<user>/<hash of the store's URI>/<shard>/<first byte>-<end>
 """
@@ -18,6 +18,7 @@ import re
 import socket
 import stat
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -34,11 +35,16 @@ SILENT_S = 600.0
 _TOUCHED_EVERY_S = 60.0
 _FULL_FOR_S = 60.0
 """How long a process does not ask again for room that there was not."""
+_FAILED_FOR_S = 300.0
+"""How long it leaves a folder alone that failed it: a disk that is broken may take long to say so
+each time, and one that was full for a moment serves the other epochs."""
 _AT_A_TIME = 64
 """Room is made for this part of the limit together, since all units are looked at for it."""
 _USED = "used"
 _NAME = re.compile(r"(?:tail-)?(\d+)-(\d+)(\.\w+)?")
 """Of a unit; with an ending, of one that is not finished."""
+
+_one_asks = threading.Lock()
 
 
 class ShardCache(NamedTuple):
@@ -48,13 +54,25 @@ class ShardCache(NamedTuple):
     limit_bytes: int
 
     def check(self) -> None:
-        """Make the folder. Raises: StoreError if this node cannot keep anything in it."""
-        _folder(self)
+        """Make the folder, before a run starts. Raises: StoreError if this node cannot keep
+        anything in it."""
+        try:
+            _Folder(self).make()
+        except OSError as error:
+            raise StoreError(
+                f"scale.shard_cache = {self.folder}: node {socket.gethostname()} can keep nothing "
+                f"there ({error.strerror or error}); name a folder of each node's own disk that "
+                "its processes may make or write to, or None"
+            ) from error
 
-    def units(self, store_uri: str, shard: str) -> "Units":
-        """Those of a shard. Raises: as check."""
+    def units(self, store_uri: str, shard: str) -> "Units | None":
+        """Those of a shard; None while this node has no folder, of which one warning tells."""
+        with _one_asks:  # Else each thread of a reader makes a folder of its own, and warns.
+            folder = _folder(self)
+            if not folder.is_ours():
+                return None
         store = hashlib.sha256(store_uri.encode()).hexdigest()[:16]
-        return Units(_folder(self), store, shard.rpartition("/")[2])
+        return Units(folder, store, shard.rpartition("/")[2])
 
 
 class Units:
@@ -119,26 +137,34 @@ class _Folder:
     """What this process knows of the node's folder."""
 
     def __init__(self, cache: ShardCache) -> None:
-        """Raises: StoreError."""
         self._cache = cache
         self.root = Path(cache.folder, f"shards-{os.geteuid()}")
-        self._writes = True
-        self._full_until = 0.0
+        self._is_ours = self._warned = False
+        self._is_to_make = True
+        self._full_until = self._failed_until = 0.0
+        self._telling = threading.Lock()
         self._touched: dict[str, float] = {}
-        try:
-            self.root.parent.mkdir(parents=True, exist_ok=True)
-            self.root.mkdir(mode=0o700, exist_ok=True)
-            about = self.root.lstat()
-            # Who may write here may plant features.
-            if about.st_uid != os.geteuid() or stat.S_IMODE(about.st_mode) & 0o022:
-                raise OSError(errno.EPERM, f"others may write to {self.root}")
-            tempfile.TemporaryFile(dir=self.root).close()
-        except OSError as error:
-            raise StoreError(
-                f"scale.shard_cache = {cache.folder}: node {socket.gethostname()} can keep nothing "
-                f"there ({error.strerror or error}); name a folder of each node's own disk that "
-                "its processes may make or write to, or None"
-            ) from error
+
+    def make(self) -> None:
+        """Raises: OSError if nothing can be kept in it, or others may write to it."""
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(mode=0o700, exist_ok=True)
+        about = self.root.lstat()
+        # Who may write here may plant features.
+        self._is_ours = about.st_uid == os.geteuid() and not stat.S_IMODE(about.st_mode) & 0o022
+        if not self._is_ours:
+            raise OSError(errno.EPERM, f"others may write to {self.root}")
+        tempfile.TemporaryFile(dir=self.root).close()
+        self._is_to_make = False
+
+    def is_ours(self) -> bool:
+        """Whether there is a folder to look for units in, also one that takes no more."""
+        if self._is_to_make and time.monotonic() >= self._failed_until:
+            try:
+                self.make()
+            except OSError as error:
+                self._leave_alone(error)
+        return self._is_ours
 
     def touch(self, store: str) -> None:
         """Let other processes know that the store is read, now and then."""
@@ -168,7 +194,7 @@ class _Folder:
 
     def _claim(self, path: Path, n_bytes: int) -> Path | None:
         """An empty file for a unit, of which the bytes count from now on; None: no room."""
-        if not self._writes or time.monotonic() < self._full_until:
+        if time.monotonic() < max(self._full_until, self._failed_until):
             return None
         try:
             with self._counting() as counter:
@@ -187,7 +213,7 @@ class _Folder:
                 _write_count(counter, used + n_bytes)
                 return unfinished
         except OSError as error:
-            self._stop_writing(error)
+            self._leave_alone(error)
             return None
 
     def _publish(self, unfinished: Path, path: Path, content: bytes) -> bool:
@@ -202,7 +228,7 @@ class _Folder:
         except FileExistsError:
             return False  # Another process was first.
         except OSError as error:
-            self._stop_writing(error)
+            self._leave_alone(error)
             return False
         return True
 
@@ -216,17 +242,24 @@ class _Folder:
         except FileNotFoundError:
             return
         except OSError as error:
-            self._stop_writing(error)
+            self._leave_alone(error)
 
-    def _stop_writing(self, error: OSError) -> None:
-        if self._writes:
-            self._writes = False
-            _log.warning(
-                "scale.shard_cache = %s: %s; this process keeps nothing more there and goes on "
-                "with storage",
-                self._cache.folder,
-                error.strerror or error,
-            )
+    def _leave_alone(self, error: OSError) -> None:
+        """Keep nothing for a while, and say so the first time."""
+        with self._telling:
+            self._is_to_make = True
+            self._failed_until = time.monotonic() + _FAILED_FOR_S
+            if self._warned:
+                return
+            self._warned = True
+        _log.warning(
+            "scale.shard_cache = %s: %s; this process of node %s goes on with storage, keeps "
+            "nothing more there, and tries again every %.0f minutes",
+            self._cache.folder,
+            error.strerror or error,
+            socket.gethostname(),
+            _FAILED_FOR_S / 60,
+        )
 
     @contextlib.contextmanager
     def _counting(self) -> Iterator[int]:

@@ -184,7 +184,7 @@ def read_rows(
         node keeps row groups, so that it asks a bucket once.
     Returns: the columns; the schema has the metadata of the shard (`spec_hash_of`).
     Raises: DamagedShard if the shard is missing, no whole file, or has fewer rows; StoreError if
-        the storage refuses, which says nothing of it, or if this node cannot use the cache.
+        the storage refuses, which says nothing of it.
     """
     (table,) = _read(
         store_uri,

@@ -3,11 +3,13 @@
 import contextlib
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -189,10 +191,10 @@ def test_storage_that_refuses_is_told_and_loses_nothing_that_is_kept(
 
 
 @contextlib.contextmanager
-def disk(folder: Path, n_bytes: int) -> Iterator[None]:
-    """A disk of so many bytes at a folder."""
+def disk(folder: Path, options: str) -> Iterator[None]:
+    """A disk at a folder. Args: options: of tmpfs."""
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "none", folder], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)
     try:
         yield
     finally:
@@ -204,15 +206,29 @@ def may_mount() -> bool:
     return os.geteuid() == 0 and tried.returncode == 0
 
 
-@pytest.mark.skipif(not may_mount(), reason="mounting a disk needs root")
+mounts = pytest.mark.skipif(not may_mount(), reason="mounting a disk needs root")
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == cached.__name__]
+
+
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the folder is asked again."""
+    wait_s = cached._FAILED_FOR_S
+    clock = SimpleNamespace(time=time.time, monotonic=lambda: time.monotonic() + wait_s)
+    monkeypatch.setattr(cached, "time", clock)
+
+
+@mounts
 def test_a_full_disk_is_told_once_and_ends_nothing(store, tmp_path, caplog) -> None:
     expected = read(store, None), read(store, None, 1)
-    with disk(tmp_path / "disk", 2**20), caplog.at_level(logging.WARNING):
+    with disk(tmp_path / "disk", f"size={2**20}"), caplog.at_level(logging.WARNING):
         cache = ShardCache(str(tmp_path / "disk"), ROOMY)
         for _ in range(2):
             assert read(store, cache).equals(expected[0])
             assert read(store, cache, 1).equals(expected[1])
-        (told,) = [r.getMessage() for r in caplog.records if r.name == cached.__name__]
+        (told,) = warnings(caplog)
         assert "No space left on device" in told
         assert str(tmp_path / "disk") in told
         asked_of_shards()
@@ -288,9 +304,42 @@ def test_what_a_killed_writer_left_counts_and_goes_later(store, tmp_path) -> Non
     assert not left.exists()
 
 
-@pytest.mark.parametrize("harm", ["below a file", "planted", "a link"])
-def test_a_folder_that_cannot_be_used_or_trusted_is_refused(store, tmp_path, harm) -> None:
-    folder = tmp_path / "cache"
+@mounts
+def test_a_disk_that_was_full_for_a_while_is_used_again(
+    store, tmp_path, caplog, monkeypatch
+) -> None:
+    """Full of files, which no look at free bytes foresees."""
+    folder = tmp_path / "disk"
+    with disk(folder, "nr_inodes=9"), caplog.at_level(logging.WARNING):
+        cache = ShardCache(str(folder), ROOMY)
+        expected = [read(store, cache, number) for number in range(N_SHARDS)]
+        n_first = len(units(folder))
+        assert n_first < 3 * N_SHARDS
+        subprocess.run(["mount", "-o", "remount,nr_inodes=999", folder], check=True)
+        later(monkeypatch)
+        assert [read(store, cache, number) for number in range(N_SHARDS)] == expected
+        assert len(units(folder)) == 3 * N_SHARDS
+    assert len(warnings(caplog)) == 1
+
+
+@mounts
+def test_a_disk_that_can_only_be_read_serves_what_it_has(store, tmp_path, caplog) -> None:
+    folder = tmp_path / "disk"
+    with disk(folder, "size=64m"), caplog.at_level(logging.WARNING):
+        cache = ShardCache(str(folder), ROOMY)
+        expected = read(store, cache), read(store, None, 1)
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        forget()
+        assert read(store, cache).equals(expected[0])
+        assert asked() == 0
+        assert read(store, cache, 1).equals(expected[1])
+        with pytest.raises(StoreError, match="Read-only file system"):
+            cache.check()
+    (told,) = warnings(caplog)
+    assert "Read-only file system" in told
+
+
+def unusable(folder: Path, harm: str) -> ShardCache:
     mine = folder / f"shards-{os.geteuid()}"
     if harm == "below a file":
         folder.touch()
@@ -299,10 +348,48 @@ def test_a_folder_that_cannot_be_used_or_trusted_is_refused(store, tmp_path, har
         mine.chmod(0o777)
     else:
         folder.mkdir()
-        (tmp_path / "elsewhere").mkdir(mode=0o777)
-        mine.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(StoreError, match=f"scale.shard_cache = {folder}: node .*; name a folder"):
-        read(store, ShardCache(str(folder), ROOMY))
+        (folder.parent / "elsewhere").mkdir(mode=0o777)
+        mine.symlink_to(folder.parent / "elsewhere")
+    return ShardCache(str(folder), ROOMY)
+
+
+HARMS = ["below a file", "planted", "a link"]
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_folder_that_cannot_be_used_or_trusted_is_refused_at_the_start(tmp_path, harm) -> None:
+    cache = unusable(tmp_path / "cache", harm)
+    said = f"scale.shard_cache = {cache.folder}: node .*; name a folder"
+    with pytest.raises(StoreError, match=said):
+        cache.check()
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_reader_goes_without_such_a_folder_and_says_so_once(
+    store, tmp_path, harm, caplog, monkeypatch
+) -> None:
+    cache = unusable(tmp_path / "cache", harm)
+    before = sorted(tmp_path.rglob("*"))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert read(store, cache).equals(read(store, None))
+        later(monkeypatch)
+        assert read(store, cache).equals(read(store, None))
+    (told,) = warnings(caplog)
+    assert f"scale.shard_cache = {cache.folder}" in told
+    assert socket.gethostname() in told
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_could_not_be_made_is_used_once_it_can(store, tmp_path, monkeypatch) -> None:
+    cache = unusable(tmp_path / "cache", "below a file")
+    read(store, cache)
+    (tmp_path / "cache").unlink()
+    read(store, cache)
+    assert not (tmp_path / "cache").exists()
+    later(monkeypatch)
+    read(store, cache)
+    assert len(units(tmp_path)) == 3
 
 
 def test_nobody_else_may_write_into_the_folder(store, tmp_path) -> None:

@@ -64,22 +64,35 @@ def test_tasks_give_the_batches_of_one_process(
     assert same_batches(list(ours.sweep(FrameDraw(1))), list(local.sweep(FrameDraw(1))))
 
 
-def test_tasks_keep_what_they_read_on_their_node(
-    ray_session: None, bucket: str, index: RowIndex, tmp_path: Path
-) -> None:
+def _far(index: RowIndex, bucket: str) -> WindowPlan:
     """Of a store behind plain HTTP, which needs no keys: the tasks have none."""
     store, name_of = noise_store(f"{bucket}/store", SPEC, N_CLIPS), bucket.removeprefix("s3://")
     for name in store.location.files("features"):
         key = f"store/features/{name}"
         boto3.client("s3").put_object_acl(Bucket=name_of, Key=key, ACL="public-read")
     far = f"{os.environ['AWS_ENDPOINT_URL']}/{name_of}/store"
-    windows = windows_of(dataclasses.replace(index, store_uri=far))
+    return windows_of(dataclasses.replace(index, store_uri=far))
+
+
+def test_tasks_keep_what_they_read_on_their_node(
+    ray_session: None, bucket: str, index: RowIndex, tmp_path: Path
+) -> None:
+    windows = _far(index, bucket)
     cache = ScaleConfig(shard_cache=str(tmp_path)).cache
     assert same_batches(list(RayReader(windows, 2, 0.5, cache).stream(EPOCHS)), _local(index))
     for kept in (True, False):
         asked_of_shards()
         list(RayReader(windows, 2, 0.5, cache if kept else None).stream(EPOCHS))
         assert bool(asked_of_shards()) != kept
+
+
+def test_tasks_of_a_node_that_can_keep_nothing_read_the_same(
+    ray_session: None, bucket: str, index: RowIndex, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    cache = ScaleConfig(shard_cache=str(tmp_path / "file" / "shards")).cache
+    tasks = RayReader(_far(index, bucket), 2, 0.5, cache)
+    assert same_batches(list(tasks.stream(EPOCHS)), _local(index))
 
 
 def test_a_training_worker_has_its_readers_keep_what_they_read(
