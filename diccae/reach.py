@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from diccae.errors import UsageError
+from diccae.screen import say
 from pipeline.errors import StoreError
 from pipeline.storage import Location
 from pipeline.store.cached import ShardCache
@@ -54,7 +55,7 @@ def check_reach(reads: Mapping[str, str | None], out: str | None = None) -> None
 
 def check_cache(store: str, cache: ShardCache | None) -> None:
     """Have each node that may read make its folder of `scale.shard_cache`; none for a store on a
-    disk, of which nothing is kept.
+    disk, of which nothing is kept. Says of which node the disk is smaller than the limit.
 
     Raises: UsageError naming the node that cannot.
     """
@@ -68,18 +69,21 @@ def check_cache(store: str, cache: ShardCache | None) -> None:
         for node in ray.nodes()
         if node["Alive"] and node["Resources"].get("CPU")
     ]
-    for refusal in _asked(nodes, _refusal, cache):
+    told = [answer for answer in _asked(nodes, _checked, cache) if answer is not None]
+    for refusal, _ in told:
         if refusal:
             raise UsageError(refusal)
+    for _, note in told:
+        if note:
+            say(f"warning: {note}")
 
 
-def _refusal(cache: ShardCache) -> str:
-    """Why this node cannot keep anything; empty if it can."""
+def _checked(cache: ShardCache) -> tuple[str, str]:
+    """Why this node cannot keep anything, and what to say if it can; empty if nothing."""
     try:
-        cache.check()
+        return "", cache.check()
     except StoreError as error:
-        return str(error)
-    return ""
+        return str(error), ""
 
 
 def compare(local: Mapping[str, str], nodes: Sequence[OtherNode], looks_from: LooksFrom) -> None:

@@ -52,7 +52,8 @@ class ScaleConfig(Frozen):
     refused at the start; one that joins later reads the bucket. Of a store on a disk, and with
     `ablate --processes`, which decodes a store once, nothing is kept."""
     shard_cache_gib: float = Field(200.0, gt=0)
-    """The most that it holds on a node."""
+    """The most that it holds on a node; a twentieth of the disk, and up to 4 GiB besides, stay free
+    in any case."""
     lease_stale_s: float = Field(LEASE_STALE_S, gt=1)
     """A start of a command that was silent for this long is taken for dead: the next one goes on
     with its run folder, and it writes nothing there any more."""

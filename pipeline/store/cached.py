@@ -3,7 +3,8 @@
 Knows nothing of Parquet, nor of why something is read: a unit is a range of bytes that is kept
 whole. Invariants: a unit lies under its name whole or not at all, and is what storage would give,
 since a shard never changes; the units of all processes of a node, unfinished ones included, stay
-within the limit; what the disk refuses is read from storage, for as long as it refuses.
+within the limit, and leave free what others of the disk need; what the disk refuses is read from
+storage, for as long as it refuses.
 
     <folder>/shards-<user>/<hash of the store's URI>/<shard>/<first byte>-<end>
 """
@@ -38,6 +39,12 @@ _FULL_FOR_S = 60.0
 _FAILED_FOR_S = 300.0
 """How long it leaves a folder alone that failed it: a disk that is broken may take long to say so
 each time, and one that was full for a moment serves the other epochs."""
+_FREE_PART = 20
+"""Of a disk this part stays free: beyond 95 % Ray refuses to spill objects to it, for whoever
+needs room."""
+_SPARE_BYTES = 4 * 2**30
+"""Free besides, but no more than that part again: for a checkpoint on its way and for units that
+were claimed and are not written."""
 _AT_A_TIME = 64
 """Room is made for this part of the limit together, since all units are looked at for it."""
 _USED = "used"
@@ -53,17 +60,29 @@ class ShardCache(NamedTuple):
     folder: str
     limit_bytes: int
 
-    def check(self) -> None:
-        """Make the folder, before a run starts. Raises: StoreError if this node cannot keep
-        anything in it."""
+    def check(self) -> str:
+        """Make the folder, before a run starts.
+
+        Returns: what to say of a disk that has less room than the limit; empty if it has more.
+        Raises: StoreError if this node cannot keep anything in the folder.
+        """
+        folder = _Folder(self)
         try:
-            _Folder(self).make()
+            folder.make()
+            room_bytes = folder.room_bytes()
         except OSError as error:
             raise StoreError(
                 f"scale.shard_cache = {self.folder}: node {socket.gethostname()} can keep nothing "
                 f"there ({error.strerror or error}); name a folder of each node's own disk that "
                 "its processes may make or write to, or None"
             ) from error
+        if room_bytes >= self.limit_bytes:
+            return ""
+        return (
+            f"scale.shard_cache = {self.folder}: the disk of node {socket.gethostname()} has room "
+            f"for {room_bytes / 2**30:.1f} GiB of it, scale.shard_cache_gib is "
+            f"{self.limit_bytes / 2**30:g}; what finds no room is read from storage each time"
+        )
 
     def units(self, store_uri: str, shard: str) -> "Units | None":
         """Those of a shard; None while this node has no folder, of which one warning tells."""
@@ -201,9 +220,9 @@ class _Folder:
                 used = _read_count(counter)
                 if used is None or used + n_bytes > self._cache.limit_bytes:
                     used = self._counted_anew()
-                if (excess := used + n_bytes - self._cache.limit_bytes) > 0:
+                if (excess := n_bytes - self._room_beside(used)) > 0:
                     used -= self._make_room(excess, path.parent.parent)
-                if used + n_bytes > self._cache.limit_bytes:
+                if n_bytes > self._room_beside(used):
                     self._full_until = time.monotonic() + _FULL_FOR_S
                     _write_count(counter, used)
                     return None
@@ -273,6 +292,20 @@ class _Folder:
             yield counter
         finally:
             os.close(counter)
+
+    def room_bytes(self) -> int:
+        """What units can take in all, those that are there included: the limit, or what the disk
+        has. Raises: OSError."""
+        with self._counting():
+            used = self._counted_anew()
+        return used + self._room_beside(used)
+
+    def _room_beside(self, used: int) -> int:
+        """Bytes that may come to those in use; negative: so many are too much."""
+        disk = os.statvfs(self.root)
+        part = disk.f_blocks * disk.f_frsize // _FREE_PART
+        on_disk = disk.f_bavail * disk.f_frsize - part - min(part, _SPARE_BYTES)
+        return min(self._cache.limit_bytes - used, on_disk)
 
     def _counted_anew(self) -> int:
         """Bytes in use: what died was counted, too, and what somebody deleted."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -135,3 +136,14 @@ def test_a_node_that_cannot_keep_shards_is_named_before_a_run_starts(
     check_cache(str(tmp_path / "store"), unusable)
     check_cache("s3://bucket/store", ShardCache(str(tmp_path / "shards"), 2**30))
     assert (tmp_path / "shards").is_dir()
+
+
+def test_a_node_whose_disk_is_smaller_than_the_cache_is_named(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_cache("s3://bucket/store", ShardCache(str(tmp_path), 2**20))
+    assert capsys.readouterr().err == ""
+    check_cache("s3://bucket/store", ShardCache(str(tmp_path), 2**60))
+    said = rf"warning: scale.shard_cache = {tmp_path}: the disk of node \S+ has room for [\d.]+ GiB"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(said, line)

@@ -221,9 +221,34 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @mounts
+def test_a_disk_is_not_filled_whatever_the_limit(store, tmp_path, caplog) -> None:
+    folder, whole = tmp_path / "disk", 4 * 2**20
+    others = whole - 2 * 2**20
+    with disk(folder, f"size={whole}"), caplog.at_level(logging.WARNING):
+        (folder / "of-others").write_bytes(bytes(others))
+        cache = ShardCache(str(folder), ROOMY)
+        expected = [read(store, cache, number) for number in range(N_SHARDS)]
+        kept = sum(unit.stat().st_size for unit in units(folder))
+        assert kept > 2**20
+        asked_of_shards()
+        for number in range(N_SHARDS):
+            assert read(store, cache, number).equals(expected[number])
+        assert asked_of_shards(), "the disk held all: nothing was tested"
+        free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+        assert free >= whole / 10
+        told = cache.check()
+        assert f"scale.shard_cache = {folder}" in told
+        assert "scale.shard_cache_gib is 1;" in told
+        roomy = ShardCache(str(folder), kept)
+        assert roomy.check() == ""
+    assert warnings(caplog) == []
+
+
+@mounts
 def test_a_full_disk_is_told_once_and_ends_nothing(store, tmp_path, caplog) -> None:
+    """Full of files, which no look at free bytes foresees."""
     expected = read(store, None), read(store, None, 1)
-    with disk(tmp_path / "disk", f"size={2**20}"), caplog.at_level(logging.WARNING):
+    with disk(tmp_path / "disk", "nr_inodes=9"), caplog.at_level(logging.WARNING):
         cache = ShardCache(str(tmp_path / "disk"), ROOMY)
         for _ in range(2):
             assert read(store, cache).equals(expected[0])
@@ -308,7 +333,6 @@ def test_what_a_killed_writer_left_counts_and_goes_later(store, tmp_path) -> Non
 def test_a_disk_that_was_full_for_a_while_is_used_again(
     store, tmp_path, caplog, monkeypatch
 ) -> None:
-    """Full of files, which no look at free bytes foresees."""
     folder = tmp_path / "disk"
     with disk(folder, "nr_inodes=9"), caplog.at_level(logging.WARNING):
         cache = ShardCache(str(folder), ROOMY)
@@ -331,7 +355,7 @@ def test_a_disk_that_can_only_be_read_serves_what_it_has(store, tmp_path, caplog
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
         forget()
         assert read(store, cache).equals(expected[0])
-        assert asked() == 0
+        assert asked_of_shards() == []
         assert read(store, cache, 1).equals(expected[1])
         with pytest.raises(StoreError, match="Read-only file system"):
             cache.check()
