@@ -67,9 +67,10 @@ class Unsteady(http.server.BaseHTTPRequestHandler):
         length = headers.get("Content-Length") if self.command == "HEAD" else None
         self.send_header("Content-Length", length or str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        # Before who asked can go on and look.
         type(self).n_bytes += len(body)
         self.asked.append((self.path, len(body)))
+        self.wfile.write(body)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
 
