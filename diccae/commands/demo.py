@@ -9,6 +9,7 @@ from pathlib import Path
 from diccae.args import Options
 from diccae.config import SHIPPED, RunConfig, load_config
 from diccae.screen import say
+from pipeline.passwords import without_passwords
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     demo = run_demo(args.run, args.out, data, args.fresh, say)
     print(f"{results_table(demo.results)}\n\nreport    {demo.page}")
     if demo.mlflow_uri.startswith("http"):
-        print(f"curves    {demo.mlflow_uri}")
+        print(f"curves    {without_passwords(demo.mlflow_uri)}")
     elif demo.mlflow_uri:
         # `make demo` runs in an environment that need not be on the PATH of who reads this.
         mlflow = "mlflow" if shutil.which("mlflow") else f"{sys.executable} -m mlflow"

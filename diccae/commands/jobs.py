@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diccae.args import Options
 from diccae.screen import clock, say, table
+from pipeline.passwords import without_passwords
 
 if TYPE_CHECKING:
     from deploy.jobs import Job
@@ -92,4 +93,5 @@ def _of_its_run(job: "Job") -> dict[str, Any]:
 
 
 def _link(uri: str, run_id: str) -> str:
-    return f"{uri.rstrip('/')}/#/runs/{run_id}" if uri.startswith("http") else run_id
+    shown = without_passwords(uri).rstrip("/")
+    return f"{shown}/#/runs/{run_id}" if uri.startswith("http") else run_id

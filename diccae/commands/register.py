@@ -34,5 +34,5 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"{args.model}: no run.json, so no run: give the --out of a run")
     handle = tracking_handle(folder)
     version = register(handle, args.model, args.name, args.alias)
-    print(f"models:/{args.name}@{args.alias}: version {version}, in {handle.uri}")
+    print(f"models:/{args.name}@{args.alias}: version {version}, in {handle.shown}")
     return 0

@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pipeline.passwords import without_passwords
+
 
 class Check(NamedTuple):
     """The answer to one question."""
@@ -27,7 +29,8 @@ def never_raises(name: str, hint: str) -> Callable[[Callable[..., Check]], Calla
             try:
                 return check(*args)
             except Exception as error:
-                return Check(name, False, f"{type(error).__name__}: {error}", hint)
+                said = without_passwords(f"{type(error).__name__}: {error}")
+                return Check(name, False, said, hint)
 
         return wrapped
 

@@ -16,6 +16,7 @@ from diccae.config import RunConfig
 from diccae.errors import UsageError
 from diccae.run_folder import RunFolder
 from pipeline.errors import StoreError
+from pipeline.passwords import without_passwords
 from pipeline.quality.leave_out import LeftOut
 from pipeline.store.store import FeatureStore, Snapshot
 from pipeline.store.vacuumed import whole_snapshot
@@ -230,7 +231,8 @@ def known_run(folder: RunFolder, config: RunConfig, say: Say) -> RunHandle:
     handle, (asked, by) = tracking_handle(folder), named(config.tracking)
     if handle.run_id:
         if asked and asked.rstrip("/") != handle.uri.rstrip("/"):
-            say(f"tracking  the run stays in MLflow at {handle.uri}; {by} is {asked}")
+            other = without_passwords(asked)
+            say(f"tracking  the run stays in MLflow at {handle.shown}; {by} is {other}")
         return handle
     if not handle.uri:
         return handle
@@ -245,7 +247,7 @@ def say_if_untracked(handle: RunHandle, what: str, say: Say) -> None:
     if handle.run_id:
         return
     if handle.uri:
-        why, then = f"MLflow at {handle.uri} lacks the run", "its next stage sends it there"
+        why, then = f"MLflow at {handle.shown} lacks the run", "its next stage sends it there"
     else:
         why, then = "the run has no MLflow", "finetune or evaluate with --tracking.uri makes it one"
     say(f"tracking  {why}: {what} in the run folder alone; {then}")
@@ -321,5 +323,6 @@ def _tell_settings(
     sections = {section} if section else set(type(config).model_fields) - _OF_LATER_STAGES
     params = config.model_dump(mode="json", include=sections)
     has_params = tracking.log_settings(handle, params, {"config_hash": config.digest()})
-    has_file = tracking.log_artifacts(handle, [folder.place.uri_of("config.yaml")])
+    text = folder.place.read_bytes("config.yaml").decode()
+    has_file = tracking.log_text(handle, "config.yaml", text)
     return bool(has_params and has_file)

@@ -190,6 +190,69 @@ def test_a_param_that_an_earlier_version_left_is_overruled_by_a_tag(
     assert "finetune.epochs" not in again.tags, "another run has its own params"
 
 
+def _with(password: str, uri: str) -> str:
+    return uri.replace("://", f"://me:{password}@")
+
+
+def _holding(text: str, folder: Path) -> list[str]:
+    """Files of a folder that hold a text, by name."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return sorted(path.name for path in files if text.encode() in path.read_bytes())
+
+
+@pytest.mark.usefixtures("tracked")
+def test_the_password_of_mlflow_is_in_run_json_alone(
+    mlflow_up: Server,
+    store: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, hub = tmp_path / "run", tmp_path / "hub"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", _with("s3cret", mlflow_up.uri))
+    assert main(_pretrain(store, out)) == 0
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", _with("0ther", "http://127.0.0.1:9"))
+    assert main(["finetune", "--out", str(out), *TUNED]) == 0
+    assert main(["evaluate", "--out", str(out)]) == 0
+    for kind in ("encoder", "classifier"):
+        model = ["--model", str(out / kind), "--out", str(hub / kind), "--to", "hub-folder"]
+        assert main(["weights", "export", *model]) == 0
+        card = json.loads((hub / kind / f"{kind}.json").read_text())
+        told = {"uri": _with("***", mlflow_up.uri), "run_id": _record(out)["run_id"]}
+        assert card["provenance"]["mlflow"] == told
+    said = "".join(capfd.readouterr())
+    assert f"the run stays in MLflow at {_with('***', mlflow_up.uri)}" in said
+    assert not [password for password in ("s3cret", "0ther") if password in said]
+    assert _holding("s3cret", tmp_path) == ["run.json"]
+    assert _holding("0ther", tmp_path) == []
+    assert _run(out).data.metrics["probe/audio"] > 0, "the password was kept for later stages"
+
+
+@pytest.mark.usefixtures("tracked")
+def test_mlflow_that_is_away_is_told_of_without_its_password(
+    store: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, away = tmp_path / "run", "http://127.0.0.1:9"
+    assert main(_pretrain(store, out, "--tracking.uri", _with("s3cret", away))) == 0
+    assert main(["evaluate", "--out", str(out)]) == 0
+    said = "".join(capfd.readouterr())
+    assert f"MLflow at {_with('***', away)} lacks the run" in said
+    assert "s3cret" not in said
+    assert _holding("s3cret", out) == ["config.yaml", "run.json"]
+
+
+@pytest.mark.usefixtures("tracked")
+def test_the_password_of_mlflow_is_not_shown_in_mlflow(
+    mlflow_up: Server, store: str, tmp_path: Path, diccae: Diccae
+) -> None:
+    out = tmp_path / "run"
+    diccae(*_pretrain(store, out, "--tracking.uri", _with("s3cret", mlflow_up.uri)))
+    assert _run(out).data.params["tracking.uri"] == _with("***", mlflow_up.uri)
+    [file] = _client(out).list_artifacts(_record(out)["run_id"])
+    assert file.path == "config.yaml"
+    assert _holding("s3cret", mlflow_up.folder) == []
+
+
 @pytest.mark.usefixtures("tracked")
 def test_json_of_a_run_in_a_server_is_all_of_stdout(
     mlflow_up: Server, store: str, tmp_path: Path, diccae: Diccae

@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config import FeatureSpec
+from pipeline.passwords import without_passwords
 from training.errors import TrainingError, WeightsError
 from training.tracking.copier import mlflow_client
 
@@ -111,9 +112,8 @@ def _downloaded(uri: str, tracking_uri: str | None, target: str) -> str:
             download_artifacts(artifact_uri=source, dst_path=target, tracking_uri=tracking_uri)
         )
     except MlflowException as error:
-        raise TrainingError(
-            f"{uri}: MLflow at {tracking_uri} does not give it: {' '.join(str(error).split())}"
-        ) from error
+        why = f"MLflow at {tracking_uri} does not give it: {' '.join(str(error).split())}"
+        raise TrainingError(without_passwords(f"{uri}: {why}")) from error
     about = folder / "MLmodel"
     if not about.exists():
         return str(folder)

@@ -54,7 +54,7 @@ def register(handle: RunHandle, uri: str | Path, name: str, alias: str = "candid
         return _register(handle, folder, name, alias)
     except MlflowException as error:
         raise TrainingError(
-            f"MLflow at {handle.uri} did not register {folder} as {name}: {one_line(error)}"
+            f"MLflow at {handle.shown} did not register {folder} as {name}: {one_line(error)}"
         ) from error
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.passwords import without_passwords
 from training.attempt import UNHELD, Attempt
 from training.errors import RunTaken
 
@@ -38,6 +39,11 @@ class RunHandle(NamedTuple):
     run_id: str
     out: str = ""
 
+    @property
+    def shown(self) -> str:
+        """The URI as it is told: in logs, messages and files that are passed on."""
+        return without_passwords(self.uri)
+
 
 def one_line(error: BaseException) -> str:
     """The first line of what an error began with: MLflow wraps a refused connection five deep.
@@ -46,7 +52,7 @@ def one_line(error: BaseException) -> str:
     """
     while isinstance(deeper := error.__cause__ or error.__context__, Exception):
         error = deeper
-    text = str(error).strip().splitlines()
+    text = without_passwords(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
@@ -131,7 +137,7 @@ class MetricsCopier:
         if missing:
             log.warning(
                 "MLflow at %s lacks the last %d bytes of %s; the file is complete",
-                self._handle.uri, missing, self._path,
+                self._handle.shown, missing, self._path,
             )  # fmt: skip
         return missing == 0
 
@@ -144,7 +150,7 @@ class MetricsCopier:
             try:
                 self._copy()
                 if self._warned:
-                    log.warning("MLflow at %s answers again; nothing was lost", self._handle.uri)
+                    log.warning("MLflow at %s answers again; nothing was lost", self._handle.shown)
                 failures, self._warned = 0, False
             except RunTaken:
                 return  # The attempt that holds the folder now sends its lines.
@@ -173,7 +179,7 @@ class MetricsCopier:
             self._warned = True
             then = "metrics go to" if final else "training goes on, points are kept in"
             log.warning(
-                "MLflow at %s: %s; %s %s", self._handle.uri, one_line(error), then, self._path
+                "MLflow at %s: %s; %s %s", self._handle.shown, one_line(error), then, self._path
             )
 
     def _copy(self) -> None:

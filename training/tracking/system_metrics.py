@@ -38,7 +38,7 @@ class SystemMetrics:
             if not self._warned:
                 log.warning(
                     "MLflow at %s gets no metrics of node %s for now: %s",
-                    self._handle.uri, self._node, one_line(error),
+                    self._handle.shown, self._node, one_line(error),
                 )  # fmt: skip
             self._warned = True
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from pipeline.passwords import without_passwords
 from pipeline.storage import Location, fetched
 from training.attempt import UNHELD, Attempt
 from training.cluster_config import TrackingConfig
@@ -163,7 +164,8 @@ def flatten(params: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _as_text(params: dict[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in flatten(params)}
+    """As MLflow holds them, who may show them to more people than may read a run folder."""
+    return {key: without_passwords(str(value)) for key, value in flatten(params)}
 
 
 @never_fatal("store settings")
@@ -220,6 +222,13 @@ def log_artifacts(handle: RunHandle, paths: Iterable[str | Path]) -> bool:
                 client.log_artifacts(handle.run_id, str(path), artifact_path=path.name)
             else:
                 client.log_artifact(handle.run_id, str(path))
+    return True
+
+
+@never_fatal("store a text")
+def log_text(handle: RunHandle, name: str, text: str) -> bool:
+    """Keep a text as a file of the run, without the passwords of URLs; True if it arrived."""
+    mlflow_client(handle.uri).log_text(handle.run_id, without_passwords(text), name)
     return True
 
 

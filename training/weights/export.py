@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.passwords import without_passwords
 from pipeline.storage import Location, place_of
 from training.errors import WeightsError
 from training.model.blocks import PatchStem
@@ -102,7 +103,8 @@ def export_hub(model_uri: str, uri: str) -> list[str]:
         if sha256(tensors) != digest:
             raise WeightsError(f"{model_uri}: its tensors are not those of its card; save it again")
         shutil.copyfile(tensors, copy)
-    card = source.read_bytes(f"{kind}.json")
+    # Of an earlier version: it wrote the place of an MLflow run down as it was given.
+    card = without_passwords(source.read_bytes(f"{kind}.json"))
     target.write_bytes("config.json", _hub_config(json.loads(card)))
     target.write_bytes(f"{kind}.json", card)
     measured = read_measured(source.uri, digest)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import StoreError
+from pipeline.passwords import without_passwords
 from pipeline.storage import Location, fetched
 from training.config import FbankStatistics
 from training.errors import WeightsError
@@ -237,7 +238,8 @@ def _details(
     return {
         "classes": list(classes),
         "feature_spec": dict(feature_spec or {}),
-        "provenance": dict(provenance or {}),
+        # A card is passed on with its weights.
+        "provenance": json.loads(without_passwords(json.dumps(dict(provenance or {})))),
         "fbank_statistics": statistics and statistics._asdict(),
         "applied": applied and applied._asdict(),
     }
