@@ -170,6 +170,22 @@ def test_settings_in_mlflow_are_those_of_the_stage_that_used_them(
 
 
 @pytest.mark.usefixtures("tracked")
+def test_each_stage_says_which_start_logged_its_steps(
+    mlflow_up: Server, store: str, tmp_path: Path, diccae: Diccae
+) -> None:
+    out = tmp_path / "run"
+    diccae(*_pretrain(store, out, "--tracking.uri", mlflow_up.uri, "--pretrain.epochs", "3"))
+    diccae("finetune", "--out", str(out), *TUNED)
+    for metric, file, attempt in (
+        ("attempt", "metrics.jsonl", 1),
+        ("finetune/attempt", "finetune.jsonl", 2),
+    ):
+        points = _client(out).get_metric_history(_record(out)["run_id"], metric)
+        told = [(line["step"], attempt) for line in lines(out / file)]
+        assert sorted((point.step, point.value) for point in points) == told
+
+
+@pytest.mark.usefixtures("tracked")
 def test_a_param_that_an_earlier_version_left_is_overruled_by_a_tag(
     mlflow_up: Server, store: str, tmp_path: Path, diccae: Diccae
 ) -> None:

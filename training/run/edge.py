@@ -38,15 +38,18 @@ class Written(NamedTuple):
     provenance: dict[str, Any]
     attempt: Attempt
 
-    def tracker(self, lines: str, edge: Edge, state: dict[str, Any] | None) -> Tracker | None:
+    def tracker(
+        self, lines: str, edge: Edge, state: dict[str, Any] | None, prefix: str = ""
+    ) -> Tracker | None:
         """Rank 0's tracker, from the step of the checkpoint on; None on all others.
 
-        Args: lines: its file in the run folder.
+        Args: lines: its file in the run folder. prefix: see `Tracker`.
         """
         if edge.world.rank != 0:
             return None
         step = 0 if state is None else int(state["step"])
-        return Tracker(self.handle, self.out.uri_of(lines), step, attempt=self.attempt)
+        path = self.out.uri_of(lines)
+        return Tracker(self.handle, path, step, attempt=self.attempt, prefix=prefix)
 
 
 @contextlib.contextmanager

@@ -136,11 +136,11 @@ def finetune_at(
     out, attempt = written.out, written.attempt
     encoder, card = load_encoder(encoder_uri)
     classifier = make_classifier(config, encoder, len(index.classes))
-    tracker = written.tracker("finetune.jsonl", edge, edge.state)
+    tracker = written.tracker("finetune.jsonl", edge, edge.state, "finetune/")
 
     def write(step: int, metrics: dict[str, float]) -> None:
         if tracker is not None:
-            tracker.log(step, {f"finetune/{name}": value for name, value in metrics.items()})
+            tracker.log(step, metrics)
 
     def save(state: dict[str, Any]) -> None:
         if tracker is not None:

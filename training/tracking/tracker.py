@@ -321,6 +321,7 @@ class Tracker:
     Args: metrics_path: `<out>/metrics.jsonl`. resume_step: the step training goes on from; lines
         beyond it are cut, since those steps come again, and points up to it are never doubled.
         attempt: stands in each line; once it has lost the run folder nothing is written or sent.
+        prefix: of every metric's name, `finetune/`: steps of another stage are another curve.
     Raises: RunTaken, also from `log`.
     """
 
@@ -331,8 +332,9 @@ class Tracker:
         resume_step: int = 0,
         *,
         attempt: Attempt = UNHELD,
+        prefix: str = "",
     ) -> None:
-        self._attempt = attempt
+        self._attempt, self._prefix = attempt, prefix
         self._spool = Spool(metrics_path, attempt)
         self._path = self._spool.path
         self._last_step_of = _cut(self._path, resume_step)
@@ -349,9 +351,9 @@ class Tracker:
         if self._attempt.number:
             metrics = {**metrics, "attempt": float(self._attempt.number)}
         values = {
-            key: float(value)
+            name: float(value)
             for key, value in metrics.items()
-            if step > self._last_step_of.get(key, -1)
+            if step > self._last_step_of.get(name := self._prefix + key, -1)
         }
         if not values:
             return
