@@ -5,6 +5,7 @@ the checkpoint before to be on storage; not for storage itself. On its way is on
 """
 
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from pipeline.storage import Location
 from training.attempt import UNHELD, Attempt
 from training.run.checkpoints import state_in, write_state
 
-_written = threading.Event()
-"""Unset while a checkpoint of this process is on its way."""
-_written.set()
+_last = threading.Event()
+"""Of the checkpoint that this process reported last: it is on its way until this is set."""
+_last.set()
 
 
 def report_state(
@@ -32,37 +33,55 @@ def report_state(
     from ray.train import CheckpointUploadMode
 
     attempt.check()
-    metrics, beside = {"step": state["step"]}, CheckpointUploadMode.ASYNC
-    if rank != 0:
-        ray.train.report(metrics, checkpoint_upload_mode=beside)
-        return
-    settle()
-    kept = _copied({**state, "attempt": attempt.number})
+    if rank == 0:
+        settle()
+        _report(_copied({**state, "attempt": attempt.number}), place, attempt)
+    else:
+        beside = CheckpointUploadMode.ASYNC
+        ray.train.report({"step": state["step"]}, checkpoint_upload_mode=beside)
+
+
+def _report(kept: dict[str, Any], place: Location, attempt: Attempt) -> None:
+    """Have Ray write a state in a thread. Args: kept: emptied once it is written."""
+    global _last
+    import ray.train
+    from ray.train import CheckpointUploadMode
+
     storage = ray.train.get_context().get_storage()
     filesystem, root = storage.storage_filesystem, storage.experiment_fs_path
+    # On its way from here, not from where a thread of Ray's begins with it: that may be later than
+    # the next report. Its own event, since Ray lets go of this one later than that, too.
+    written = _last = threading.Event()
 
     def write(_: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        _written.clear()
         try:
             write_state(kept, place.below(name), attempt.check)
         finally:
-            _written.set()
+            kept.clear()  # Ray holds this function until its controller has heard of the result.
+            written.set()
         return ray.train.Checkpoint(f"{root}/{name}", filesystem)
 
-    # Ray asks for a folder to copy; nothing is copied, and nothing of it may be deleted after: the
-    # state goes to storage as it is written.
-    ray.train.report(
-        metrics,
-        ray.train.Checkpoint(root, filesystem),
-        checkpoint_upload_mode=beside,
-        checkpoint_upload_fn=write,
-        delete_local_checkpoint_after_upload=False,
-    )
+    # Where another worker was lost meanwhile, Ray drops the report without a word: then nobody
+    # has this function any more.
+    weakref.finalize(write, written.set)
+    try:
+        # Ray asks for a folder to copy; nothing is copied, and nothing of it may be deleted after:
+        # the state goes to storage as it is written.
+        ray.train.report(
+            {"step": kept["step"]},
+            ray.train.Checkpoint(root, filesystem),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=write,
+            delete_local_checkpoint_after_upload=False,
+        )
+    except BaseException:
+        written.set()  # What was raised holds the function.
+        raise
 
 
 def settle() -> None:
     """Wait until what was reported is on storage, or has failed."""
-    _written.wait()
+    _last.wait()
 
 
 def last_state() -> dict[str, Any] | None:
