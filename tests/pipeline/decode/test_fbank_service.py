@@ -14,7 +14,6 @@ from pipeline.decode.payload import fbank_function
 from pipeline.errors import PipelineError
 
 SPEC = FeatureSpec(n_mels=32)
-SERVICE = "pipeline.decode.fbank_service"
 WAVEFORMS = [
     np.random.default_rng(i).uniform(-0.5, 0.5, n).astype(np.float32)
     for i, n in enumerate([16000, 32000, 8000])
@@ -22,26 +21,32 @@ WAVEFORMS = [
 
 
 @pytest.fixture
-def shared(request):
+def name(request):
+    """Of the test's own service: those of a Ray that other tests use are no concern of it."""
+    yield (name := f"test-{os.getpid()}-{request.node.name}")
+    kill(name)
+
+
+@pytest.fixture
+def shared(name):
     """Makes clients of one service."""
-    name, key = f"test-{os.getpid()}-{request.node.name}", os.urandom(16)
-    yield lambda: SharedFbanks(SPEC, name, key)
-    kill(SERVICE)
+    key = os.urandom(16)
+    return lambda: SharedFbanks(SPEC, name, key)
 
 
 @pytest.fixture(scope="module")
 def living():
     """A client of a service that stays for the tests that leave it alive."""
-    fbanks = SharedFbanks(SPEC, f"test-{os.getpid()}-living", os.urandom(16))
+    fbanks = SharedFbanks(SPEC, name := f"test-{os.getpid()}-living", os.urandom(16))
     yield fbanks
-    kill(SERVICE)
+    kill(name)
 
 
 @pytest.mark.slow
-def test_one_service_for_all_who_share_its_name_and_it_ends_after_them(shared):
+def test_one_service_for_all_who_share_its_name_and_it_ends_after_them(shared, name):
     ours = [shared() for _ in range(3)]
     answers = [fbanks(WAVEFORMS) for fbanks in ours]
-    (service,) = below(SERVICE)
+    (service,) = below(name)
     fbank = fbank_function(SPEC)
     for waveform, *made in zip(WAVEFORMS, *answers, strict=True):
         assert made[0].dtype == np.float16
@@ -56,10 +61,10 @@ def test_one_service_for_all_who_share_its_name_and_it_ends_after_them(shared):
 
 
 @pytest.mark.slow
-def test_a_killed_service_is_started_again_and_gives_the_same_bits(shared):
+def test_a_killed_service_is_started_again_and_gives_the_same_bits(shared, name):
     fbanks = shared()
     before = fbanks(WAVEFORMS)
-    assert kill(SERVICE) == 1
+    assert kill(name) == 1
     for one, other in zip(before, fbanks(WAVEFORMS), strict=True):
         assert one.tobytes() == other.tobytes()
 
