@@ -160,6 +160,14 @@ class Location:
         part: bytes = self.fs.cat_file(self.join(name), start=max(0, size - n_bytes), end=size)
         return part
 
+    def read_from(self, name: str, start: int) -> bytes:
+        """A file from a byte on; nothing where it ends before. Raises: FileNotFoundError."""
+        size = int(self.fs.info(self.join(name))["size"])
+        if start >= size:  # Of an object a server would refuse the range.
+            return b""
+        part: bytes = self.fs.cat_file(self.join(name), start=start, end=size)
+        return part
+
     def open(self, name: str) -> IO[bytes]:
         """A file to read parts of. Raises: FileNotFoundError."""
         if self.is_local:

@@ -124,7 +124,7 @@ def mlflow_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def migrated_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with its tables made once (4 s); tests copy it."""
-    from training.tracking.copier import mlflow_client
+    from training.tracking.client import mlflow_client
 
     folder = tmp_path_factory.mktemp("mlflow")
     mlflow_client(f"sqlite:///{folder}/mlflow.db").search_experiments()

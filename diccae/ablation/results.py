@@ -25,8 +25,8 @@ from training.report.ablate import (
     values_of,
     variant_rows,
 )
-from training.tracking import tracker as tracking
-from training.tracking.copier import RunHandle
+from training.tracking import mlflow_run as tracking
+from training.tracking.client import RunHandle
 
 
 def _without_nan(fields: dict[str, Any]) -> dict[str, Any]:

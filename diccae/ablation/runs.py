@@ -32,8 +32,8 @@ from training.evaluation.variants import Variant
 from training.run.checkpoints import WHOLE, Span, newest_checkpoint
 from training.run.pinned import check, pin
 from training.run.pretrain import CHECKPOINTS
-from training.tracking import tracker as tracking
-from training.tracking.copier import RunHandle
+from training.tracking import mlflow_run as tracking
+from training.tracking.client import RunHandle
 from training.tracking.destination import destination
 
 Say = Callable[[str], None]

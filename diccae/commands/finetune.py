@@ -7,6 +7,7 @@ from diccae.args import Options
 from diccae.config import RunConfig
 from diccae.run_folder import RunFolder, log_to_screen
 from diccae.screen import say
+from training.tracking.tracker import FINETUNE_METRICS
 
 _FITTED = (
     "name it as encoder.init in the config instead of --encoder, with a new --out: its positions "
@@ -66,7 +67,7 @@ def _finetune(folder: RunFolder, args: FinetuneArgs) -> None:
     from diccae.stages.statistics import refuse_other_sizes, with_store_features
     from training.run.finetune import forget_finetuning, refuse_other_settings
 
-    is_again = args.fresh and folder.place.exists("finetune.jsonl")
+    is_again = args.fresh and folder.place.exists(FINETUNE_METRICS)
     if args.fresh:
         forget_finetuning(folder.place)
     # Before the folder takes the config over: config.yaml tells of the classifier that is there.

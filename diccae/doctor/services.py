@@ -13,7 +13,7 @@ from diccae.doctor.check import Check, never_raises
 
 _SEARCH = """
 import sys
-from training.tracking.copier import mlflow_client
+from training.tracking.client import mlflow_client
 mlflow_client(sys.argv[1]).search_experiments(max_results=1)
 print("ok")
 """

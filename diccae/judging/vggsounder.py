@@ -48,7 +48,7 @@ def run_vggsounder(
     if folder.record.get("mlflow"):
         # Ray, torch and MLflow take ten times as long to import as the metrics to compute.
         from diccae.stages.run_record import known_run, say_if_untracked
-        from training.tracking import tracker as tracking
+        from training.tracking import mlflow_run as tracking
 
         handle = known_run(folder, folder.config(), say)
         if handle.run_id:

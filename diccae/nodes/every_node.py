@@ -16,7 +16,7 @@ from diccae.nodes.log_files import LogFile, own_log
 from diccae.nodes.watch import EVERY_S, Keeper, NodeWatch, Watched, masks
 from diccae.resources import embedded_cores, job_id
 from training.attempt import Attempt
-from training.tracking.copier import RunHandle
+from training.tracking.client import RunHandle
 from training.tracking.system_metrics import SystemMetrics
 
 log = logging.getLogger(__name__)

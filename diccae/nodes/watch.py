@@ -16,7 +16,7 @@ from diccae.nodes.log_files import LogFile, Masks, files_of
 from pipeline.storage import is_storage_failure
 from training.attempt import Attempt
 from training.errors import RunTaken
-from training.tracking.copier import RunHandle
+from training.tracking.client import RunHandle
 from training.tracking.system_metrics import SystemMetrics
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from training.predict.jobs import Apply
 from training.run.checkpoints import Span
 from training.run.edge import Written
 from training.run.pinned import Pinned
-from training.tracking.copier import RunHandle
+from training.tracking.client import RunHandle
 
 Tags = Mapping[str, str] | None
 

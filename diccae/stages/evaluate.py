@@ -25,7 +25,7 @@ from training.evaluation.predictions import read_predictions
 from training.evaluation.results import read_confusion
 from training.on_ray.evaluate import applied_by, evaluate
 from training.run.pinned import Pinned
-from training.tracking import tracker as tracking
+from training.tracking import mlflow_run as tracking
 from training.weights.beside import write_readme
 from training.weights.files import read_card
 from training.weights.measured import Measured, write_measured

@@ -18,6 +18,7 @@ from training.loop.finetuner import idle_additions, refuse_labels
 from training.run.edge import Written
 from training.run.finetune import starting_encoder
 from training.run.pinned import refuse_unfit
+from training.tracking.tracker import FINETUNE_METRICS
 
 
 def run_finetune(
@@ -54,11 +55,11 @@ def run_finetune(
     _say_what_is_trained(config, train, len(data.train), uri, say)
     total = plan.steps(len(train)) * config.finetune.epochs
     started = time.monotonic()
-    written = Written(folder.place, handle, origin, folder.attempt)
+    written = Written(folder.place, origin, folder.attempt)
     stage = partial(backend.finetune, config, train, uri, written)
     nodes = backend.watched_nodes(folder.attempt, handle, config.tracking.of_nodes(handle.uri))
-    with nodes, watched(folder.place, "finetune.jsonl", total, "finetune"):
-        with_status(folder, handle, config, stage, section="finetune")
+    with nodes, watched(folder.place, FINETUNE_METRICS, total, "finetune"):
+        with_status(folder, handle, config, stage, FINETUNE_METRICS, section="finetune")
     folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})
 
 

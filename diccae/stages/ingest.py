@@ -3,9 +3,9 @@
 Imports neither torch nor Ray, so that an ingest with nothing to do ends at once.
 """
 
+import contextlib
 import shutil
 import tempfile
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from diccae.screen import ProgressLine, clock, say
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.ingest.run import IngestSummary, Progress, ingest
 from pipeline.source.listing import local_clip
+from pipeline.storage import Location
 from training.cluster_config import TrackingConfig
-from training.tracking import tracker as tracking
-from training.tracking.copier import RunHandle
+from training.tracking import mlflow_run as tracking
+from training.tracking.client import RunHandle
+from training.tracking.copier import copied
 from training.tracking.destination import destination, named
+from training.tracking.tracker import METRICS, Tracker
 
 _LOCAL_CLIPS_ALONE = 1024
 """Where Ray brings no cores it costs 14 s of two of them; that is little only above this."""
@@ -45,7 +48,7 @@ def run_ingest(
     params = {"clips": clips, "videos": videos, "store": store, "ingest": config.model_dump()}
     if spec is not None:
         params["features"] = spec.model_dump()
-    with _IngestRun(tracked, params) as run, closing(ProgressLine()) as line:
+    with _IngestRun(tracked, params) as run, contextlib.closing(ProgressLine()) as line:
 
         def show(progress: Progress) -> None:
             run.log(progress)
@@ -98,7 +101,8 @@ class _IngestRun:
         self._config, self._params = config, params
         self._done = 0
         self._handle: RunHandle | None = None
-        self._tracker: tracking.Tracker | None = None
+        self._tracker: Tracker | None = None
+        self._copied = contextlib.ExitStack()
 
     def log(self, progress: Progress) -> None:
         """A point of the curves; its step is the number of clips done."""
@@ -118,13 +122,16 @@ class _IngestRun:
         self._done = progress.done
         self._tracker.log(self._done, point)
 
-    def _begin(self, config: TrackingConfig) -> tracking.Tracker:
+    def _begin(self, config: TrackingConfig) -> Tracker:
         scratch = tempfile.mkdtemp(prefix="diccae-ingest-")
         store = str(self._params["store"])
         say(f"tracking  {destination(config, scratch)}")
         tags = {"mlflow.runName": f"ingest {Path(store).name}", "store.uri": store, "job": job_id()}
         self._handle = tracking.create_run(config, scratch, self._params, tags, {})
-        return tracking.Tracker(self._handle, Path(scratch) / "metrics.jsonl")
+        place = Location(scratch)
+        tracker = Tracker(place.uri_of(METRICS))
+        self._copied.enter_context(copied(self._handle, place, METRICS))
+        return tracker
 
     def conclude(self, summary: IngestSummary) -> None:
         """The summary as last numbers of the curves."""
@@ -139,6 +146,7 @@ class _IngestRun:
         if self._tracker is None or self._handle is None:
             return
         self._tracker.close()
+        self._copied.close()
         stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
         tracking.finish(
             self._handle, "KILLED" if stopped else "FAILED" if kind is not None else "FINISHED"

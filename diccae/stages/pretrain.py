@@ -22,7 +22,7 @@ from training.model.make import make_encoder
 from training.run.checkpoints import WHOLE, Span
 from training.run.edge import Written
 from training.run.pinned import Pinned, check
-from training.tracking.copier import read_metrics
+from training.tracking.tracker import METRICS, read_metrics
 from training.weights.files import WeightsReport, by_part, load_weights
 
 _TOGETHER = 0.5
@@ -51,15 +51,16 @@ def run_pretrain(
     handle = backend.track(folder, config, data, tags, say)
     backend.note(config.scale, say)
     total = _say_what_is_trained(config, data, say, span)
-    written = Written(folder.place, handle, provenance(folder, config), folder.attempt)
+    written = Written(folder.place, provenance(folder, config), folder.attempt)
     started = time.monotonic()
     nodes = backend.watched_nodes(folder.attempt, handle, config.tracking.of_nodes(handle.uri))
-    with nodes, watched(folder.place, "metrics.jsonl", total, "pretrain"):
+    with nodes, watched(folder.place, METRICS, total, "pretrain"):
         result = with_status(
             folder,
             handle,
             config,
             lambda: backend.pretrain(config, data, written, span),
+            METRICS,
         )
     _write_results(folder, config, len(data.train), result, time.monotonic() - started)
     return result
@@ -150,7 +151,7 @@ def _pseudo_labels(out: Location, config: RunConfig) -> dict[str, Any]:
     """Quality and stability of the rounds, from what clustering and training wrote down."""
     uri = out.uri_of("rounds")
     rounds = [load_round(uri, r) for r in rounds_at(uri)] if config.rounds.labels != "none" else []
-    with out.fetched("metrics.jsonl") as file:
+    with out.fetched(METRICS) as file:
         lines = list(read_metrics(file))
     nmi = [line["clustering/nmi"] for line in lines if line.get("clustering/nmi") is not None]
     return {

@@ -7,7 +7,7 @@ from diccae.run_folder import RunFolder
 from diccae.stages.run_record import Say, known_run, say_if_untracked, tracking_handle
 from training.predict.registry import registered
 from training.report.page import write_report
-from training.tracking import tracker as tracking
+from training.tracking import mlflow_run as tracking
 
 
 def run_report(folder: RunFolder, store: str | None, say: Say, *, with_sound: bool = True) -> str:

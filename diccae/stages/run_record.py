@@ -21,8 +21,9 @@ from pipeline.quality.leave_out import LeftOut
 from pipeline.store.store import FeatureStore, Snapshot
 from pipeline.store.vacuumed import whole_snapshot
 from training.run.pinned import Pinned, pin
-from training.tracking import tracker as tracking
-from training.tracking.copier import RunHandle
+from training.tracking import mlflow_run as tracking
+from training.tracking.client import RunHandle
+from training.tracking.copier import copied
 from training.tracking.destination import destination, named
 
 Say = Callable[[str], None]
@@ -289,19 +290,22 @@ def with_status(
     handle: RunHandle,
     config: RunConfig,
     stage: Callable[[], dict[str, Any]],
+    lines: str,
     section: str | None = None,
 ) -> dict[str, Any]:
-    """Run a stage and tell MLflow that it runs, with what, and how it ended; an MLflow that was
-    away gets the run now.
+    """Run a stage and tell MLflow that it runs, with what, its curves, and how it ended; an MLflow
+    that was away gets the run now.
 
     A start that lost the folder tells nothing: the run is that of the one which holds it.
-    Args: section: of the config, which no stage before this one has used.
+    Args: lines: file of the folder with the stage's metrics. section: of the config, which no
+        stage before this one has used.
     """
     folder.check()
     status, told = "FAILED", False
     try:
         told = bool(tracking.begin(handle)) and _tell_settings(folder, handle, config, section)
-        result = stage()
+        with copied(handle, folder.place, lines, folder.attempt):
+            result = stage()
         status = "FINISHED"
         return result
     except KeyboardInterrupt:

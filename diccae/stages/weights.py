@@ -14,7 +14,7 @@ from training.errors import WeightsError
 from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.model.make import input_shape
-from training.tracking import tracker as tracking
+from training.tracking import mlflow_run as tracking
 from training.weights.card import Applied
 from training.weights.files import (
     WeightsReport,

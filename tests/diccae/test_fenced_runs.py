@@ -21,8 +21,10 @@ from pipeline.storage import Location
 from training.attempt import Attempt
 from training.cluster_config import TrackingConfig
 from training.errors import RunTaken
-from training.tracking.copier import mlflow_client
-from training.tracking.tracker import Tracker, create_run
+from training.tracking.client import mlflow_client
+from training.tracking.copier import MetricsCopier
+from training.tracking.mlflow_run import create_run
+from training.tracking.tracker import METRICS, Tracker
 
 STALE_S = "2"
 HOLDER = """
@@ -31,15 +33,14 @@ from diccae.run_folder import RunFolder
 from pipeline.errors import StoreLocked
 from training.errors import RunTaken
 from training.tracking import spool
-from training.tracking.copier import RunHandle
-from training.tracking.tracker import Tracker
+from training.tracking.tracker import METRICS, Tracker
 
 spool.PUBLISH_S = 0.05
 folder = RunFolder(sys.argv[1])
-refused, NOWHERE = [], RunHandle("", "")
+refused = []
 with folder.held("pretrain", 1.5):
     attempt = folder.attempt
-    tracker = Tracker(NOWHERE, folder.place.uri_of("metrics.jsonl"), attempt=attempt)
+    tracker = Tracker(folder.place.uri_of("metrics.jsonl"), attempt=attempt)
     folder.write_record(begun=True)
     print("holds", attempt.number, flush=True)
     for step in range(1, 100_000):
@@ -52,7 +53,7 @@ with folder.held("pretrain", 1.5):
     for name, write in {
         "record": lambda: folder.write_record(late=True),
         "results": lambda: folder.write_results(late=True),
-        "tracker": lambda: Tracker(NOWHERE, folder.place.uri_of("x.jsonl"), attempt=attempt),
+        "tracker": lambda: Tracker(folder.place.uri_of("x.jsonl"), attempt=attempt),
     }.items():
         try:
             write()
@@ -129,16 +130,17 @@ def test_a_second_attempt_runs_in_mlflow_although_the_first_left_no_checkpoint(
 ) -> None:
     folder = RunFolder(tmp_path / "run")
     handle = create_run(TrackingConfig(), folder.uri, {}, {}, {})
-    client, path = mlflow_client(handle.uri), folder.place.uri_of("metrics.jsonl")
+    client, path = mlflow_client(handle.uri), folder.place.uri_of(METRICS)
     client.set_terminated(handle.run_id, "FAILED")
     for copied_by_a_report in (True, False):
         if copied_by_a_report:
-            Tracker(handle, path).close()
+            assert MetricsCopier(handle, folder.place, METRICS).drain(60)
         else:
             with folder.held("pretrain"):
-                tracker = Tracker(handle, path, attempt=folder.attempt)
+                tracker = Tracker(path, attempt=folder.attempt)
                 tracker.log(1, {"loss": 1.0})
-                assert tracker.close()
+                tracker.close()
+                assert MetricsCopier(handle, folder.place, METRICS, folder.attempt).drain(60)
         status = client.get_run(handle.run_id).info.status
         assert status == ("FAILED" if copied_by_a_report else "RUNNING")
 

@@ -15,7 +15,7 @@ from support.runs import SMOKE
 
 from clustering.rounds.files import load_round
 from pipeline.storage import Location
-from training.tracking.copier import read_metrics
+from training.tracking.tracker import read_metrics
 
 STAGES = """
 import json, sys

@@ -12,7 +12,7 @@ from support.runs import SMOKE, lines
 from diccae.cli import main
 from diccae.stages.backend import InLab, OnRay
 from training.run.edge import Written
-from training.tracking.copier import mlflow_client
+from training.tracking.client import mlflow_client
 
 Diccae = Callable[..., str]
 
@@ -75,7 +75,7 @@ def test_a_run_that_mlflow_missed_begins_with_the_next_start_where_that_says(
     pretrain = InLab.pretrain
 
     def seen(lab: InLab, config: Any, data: Any, written: Written, span: Any) -> dict[str, Any]:
-        began.append(written.handle.run_id)
+        began.append(_record(Path(written.out.path))["run_id"])
         return pretrain(lab, config, data, written, span)
 
     monkeypatch.setattr(InLab, "pretrain", seen)

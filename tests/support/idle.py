@@ -4,7 +4,7 @@ from typing import Any
 
 from diccae.config import RunConfig
 from pipeline.config import FeatureSpec
-from training.tracking.copier import RunHandle
+from training.tracking.client import RunHandle
 
 SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
 CONFIG = RunConfig.model_validate(

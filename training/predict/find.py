@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pipeline.config import FeatureSpec
 from pipeline.passwords import without_passwords
 from training.errors import TrainingError, WeightsError
-from training.tracking.copier import mlflow_client
+from training.tracking.client import mlflow_client
 
 _REGISTRY = ("models:/", "runs:/")
 

@@ -19,8 +19,7 @@ from pipeline.synth import write_clips
 from training.config import STREAMS
 from training.errors import TrainingError
 from training.predict.find import find_models
-from training.tracking.copier import RunHandle, mlflow_client, one_line
-from training.tracking.tracker import never_fatal
+from training.tracking.client import RunHandle, mlflow_client, never_fatal, one_line
 from training.weights.files import read_card, saved_name
 from training.weights.measured import read_measured
 

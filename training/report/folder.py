@@ -30,7 +30,7 @@ from training.evaluation.results import (
     read_embeddings,
 )
 from training.report.curves import Columns, columns_of
-from training.tracking.copier import read_metrics
+from training.tracking.tracker import FINETUNE_METRICS, METRICS, read_metrics
 
 T = TypeVar("T")
 
@@ -81,8 +81,8 @@ def read_run(folder: str | Path) -> ReportData:
         run=_json(place, "run.json"),
         results=_json(place, "results.json"),
         config_yaml=_read(place, "config.yaml", Path.read_text) or "",
-        metrics=_columns(place, "metrics.jsonl"),
-        finetuning=_columns(place, "finetune.jsonl", "finetune/"),
+        metrics=_columns(place, METRICS),
+        finetuning=_columns(place, FINETUNE_METRICS, "finetune/"),
         rounds=_rounds(place.below("rounds")),
         confusion=_read(place, "evaluation/confusion.npz", read_confusion),
         predictions=predictions,

@@ -13,7 +13,6 @@ from training.attempt import Attempt
 from training.data.order import WindowPlan
 from training.data.reader import Reader
 from training.loop.hooks import World
-from training.tracking.copier import RunHandle
 from training.tracking.tracker import Tracker
 
 
@@ -34,7 +33,6 @@ class Written(NamedTuple):
     """Where a run is written down."""
 
     out: Location
-    handle: RunHandle
     provenance: dict[str, Any]
     attempt: Attempt
 
@@ -49,7 +47,7 @@ class Written(NamedTuple):
             return None
         step = 0 if state is None else int(state["step"])
         path = self.out.uri_of(lines)
-        return Tracker(self.handle, path, step, attempt=self.attempt, prefix=prefix)
+        return Tracker(path, step, attempt=self.attempt, prefix=prefix)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from training.loop.hooks import Hooks, World
 from training.model.make import make_classifier, make_encoder
 from training.run.checkpoints import failure_writer, newest_checkpoint, state_in
 from training.run.edge import Edge, Written, kept
+from training.tracking.tracker import FINETUNE_METRICS
 from training.weights.card import Applied, Space
 from training.weights.files import (
     encoder_digest,
@@ -105,7 +106,7 @@ def refuse_other_settings(config: TrainingConfig, encoder_uri: str | None, place
 
 def forget_finetuning(place: Location) -> None:
     """Delete classifier and checkpoints of fine-tuning, to start it again."""
-    for name in (CHECKPOINTS, "classifier", "finetune.jsonl"):
+    for name in (CHECKPOINTS, "classifier", FINETUNE_METRICS):
         place.remove_tree(name)
 
 
@@ -136,7 +137,7 @@ def finetune_at(
     out, attempt = written.out, written.attempt
     encoder, card = load_encoder(encoder_uri)
     classifier = make_classifier(config, encoder, len(index.classes))
-    tracker = written.tracker("finetune.jsonl", edge, edge.state, "finetune/")
+    tracker = written.tracker(FINETUNE_METRICS, edge, edge.state, "finetune/")
 
     def write(step: int, metrics: dict[str, float]) -> None:
         if tracker is not None:

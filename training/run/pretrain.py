@@ -22,7 +22,7 @@ from training.model.make import make_encoder
 from training.run.checkpoints import KEPT, Span, failure_writer, refuse_lost_labels, state_in
 from training.run.edge import Edge, Written, kept
 from training.run.known_labels import known_labels
-from training.tracking.tracker import Tracker
+from training.tracking.tracker import METRICS, Tracker
 from training.weights.card import Applied
 from training.weights.files import load_weights, save_encoder
 
@@ -70,7 +70,7 @@ def pretrain_at(
     out, attempt = written.out, written.attempt
     state = _starting_state(edge, span, out, rounds)
     encoder = _starting_encoder(config, index, state)
-    tracker = written.tracker("metrics.jsonl", edge, state)
+    tracker = written.tracker(METRICS, edge, state)
 
     def write(step: int, metrics: dict[str, float]) -> None:
         if tracker is not None:

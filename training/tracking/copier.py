@@ -1,196 +1,150 @@
-"""Copies the lines of a `metrics.jsonl` to an MLflow run, in a thread, however often MLflow fails.
+"""Copies the lines of a run's metrics files to its MLflow run, however often MLflow fails.
 
-Knows nothing of training or of how a run was made. The file is the buffer: nothing is held in
-memory, and what MLflow lacks is found by asking it.
+By the driver, which reads what a worker writes: workers need no way to MLflow, nor the seconds of
+importing it. Knows nothing of training or of how a run was made. The file is the buffer: nothing is
+held in memory, and what MLflow lacks is found by asking it.
 Invariant: a (metric, step) is one point in MLflow, and no failure of MLflow reaches the caller.
 """
 
-import json
+import contextlib
 import logging
 import math
-import os
-import re
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from pipeline.passwords import without_passwords
+from pipeline.storage import Location
 from training.attempt import UNHELD, Attempt
 from training.errors import RunTaken
+from training.tracking.client import RunHandle, legal_name, mlflow_client, one_line
+from training.tracking.spool import PUBLISH_S
+from training.tracking.tracker import parse_line
 
 log = logging.getLogger(__name__)
 
+LOOK_S = 1.0
 _MAX_METRICS = 1000  # MLflow's limit on one log_batch
-_COALESCE_S = 1.0
 _BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _FINAL_ERRORS = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE"}
+_END_S = 30.0
 
 
-class RunHandle(NamedTuple):
-    """All a process needs to write to a run; plain strings, so that it travels anywhere.
+@contextlib.contextmanager
+def copied(
+    handle: RunHandle, place: Location, name: str, attempt: Attempt = UNHELD
+) -> Iterator[None]:
+    """Copy a file of the run folder to the run while the block goes on; `drain` sends the rest.
 
-    `run_id` is empty if MLflow did not answer when the run was to be created: `catch_up` and
-    `finish` create it from what `create_run` left in `out`.
+    Args: handle: without an id nothing is copied. attempt: once it has lost the run folder nothing
+        is sent.
     """
-
-    uri: str
-    run_id: str
-    out: str = ""
-
-    @property
-    def shown(self) -> str:
-        """The URI as it is told: in logs, messages and files that are passed on."""
-        return without_passwords(self.uri)
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what an error began with: MLflow wraps a refused connection five deep.
-
-    An interrupt that was being handled when it happened is not its beginning.
-    """
-    while isinstance(deeper := error.__cause__ or error.__context__, Exception):
-        error = deeper
-    text = without_passwords(str(error)).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
-
-
-def mlflow_client(uri: str) -> Any:
-    """An MlflowClient; the import takes 2 to 5 s, so it waits until somebody logs."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    # The client's own default is 7 retries, minutes of silence and a warning each; this module
-    # retries by itself.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    # A server's client prints links on stdout, where `--json` answers.
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    from mlflow import MlflowClient
-
-    for noisy in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl; what a kill or a full disk cut off is left out."""
-    with open(path, "rb") as file:
-        for line in file:
-            if (parsed := parse_line(line)) is not None:
-                yield parsed
-
-
-def parse_line(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl, or None if it is not whole."""
+    if not handle.run_id:
+        yield
+        return
+    copier, ending = MetricsCopier(handle, place, name, attempt), threading.Event()
+    thread = threading.Thread(
+        target=copier.follow, args=(ending,), name="mlflow-copier", daemon=True
+    )
+    thread.start()
     try:
-        parsed = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return parsed if isinstance(parsed, dict) and "step" in parsed and "time" in parsed else None
-
-
-def legal_name(key: str) -> str:
-    """A metric's name as MLflow takes it: `@` is `_at_`, what else it refuses is `_`."""
-    return re.sub(r"[^\w\-. :/]", "_", key.replace("@", "_at_"))
+        yield
+    finally:
+        ending.set()
+        thread.join(_END_S)
 
 
 class MetricsCopier:
     """Copies lines of a metrics file to an MLflow run, from wherever MLflow stands."""
 
     def __init__(
-        self, handle: RunHandle, path: Path, resume_step: int = 0, attempt: Attempt = UNHELD
+        self, handle: RunHandle, place: Location, name: str, attempt: Attempt = UNHELD
     ) -> None:
-        self._attempt = attempt
-        self._handle, self._path, self._resume_step = handle, path, resume_step
-        self._offset = 0
+        self._handle, self._place, self._name, self._attempt = handle, place, name, attempt
+        self._offset, self._last_line = 0, b""
+        self._n_left = 0
         self._last_step_of: dict[str, int] | None = None
-        self._warned = self._gave_up = False
-        self._wake, self._closing = threading.Event(), threading.Event()
-        self._deadline = math.inf
-        self._thread = threading.Thread(target=self._run, name="mlflow-copier", daemon=True)
+        self._n_failures, self._gave_up = 0, False
+        self._away = ""
+        """What did not answer the last time."""
 
-    def start(self) -> None:
-        """Copy in the background from now on."""
-        self._thread.start()
-
-    def wake(self) -> None:
-        """Say that a line was written."""
-        self._wake.set()
-
-    def stop(self, timeout_s: float) -> bool:
-        """End the thread once all lines are sent or the time is over."""
-        self._deadline = time.monotonic() + timeout_s
-        self._closing.set()
-        self._wake.set()
-        self._thread.join(timeout_s + 1.0)
-        return self._complete()
+    def follow(self, ending: threading.Event) -> None:
+        """Copy what comes, until `ending` or an error that waiting does not mend."""
+        every_s = LOOK_S if self._place.appends else PUBLISH_S
+        while not self._gave_up:
+            is_well = self._try()
+            wait_s = every_s if is_well else _BACKOFF_S[min(self._n_failures, len(_BACKOFF_S)) - 1]
+            if ending.wait(wait_s):
+                return
 
     def drain(self, timeout_s: float) -> bool:
-        """Copy in this thread until all lines are sent or the time is over."""
-        self._deadline = time.monotonic() + timeout_s
-        self._closing.set()
-        self._run()
-        return self._complete()
-
-    def _complete(self) -> bool:
-        missing = self._path.stat().st_size - self._offset
-        if missing:
+        """Copy until all lines are sent or the time is over; True if MLflow has them all."""
+        deadline = time.monotonic() + timeout_s
+        while not self._try() and not self._gave_up:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                break
+            time.sleep(min(1.0, left_s))
+        is_complete = not self._n_failures and not self._n_left
+        if not is_complete:
             log.warning(
                 "MLflow at %s lacks the last %d bytes of %s; the file is complete",
-                self._handle.shown, missing, self._path,
+                self._handle.shown, self._n_left, self._place.uri_of(self._name),
             )  # fmt: skip
-        return missing == 0
+        return is_complete
 
-    def _run(self) -> None:
-        failures = 0
-        while not self._gave_up:
-            # Asked before copying: a line written before the end may be missed by a copy before it.
-            ending = self._closing.is_set()
-            self._wake.clear()
-            try:
-                self._copy()
-                if self._warned:
-                    log.warning("MLflow at %s answers again; nothing was lost", self._handle.shown)
-                failures, self._warned = 0, False
-            except RunTaken:
-                return  # The attempt that holds the folder now sends its lines.
-            except Exception as error:
-                self._report(error)
-                failures += 1
-            if ending and (failures == 0 or time.monotonic() > self._deadline):
-                return
-            self._pause(failures)
+    def _try(self) -> bool:
+        """Copy what there is. Returns: whether it went well; if not, it is said once."""
+        where = asked = self._place.uri_of(self._name)
+        try:
+            lines = self._new_lines()
+            asked = f"MLflow at {self._handle.shown}"
+            self._copy(lines)
+        except Exception as error:
+            self._n_failures += 1
+            if isinstance(error, RunTaken):  # Who holds the folder now sends its lines.
+                self._gave_up = True
+                return False
+            self._gave_up = getattr(error, "error_code", None) in _FINAL_ERRORS
+            if self._gave_up or not self._away:
+                then = "metrics go to" if self._gave_up else "training goes on, points are kept in"
+                log.warning("%s: %s; %s %s", asked, one_line(error), then, where)
+            self._away = asked
+            return False
+        if self._away:
+            log.warning("%s answers again; nothing was lost", self._away)
+        self._n_failures, self._away = 0, ""
+        return True
 
-    def _pause(self, failures: int) -> None:
-        if failures:
-            wait_s = _BACKOFF_S[min(failures, len(_BACKOFF_S)) - 1]
-            if self._closing.is_set():
-                time.sleep(max(0.0, min(wait_s, 1.0, self._deadline - time.monotonic())))
-            else:
-                self._closing.wait(wait_s)
-        elif not self._closing.is_set():
-            self._wake.wait()
-            self._closing.wait(_COALESCE_S)
-
-    def _report(self, error: Exception) -> None:
-        final = getattr(error, "error_code", None) in _FINAL_ERRORS
-        self._gave_up = final
-        if final or not self._warned:
-            self._warned = True
-            then = "metrics go to" if final else "training goes on, points are kept in"
-            log.warning(
-                "MLflow at %s: %s; %s %s", self._handle.shown, one_line(error), then, self._path
-            )
-
-    def _copy(self) -> None:
+    def _copy(self, lines: bytes) -> None:
+        self._n_left = len(lines)
         client = mlflow_client(self._handle.uri)
         if self._last_step_of is None:
             self._last_step_of = self._attach(client)
-        for batch, end in self._batches():
+        for batch, sent in self._batches(lines):
             self._attempt.check()
             if batch:
                 client.log_batch(self._handle.run_id, metrics=batch)
-            self._offset = end
+                self._last_step_of.update((point.key, point.step) for point in batch)
+            self._offset += len(sent)
+            self._n_left -= len(sent)
+            self._last_line = sent.splitlines(keepends=True)[-1]
+
+    def _new_lines(self) -> bytes:
+        """What stands behind the last line that was copied.
+
+        A worker that goes on from a checkpoint cuts the file: where that line no longer stands in
+        its place, the file is read from its beginning, and the points MLflow has are left out.
+        """
+        try:
+            known = self._last_line
+            found = self._place.read_from(self._name, self._offset - len(known))
+            if found.startswith(known):
+                return found[len(known) :]
+            self._offset, self._last_line = 0, b""
+            return self._place.read_from(self._name, 0)
+        except FileNotFoundError:  # No metric was logged yet.
+            return b""
 
     def _attach(self, client: Any) -> dict[str, int]:
         """The last step MLflow holds of each metric; marks the run as going on, and whose.
@@ -203,31 +157,28 @@ class MetricsCopier:
         run = client.get_run(run_id)
         for key, value in self._attempt.tags.items():
             client.set_tag(run_id, key, value)
-        if run.info.status != "FINISHED":  # Else the driver may have ended it by now.
-            if self._resume_step:
-                client.set_tag(run_id, "resumed_from_step", str(self._resume_step))
-            if self._resume_step or self._attempt.number:  # Neither: a report's copy.
-                client.update_run(run_id, status="RUNNING")
+        if self._attempt.number:  # Else it is the copy of a run that goes on no more.
+            client.update_run(run_id, status="RUNNING")
         return {metric.key: metric.step for metric in run.data.to_proto().metrics}
 
-    def _batches(self) -> Iterator[tuple[list[Any], int]]:
-        """Whole lines not yet sent, as at most 1000 points, with the offset behind them."""
+    def _batches(self, lines: bytes) -> Iterator[tuple[list[Any], bytes]]:
+        """At most 1000 points, with the whole lines that they stand in."""
         batch: list[Any] = []
-        end = self._offset
-        with open(self._path, "rb") as file:
-            file.seek(end)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                points = self._missing(parse_line(line) or {})
-                if batch and len(batch) + len(points) > _MAX_METRICS:
-                    yield batch, end
-                    batch = []
-                batch += points
-                end += len(line)
-        yield batch, end
+        begin = end = 0
+        for line in lines.splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            points = self._missing(parse_line(line) or {})
+            if batch and len(batch) + len(points) > _MAX_METRICS:
+                yield batch, lines[begin:end]
+                batch, begin = [], end
+            batch += points
+            end += len(line)
+        if end > begin:
+            yield batch, lines[begin:end]
 
     def _missing(self, line: dict[str, Any]) -> list[Any]:
+        """The points of a line that MLflow lacks."""
         from mlflow.entities import Metric
 
         if not line:

@@ -8,7 +8,7 @@ import logging
 import threading
 from typing import Any
 
-from training.tracking.copier import RunHandle, mlflow_client, one_line
+from training.tracking.client import RunHandle, mlflow_client, one_line
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from diccae.cli import main
 from training.cluster_config import TrackingConfig
-from training.tracking.tracker import create_run
+from training.tracking.mlflow_run import create_run
 
 DRIVER = """
 import os, signal, sys, time
@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 from diccae.nodes.every_node import watched_nodes
 from diccae.run_folder import RunFolder
-from training.tracking.copier import RunHandle
+from training.tracking.client import RunHandle
 
 def until(what, happens):
     deadline = time.monotonic() + 240

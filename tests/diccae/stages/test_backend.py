@@ -25,7 +25,6 @@ from training.predict.jobs import Apply, Job
 from training.run.checkpoints import Span, newest_checkpoint
 from training.run.edge import Written
 from training.run.pinned import Pinned, pin
-from training.tracking.copier import RunHandle
 
 SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
 CONFIG = RunConfig.model_validate(
@@ -53,7 +52,7 @@ def _trained(
     backend: Backend, data: Pinned, out: Path, span: Span, **changes: Any
 ) -> dict[str, torch.Tensor]:
     config = CONFIG.model_copy(update=changes)
-    written = Written(Location(out), RunHandle("", "", str(out)), {}, UNHELD)
+    written = Written(Location(out), {}, UNHELD)
     backend.pretrain(config, data, written, span)
     return load_file(out / "encoder" / "encoder.safetensors")
 

@@ -23,7 +23,6 @@ from training.lab.lab import Lab
 from training.run.checkpoints import WHOLE, Span, newest_checkpoint
 from training.run.edge import Written
 from training.run.pinned import Pinned, pin
-from training.tracking.copier import RunHandle
 
 SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
 CONFIG = TrainingConfig.model_validate(
@@ -57,7 +56,7 @@ def _lab(data: Pinned) -> Lab:
 def _pretrain(
     data: Pinned, out: Path, span: Span = WHOLE, **changes: Any
 ) -> dict[str, torch.Tensor]:
-    written = Written(Location(out), RunHandle("", "", str(out)), {}, UNHELD)
+    written = Written(Location(out), {}, UNHELD)
     config = TrainingConfig.model_validate(CONFIG.model_dump() | changes)
     _lab(data).pretrain(config, data.train, written, span)
     return load_file(out / "encoder" / "encoder.safetensors")

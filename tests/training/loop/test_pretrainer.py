@@ -32,8 +32,9 @@ from training.losses.confusion import confusion_weights
 from training.report.page import write_report
 from training.run.checkpoints import refuse_lost_labels
 from training.run.known_labels import known_labels
-from training.tracking.copier import mlflow_client
-from training.tracking.tracker import Tracker, create_run
+from training.tracking.client import mlflow_client
+from training.tracking.mlflow_run import create_run, finish
+from training.tracking.tracker import METRICS, Tracker
 
 
 @pytest.mark.parametrize(
@@ -386,7 +387,7 @@ def test_a_new_loss_term_is_one_entry(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     trained[0].run()
     handle = create_run(TrackingConfig(), str(tmp_path), {}, {}, {})
-    tracker = Tracker(handle, tmp_path / "metrics.jsonl")
+    tracker = Tracker(tmp_path / METRICS)
     for step, logged in recorder.logged:
         terms = (logged[name] * getattr(loss, weight) for name, weight in (
             ("loss_instance", "instance"), ("loss_intra", "intra"), ("loss_toy", "toy")
@@ -394,7 +395,8 @@ def test_a_new_loss_term_is_one_entry(tmp_path: Path, monkeypatch: pytest.Monkey
         assert logged["loss"] == pytest.approx(sum(terms), rel=1e-5)
         assert logged["toy_rows"] == 3
         tracker.log(step, logged)
-    assert tracker.close()
+    tracker.close()
+    finish(handle)
     points = mlflow_client(handle.uri).get_metric_history(handle.run_id, "loss_toy")
     assert [p.step for p in points] == [step for step, _ in recorder.logged]
 

@@ -20,7 +20,6 @@ from training.on_ray.checkpoints import report_state, settle
 from training.on_ray.fit import fit
 from training.run.checkpoints import state_in
 from training.run.edge import Written
-from training.tracking.copier import RunHandle
 
 Write = Callable[[Any, str], Any]
 
@@ -132,7 +131,7 @@ def test_rays_own_train_drops_a_report_and_begins_late_with_another(
 ) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     scale = ScaleConfig(cpus_per_worker=0.5, max_failures=0)
-    run = Written(Location(tmp_path), RunHandle("", "", str(tmp_path)), {}, UNHELD)
+    run = Written(Location(tmp_path), {}, UNHELD)
     found = fit(_reports_while_ray_is_late, {}, run, "pretrain", scale)
     assert found == [False, True, True]
     written = [state_in(path.parent) for path in sorted(tmp_path.glob("pretrain/*/state.pt"))]

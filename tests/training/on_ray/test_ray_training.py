@@ -41,7 +41,6 @@ from training.on_ray.pretrain import pretrain
 from training.run.checkpoints import state_in
 from training.run.edge import Written
 from training.run.pinned import check, pin
-from training.tracking.copier import RunHandle
 
 SPEC = FeatureSpec(n_frames=2, frame_size=32, fbank_frames=32, n_mels=16, duration_s=1.0)
 CONFIG = TrainingConfig.model_validate(
@@ -130,7 +129,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _written(out: Path) -> Written:
-    return Written(Location(out), RunHandle("", "", str(out)), {}, UNHELD)
+    return Written(Location(out), {}, UNHELD)
 
 
 def _pretrain(store: str, out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:

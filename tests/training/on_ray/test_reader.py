@@ -24,7 +24,6 @@ from training.loop.hooks import World
 from training.on_ray import fit
 from training.on_ray.reader import RayReader
 from training.run.edge import Written
-from training.tracking.copier import RunHandle
 
 SPEC = FeatureSpec(n_frames=3, frame_size=32, fbank_frames=16, n_mels=8)
 N_CLIPS = 300
@@ -100,7 +99,7 @@ def test_a_training_worker_has_its_readers_keep_what_they_read(
 ) -> None:
     monkeypatch.setattr(fit, "this_world", lambda scale: World())
     monkeypatch.setattr(fit, "last_state", lambda: None)
-    written = Written(Location(tmp_path), RunHandle("", "", ""), {}, UNHELD)
+    written = Written(Location(tmp_path), {}, UNHELD)
     for folder in (None, "/mnt/shards"):
         scale = ScaleConfig(shard_cache=folder)
         assert fit.this_edge(scale, written, "pretrain").reader(windows).cache == scale.cache

@@ -15,7 +15,6 @@ from training.on_ray import fit
 from training.on_ray.checkpoints import report_state
 from training.on_ray.fit import _Failure, _Given, _told, interruptible
 from training.run.edge import Written
-from training.tracking.copier import RunHandle
 
 
 def _no_actor(settings: dict[str, Any], written: Written) -> None:
@@ -23,7 +22,7 @@ def _no_actor(settings: dict[str, Any], written: Written) -> None:
 
 
 def _given(out: Path, attempt: Attempt) -> dict[str, Any]:
-    written = Written(Location(out), RunHandle("", "", ""), {}, attempt)
+    written = Written(Location(out), {}, attempt)
     return _Given(_no_actor, {}, written, f"failed/error-{attempt.number}.json")._asdict()
 
 

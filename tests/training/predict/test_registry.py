@@ -29,7 +29,7 @@ from training.predict import registry
 from training.predict.find import find_models
 from training.predict.pyfunc import ClipModel
 from training.predict.registry import save_pyfunc
-from training.tracking.tracker import create_run
+from training.tracking.mlflow_run import create_run
 from training.weights.files import read_card
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -12,10 +12,7 @@ from pipeline.store.lease import Lease
 from training.attempt import Attempt
 from training.errors import RunTaken
 from training.tracking import spool
-from training.tracking.copier import RunHandle, read_metrics
-from training.tracking.tracker import Tracker
-
-NOWHERE = RunHandle("", "")
+from training.tracking.tracker import Tracker, read_metrics
 
 
 @pytest.fixture
@@ -31,12 +28,12 @@ def _lines(place: Location) -> list[dict[str, Any]]:
 
 def _killed_and_resumed(place: Location) -> list[dict[str, Any]]:
     """Steps 1 to 6, a checkpoint at 4 and a kill after 6; then from 4 to 8."""
-    killed = Tracker(NOWHERE, place.uri_of("metrics.jsonl"))
+    killed = Tracker(place.uri_of("metrics.jsonl"))
     for step in range(1, 7):
         killed.log(step, {"loss": float(step)})
         if step == 4:
             killed.publish()
-    resumed = Tracker(NOWHERE, place.uri_of("metrics.jsonl"), resume_step=4)
+    resumed = Tracker(place.uri_of("metrics.jsonl"), resume_step=4)
     for step in range(5, 9):
         resumed.log(step, {"loss": float(step)})
     resumed.close()
@@ -53,7 +50,7 @@ def test_lines_are_published_while_training_goes_on(
     place: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spool, "PUBLISH_S", 0.01)
-    tracker = Tracker(NOWHERE, place.uri_of("metrics.jsonl"))
+    tracker = Tracker(place.uri_of("metrics.jsonl"))
     step = 0
     while not _lines(place):
         step += 1
@@ -65,7 +62,7 @@ def test_lines_are_published_while_training_goes_on(
 def test_what_another_start_took_over_gets_no_line_more(place: Location) -> None:
     with Lease(place, 30.0, "the first") as first:
         tracker = Tracker(
-            NOWHERE, place.uri_of("metrics.jsonl"), attempt=Attempt(place.uri, first.generation)
+            place.uri_of("metrics.jsonl"), attempt=Attempt(place.uri, first.generation)
         )
     tracker.log(1, {"loss": 1.0})
     with Lease(place, 30.0, "the second"):

@@ -14,17 +14,14 @@ from support.mlflow_server import Server
 from support.models import saved_models
 from support.polling import wait_until
 
+from pipeline.storage import Location
 from training.cluster_config import TrackingConfig
 from training.predict.registry import register, registered
+from training.tracking.client import RunHandle
+from training.tracking.copier import MetricsCopier, copied
+from training.tracking.mlflow_run import create_run, finish, log_artifacts
 from training.tracking.system_metrics import SystemMetrics
-from training.tracking.tracker import (
-    RunHandle,
-    Tracker,
-    create_run,
-    finish,
-    log_artifacts,
-    read_metrics,
-)
+from training.tracking.tracker import FINETUNE_METRICS, METRICS, Tracker, read_metrics
 
 STORE = {"uri": "s3://bucket/store", "version": 7, "digest": "ab" * 32}
 
@@ -72,13 +69,16 @@ def test_run_holds_flat_params_tags_and_the_pinned_store(
 
 def test_every_line_reaches_mlflow_once_and_strict_json_holds_nan(out: Path) -> None:
     handle = _new_run(out)
-    tracker = Tracker(handle, out / "metrics.jsonl")
-    for step in range(0, 300, 10):
-        odd = {"odd#key": 1, "hit_rate@5": 0.5}
-        tracker.log(step, {"loss": 1.0 / (step + 1), "clustering/nmi": float("nan"), **odd})
-    tracker.log(290, {"loss": 99.0})  # a doubled step of the same metric is no second point
-    tracker.log(290, {"clustering/churn": 0.25})  # another metric of that step is
-    assert tracker.close()
+    tracker = Tracker(out / METRICS)
+    with copied(handle, Location(out), METRICS):
+        for step in range(0, 300, 10):
+            odd = {"odd#key": 1, "hit_rate@5": 0.5}
+            tracker.log(step, {"loss": 1.0 / (step + 1), "clustering/nmi": float("nan"), **odd})
+            wait_until(lambda: bool(_history(handle, "loss")), 60)
+        tracker.log(290, {"loss": 99.0})  # a doubled step of the same metric is no second point
+        tracker.log(290, {"clustering/churn": 0.25})  # another metric of that step is
+    tracker.close()
+    finish(handle)
     assert _history(handle, "loss") == [(s, 1.0 / (s + 1)) for s in range(0, 300, 10)]
     assert _history(handle, "clustering/churn") == [(290, 0.25)]
     assert len(_history(handle, "odd_key")) == 30
@@ -87,7 +87,7 @@ def test_every_line_reaches_mlflow_once_and_strict_json_holds_nan(out: Path) -> 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
-    lines = (out / "metrics.jsonl").read_text().splitlines()
+    lines = (out / METRICS).read_text().splitlines()
     parsed = [json.loads(line, parse_constant=refuse) for line in lines]
     assert len(parsed) == 31
     assert parsed[0]["clustering/nmi"] is None
@@ -96,36 +96,37 @@ def test_every_line_reaches_mlflow_once_and_strict_json_holds_nan(out: Path) -> 
 def test_resumed_curve_equals_the_uninterrupted_one(out: Path) -> None:
     """Killed at step 57 with a torn line and points MLflow never saw; goes on from step 40."""
     handle = _new_run(out)
-    path = out / "metrics.jsonl"
-    first = Tracker(handle, path)
-    for step in range(1, 51):
-        first.log(step, {"loss": float(step)})
-    assert first.close()
-    with open(path, "a") as file:  # written, but killed before MLflow had them
-        file.writelines(json.dumps({"step": s, "time": 0.0, "loss": s}) + "\n" for s in (51, 52))
-        file.write('{"step": 53, "ti')
-
-    second = Tracker(handle, path, resume_step=40)
-    for step in range(41, 81):
-        second.log(step, {"loss": float(step)})
-    assert second.close()
+    path = out / METRICS
     expected = [(step, float(step)) for step in range(1, 81)]
-    assert _history(handle, "loss") == expected
+    with copied(handle, Location(out), METRICS):  # By the driver, which lives on.
+        first = Tracker(path)
+        for step in range(1, 51):
+            first.log(step, {"loss": float(step)})
+        wait_until(lambda: len(_history(handle, "loss")) == 50, 60)
+        with open(path, "a") as file:
+            file.write(json.dumps({"step": 51, "time": 0.0, "loss": 51.0}) + "\n")
+            file.write('{"step": 52, "ti')
+
+        second = Tracker(path, resume_step=40)
+        for step in range(41, 81):
+            second.log(step, {"loss": float(step)})
+        second.close()
+        wait_until(lambda: _history(handle, "loss") == expected, 60)
     assert [(line["step"], line["loss"]) for line in read_metrics(path)] == expected
-    assert _client(handle.uri).get_run(handle.run_id).data.tags["resumed_from_step"] == "40"
+    assert _history(handle, "resumed_from_step") == [(41, 40.0)]
 
 
 def test_what_mlflow_missed_before_the_kill_is_sent_on_resume(out: Path) -> None:
     handle = _new_run(out)
-    path = out / "metrics.jsonl"
-    offline = Tracker(RunHandle(handle.uri, ""), path)  # nothing of this reaches MLflow
+    path = out / METRICS
+    killed = Tracker(path)
     for step in range(1, 11):
-        offline.log(step, {"loss": float(step)})
-    assert offline.close()
-    assert _history(handle, "loss") == []
-    resumed = Tracker(handle, path, resume_step=10)
-    resumed.log(11, {"loss": 11.0})
-    assert resumed.close()
+        killed.log(step, {"loss": float(step)})
+    killed.close()
+    with copied(handle, Location(out), METRICS):
+        resumed = Tracker(path, resume_step=10)
+        resumed.log(11, {"loss": 11.0})
+        wait_until(lambda: len(_history(handle, "loss")) == 11, 60)
     assert _history(handle, "loss") == [(step, float(step)) for step in range(1, 12)]
 
 
@@ -133,7 +134,7 @@ def test_a_full_disk_costs_the_lines_it_could_not_take(
     out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     handle = _new_run(out)
-    tracker = Tracker(handle, out / "metrics.jsonl")
+    tracker = Tracker(out / METRICS)
     tracker.log(1, {"loss": 1.0})
     real = tracker._file
 
@@ -153,17 +154,18 @@ def test_a_full_disk_costs_the_lines_it_could_not_take(
     tracker.log(3, {"loss": 3.0})
     monkeypatch.setattr(tracker, "_file", real)
     tracker.log(4, {"loss": 4.0})
-    assert tracker.close()
-    assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == [1, 4]
+    tracker.close()
+    finish(handle)
+    assert [line["step"] for line in read_metrics(out / METRICS)] == [1, 4]
     assert _history(handle, "loss") == [(1, 1.0), (4, 4.0)]
     assert caplog.text.count("metrics are lost") == 1
 
 
 WORKER = """
 import sys, time
-from training.tracking.tracker import RunHandle, Tracker
-uri, run_id, path, resume = sys.argv[1:]
-tracker = Tracker(RunHandle(uri, run_id), path, int(resume))
+from training.tracking.tracker import Tracker
+path, resume = sys.argv[1:]
+tracker = Tracker(path, int(resume))
 for step in range(int(resume) + 1, 4001):
     tracker.log(step, {"loss": 1.0 / step, "lr": 0.5})
     time.sleep(0.0005)
@@ -175,19 +177,21 @@ print("done", flush=True)
 @pytest.mark.slow
 def test_a_worker_killed_while_it_logs_leaves_one_whole_curve(out: Path) -> None:
     handle = _new_run(out)
-    path = out / "metrics.jsonl"
+    path = out / METRICS
 
     def start(resume: int) -> "subprocess.Popen[bytes]":
-        args = [sys.executable, "-c", WORKER, handle.uri, handle.run_id, str(path), str(resume)]
+        args = [sys.executable, "-c", WORKER, str(path), str(resume)]
         return subprocess.Popen(args, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3])
 
-    worker = start(0)
-    wait_until(lambda: len(_history(handle, "loss")) > 50, 60)
-    worker.kill()
-    worker.wait()
-    resume = max(line["step"] for line in read_metrics(path)) - 20  # a checkpoint lies behind
-    worker = start(resume)
-    assert worker.communicate(timeout=400)[0] == b"done\n"
+    with copied(handle, Location(out), METRICS):
+        worker = start(0)
+        wait_until(lambda: len(_history(handle, "loss")) > 50, 60)
+        worker.kill()
+        worker.wait()
+        resume = max(line["step"] for line in read_metrics(path)) - 20  # a checkpoint lies behind
+        worker = start(resume)
+        assert worker.communicate(timeout=400)[0] == b"done\n"
+    finish(handle)
     steps = list(range(1, 4001))
     assert [line["step"] for line in read_metrics(path)] == steps
     for key in ("loss", "lr"):
@@ -196,21 +200,21 @@ def test_a_worker_killed_while_it_logs_leaves_one_whole_curve(out: Path) -> None
 
 def test_the_end_of_a_run_sends_what_any_stage_left_unsent(out: Path) -> None:
     handle = _new_run(out)
-    for name, key in (("metrics.jsonl", "loss"), ("finetune.jsonl", "finetune/loss")):
-        offline = Tracker(RunHandle(handle.uri, ""), out / name)
-        offline.log(1, {key: 0.5})
-        offline.close()
+    for name, key in ((METRICS, "loss"), (FINETUNE_METRICS, "finetune/loss")):
+        tracker = Tracker(out / name)
+        tracker.log(1, {key: 0.5})
+        tracker.close()
     finish(handle, "KILLED")
     finish(handle, "FINISHED")
     assert _history(handle, "loss") == _history(handle, "finetune/loss") == [(1, 0.5)]
 
 
 def test_a_fresh_start_in_an_old_folder_begins_the_file_anew(out: Path) -> None:
-    (out / "metrics.jsonl").write_text('{"step": 0, "time": 0, "loss": 5}\n')
-    tracker = Tracker(RunHandle("", ""), out / "metrics.jsonl")
+    (out / METRICS).write_text('{"step": 0, "time": 0, "loss": 5}\n')
+    tracker = Tracker(out / METRICS)
     tracker.log(0, {"loss": 1.0})
     tracker.close()
-    assert [line["loss"] for line in read_metrics(out / "metrics.jsonl")] == [1.0]
+    assert [line["loss"] for line in read_metrics(out / METRICS)] == [1.0]
 
 
 def test_artifacts_lie_under_their_own_names(out: Path) -> None:
@@ -230,12 +234,13 @@ def test_a_deleted_run_is_one_warning(out: Path, caplog: pytest.LogCaptureFixtur
     handle = _new_run(out)
     _client(handle.uri).delete_run(handle.run_id)
     with caplog.at_level(logging.WARNING):
-        tracker = Tracker(handle, out / "metrics.jsonl")
+        tracker = Tracker(out / METRICS)
         for step in range(20):
             tracker.log(step, {"loss": 1.0})
-        assert not tracker.close(timeout_s=10)
+        tracker.close()
+        assert not MetricsCopier(handle, Location(out), METRICS).drain(10)
     assert caplog.text.count("must be in the 'active' state") == 1
-    assert len(list(read_metrics(out / "metrics.jsonl"))) == 20
+    assert len(list(read_metrics(out / METRICS))) == 20
 
 
 @pytest.mark.slow
@@ -246,9 +251,9 @@ def test_a_run_begun_without_mlflow_is_written_when_it_ends(
     server.kill()
     handle = _new_run(tmp_path, server.uri, **{"mlflow.runName": "late"})
     assert handle.run_id == ""
-    tracker = Tracker(handle, tmp_path / "metrics.jsonl")
+    tracker = Tracker(tmp_path / METRICS)
     tracker.log(1, {"loss": 0.5})
-    assert tracker.close()
+    tracker.close()
     assert finish(handle).run_id == ""  # still away: nothing raises, the record stays
     server.start()
     handle = finish(handle, "FAILED")
@@ -266,20 +271,22 @@ def test_server_that_dies_and_comes_back_has_every_point_once(
     server = mlflow_up
     caplog.set_level(logging.WARNING)
     handle = _new_run(tmp_path, server.uri)
-    tracker = Tracker(handle, tmp_path / "metrics.jsonl")
+    tracker = Tracker(tmp_path / METRICS)
     tracker.log(1, {"loss": 1.0})
-    wait_until(lambda: len(_history(handle, "loss")) == 1, 200)
-    server.kill()
-    for step in range(2, 200):
-        tracker.log(step, {"loss": float(step)})
-    wait_until(lambda: "training goes on" in caplog.text, 200)
-    server.start()
-    tracker.log(200, {"loss": 200.0})
-    assert tracker.close(timeout_s=60)
+    with copied(handle, Location(tmp_path), METRICS):
+        wait_until(lambda: len(_history(handle, "loss")) == 1, 200)
+        server.kill()
+        for step in range(2, 200):
+            tracker.log(step, {"loss": float(step)})
+        wait_until(lambda: "training goes on" in caplog.text, 200)
+        server.start()
+        tracker.log(200, {"loss": 200.0})
+        tracker.close()
+        wait_until(lambda: len(_history(handle, "loss")) == 200, 200)
     assert _history(handle, "loss") == [(step, float(step)) for step in range(1, 201)]
     assert caplog.text.count("training goes on") == 1
     assert caplog.text.count("answers again") == 1
-    assert log_artifacts(handle, [tmp_path / "metrics.jsonl"])
+    assert log_artifacts(handle, [tmp_path / METRICS])
     saved_models(str(tmp_path))
     assert register(handle, tmp_path / "encoder", "over-http") == "1"
     found = _client(server.uri).get_model_version_by_alias("over-http", "candidate")
@@ -303,10 +310,11 @@ def test_what_a_stage_asks_at_its_end_does_not_grow_with_its_metrics(
         out = tmp_path / str(n_metrics)
         out.mkdir()
         handles.append(_new_run(out, mlflow_up.uri))
-        tracker = Tracker(handles[-1], out / "metrics.jsonl")
+        tracker = Tracker(out / METRICS)
         for step in range(1, 4):
             tracker.log(step, {f"metric_{n}": float(n) for n in range(n_metrics)})
-        assert tracker.close()
+        tracker.close()
+        assert MetricsCopier(handles[-1], Location(out), METRICS).drain(60)
     counts = []
     for handle in handles:
         asked.clear()
