@@ -10,9 +10,10 @@ All that is set for retries, and what is left as the libraries have it:
   gs://   six attempts over 31 s, gcsfs's own
   Delta   `DELTA_RETRIES`, without a word: `Location.asked_if_slow` speaks for it
 With 2 s for each connection that is 51 s, less than after which another start may have taken the
-run over (`LEASE_STALE_S`, and a third of it): a write that is repeated comes before that. A
-server that takes requests and answers none costs 30 s more each time, and so may keep a writer for
-longer than its lease.
+run over (`LEASE_STALE_S`, and a third of it): a write that is repeated comes before that. (The next
+attempt of the same job does not wait so long: what its dead one still writes then is a name that
+nothing points at, or the same bits once more.) A server that takes requests and answers none costs
+30 s more each time, and so may keep a writer for longer than its lease.
 """
 
 import copy

@@ -6,8 +6,10 @@ notices before its next commit.
 
 Commits are safe without it (each builds on the version its writer has seen); the lease saves the
 work that two runs would do twice, and tells the second user so. The next attempt of a job that died
-is no second user: what it finds is its own lease, mostly too young to be taken over, and a refusal
-would use up one of the job's few retries. It waits, as does who asks to, for what takes moments.
+is no second user: what it finds is its own lease, and a refusal would use up one of the job's few
+retries. It waits while heartbeats come, and takes over once two are missing: its job's controller
+has given the earlier attempt up, and if that lives after all, it finds the newer generation. Who
+asks to waits too, for what takes moments.
 """
 
 import contextlib
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 JOB = "DICCAE_JOB"
 """Variable that the attempts of one job share, and no other start has."""
+_BEATS, _MISSED = 6, 2
+"""Heartbeats in `stale_s`; of them missing when the next attempt of the same job takes over."""
 _LOOK_AGAIN_S = 1.0
 """Who waits looks as often, or more often where leases are shorter."""
 LEASE_FOLDER = "lease"
@@ -81,14 +85,14 @@ class Lease:
         has_told = False
         while (holder := self._take()) is not None:
             said = _describe(self._location, holder, self._stale_s)
-            is_ours = bool(self._me["job"]) and holder.get("job") == self._me["job"]
+            is_ours = self._is_of_our_job(holder)
             if not (is_ours or self._waits):
                 raise StoreLocked(said)
             if not has_told:
                 who = "It is an earlier attempt of this job: waiting" if is_ours else "Waiting"
                 logger.warning("%s %s for it.", said, who)
             has_told = True
-            time.sleep(min(self._stale_s / 6, _LOOK_AGAIN_S))
+            time.sleep(min(self._stale_s / _BEATS, _LOOK_AGAIN_S))
         self._thread.start()
         return self
 
@@ -123,8 +127,11 @@ class Lease:
         if self._lost is not None:
             raise StoreLocked(_LOST.format(self._lost))
 
+    def _is_of_our_job(self, holder: dict[str, Any]) -> bool:
+        return bool(self._me["job"]) and holder.get("job") == self._me["job"]
+
     def _beat(self) -> None:
-        while not self._stop.wait(self._stale_s / 6):
+        while not self._stop.wait(self._stale_s / _BEATS):
             # Storage that is away for a while costs a heartbeat, not the run.
             with storage_failures_ignored():
                 if self._newest() != self._generation:
@@ -150,8 +157,10 @@ class Lease:
             # A stopped process (SIGSTOP, Ctrl-Z) is judged by its silence: it may never go on.
             if status != psutil.STATUS_STOPPED:
                 return status is not None
-        stale_s = _stale_s_of(holder, self._stale_s)
-        if time.time() - holder["beat"] < stale_s:
+        stale_s, silent_s = _stale_s_of(holder, self._stale_s), time.time() - holder["beat"]
+        if self._is_of_our_job(holder):
+            return bool(silent_s < stale_s * _MISSED / _BEATS)
+        if silent_s < stale_s:
             return True
         # Clocks differ between machines: a heartbeat that looks old may still go on.
         time.sleep(stale_s / 3)
