@@ -54,8 +54,9 @@ def check_reach(reads: Mapping[str, str | None], out: str | None = None) -> None
 
 
 def check_cache(store: str, cache: ShardCache | None) -> None:
-    """Have each node that may read make its folder of `scale.shard_cache`; none for a store on a
-    disk, of which nothing is kept. Says of which node the disk is smaller than the limit.
+    """Have each node that may read make its folder of `scale.shard_cache`, without Ray this
+    machine; none for a store on a disk, of which nothing is kept. Says of which node the disk is
+    smaller than the limit.
 
     Raises: UsageError naming the node that cannot.
     """
@@ -63,13 +64,16 @@ def check_cache(store: str, cache: ShardCache | None) -> None:
         return
     import ray
 
-    # A head that takes no work, as on Kubernetes, reads nothing and has no such disk.
-    nodes = [
-        OtherNode(node["NodeID"], node["NodeManagerHostname"])
-        for node in ray.nodes()
-        if node["Alive"] and node["Resources"].get("CPU")
-    ]
-    told = [answer for answer in _asked(nodes, _checked, cache) if answer is not None]
+    if ray.is_initialized():
+        # A head that takes no work, as on Kubernetes, reads nothing and has no such disk.
+        nodes = [
+            OtherNode(node["NodeID"], node["NodeManagerHostname"])
+            for node in ray.nodes()
+            if node["Alive"] and node["Resources"].get("CPU")
+        ]
+        told = [answer for answer in _asked(nodes, _checked, cache) if answer is not None]
+    else:
+        told = [_checked(cache)]
     for refusal, _ in told:
         if refusal:
             raise UsageError(refusal)

@@ -66,6 +66,12 @@ def embedded_cores() -> int | None:
     return None if os.environ.get("RAY_ADDRESS") else os.cpu_count() or 1
 
 
+def is_alone(scale: ScaleConfig) -> bool:
+    """Whether this process applies models itself: one worker of this machine would be another
+    process with our torch in it, with the helpers of Ray Data beside it."""
+    return embedded_cores() is not None and scale.num_workers == 1 and not scale.use_gpu
+
+
 def job_id() -> str:
     """This process's job, as the job server that started it names it; empty if none did."""
     given = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
@@ -249,6 +255,14 @@ def left_over(demands: list[Demand], nodes: list[Node]) -> list[Demand]:
             cpus, gpus = free[best].cpus - demand.cpus, free[best].gpus - demand.gpus
             free[best] = free[best]._replace(cpus=cpus, gpus=gpus)
     return missing
+
+
+def inference_demands(scale: ScaleConfig) -> list[Demand]:
+    """What applying a model to clips reserves: the actors, and the tasks that feed them."""
+    return [
+        Demand("inference actors", scale.num_workers, scale.cpus_per_worker, float(scale.use_gpu)),
+        Demand("Ray's own tasks", 1, 1.0, 0),
+    ]
 
 
 def check_fits(

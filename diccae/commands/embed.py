@@ -36,14 +36,12 @@ OPTIONS = Options("embed", EmbedArgs, ("data", "evaluate", "scale"))
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     args = OPTIONS.parse(argv, _as_trained)
-    from diccae.reach import check_cache, check_reach
-    from diccae.resources import check_fits, start_ray
-    from diccae.stages.evaluate import inference_demands
+    from diccae.stages.backend import ON_RAY
     from diccae.stages.statistics import for_embedding
     from pipeline.store.store import FeatureStore
     from pipeline.store.vacuumed import whole_snapshot
     from training.data.rows import index_rows
-    from training.on_ray.inference import run_jobs, write_vectors
+    from training.on_ray.inference import write_vectors
     from training.predict.apply import Models
     from training.predict.jobs import Job
     from training.weights.card import Applied
@@ -52,13 +50,10 @@ def main(argv: Sequence[str]) -> int:
     snapshot = whole_snapshot(FeatureStore.open(args.store), args.version)
     run = for_embedding(args.run, args.encoder, snapshot.spec)
     index = index_rows(snapshot, args.split)
-    start_ray()
-    check_fits(inference_demands(run.scale))
-    check_reach({"--store": args.store, "--encoder": args.encoder})
-    check_cache(args.store, run.scale.cache)
+    ON_RAY.ready_to_apply({"--store": args.store, "--encoder": args.encoder}, None, run.scale)
     space = args.space or Applied.of(run, read_card(args.encoder, "encoder")[0].space).space
     job = Job(index, run.evaluate.frames, (space,))
-    [outputs] = run_jobs([job], Models(args.encoder), run.data, run.scale, run.evaluate)
+    [outputs] = ON_RAY.apply([job], Models(args.encoder), run.data, run.scale, run.evaluate)
     write_vectors(index, outputs, space, args.out)
     print(f"{args.out}: {space} of {len(index):,} clips of {args.store} version {snapshot.version}")
     return 0

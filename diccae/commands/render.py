@@ -152,7 +152,7 @@ def _fine_tuning(args: Any) -> list["Demand"]:
 
 
 def _embedding(args: Any) -> list["Demand"]:
-    from diccae.stages.evaluate import inference_demands
+    from diccae.resources import inference_demands
 
     return inference_demands(args.run.scale)
 

@@ -4,22 +4,26 @@ Knows nothing of what a stage computes. Invariant: the backend changes no bit of
 the same peers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from diccae.config import RunConfig
 from diccae.nodes.every_node import watched_nodes
 from diccae.reach import check_cache, check_reach
-from diccae.resources import Demand, check_fits, scale_note, start_ray
+from diccae.resources import Demand, check_fits, inference_demands, is_alone, scale_note, start_ray
 from diccae.run_folder import RunFolder
 from diccae.stages.run_record import Say, attached_run, known_run, tracking_run
 from training.attempt import Attempt
 from training.cluster_config import ScaleConfig
+from training.config import DataConfig
 from training.data.rows import RowIndex
+from training.evaluate_config import EvaluateConfig
 from training.lab.lab import Lab
 from training.on_ray.inference import run_jobs
-from training.predict.jobs import Apply
+from training.predict.apply import Models, Outputs
+from training.predict.jobs import Apply, Job
+from training.predict.runner import run_here
 from training.run.checkpoints import Span
 from training.run.edge import Written
 from training.run.pinned import Pinned
@@ -37,14 +41,24 @@ class Backend(Protocol):
         ...
 
     def ready(
-        self, demands: list[Demand], paths: Mapping[str, str | None], out: str, scale: ScaleConfig
+        self,
+        demands: list[Demand],
+        paths: Mapping[str, str | None],
+        out: str | None,
+        scale: ScaleConfig,
     ) -> None:
         """Start what is needed.
 
-        Args: paths: by option, what the nodes read. out: the run folder.
+        Args: paths: by option, what the nodes read. out: the run folder, if there is one.
         Raises: ResourceError if it does not fit; UsageError for a path that not all nodes reach,
         or a `scale.shard_cache` that not all can use.
         """
+        ...
+
+    def ready_to_apply(
+        self, paths: Mapping[str, str | None], out: str | None, scale: ScaleConfig
+    ) -> None:
+        """`ready`, where models are applied to clips of a store and nothing is trained."""
         ...
 
     def track(
@@ -83,17 +97,41 @@ class Backend(Protocol):
 class OnRay:
     """The cluster of this job, or one inside this process."""
 
-    apply = staticmethod(run_jobs)
     watched_nodes = staticmethod(watched_nodes)
 
+    def apply(
+        self,
+        jobs: Sequence[Job],
+        models: Models,
+        data: DataConfig,
+        scale: ScaleConfig,
+        evaluate: EvaluateConfig,
+    ) -> list[Outputs]:
+        """See `Backend`."""
+        run = run_here if is_alone(scale) else run_jobs
+        return run(jobs, models, data, scale, evaluate)
+
     def ready(
-        self, demands: list[Demand], paths: Mapping[str, str | None], out: str, scale: ScaleConfig
+        self,
+        demands: list[Demand],
+        paths: Mapping[str, str | None],
+        out: str | None,
+        scale: ScaleConfig,
     ) -> None:
         """See `Backend`."""
         start_ray()
         check_fits(demands)
         check_reach(paths, out)
         check_cache(paths["--store"] or "", scale.cache)
+
+    def ready_to_apply(
+        self, paths: Mapping[str, str | None], out: str | None, scale: ScaleConfig
+    ) -> None:
+        """See `Backend`."""
+        if is_alone(scale):
+            check_cache(paths["--store"] or "", scale.cache)
+        else:
+            self.ready(inference_demands(scale), paths, out, scale)
 
     def track(
         self, folder: RunFolder, config: RunConfig, data: Pinned, tags: Tags, say: Say
@@ -141,7 +179,16 @@ class InLab:
         return nullcontext()
 
     def ready(
-        self, demands: list[Demand], paths: Mapping[str, str | None], out: str, scale: ScaleConfig
+        self,
+        demands: list[Demand],
+        paths: Mapping[str, str | None],
+        out: str | None,
+        scale: ScaleConfig,
+    ) -> None:
+        """See `Backend`; there is nothing to start."""
+
+    def ready_to_apply(
+        self, paths: Mapping[str, str | None], out: str | None, scale: ScaleConfig
     ) -> None:
         """See `Backend`; there is nothing to start."""
 

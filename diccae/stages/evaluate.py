@@ -10,12 +10,10 @@ from typing import Any
 from clustering.rounds.files import load_round, rounds_at
 from diccae.config import RunConfig
 from diccae.errors import UsageError
-from diccae.resources import Demand
 from diccae.run_folder import RunFolder
 from diccae.stages.backend import ON_RAY, Backend
 from diccae.stages.run_record import Say, pin_for, say_if_untracked
 from diccae.stages.statistics import settle
-from training.cluster_config import ScaleConfig
 from training.data.rows import RowIndex, clip_keys, index_rows, with_labels
 from training.data.validation import groups_of
 from training.evaluation.class_confusions import class_confusions
@@ -42,8 +40,7 @@ def run_evaluate(
     test = tested_rows(data, config)
     config_hash = config.digest()
     config, _ = settle(folder, config, data, say)
-    reads = {"--store": data.snapshot.uri}
-    backend.ready(inference_demands(config.scale), reads, folder.uri, config.scale)
+    backend.ready_to_apply({"--store": data.snapshot.uri}, folder.uri, config.scale)
     say(f"evaluate  {len(test):,} {config.evaluate.split} clips")
     started = time.monotonic()
     clusters = _clusters(folder.place.uri_of("rounds"), test)
@@ -109,14 +106,6 @@ def tell_the_classifier(folder: RunFolder, config: RunConfig, found: Mapping[str
     )
     write_measured(uri, measured)
     write_readme(uri, "classifier")
-
-
-def inference_demands(scale: ScaleConfig) -> list[Demand]:
-    """What applying a model to clips reserves: the actors, and the tasks that feed them."""
-    return [
-        Demand("inference actors", scale.num_workers, scale.cpus_per_worker, float(scale.use_gpu)),
-        Demand("Ray's own tasks", 1, 1.0, 0),
-    ]
 
 
 def tested_rows(data: Pinned, config: RunConfig) -> RowIndex:

@@ -1,8 +1,7 @@
 """Outputs of a trained model for every clip of some splits, by one pool of Ray Data actors.
 
-The edge between saved models and arrays: knows nothing of metrics. Invariants: no randomness; rows
-come back in the order of the index, whatever the number of actors; the driver's memory does not
-grow with the number of clips.
+Knows nothing of metrics. Invariants: rows come back in the order of the index, whatever the number
+of actors; the driver's memory does not grow with the number of clips.
 """
 
 import logging
@@ -12,61 +11,45 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pipeline.side_by_side import side_by_side
 from pipeline.storage import place_of
 from training.cluster_config import ScaleConfig
 from training.config import DataConfig
-from training.data.reader import Batch, read_window
 from training.data.rows import RowIndex
 from training.evaluate_config import EvaluateConfig
-from training.model.cpu import use_cpu
-from training.predict.apply import Model, Models, Outputs
-from training.predict.jobs import Batches, Gathered, Job, Part
+from training.predict.apply import Models, Outputs
+from training.predict.jobs import Batches, Gathered, Job
+from training.predict.runner import Runner
 from training.predict.vectors import vectors_table
 from training.weights.card import Space
 from training.weights.files import absolute_uri
 
-_AHEAD = 3
-"""Batches of an actor that are read or lie decoded while another one runs. From a bucket a batch of
-64 clips takes 2 s to read and decode and 0.1 s of a GPU; 10 frames of 224 pixels of each and their
-fbanks are 110 MB."""
 _TASK_BATCHES = 16
 """Of a task of an actor, which begins with nothing read."""
 
 
 class _Worker:
-    """A Ray Data actor: reads and decodes batches of the jobs ahead, and runs them."""
+    """A Ray Data actor around a `Runner`."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import ray
 
-        data = DataConfig.model_validate(settings["data"])
-        self.batches = Batches(ray.get(settings["jobs"][0]), data.frames_per_clip)
-        device = "cuda" if settings["use_gpu"] else "cpu"
-        if device == "cpu":
-            use_cpu(settings["threads"])
-        self.model = Model(Models(*settings["models"]), data, device, settings["precision"])
-        self.cache = settings["cache"]
+        self._runner = Runner(
+            ray.get(settings["jobs"][0]),
+            Models(*settings["models"]),
+            DataConfig.model_validate(settings["data"]),
+            ScaleConfig.model_validate(settings["scale"]),
+            EvaluateConfig.model_validate(settings["evaluate"]),
+        )
 
     def __call__(self, task: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
         """Numbers of batches to a row for each of their jobs: its outputs as bytes."""
-        rows: dict[str, list[Any]] = {"job": [], "outputs": []}
         # All rows of a task together, and not one batch after the other: Ray Data wraps what a
         # call raises, not what an iterator raises later.
-        for clips in side_by_side(self._read, task["id"].tolist(), 1 + _AHEAD):
-            for part, decoded in clips:
-                found = part.outputs(self.model, decoded)
-                rows["job"].append(part.job)
-                rows["outputs"].append(pickle.dumps((decoded.position, found)))
-        return rows
-
-    def _read(self, number: int) -> list[tuple[Part, Batch]]:
-        """The clips of a batch, decoded."""
-        clips = []
-        for part in self.batches.parts(number):
-            (decoded,) = read_window(part.window, self.cache)
-            clips.append((part, decoded))
-        return clips
+        found = list(self._runner.outputs(task["id"].tolist()))
+        return {
+            "job": [each.job for each in found],
+            "outputs": [pickle.dumps((each.positions, each.kinds)) for each in found],
+        }
 
 
 def run_jobs(
@@ -131,10 +114,8 @@ def _settings(
         # In the object store once, not in the arguments of every actor.
         "jobs": [ray.put(list(jobs))],
         "models": [uri and absolute_uri(uri) for uri in models],
-        "use_gpu": scale.use_gpu,
-        "precision": evaluate.precision,
-        "threads": scale.n_threads,
-        "cache": scale.cache,
+        "scale": scale.model_dump(),
+        "evaluate": evaluate.model_dump(),
     }
 
 

@@ -40,7 +40,8 @@ class Job(NamedTuple):
 
 
 Apply = Callable[[Sequence[Job], Models, DataConfig, ScaleConfig, EvaluateConfig], list[Outputs]]
-"""Outputs for every row of each job's index, in its order: `run_jobs`, or the lab's own."""
+"""Outputs for every row of each job's index, in its order: `run_jobs` on Ray, `run_here` in this
+process, or the lab's own."""
 
 
 class Part(NamedTuple):

@@ -13,15 +13,19 @@ from support.stores import noise_store
 
 from clustering.rounds.files import load_round
 from diccae.config import RunConfig
+from diccae.stages import backend
 from diccae.stages.backend import ON_RAY, Backend, InLab
 from pipeline.config import FeatureSpec
 from pipeline.storage import Location
 from training.attempt import UNHELD
+from training.cluster_config import ScaleConfig
 from training.data.rows import index_rows
 from training.lab.features import decode_store, open_features
 from training.lab.lab import Lab
+from training.on_ray.inference import run_jobs
 from training.predict.apply import Models, Outputs
 from training.predict.jobs import Apply, Job
+from training.predict.runner import run_here
 from training.run.checkpoints import Span, newest_checkpoint
 from training.run.edge import Written
 from training.run.pinned import Pinned, pin
@@ -103,7 +107,7 @@ def _bits(outputs: Outputs) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_models_say_the_same_bits_on_ray_and_in_the_lab(tmp_path: Path) -> None:
+def test_models_say_the_same_bits_on_ray_in_the_lab_and_in_one_process(tmp_path: Path) -> None:
     """Of the jobs of an evaluation; the last two clips of train share a batch with another job."""
     snapshot = noise_store(tmp_path / "store", SPEC, 66).snapshot()
     decode_store(snapshot, tmp_path / "features")
@@ -122,6 +126,30 @@ def test_models_say_the_same_bits_on_ray_and_in_the_lab(tmp_path: Path) -> None:
 
     of_lab = said(lab.apply, jobs)
     assert [len(bits) for bits in of_lab] == [9, 3, 3]
-    assert of_lab == said(ON_RAY.apply, jobs)
+    assert of_lab == said(run_jobs, jobs)
+    assert of_lab == said(run_here, jobs)
     # Alone they are two clips that go through the model for themselves, which moves last digits.
     assert said(lab.apply, [jobs[1]]) != of_lab[1:2]
+
+
+def test_one_worker_of_one_machine_is_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`evaluate` and `embed` then start no Ray; anything else is asked of the cluster."""
+    asked: list[str] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("run_here", "run_jobs", "start_ray"):
+        monkeypatch.setattr(backend, name, lambda *_, name=name: asked.append(name))
+    for name in ("check_fits", "check_reach"):
+        monkeypatch.setattr(backend, name, lambda *_: None)
+    here = CONFIG.scale.model_copy(update={"num_workers": 1})
+    elsewhere = [here.model_copy(update=more) for more in ({"num_workers": 2}, {"use_gpu": True})]
+
+    def done(scale: ScaleConfig) -> list[str]:
+        asked.clear()
+        ON_RAY.ready_to_apply({"--store": "/store"}, "/run", scale)
+        ON_RAY.apply([], Models(None), CONFIG.data, scale, CONFIG.evaluate)
+        return [*asked]
+
+    assert done(here) == ["run_here"]
+    assert [done(scale) for scale in elsewhere] == [["start_ray", "run_jobs"]] * 2
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert done(here) == ["start_ray", "run_jobs"]

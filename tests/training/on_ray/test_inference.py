@@ -18,7 +18,6 @@ from support.memory import SHAPE, SPEC, MemoryReader, memory_index
 from support.stores import noise_store
 
 from pipeline.errors import DamagedShard
-from pipeline.store.cached import ShardCache
 from training.cluster_config import ScaleConfig
 from training.config import DataConfig, EncoderConfig, TrainingConfig
 from training.data.augment import normalise_fbank, normalise_frames
@@ -31,7 +30,7 @@ from training.model.classifier import Classifier
 from training.model.encoder import Encoder
 from training.on_ray import evaluate, inference
 from training.on_ray.inference import run_jobs
-from training.predict import jobs
+from training.predict import jobs, runner
 from training.predict.apply import Model, Models, Outputs
 from training.predict.jobs import Job
 from training.weights.files import save_classifier, save_encoder
@@ -155,7 +154,7 @@ def _worker(
     encoder: str,
     index: RowIndex,
     monkeypatch: pytest.MonkeyPatch,
-    cache: ShardCache | None = None,
+    shard_cache: str | None = None,
 ) -> "inference._Worker":
     """An actor of one job without Ray, which runs batches of four clips."""
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda ref: ref))
@@ -164,10 +163,8 @@ def _worker(
         "data": _DATA.model_dump(),
         "jobs": [[Job(index, 1, ("z",))]],
         "models": [encoder, None],
-        "use_gpu": False,
-        "precision": "fp32",
-        "threads": 1,
-        "cache": cache,
+        "scale": ScaleConfig(shard_cache=shard_cache, shard_cache_gib=1).model_dump(),
+        "evaluate": EvaluateConfig().model_dump(),
     }
     return inference._Worker(settings)
 
@@ -178,7 +175,7 @@ def test_an_actor_reads_the_next_batches_while_one_runs(
     """Those and no more, and what comes back is in order."""
     index = index_rows(noise_store(tmp_path / "store", SPEC, 32).snapshot(), "train")
     worker = _worker(encoder, index, monkeypatch)
-    read, others = inference.read_window, threading.Semaphore(0)
+    read, others = runner.read_window, threading.Semaphore(0)
     begun: list[int] = []
 
     def seen(window: Window, *cache: Any) -> Iterator[Batch]:
@@ -186,21 +183,21 @@ def test_an_actor_reads_the_next_batches_while_one_runs(
         others.release()
         return read(window, *cache)
 
-    monkeypatch.setattr(inference, "read_window", seen)
-    run, at_run = worker.model, []
+    monkeypatch.setattr(runner, "read_window", seen)
+    run, at_run = worker._runner._model, []
 
     def model(*given: Any) -> Outputs:
         if not at_run:
-            for _ in range(1 + inference._AHEAD):
+            for _ in range(1 + runner._AHEAD):
                 assert others.acquire(timeout=30), "a batch runs, and the next ones are not read"
         at_run.append(len(begun))
         return run(*given)
 
-    monkeypatch.setattr(worker, "model", model)
+    monkeypatch.setattr(worker._runner, "_model", model)
     rows = worker({"id": np.arange(8)})
     assert sorted(begun) == list(range(8))
-    assert at_run[0] == 1 + inference._AHEAD
-    assert all(n <= 1 + i + inference._AHEAD for i, n in enumerate(at_run))
+    assert at_run[0] == 1 + runner._AHEAD
+    assert all(n <= 1 + i + runner._AHEAD for i, n in enumerate(at_run))
     positions, kinds = zip(*map(pickle.loads, rows["outputs"]), strict=True)
     np.testing.assert_array_equal(np.concatenate(positions), np.arange(32))
     for i, (batch,) in enumerate(
@@ -218,7 +215,7 @@ def test_an_actor_asks_storage_once_for_what_its_node_keeps(
     # Else all of such a small shard is its end, which each who opens it has for himself.
     monkeypatch.setattr("pipeline.store.cached_file._TAIL_BYTES", 4096)
     index = index_rows(noise_store(f"{bucket}/store", SPEC, 32).snapshot(), "train")
-    worker = _worker(encoder, index, monkeypatch, ShardCache(str(tmp_path), 2**30))
+    worker = _worker(encoder, index, monkeypatch, str(tmp_path))
     found = []
     for is_first in (True, False):
         asked_of_shards()
@@ -235,13 +232,13 @@ def test_a_batch_that_cannot_be_read_is_named_when_its_turn_comes(
     worker = _worker(encoder, index, monkeypatch)
     gone = Path(store.location.join(index.shards[1]))
     gone.unlink()
-    run, n_run = worker.model, []
+    run, n_run = worker._runner._model, []
 
     def model(*given: Any) -> Outputs:
         n_run.append(1)
         return run(*given)
 
-    monkeypatch.setattr(worker, "model", model)
+    monkeypatch.setattr(worker._runner, "_model", model)
     with pytest.raises(DamagedShard, match=re.escape(str(gone))):
         worker({"id": np.arange(8)})
     assert len(n_run) == 4, "the first shard's batches"
