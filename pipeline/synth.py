@@ -8,9 +8,11 @@ Shapes: F frames, H = W = size, S samples.
 """
 
 import colorsys
+import contextlib
 import csv
 import math
 import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +50,17 @@ def write_clips(
         pixels, even; workers: processes that encode.
     Returns: path of the CSV, in VGGSound's columns (id, start, label, split).
     """
+    with clips_written(folder, n_train, n_test, seed, size, workers) as listing:
+        pass
+    return listing
+
+
+@contextlib.contextmanager
+def clips_written(
+    folder: str | Path, n_train: int, n_test: int, seed: int, size: int = 96, workers: int = 2
+) -> Iterator[Path]:
+    """`write_clips` by processes that are at work from the beginning of the block on; they are done
+    at its end."""
     folder = Path(folder)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -63,11 +76,11 @@ def write_clips(
         path = folder / "videos" / f"{ytid}_{start:06d}.mp4"
         jobs.append((str(path), look, voice, size, int(rng.integers(2**31))))
     with ProcessPoolExecutor(min(workers, os.cpu_count() or 1)) as pool:
-        list(pool.map(_write_clip, jobs, chunksize=8))
-    listing = folder / f"{folder.resolve().name}.csv"
+        done = pool.map(_write_clip, jobs, chunksize=8)
+        yield (listing := folder / f"{folder.resolve().name}.csv")
+        list(done)
     with listing.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
-    return listing
 
 
 def _write_clip(job: tuple[str, str, str, int, int]) -> None:

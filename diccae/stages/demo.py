@@ -4,8 +4,9 @@ Composes the stages; knows nothing of their insides. Invariant: the same folder 
 and every stage that is done is skipped or goes on.
 """
 
+import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +16,9 @@ from diccae.reach import check_reach
 from diccae.resources import embedded_cores, start_ray
 from diccae.run_folder import RunFolder, run_place
 from diccae.screen import clock
-from diccae.stages.evaluate import run_evaluate
-from diccae.stages.finetune import run_finetune
 from diccae.stages.ingest import run_ingest
-from diccae.stages.pretrain import run_pretrain
-from diccae.stages.report import run_report
 from pipeline.storage import Location
-from pipeline.synth import write_clips
+from pipeline.synth import clips_written
 
 Say = Callable[[str], None]
 
@@ -60,7 +57,12 @@ def _run_stages(
 ) -> Demo:
     if folder.open(config, fresh):
         say(f"going on with the run in {folder.uri}")
-    csv, videos = _clips(out, data, say)
+    with _clips(out, data, say) as (csv, videos):
+        # 4 s of imports, which need one core, beside the processes that make the clips.
+        from diccae.stages.evaluate import run_evaluate
+        from diccae.stages.finetune import run_finetune
+        from diccae.stages.pretrain import run_pretrain
+        from diccae.stages.report import run_report
     store = out.uri_of("store")
     summary = run_ingest(csv, videos, store, config.features, config.ingest)
     say(f"ingest    {summary.ok:,} ok, {summary.failed:,} failed in {clock(summary.seconds)}")
@@ -72,30 +74,37 @@ def _run_stages(
     return Demo(results, run_report(folder, None, say), folder.record["mlflow"]["uri"])
 
 
-def _clips(out: Location, data: Path | None, say: Say) -> tuple[str, str]:
-    """The CSV and the folder of videos."""
+@contextlib.contextmanager
+def _clips(out: Location, data: Path | None, say: Say) -> Iterator[tuple[str, str]]:
+    """The CSV and the folder of videos; those of the demo's own are there after the block."""
     if data is None:
+        made: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if not out.exists("clips/clips.csv"):
             say(f"synth     {DEMO_TRAIN + DEMO_TEST} labelled clips in confusable pairs")
-            _synthesise(out.below("clips"))
-        return out.uri_of("clips/clips.csv"), out.uri_of("clips/videos")
+            made = _synthesised(out.below("clips"))
+        with made:
+            yield out.uri_of("clips/clips.csv"), out.uri_of("clips/videos")
+        return
     csv, videos = data / f"{data.resolve().name}.csv", data / "videos"
     if not csv.exists() or not videos.is_dir():
         raise UsageError(
             f"{data}: expected {csv.name} (columns id, start, label, split) and a folder videos/ "
             "with <id>_<start, 6 digits>.mp4"
         )
-    return str(csv), str(videos)
+    yield str(csv), str(videos)
 
 
-def _synthesise(place: Location) -> None:
+@contextlib.contextmanager
+def _synthesised(place: Location) -> Iterator[None]:
     """Clips into a folder, their list last."""
     if place.is_local:
-        write_clips(Path(place.path), DEMO_TRAIN, DEMO_TEST, seed=0)
+        with clips_written(Path(place.path), DEMO_TRAIN, DEMO_TEST, seed=0):
+            yield
         return
     with tempfile.TemporaryDirectory(prefix="diccae-clips-") as scratch:
         folder = Path(scratch)
-        write_clips(folder, DEMO_TRAIN, DEMO_TEST, seed=0)
+        with clips_written(folder, DEMO_TRAIN, DEMO_TEST, seed=0):
+            yield
         for file in sorted(folder.glob("*/*")):
             place.publish(str(file), str(file.relative_to(folder)))
         place.publish(str(folder / "clips.csv"), "clips.csv")

@@ -32,6 +32,12 @@ class RayReader:
         """Args: tasks: windows decoded at the same time; cpus: what each of them reserves; cache:
         of whichever node a task runs on, see `read_window`."""
         self.windows, self.tasks, self.cache = windows, tasks, cache
+        # Processes for them start and import beside what the worker does before its first step.
+        begin = ray.remote(_import).options(
+            name="read", num_cpus=cpus, scheduling_strategy="DEFAULT"
+        )
+        for _ in range(tasks):
+            begin.remote()
         self._decode = ray.remote(read_window).options(
             name="read",
             num_cpus=cpus,
@@ -67,6 +73,10 @@ class RayReader:
         finally:
             for task in started:
                 ray.cancel(task)
+
+
+def _import() -> None:
+    """What a process imports to run this is what reading needs."""
 
 
 def _n_running(tasks: Iterable[Any]) -> int:
