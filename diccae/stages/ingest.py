@@ -100,6 +100,7 @@ class _IngestRun:
     def __init__(self, config: TrackingConfig | None, params: dict[str, Any]) -> None:
         self._config, self._params = config, params
         self._done = 0
+        self._point: dict[str, float] = {}
         self._handle: RunHandle | None = None
         self._tracker: Tracker | None = None
         self._copied = contextlib.ExitStack()
@@ -119,8 +120,10 @@ class _IngestRun:
         }
         if progress.eta_s is not None:
             point["eta_s"] = progress.eta_s
-        self._done = progress.done
-        self._tracker.log(self._done, point)
+        # The last report of a step counts, which says what was committed.
+        if self._point and progress.done != self._done:
+            self._tracker.log(self._done, self._point)
+        self._done, self._point = progress.done, point
 
     def _begin(self, config: TrackingConfig) -> Tracker:
         scratch = tempfile.mkdtemp(prefix="diccae-ingest-")
@@ -136,7 +139,7 @@ class _IngestRun:
     def conclude(self, summary: IngestSummary) -> None:
         """The summary as last numbers of the curves."""
         if self._tracker is not None:
-            self._tracker.log(self._done, summary.to_json())
+            self._tracker.log(self._done, self._point | summary.to_json())
 
     def __enter__(self) -> "_IngestRun":
         return self
@@ -145,6 +148,7 @@ class _IngestRun:
         """The end of the run, with how the ingest ended."""
         if self._tracker is None or self._handle is None:
             return
+        self._tracker.log(self._done, self._point)
         self._tracker.close()
         self._copied.close()
         stopped = kind is not None and issubclass(kind, KeyboardInterrupt)

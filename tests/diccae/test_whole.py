@@ -65,8 +65,8 @@ def test_an_ingest_is_a_run_in_mlflow_and_one_with_nothing_to_do_is_none(store: 
     n_clips = N_TRAIN + N_TEST
     assert (run.data.metrics["ok"], run.data.metrics["new"]) == (n_clips, n_clips)
     assert run.data.metrics["version"] >= 1
-    steps = [point.step for point in client.get_metric_history(run.info.run_id, "committed")]
-    assert steps[-1] == n_clips
+    committed = client.get_metric_history(run.info.run_id, "committed")
+    assert (committed[-1].step, committed[-1].value) == (n_clips, n_clips)
 
 
 def _pretraining(store: str, place: Path, out: str) -> list[str]:

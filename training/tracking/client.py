@@ -3,16 +3,19 @@
 Knows nothing of what a run holds. MLflow is imported once somebody asks for a client.
 """
 
+import contextlib
 import functools
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from pipeline.passwords import without_passwords
 
 log = logging.getLogger(__name__)
+
+_TIMEOUT, _TIMEOUT_S, _UPLOAD_TIMEOUT_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", "15", "120"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,6 +38,19 @@ class RunHandle(NamedTuple):
         return without_passwords(self.uri)
 
 
+@contextlib.contextmanager
+def uploading() -> Iterator[None]:
+    """A block that sends files: a server answers once it has stored a file of gigabytes."""
+    before = os.environ.get(_TIMEOUT)
+    if before in (None, _TIMEOUT_S):
+        os.environ[_TIMEOUT] = _UPLOAD_TIMEOUT_S
+    try:
+        yield
+    finally:
+        if before in (None, _TIMEOUT_S):
+            os.environ[_TIMEOUT] = _TIMEOUT_S
+
+
 def one_line(error: BaseException) -> str:
     """The first line of what an error began with: MLflow wraps a refused connection five deep.
 
@@ -53,6 +69,8 @@ def mlflow_client(uri: str) -> Any:
     # The client's own default is 7 retries, minutes of silence and a warning each; this module
     # retries by itself.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    # Its 120 s, for each of the requests that end a stage, are minutes where a network drops them.
+    os.environ.setdefault(_TIMEOUT, _TIMEOUT_S)
     # A server's client prints links on stdout, where `--json` answers.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.storage import Location
+from pipeline.storage import Location, is_storage_failure
 from training.attempt import UNHELD, Attempt
 from training.errors import RunTaken
 from training.tracking.client import RunHandle, legal_name, mlflow_client, one_line
@@ -88,23 +88,23 @@ class MetricsCopier:
         is_complete = not self._n_failures and not self._n_left
         if not is_complete:
             log.warning(
-                "MLflow at %s lacks the last %d bytes of %s; the file is complete",
-                self._handle.shown, self._n_left, self._place.uri_of(self._name),
+                "MLflow at %s may lack the end of %s; the file is complete",
+                self._handle.shown, self._place.uri_of(self._name),
             )  # fmt: skip
         return is_complete
 
     def _try(self) -> bool:
         """Copy what there is. Returns: whether it went well; if not, it is said once."""
-        where = asked = self._place.uri_of(self._name)
         try:
-            lines = self._new_lines()
-            asked = f"MLflow at {self._handle.shown}"
-            self._copy(lines)
+            self._copy(self._new_lines())
         except Exception as error:
             self._n_failures += 1
             if isinstance(error, RunTaken):  # Who holds the folder now sends its lines.
                 self._gave_up = True
                 return False
+            where = self._place.uri_of(self._name)
+            # What MLflow's client raises is its own, whatever the network said to it.
+            asked = where if is_storage_failure(error) else f"MLflow at {self._handle.shown}"
             self._gave_up = getattr(error, "error_code", None) in _FINAL_ERRORS
             if self._gave_up or not self._away:
                 then = "metrics go to" if self._gave_up else "training goes on, points are kept in"

@@ -13,7 +13,13 @@ from typing import Any
 from pipeline.passwords import without_passwords
 from pipeline.storage import Location, fetched
 from training.cluster_config import TrackingConfig
-from training.tracking.client import RunHandle, legal_name, mlflow_client, never_fatal
+from training.tracking.client import (
+    RunHandle,
+    legal_name,
+    mlflow_client,
+    never_fatal,
+    uploading,
+)
 from training.tracking.copier import MetricsCopier
 from training.tracking.destination import destination
 from training.tracking.tracker import FINETUNE_METRICS, METRICS
@@ -42,32 +48,39 @@ def create_run(
         return RunHandle("", "", str(out))
     if Location(out).is_local:
         Path(out).mkdir(parents=True, exist_ok=True)  # SQLite makes none.
-    request = {
+    request: dict[str, Any] = {
         "experiment": where.experiment,
         "params": _as_text(params),
         "tags": {key: str(value) for key, value in tags.items()},
         "dataset": dataset,
         "started_ms": int(time.time() * 1000),
+        "run_id": "",
     }
-    run_id = _request_run(uri, request)
-    if not run_id:
+    is_made = _request_run(uri, request)
+    if not is_made:
         Location(out).write_bytes(_PENDING, json.dumps(request).encode())
-    return RunHandle(uri, run_id or "", str(out))
+    return RunHandle(uri, request["run_id"] if is_made else "", str(out))
 
 
 @never_fatal("create the run: what it is told waits in the run folder for a stage's start or end")
-def _request_run(uri: str, request: dict[str, Any]) -> str:
+def _request_run(uri: str, request: dict[str, Any]) -> bool:
+    """Make the run; True if MLflow has it with its params.
+
+    Args: request: gets the `run_id` as soon as there is one: where the rest fails, the next try
+        goes on with that run, and none is left behind.
+    """
     client = mlflow_client(uri)
-    run = client.create_run(
-        _experiment_id(client, uri, request["experiment"]),
-        start_time=request["started_ms"],
-        tags=request["tags"],
-        run_name=request["tags"].get("mlflow.runName"),
-    )
-    run_id: str = run.info.run_id
-    _log_params(client, run_id, request["params"])
-    _log_dataset(client, run_id, request["dataset"])
-    return run_id
+    if not request.get("run_id"):
+        run = client.create_run(
+            _experiment_id(client, uri, request["experiment"]),
+            start_time=request["started_ms"],
+            tags=request["tags"] | _store_tags(request["dataset"]),
+            run_name=request["tags"].get("mlflow.runName"),
+        )
+        request["run_id"] = run.info.run_id
+    _log_params(client, request["run_id"], request["params"])
+    _log_dataset(client, request["run_id"], request["dataset"])
+    return True
 
 
 def _log_params(client: Any, run_id: str, params: Mapping[str, str]) -> None:
@@ -101,12 +114,22 @@ def _artifacts_of(uri: str) -> str | None:
     return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
 
 
+def _store_tags(dataset: dict[str, Any]) -> dict[str, str]:
+    return {f"store.{key}": value for key, value in _store_of(dataset).items()}
+
+
+def _store_of(dataset: dict[str, Any]) -> dict[str, str]:
+    return {key: str(dataset[key]) for key in ("uri", "version", "digest") if key in dataset}
+
+
+@never_fatal("store what the run reads; its tags say it")
 def _log_dataset(client: Any, run_id: str, dataset: dict[str, Any]) -> None:
+    """As the run's input, which not every server keeps."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     if not dataset:
         return
-    store = {key: str(dataset[key]) for key in ("uri", "version", "digest") if key in dataset}
+    store = _store_of(dataset)
     entity = Dataset(
         name=str(dataset.get("name", "feature-store")),
         digest=store.get("digest", "")[:36],  # MLflow's limit; the tag holds all of it
@@ -115,8 +138,6 @@ def _log_dataset(client: Any, run_id: str, dataset: dict[str, Any]) -> None:
         profile=json.dumps({key: value for key, value in dataset.items() if key not in store}),
     )
     client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
-    for key, value in store.items():
-        client.set_tag(run_id, f"store.{key}", value)
 
 
 def flatten(params: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -182,7 +203,7 @@ def log_artifacts(handle: RunHandle, paths: Iterable[str | Path]) -> bool:
     """
     client = mlflow_client(handle.uri)
     for each in paths:
-        with fetched(each) as path:
+        with fetched(each) as path, uploading():
             if path.is_dir():
                 client.log_artifacts(handle.run_id, str(path), artifact_path=path.name)
             else:
@@ -243,11 +264,14 @@ def catch_up(handle: RunHandle, timeout_s: float = 60.0) -> RunHandle:
     Returns: the handle, with its run id then.
     """
     request = _missed_request(handle)
-    run_id = None if request is None else _request_run(handle.uri, request)
-    if request is None or not run_id:
+    if request is None:
+        return handle
+    if not _request_run(handle.uri, request):
+        if request.get("run_id"):
+            Location(handle.out).write_bytes(_PENDING, json.dumps(request).encode())
         return handle
     Location(handle.out).remove(_PENDING)
-    handle = handle._replace(run_id=run_id)
+    handle = handle._replace(run_id=request["run_id"])
     _send_and_end(handle, request.get("status", "KILLED"), timeout_s)
     return handle
 
@@ -267,8 +291,8 @@ def _send_and_end(handle: RunHandle, status: str, timeout_s: float) -> None:
     if handle.out:
         place = Location(handle.out)
         for name in (METRICS, FINETUNE_METRICS):
-            if place.exists(name):
-                MetricsCopier(handle, place, name).drain(timeout_s)
+            if place.exists(name) and not MetricsCopier(handle, place, name).drain(timeout_s):
+                break  # Who does not answer is asked for the end alone, and no minute more.
     _end(handle, status)
 
 

@@ -3,8 +3,10 @@
 import json
 import logging
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from support.polling import wait_until
 from pipeline.storage import Location
 from training.cluster_config import TrackingConfig
 from training.predict.registry import register, registered
+from training.tracking import client
 from training.tracking.client import RunHandle
 from training.tracking.copier import MetricsCopier, copied
 from training.tracking.mlflow_run import create_run, finish, log_artifacts
@@ -215,6 +218,77 @@ def test_a_fresh_start_in_an_old_folder_begins_the_file_anew(out: Path) -> None:
     tracker.log(0, {"loss": 1.0})
     tracker.close()
     assert [line["loss"] for line in read_metrics(out / METRICS)] == [1.0]
+
+
+def test_a_run_that_mlflow_took_half_is_gone_on_with(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stage's start and end left another run behind."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise MlflowException("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", fails)
+        handle = _new_run(out)
+        assert finish(handle).run_id == ""
+    handle = finish(handle)
+    (run,) = _client(handle.uri).search_runs(["1"])
+    assert (run.info.run_id, run.info.status) == (handle.run_id, "FINISHED")
+    assert run.data.params["optim.lr"] == "0.0002"
+
+
+def test_a_server_without_inputs_still_gets_the_run(
+    out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise MlflowException("no such endpoint")
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", fails)
+    handle = _new_run(out)
+    assert _client(handle.uri).get_run(handle.run_id).data.tags["store.digest"] == STORE["digest"]
+    assert "MLflow could not store what the run reads" in caplog.text
+
+
+def test_storage_that_fails_is_not_told_as_mlflows_failure(
+    out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    handle, place = _new_run(out), Location(out)
+    Tracker(out / METRICS).log(1, {"loss": 1.0})
+    with monkeypatch.context() as patch:
+
+        def away(*_: Any) -> bytes:
+            raise ConnectionError("the bucket is away")
+
+        patch.setattr(Location, "read_from", away)
+        assert not MetricsCopier(handle, place, METRICS).drain(0)
+    said, _ = caplog.messages
+    assert said.startswith(f"{place.uri_of(METRICS)}: ConnectionError: the bucket is away")
+    assert MetricsCopier(handle, place, METRICS).drain(60)
+
+
+def test_a_network_that_drops_packets_holds_the_end_for_seconds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request waited 120 s, and each file and setting was sent one after the other."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as deaf:
+        deaf.listen(0)
+        port = deaf.getsockname()[1]
+        handle = RunHandle(f"http://127.0.0.1:{port}", "a-run", str(tmp_path))
+        monkeypatch.setattr(client, "_TIMEOUT_S", "1")
+        monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+        for name in (METRICS, FINETUNE_METRICS):
+            Tracker(tmp_path / name).log(1, {"loss": 1.0})
+        began = time.monotonic()
+        finish(handle, timeout_s=0.0)
+        assert time.monotonic() - began < 20
+    assert f"may lack the end of {tmp_path / METRICS}" in caplog.text
+    assert str(tmp_path / FINETUNE_METRICS) not in caplog.text
 
 
 def test_artifacts_lie_under_their_own_names(out: Path) -> None:
