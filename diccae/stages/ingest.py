@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diccae.reach import check_reach
-from diccae.resources import embedded_cores, job_id, start_ray
+from diccae.resources import embedded_cores, job_id, nodes_at_most, nodes_up, start_ray
 from diccae.screen import ProgressLine, clock, say
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.ingest.run import IngestSummary, Progress, ingest
@@ -77,6 +77,8 @@ def _for_machine_alone(config: IngestConfig) -> IngestConfig:
 
 def _start_cluster(clips: str | None, videos: str | None, store: str) -> None:
     start_ray()
+    if nodes_at_most() and not any(node.cpus for node in nodes_up()):
+        say("waiting   for the first node: the autoscaler starts it, and decoding begins there")
     listed = None if clips is None else local_clip(clips, videos)
     check_reach({"--store": store, "--videos": videos, "--clips, which names": listed})
 

@@ -70,7 +70,7 @@ def _start(
     (spec,) = [d["spec"] for d in with_job if d["kind"] == "RayJob"]
     name = job.command[job.command.index("--store") + 1].rpartition("/")[2]
     pod = box.add_pod(kuberay.head_pod(spec["rayClusterSpec"], pod_name or name, job.namespace))
-    (container,) = pod.spec["containers"]
+    container, *_ = pod.spec["containers"]
     container |= {"command": shlex.split(spec["entrypoint"]), "args": []}
     if not by_hand:
         variables = yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]

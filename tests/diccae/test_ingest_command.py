@@ -12,6 +12,7 @@ from support.cheap_source import CHEAP_SPECS, CheapSource
 from diccae.cli import main
 from diccae.config import config_text, load_config
 from diccae.errors import UsageError
+from diccae.resources import Node
 from diccae.stages import ingest
 from pipeline.store.maintenance import status
 from pipeline.store.store import FeatureStore
@@ -230,6 +231,31 @@ def test_more_clips_than_a_cluster_is_worth_are_decoded_here_on_a_machine_alone(
     code = main(typed)
     assert ("a cluster was asked for" in capsys.readouterr().err) == is_beside_a_cluster
     assert (code, status(store)["failed"]) == ((2, 0) if is_beside_a_cluster else (0, 65))
+
+
+@pytest.mark.parametrize("has_nodes", [False, True])
+def test_an_ingest_on_groups_of_no_nodes_says_what_it_waits_for(
+    has_nodes: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A node takes minutes to come, and nothing was said until its first clip."""
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "c.mp4").write_text("no video")
+    monkeypatch.setenv("DICCAE_AUTOSCALING_GROUPS", '[{"nodes": 1, "cpus": 4, "gpus": 0}]')
+    head = [Node(cpus=0.0, gpus=0.0)]
+    monkeypatch.setattr(ingest, "start_ray", lambda: None)
+    up = [*head, Node(cpus=4.0, gpus=0.0)] if has_nodes else head
+    monkeypatch.setattr(ingest, "nodes_up", lambda: up)
+
+    def reached(_: object) -> None:
+        raise UsageError("nodes are asked what they reach")
+
+    monkeypatch.setattr(ingest, "check_reach", reached)
+    typed = ["ingest", "--videos", str(tmp_path / "videos"), "--store", str(tmp_path / "store")]
+    assert main([*typed, "--ingest.local-clips", "0"]) == 2
+    assert ("waiting   for the first node" in capsys.readouterr().err) != has_nodes
 
 
 def test_a_reason_that_there_is_not_is_refused_wherever_it_is_given(

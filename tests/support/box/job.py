@@ -14,7 +14,7 @@ from typing import NamedTuple
 from support.box import kuberay
 from support.box.box import Box, until
 from support.box.errors import BoxError
-from support.box.pod import Image, Manifest, Pod
+from support.box.pod import Container, Image, Manifest, Pod
 
 Images = dict[str, Image]
 
@@ -99,7 +99,7 @@ class RayCluster:
             return True
         if pod is not self.head:
             self._go_on(pod)
-        container = list(pod.containers.values())[-1]
+        container = _rays(pod)
         if container.name == "wait-gcs-ready":
             return False
         if container.exit_code is not None:
@@ -115,7 +115,7 @@ class RayCluster:
 
     def state_of(self, pod: Pod) -> str:
         """The same of one pod."""
-        last = list(pod.containers.values())[-1]
+        last = _rays(pod)
         state = "ready" if pod.name in self._ready else f"in {last.name}: {last.tail(3)}"
         return f"pod {pod.name}: {state}"
 
@@ -124,6 +124,12 @@ class RayCluster:
         self.box.name_service(kuberay.head_service(self.name), self.namespace, None)
         for pod in [self.head, *self.workers]:
             self.box.remove_pod(pod)
+
+
+def _rays(pod: Pod) -> Container:
+    """The container that Ray runs in, or the one it waits for."""
+    name = next(n for n in ("ray-head", "ray-worker", "wait-gcs-ready") if n in pod.containers)
+    return pod.containers[name]
 
 
 class Ended(NamedTuple):

@@ -1,7 +1,8 @@
 """The pods that KubeRay makes of a RayCluster and a RayJob: what it adds to their templates.
 
 Knows nothing of processes. As of KubeRay 1.6 (ray-operator/controllers/ray/common), as far as a
-pod can tell; the autoscaler's container is left out: nothing here could give it more pods.
+pod can tell. The autoscaler's container is the head's second one; only an `AutoscaledCluster`
+starts it: elsewhere nothing would give it more pods.
 """
 
 import copy
@@ -48,7 +49,36 @@ def head_pod(spec: Manifest, cluster: str, namespace: str) -> Manifest:
         del given["no-monitor"]
     pod = _ray_pod(spec, group, given, cluster, f"{cluster}-head", namespace)
     pod["metadata"]["labels"] |= {"ray.io/node-type": "head", "ray.io/group": "headgroup"}
+    if spec.get("enableInTreeAutoscaling"):
+        _add_autoscaler(pod, spec, cluster)
     return pod
+
+
+def _add_autoscaler(pod: Manifest, spec: Manifest, cluster: str) -> None:
+    (ray,), options = pod["spec"]["containers"], spec.get("autoscalerOptions", {})
+    own = [m for m in ray["volumeMounts"] if m["name"] == "ray-logs"]
+    where = {"RAY_CLUSTER_NAMESPACE": pod["metadata"]["namespace"], "KUBERAY_CRD_VER": "v1"}
+    names = {"RAY_CLUSTER_NAME": cluster, "RAY_HEAD_POD_NAME": pod["metadata"]["name"]}
+    if options.get("version") == "v2":
+        ray["env"].append({"name": "RAY_enable_autoscaler_v2", "value": "1"})
+    script = f"ray kuberay-autoscaler --cluster-name {cluster}"
+    pod["spec"]["containers"].append(
+        {
+            "name": "autoscaler",
+            "image": options.get("image", ray["image"]),
+            "command": _BASH,
+            "args": [f"{script} --cluster-namespace {pod['metadata']['namespace']}"],
+            "env": [
+                *({"name": name, "value": value} for name, value in (where | names).items()),
+                *_token(spec),
+                *options.get("env", []),
+            ],
+            "envFrom": options.get("envFrom", []),
+            "resources": options.get("resources", {"limits": {"cpu": "500m", "memory": "512Mi"}}),
+            "securityContext": options.get("securityContext", {}),
+            "volumeMounts": [*own, *options.get("volumeMounts", [])],
+        }
+    )
 
 
 def worker_pod(
