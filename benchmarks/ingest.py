@@ -39,6 +39,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import FeatureSpec, IngestConfig
+from pipeline.cores import usable_cores
 from pipeline.decode.clip import extract
 from pipeline.decode.payload import fbank_function, fbank_payload, fbanks_function
 from pipeline.ingest.plan import STATE_COLUMNS, make_plan
@@ -207,7 +208,7 @@ def whole_runs(csv: str, videos: str, rounds: int) -> None:
     """Steady clips per second of a pool and of Ray, in turn; other load can only slow them."""
     spec = FeatureSpec()
     # Small shards: at the end a worker waits for the other for up to one of them.
-    config = IngestConfig(workers=os.cpu_count(), shard_clips=32, local_clips=0)
+    config = IngestConfig(workers=usable_cores(), shard_clips=32, local_clips=0)
     print("| round | pool clips/s | ray clips/s | ray / pool |\n|---|---|---|---|")
     rates: list[tuple[float, float]] = []
     for i in range(rounds):

@@ -25,6 +25,7 @@ from clustering.config import PoolGroups
 from diccae.errors import ResourceError
 from diccae.joining import await_answer, told_if_nobody_answers
 from diccae.screen import say
+from pipeline.cores import usable_cores
 from training.cluster_config import ScaleConfig
 from training.config import TrainingConfig
 
@@ -63,7 +64,7 @@ _embedded: list[str] = []
 
 def embedded_cores() -> int | None:
     """Cores of the cluster that `start_ray` starts in this process; None where it joins one."""
-    return None if os.environ.get("RAY_ADDRESS") else os.cpu_count() or 1
+    return None if os.environ.get("RAY_ADDRESS") else usable_cores()
 
 
 def is_alone(scale: ScaleConfig) -> bool:

@@ -85,8 +85,8 @@ class IngestConfig(Frozen):
     shard_clips: int = Field(256, ge=1, le=4096)
     """Most clips in one shard, the unit of retry."""
     workers: int | None = Field(None, ge=1)
-    """Most decode actors; None: one per CPU that the cluster has or gets, per core of a machine
-    alone."""
+    """Most decode actors; None: one per CPU that the cluster has or gets, or on a machine alone per
+    core that this process may use (`taskset` and the quota of a container count)."""
     local_clips: int | None = Field(None, ge=0)
     """Up to this many clips are decoded by processes of this machine, and Ray is never started; 0
     leaves every clip to Ray. None: 64 beside a cluster, 1,024 on a machine alone."""

@@ -11,7 +11,6 @@ import colorsys
 import contextlib
 import csv
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import NamedTuple
 import av
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.cores import usable_cores
 
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"
 _RATE_HZ = 16000
@@ -75,7 +76,7 @@ def clips_written(
         rows.append((ytid, start, label, split))
         path = folder / "videos" / f"{ytid}_{start:06d}.mp4"
         jobs.append((str(path), look, voice, size, int(rng.integers(2**31))))
-    with ProcessPoolExecutor(min(workers, os.cpu_count() or 1)) as pool:
+    with ProcessPoolExecutor(min(workers, usable_cores())) as pool:
         done = pool.map(_write_clip, jobs, chunksize=8)
         yield (listing := folder / f"{folder.resolve().name}.csv")
         list(done)

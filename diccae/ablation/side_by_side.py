@@ -4,7 +4,6 @@ Composes `Runs` with the lab; knows nothing of losses. Invariant: a run gives th
 Ray with one worker, whatever runs beside it.
 """
 
-import os
 import shutil
 import time
 from functools import partial
@@ -19,6 +18,7 @@ from diccae.screen import clock, say
 from diccae.stages.backend import InLab
 from diccae.stages.quality import run_fbank_stats
 from diccae.stages.run_record import Say
+from pipeline.cores import usable_cores
 from pipeline.storage import Location
 from pipeline.store.store import FeatureStore
 from training.errors import TrainingError
@@ -130,7 +130,7 @@ def _run(runs: Runs, works: list[Work], n_processes: int, say: Say) -> dict[str,
     say(
         f"ablate    {len(works)} runs, {n_processes} at a time; features decoded in {seconds:.0f} s"
     )
-    n_threads, n_cores = runs.config.scale.n_threads, len(os.sched_getaffinity(0))
+    n_threads, n_cores = runs.config.scale.n_threads, usable_cores()
     if n_processes > 1 and n_processes * n_threads > n_cores:
         say(
             f"ablate    {n_processes} processes of {n_threads} threads share {n_cores} cores, and "

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from diccae.args import Options
 from diccae.cli import OK, TOO_MANY_FAILURES
 from diccae.errors import UsageError
 from diccae.screen import say
+from pipeline.cores import usable_cores
 from pipeline.reasons import Rejected
 from pipeline.storage import Location, place_of
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
             "or ask for --embeddings FILE.parquet"
         )
     clips = named_clips(args.clips)
-    with ClipDecoder(saved.spec, min(os.cpu_count() or 1, len(clips))) as decoder:
+    with ClipDecoder(saved.spec, min(usable_cores(), len(clips))) as decoder:
         # Imports torch, while the decoders' own processes start.
         from training.predict.predictor import Predictor
 

@@ -5,7 +5,6 @@ Knows nothing of stores or clusters.
 
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import shutil
@@ -19,6 +18,7 @@ from packaging.version import Version
 
 from diccae.doctor import child
 from diccae.doctor.check import Check, never_raises
+from pipeline.cores import usable_cores
 from pipeline.decode import choice
 
 
@@ -76,7 +76,7 @@ print(json.dumps([torch.__version__, [[p.name, p.total_memory] for p in names]])
 def check_devices() -> Check:
     """GPUs that torch can use; a driver that torch cannot use is a failure, a CPU is not."""
     version, gpus = json.loads(child.run(DEVICES, 120))
-    cpus = len(os.sched_getaffinity(0))
+    cpus = usable_cores()
     if gpus:
         names = ", ".join(f"{name} ({memory / 2**30:.0f} GiB)" for name, memory in gpus)
         return Check("devices", True, f"torch {version}, {len(gpus)} GPU: {names}, {cpus} CPUs")

@@ -13,6 +13,7 @@ import psutil
 from diccae.doctor import child
 from diccae.doctor.check import Check, never_raises
 from diccae.doctor.libraries import DEVICES
+from pipeline.cores import usable_cores
 
 _SLACK = 0.9
 """Share of a card's memory that a step may take: the rest is the allocator's, and CUDA's own."""
@@ -115,7 +116,7 @@ def check_place(file: str, address: str | None) -> Check:
         where = f"{len(nodes)} node(s) of {address}"
     else:
         _, cards = json.loads(child.run(DEVICES, 120))
-        cores = embedded_cores() or psutil.cpu_count() or 1
+        cores = embedded_cores() or usable_cores()
         nodes = [Node(float(cores + EMBEDDED_SPARE_CPUS), float(len(cards)))]
         where = "this machine"
     cpus, gpus = sum(d.n * d.cpus for d in demands), sum(d.n * d.gpus for d in demands)

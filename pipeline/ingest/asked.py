@@ -6,7 +6,6 @@ Lists the source and reads the store; decodes and commits nothing. Invariant: eq
 
 import contextlib
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import FeatureSpec, IngestConfig
+from pipeline.cores import usable_cores
 from pipeline.decode.choice import spec_for_this_machine
 from pipeline.ingest.limits import OutOfReach
 from pipeline.ingest.plan import STATE_COLUMNS, Plan, content_known, make_plan
@@ -128,7 +128,7 @@ def _same_content(sources: pa.Table, states: pa.Table, config: IngestConfig) -> 
         elif clip["known_hash"] == _content_hash(clip["uri"]):
             same.add(clip["clip_id"])
     # Decompression runs outside the interpreter's lock.
-    with ThreadPoolExecutor(min(len(by_part), os.cpu_count() or 1) or 1) as pool:
+    with ThreadPoolExecutor(min(len(by_part), usable_cores()) or 1) as pool:
         return same.union(*pool.map(_same_in_part, by_part, by_part.values()))
 
 

@@ -4,7 +4,6 @@ Knows nothing of Ray. Invariant: the rows, bytes and faults are those of the sam
 the decoders, their children and the waves are the same.
 """
 
-import os
 import queue
 import secrets
 import threading
@@ -13,6 +12,7 @@ from collections.abc import Generator, Iterator
 import pyarrow as pa
 
 from pipeline.config import FeatureSpec, IngestConfig
+from pipeline.cores import usable_cores
 from pipeline.decode.fbank_service import SharedFbanks
 from pipeline.ingest.shard_decoder import Outcome, ShardDecoder
 from pipeline.ingest.waves import run_waves
@@ -27,7 +27,7 @@ def run_shards(
 
     Raises: PipelineError, as run_waves does.
     """
-    n_workers = config.workers or os.cpu_count() or 1
+    n_workers = config.workers or usable_cores()
     expected_id = store_id(Location(store_uri))
     fbank_key = secrets.token_bytes()
 

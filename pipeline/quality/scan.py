@@ -6,7 +6,6 @@ and nothing else.
 """
 
 import multiprocessing
-import os
 import queue
 import signal
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import FeatureSpec, IngestConfig
+from pipeline.cores import usable_cores
 from pipeline.decode.payload import fbank_array
 from pipeline.decode.sandbox import Sandbox
 from pipeline.errors import PipelineError
@@ -62,7 +62,7 @@ def scan(clips: pa.Table, settings: ScanSettings, workers: int | None = None) ->
     Raises: PipelineError if a process dies; StoreError if a shard cannot be read.
     """
     groups = _groups(clips)
-    n_workers = min(workers or os.cpu_count() or 1, len(groups))
+    n_workers = min(workers or usable_cores(), len(groups))
     if n_workers <= 1 or len(clips) < _FEWEST_FOR_PROCESSES:
         looker = _Looker(settings)
         try:

@@ -12,7 +12,6 @@ Shapes: T fbank rows, M mels, H x W pixels.
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import FeatureSpec
+from pipeline.cores import usable_cores
 from pipeline.decode.payload import decode_jpegs, fbank_array
 from pipeline.quality.run import Progress, refuse_no_clips
 from pipeline.side_by_side import side_by_side
@@ -149,7 +149,7 @@ def _summed(
         tables = with_features(snapshot.uri, of_shard[1], columns)
         return [(len(table), _sums_of(table.to_pylist(), spec)) for _, table in tables]
 
-    for of_shard in side_by_side(work, by_shard(rows), os.cpu_count() or 1):
+    for of_shard in side_by_side(work, by_shard(rows), usable_cores()):
         for n_clips, sums in of_shard:
             n_done += n_clips
             rate = n_done / max(time.monotonic() - began, 1e-3)

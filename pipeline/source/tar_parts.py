@@ -25,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.cores import usable_cores
 from pipeline.patience import open_filesystem
 from pipeline.storage import Location, is_refusal
 
@@ -195,7 +196,7 @@ def index_parts(parts: list[tuple[str, str]], cache: Location | None) -> list[Pa
 
     Parts are read by threads: decompression runs outside the interpreter's lock.
     """
-    with ThreadPoolExecutor(min(len(parts), os.cpu_count() or 1) or 1) as pool:
+    with ThreadPoolExecutor(min(len(parts), usable_cores()) or 1) as pool:
         indexes = [pool.submit(_index_part, uri, fp, cache) for uri, fp in parts]
         return [index.result() for index in indexes]
 

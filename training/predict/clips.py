@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import FeatureSpec, IngestConfig
+from pipeline.cores import usable_cores
 from pipeline.decode.clip import Clip
 from pipeline.decode.fbank_service import SharedFbanks
 from pipeline.decode.payload import decode_jpegs, fbank_array, fbank_payload
@@ -68,7 +69,7 @@ class ClipDecoder:
         self._first = self._make_fbanks()
         self._first.prepare()
         # A child dies with the thread that started it (Linux), and these live until `close`.
-        self._threads = ThreadPoolExecutor(n_threads or os.cpu_count() or 1, "decoder")
+        self._threads = ThreadPoolExecutor(n_threads or usable_cores(), "decoder")
 
     def __enter__(self) -> "ClipDecoder":
         return self

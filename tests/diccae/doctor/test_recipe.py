@@ -55,7 +55,7 @@ def test_a_recipe_that_fits_is_well(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     _cards(monkeypatch)
-    monkeypatch.setattr("diccae.resources.os.cpu_count", lambda: 16)
+    monkeypatch.setattr("diccae.resources.usable_cores", lambda: 16)
     store = tmp_path / "store"
     noise_store(store, FeatureSpec(**yaml.safe_load(Path(SMOKE).read_text())["features"]), 64)
     checks = _doctor(capsys, SMOKE, "--store", str(store))
@@ -113,7 +113,7 @@ def test_the_full_recipe_wants_weights_cards_and_memory(
     assert not checks["place"]["ok"]
     assert "7 of the training workers" in checks["place"]["detail"]
     _cards(monkeypatch, *[80.0] * 8)
-    monkeypatch.setattr("diccae.resources.os.cpu_count", lambda: 96)
+    monkeypatch.setattr("diccae.resources.usable_cores", lambda: 96)
     checks = _doctor(capsys, full, "--init", "weights.pth")
     assert [c for c in checks.values() if not c["ok"]] == []
 

@@ -54,6 +54,22 @@ def test_a_hang_a_crash_and_a_leak_cost_a_clip_each_here_too(source, undisturbed
     assert contents(source.store) == undisturbed
 
 
+def test_no_more_decoders_than_cores_that_may_be_used(source, monkeypatch):
+    """As `taskset` or `docker --cpus` leaves one of many."""
+    source.store += "-again"
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    made, make = [], ShardDecoder
+
+    def counted(*args, **options):
+        made.append(make(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr("pipeline.ingest.on_threads.ShardDecoder", counted)
+    assert source.ingest(source.spec, workers=None).ok == 48
+    assert len(made) == 1
+
+
 def test_an_interrupt_keeps_what_is_done(source):
     source.store += "-again"
 
