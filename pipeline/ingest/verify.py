@@ -1,8 +1,9 @@
 """verify: does a store hold what it says? Every shard is opened, a sample is decoded again.
 
 Reads the store and the source clips; knows nothing of Ray. Invariant: without `repair` nothing is
-changed; with it, the clips of bad rows are forgotten, so that the next ingest makes them anew. What
-became of a source is no reason to forget good features: they may be all that is left of it.
+changed; with it, the bad rows that were seen are forgotten and no others, so that the next ingest
+makes their features anew. What became of a source is no reason to forget good features: they may be
+all that is left of it.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,6 @@ from pipeline.side_by_side import side_by_side
 from pipeline.source.fetch import Fetched, fetch_all
 from pipeline.source.tar_parts import part_of
 from pipeline.storage import is_storage_failure
-from pipeline.store.schema import CLIPS_SCHEMA
 from pipeline.store.shards import AT_ONCE, by_shard, read_rows, spec_hash_of
 from pipeline.store.store import FeatureStore, Snapshot
 
@@ -49,7 +49,7 @@ def verify(uri: str, sample: int, seed: int = 0, repair: bool = False) -> dict[s
 
     Returns: {"clips", "shards", "sampled", "compared" (frames against their source),
         "problems": [{"clip_id", "shard", "problem", "found_in": STORE or SOURCE}],
-        "repaired" (clips forgotten: of problems in the store), "version"}.
+        "repaired" (clips forgotten under the spec in force: of problems in the store), "version"}.
     Raises: StoreError if there is no store, or the storage refuses to give a shard, which says
         nothing of its clips: nothing is forgotten then; StoreLocked with `repair` if it is being
         written.
@@ -80,7 +80,8 @@ def verify(uri: str, sample: int, seed: int = 0, repair: bool = False) -> dict[s
     }
     bad |= {problem["clip_id"] for problem in problems if problem["found_in"] == STORE}
     if repair and bad:
-        report |= _forget(store, bad)
+        is_bad = pc.is_in(live["clip_id"], value_set=pa.array(sorted(bad), pa.string()))
+        report |= _forget(store, snapshot.spec_hash, live.filter(is_bad))
     return report
 
 
@@ -229,17 +230,25 @@ def _decode_all(
     return frames
 
 
-def _forget(store: FeatureStore, clip_ids: set[str]) -> dict[str, int]:
-    """Tombstones for clips: the next ingest sees them as new."""
+def _forget(store: FeatureStore, spec_hash: str, bad: pa.Table) -> dict[str, int]:
+    """Take rows out of the log: to the next ingest these clips have no features of the spec.
+
+    By a log without them, as a row that says a clip is removed speaks for all specs. The lease was
+    not held while the store was looked at: what was decoded since lies in another shard, and stays.
+
+    Args: bad: clip_id, shard and row of what was found bad, of that spec.
+    """
     with store.lease(LEASE_STALE_S, "store verify --repair") as lease:
-        states = store.snapshot().clips
-        wanted = pa.array(sorted(clip_ids), pa.string())
-        rows = states.filter(pc.is_in(states["clip_id"], value_set=wanted))
-        index = CLIPS_SCHEMA.get_field_index("status")
-        removed = pa.array(["removed"] * len(rows), pa.string())
-        version = store.append(
-            rows.set_column(index, CLIPS_SCHEMA.field(index), removed),
-            {"by": "verify --repair"},
-            lease.check,
-        )
-    return {"repaired": len(rows), "version": version}
+        snapshot = store.snapshot()
+        rows, version = snapshot.kept_rows(), snapshot.version
+        at = pc.index_in(rows["clip_id"], value_set=bad["clip_id"].combine_chunks())
+        seen = bad.take(at.combine_chunks())
+        is_bad = pc.equal(rows["spec_hash"], spec_hash)
+        for name in ("shard", "row"):
+            is_bad = pc.and_(is_bad, pc.equal(rows[name], seen[name]))
+        is_bad = is_bad.fill_null(False)
+        n_bad = pc.sum(is_bad).as_py() or 0
+        if n_bad:
+            left = rows.filter(pc.invert(is_bad))
+            version = store.rewrite_log(left, version, lease.check, by="verify --repair")
+    return {"repaired": n_bad, "version": version}

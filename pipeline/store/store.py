@@ -231,11 +231,17 @@ class FeatureStore:
         return self._commit(write, about, check)
 
     def rewrite_log(
-        self, rows: pa.Table, read_version: int, check: Callable[[], None] | None = None
+        self,
+        rows: pa.Table,
+        read_version: int,
+        check: Callable[[], None] | None = None,
+        *,
+        by: str = "",
     ) -> int:
         """Commit `rows`, made from `read_version`, in place of the whole log.
 
-        Older versions keep theirs. Raises: StoreError if another version was committed meanwhile,
+        Older versions keep theirs. Args: by: what rewrites it, if something else than compact or
+        vacuum; check: as append. Raises: StoreError if another version was committed meanwhile,
         whose rows would be lost, or if the storage refuses.
         """
 
@@ -253,7 +259,8 @@ class FeatureStore:
                 commit_properties=properties,
             )
 
-        return self._commit(write, {"read_version": read_version}, check)
+        about = {"read_version": read_version} | ({"by": by} if by else {})
+        return self._commit(write, about, check)
 
     def _commit(
         self,

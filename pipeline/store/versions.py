@@ -65,7 +65,7 @@ def _what_made(commit: dict[str, Any]) -> str:
     if operation == "SET TBLPROPERTIES":
         return f"spec put in force by {by}" if by else "spec put in force"
     if parameters.get("mode") == "Overwrite":
-        return "log rewritten by compact or vacuum"
+        return by or "log rewritten by compact or vacuum"
     return by or "rows appended"
 
 

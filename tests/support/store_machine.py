@@ -60,7 +60,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.features: dict[tuple[str, int], str] = {}
         self.made = store_model.Prediction("")
         self.kind = "stat"
-        self.is_repair = self.was_killed = False
+        self.was_killed = False
         self.at_shard = lambda: None
         self.steps = Steps()
         self.patch = pytest.MonkeyPatch()
@@ -95,8 +95,6 @@ class StoreMachine(RuleBasedStateMachine):
 
     def landed(self, rows: pa.Table) -> None:
         ids = set(rows["clip_id"].to_pylist())
-        if self.is_repair:
-            return
         if not ids <= set(self.made.todo):
             assert not self.compares_plans or ids == set(self.made.settled)
             self.model.settle(self.made)
@@ -365,11 +363,9 @@ class StoreMachine(RuleBasedStateMachine):
             shard = free.sort_by("clip_id")["shard"][0].as_py()
             Path(self.uri, shard).unlink()
             ids = rows.filter(pc.equal(rows["shard"], shard))["clip_id"].to_pylist()
-            self.is_repair = True
             assert verify(self.uri, sample=0, repair=True)["repaired"] == len(ids)
-            self.is_repair = False
             for clip in ids:
-                self.model.forget(clip)
+                self.model.lose(clip)
             self.check()
 
     # The comparison.

@@ -187,5 +187,9 @@ class StoreModel:
         for rows in self.rows.values():
             rows.pop(clip, None)
 
+    def lose(self, clip: str) -> None:
+        """The features in force were damaged; what other specs have of the clip was not."""
+        del self.rows[self.in_force][clip]
+
     def forget_specs_but(self, specs: set[str]) -> None:
         self.rows = {spec: rows for spec, rows in self.rows.items() if spec in specs}

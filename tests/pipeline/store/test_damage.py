@@ -12,6 +12,7 @@ from pipeline.errors import DamagedShard, StoreError
 from pipeline.ingest.verify import verify
 from pipeline.store.shards import read_rows
 from pipeline.store.store import FeatureStore
+from pipeline.store.versions import versions
 
 
 @pytest.fixture
@@ -86,6 +87,36 @@ def test_repair_forgets_the_clips_of_a_damaged_shard_alone(source, harm):
     assert len(FeatureStore.open(source.store).snapshot().rows(None)) == 3
     assert source.ingest().ok == 3
     assert verify(source.store, sample=0)["problems"] == []
+
+
+def test_repair_leaves_what_another_spec_has_of_the_clips(source):
+    there = set(shards(source))
+    source.ingest(CHEAP_SPECS[1])
+    min(set(shards(source)) - there).unlink()
+    assert verify(source.store, sample=0, repair=True)["repaired"] == 3
+    assert versions(source.store)[0]["by"] == "verify --repair"
+    source.ingest()
+    assert len(source.decoded) == 3
+    source.ingest(CHEAP_SPECS[0])
+    assert source.decoded == []
+    assert verify(source.store, sample=0)["problems"] == []
+
+
+def test_repair_leaves_clips_that_were_decoded_anew_while_it_looked(source, monkeypatch):
+    shards(source)[0].unlink()
+    lease = FeatureStore.lease
+
+    def another_first(store, *args):
+        monkeypatch.setattr(FeatureStore, "lease", lease)
+        assert verify(source.store, sample=0, repair=True)["repaired"] == 3
+        assert source.ingest().ok == 3
+        return lease(store, *args)
+
+    monkeypatch.setattr(FeatureStore, "lease", another_first)
+    report = verify(source.store, sample=0, repair=True)
+    snapshot = FeatureStore.open(source.store).snapshot()
+    assert (report["repaired"], report["version"]) == (0, snapshot.version)
+    assert len(snapshot.rows(None)) == 6
 
 
 def test_a_damaged_shard_is_told_to_whoever_reads_it(source):
