@@ -17,7 +17,14 @@ from typing import Any
 from pipeline.config import IngestConfig
 from pipeline.patience import open_filesystem
 from pipeline.reasons import Reason, Rejected
-from pipeline.source.files import File, local_file, remote_file, sha256_of
+from pipeline.source.files import (
+    File,
+    local_file,
+    member_file,
+    part_file,
+    remote_file,
+    sha256_of,
+)
 from pipeline.source.tar_parts import SEPARATOR, part_of, stream_members
 from pipeline.storage import is_refusal, is_storage_failure
 
@@ -39,7 +46,8 @@ class Fetched:
     hashes_content: bool = False
 
     def changed(self) -> bool:
-        """Whether the file was replaced since its fingerprint was taken, which is then renewed.
+        """Whether the file was replaced since its fingerprint was taken, which is then renewed;
+        that of a temporary one was when it was made.
 
         Raises: Rejected if it vanished.
         """
@@ -91,8 +99,12 @@ def _fetch_part(part: str, clips: list[dict[str, Any]], config: IngestConfig) ->
             # Windows of an untrimmed video are clips of one member.
             by_member.setdefault(clip["uri"].removeprefix(part + SEPARATOR), []).append(clip)
     hashes = config.fingerprint == "sha256" and is_on_this_machine(part)
+    # Before it is opened: if it is replaced in between, the next listing finds another one.
+    now = part_file(part)
     for member, path in stream_members(part, set(by_member)):
         *others, last = by_member.pop(member)
+        for clip in (*others, last):
+            _describe_member(clip, member_file(clip["uri"], os.path.getsize(path), now))
         if hashes:
             content = {"fp": sha256_of(path), "fp_kind": "sha256"}
             for clip in (*others, last):
@@ -201,6 +213,13 @@ def _opens(uri: str) -> bool:
     except Exception:
         return False
     return True
+
+
+def _describe_member(clip: dict[str, Any], now: File) -> None:
+    """A hash of the content stays that of the clip while its part has the size and time it had."""
+    stat = now.size, now.mtime_ns
+    if clip["fp_kind"] != "sha256" or stat != (clip["size"], clip["mtime_ns"]):
+        _describe(clip, now)
 
 
 def _describe(clip: dict[str, Any], file: File) -> None:

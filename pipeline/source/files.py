@@ -75,7 +75,7 @@ def find_videos(videos: str, cache: Location | None) -> Videos:
     location = Location(videos)
     walk = _Walk(location.path)
     if is_part(videos) and location.fs.isfile(location.path):
-        walk.parts.append((PurePosixPath(location.path).name, _part_file(location, videos)))
+        walk.parts.append((PurePosixPath(location.path).name, part_file(videos)))
     elif not location.fs.isdir(location.path):
         raise SourceError(f"{videos}: no such folder")
     elif location.is_local:
@@ -88,10 +88,17 @@ def find_videos(videos: str, cache: Location | None) -> Videos:
     return Videos(walk.found, walk.unreadable, walk.damaged)
 
 
-def _part_file(location: Location, uri: str) -> File:
+def part_file(uri: str) -> File:
+    """A tar part as it is now. Raises: FileNotFoundError."""
+    location = Location(uri)
     if location.is_local:
         return local_file(location.path, os.stat(location.path))
     return remote_file(uri, location.fs.info(location.path))
+
+
+def member_file(uri: str, size: int, part: File) -> File:
+    """A member of a tar part, which changes with its part."""
+    return File(uri, size, part.mtime_ns, part.fp_kind, f"{part.fp}-{size}")
 
 
 class _Walk:
@@ -176,7 +183,7 @@ class _Walk:
                 if re.search(CONTROL, member):
                     self._warn(repr(uri), _HOLDS_CONTROL)
                     continue
-                file = File(uri, size, part.mtime_ns, part.fp_kind, f"{part.fp}-{size}")
+                file = member_file(uri, size, part)
                 self.found.append(Found(f"{folder}/{member}", file, is_member=True))
 
     def _note_damage(self, part: str, index: PartIndex) -> None:

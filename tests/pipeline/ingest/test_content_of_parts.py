@@ -10,7 +10,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from pipeline.ingest import shard_decoder
 from pipeline.ingest.run import ingest, plan_ingest
+from pipeline.ingest.verify import verify
+from pipeline.quality.run import check_quality
 from pipeline.source import tar_parts
 
 N_CLIPS = 6
@@ -70,6 +73,43 @@ def test_of_a_part_that_changed_only_other_content_is_decoded(parts):
     other = {**parts.files[0], names[1]: parts.files[1][next(iter(parts.files[1]))]}
     parts.paths[0].write_bytes(packed(other))
     assert parts.counts() == {"changed": 1, "unchanged": N_CLIPS - 1, "ok": 1}
+
+
+def swapped(parts: Parts) -> None:
+    """The first part is packed anew: under its names the content of the second one."""
+    content = dict(zip(parts.files[0], parts.files[1].values(), strict=True))
+    parts.paths[0].write_bytes(packed(content))
+
+
+@pytest.mark.parametrize("fingerprint", ["stat", "sha256"])
+def test_a_part_that_was_replaced_is_none_to_compare_features_with(parts, fingerprint, done):
+    """Between the replacement and the next ingest, under the same names of members."""
+    parts.store += f"-{fingerprint}"
+    assert parts.counts(done.spec, fingerprint=fingerprint) == {"new": N_CLIPS, "ok": N_CLIPS}
+    n_frames = done.spec.n_frames
+    assert verify(parts.store, sample=N_CLIPS)["compared"] == N_CLIPS * n_frames
+    swapped(parts)
+    report = verify(parts.store, sample=N_CLIPS, repair=True)
+    assert (report["problems"], report["repaired"]) == ([], 0)
+    assert report["compared"] == 3 * n_frames
+    assert check_quality(parts.store).sources == {"read": 3, "changed": 3}
+
+
+@pytest.mark.parametrize("fingerprint", ["stat", "sha256"])
+def test_a_part_that_is_replaced_before_it_is_read_is_decoded_once(
+    parts, fingerprint, done, monkeypatch
+):
+    parts.store += f"-{fingerprint}"
+    fetch, left = shard_decoder.fetch_all, [parts]
+
+    def replaced_first(clips, config):
+        if left:
+            swapped(left.pop())
+        return fetch(clips, config)
+
+    monkeypatch.setattr(shard_decoder, "fetch_all", replaced_first)
+    assert parts.counts(done.spec, fingerprint=fingerprint) == {"new": N_CLIPS, "ok": N_CLIPS}
+    assert parts.counts(fingerprint=fingerprint) == {"unchanged": N_CLIPS}
 
 
 def test_clips_behind_damage_of_a_part_that_was_copied_again_are_set_aside(parts):

@@ -83,6 +83,7 @@ def test_usual_extended_headers_are_read(tmp_path):
 def test_a_clip_of_100_gb_is_turned_down_without_being_read(tmp_path):
     good = {
         "clip_id": "good", "uri": f"{tmp_path}/part_00.tar#good.mp4", "size": 512,
+        "fp_kind": "stat", "fp": "", "mtime_ns": 0,
     }  # fmt: skip
     large = {**good, "clip_id": "large", "uri": f"{tmp_path}/part_00.tar#l.mp4", "size": 100 << 30}
     (tmp_path / "part_00.tar").write_bytes(clip("good.mp4") + bytes(1024))
