@@ -23,9 +23,10 @@ class Reason(StrEnum):
     TIMELINE_UNCLEAN = "timeline_unclean"
     TIMEOUT = "timeout"
     WORKER_DIED = "worker_died"
+    IO_ERROR = "io_error"
 
 
-PASSING = (Reason.TIMEOUT, Reason.WORKER_DIED)
+PASSING = (Reason.TIMEOUT, Reason.WORKER_DIED, Reason.IO_ERROR)
 """Reasons that may not be the clip's fault: such a clip is tried once more by the next run."""
 
 

@@ -19,6 +19,7 @@ from av.video.reformatter import VideoReformatter
 from pipeline.config import FeatureSpec
 from pipeline.decode.display import display_matrix, upright
 from pipeline.decode.timeline import Timeline, Track
+from pipeline.passing import OF_PROCESS
 from pipeline.reasons import Reason, Rejected
 
 FLAG_UNCLEAN = 1
@@ -239,8 +240,10 @@ def frames_in_order(timeline: Timeline) -> Iterator[tuple[float, Any]]:
             frames = context.decode(packet)
         except av.FFmpegError as error:
             if n_frames:
+                lacks = error.errno in OF_PROCESS
                 raise Rejected(
-                    Reason.VIDEO_DECODE, f"after {n_frames} frames: {error.strerror}"
+                    Reason.WORKER_DIED if lacks else Reason.VIDEO_DECODE,
+                    f"after {n_frames} frames: {error.strerror}",
                 ) from error
             continue
         for frame in frames:

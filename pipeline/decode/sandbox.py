@@ -100,6 +100,8 @@ class Sandbox:
         if self._n_calls >= self._max_calls or too_large:
             self.close()
         if outcome == "rejected":
+            if value[0] == Reason.WORKER_DIED:
+                self.close()  # It has no memory or handles left; another one begins with all.
             raise Rejected(Reason(value[0]), value[1])
         return value
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.config import FeatureSpec
 from pipeline.decode.timeline import Timeline
+from pipeline.passing import OF_PROCESS
 from pipeline.reasons import Reason, Rejected
 
 # Times of frames are rounded to the container's clock (1 ms in Matroska): a smaller gap is none.
@@ -38,7 +39,7 @@ class Sound:
 def decode_sound(timeline: Timeline, spec: FeatureSpec) -> Sound:
     """The waveform of the window, channels reduced as spec says.
 
-    Raises: Rejected (audio_decode, audio_short).
+    Raises: Rejected (audio_decode, audio_short; worker_died without memory).
     """
     rate = spec.sample_rate_hz
     waveform = np.zeros(round((timeline.end_s - timeline.start_s) * rate), np.float32)
@@ -53,9 +54,9 @@ def decode_sound(timeline: Timeline, spec: FeatureSpec) -> Sound:
                 n_covered += last - first
                 end = max(end, last)
     except av.FFmpegError as error:
-        raise Rejected(
-            Reason.AUDIO_DECODE, f"after {n_covered / rate:.2f} s: {error.strerror}"
-        ) from error
+        # The packets are in memory: no disk is asked for them.
+        reason = Reason.WORKER_DIED if error.errno in OF_PROCESS else Reason.AUDIO_DECODE
+        raise Rejected(reason, f"after {n_covered / rate:.2f} s: {error.strerror}") from error
     seconds = n_covered / rate
     _refuse_short(timeline, seconds, end / rate, spec)
     waveform = waveform[:end]

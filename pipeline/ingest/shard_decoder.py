@@ -161,7 +161,10 @@ class ShardDecoder:
         self._sandbox.submit(fetched.path, clip["start_s"], clip["end_s"], self._spec)
 
     def _result(self, fetched: Fetched) -> Clip | Rejected:
-        """The outcome for a file that stayed the same while it was read."""
+        """The outcome for a file that stayed the same while it was read.
+
+        Raises: OSError if neither it nor others of the shard can be read.
+        """
         for _ in range(_MOST_RELOADS):
             try:
                 outcome: Clip | Rejected = self._sandbox.result()
@@ -169,6 +172,8 @@ class ShardDecoder:
                 outcome = rejected
             try:
                 if not fetched.changed():
+                    if isinstance(outcome, Rejected) and outcome.reason == Reason.IO_ERROR:
+                        fetched.refuse_lost_storage(outcome.detail)
                     return outcome
             except Rejected as rejected:
                 return rejected

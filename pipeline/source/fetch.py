@@ -10,11 +10,12 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import IngestConfig
+from pipeline.passing import OF_PROCESS, OF_STORAGE
 from pipeline.patience import open_filesystem
 from pipeline.reasons import Reason, Rejected
 from pipeline.source.files import (
@@ -44,6 +45,8 @@ class Fetched:
     is_shared: bool = False
     """The clip that comes next lies in the same temporary file."""
     hashes_content: bool = False
+    beside: list[dict[str, Any]] = field(default_factory=list)
+    """The clips that it is fetched with."""
 
     def changed(self) -> bool:
         """Whether the file was replaced since its fingerprint was taken, which is then renewed;
@@ -63,6 +66,12 @@ class Fetched:
         if self.hashes_content:
             self.clip |= {"fp": sha256_of(self.path), "fp_kind": "sha256"}
         return True
+
+    def refuse_lost_storage(self, told: str) -> None:
+        """Asked of a clip that cannot be read. Raises: OSError if others cannot be read either: it
+        is not the clip then."""
+        if not _others_open(self.clip, self.beside):
+            raise OSError(f"{self.clip['uri']} cannot be read ({told}), nor can others beside it")
 
     def release(self) -> None:
         """Delete a temporary file, if this is the last clip of it."""
@@ -129,8 +138,9 @@ def _fetch_files(clips: list[dict[str, Any]], config: IngestConfig) -> Iterator[
         try:
             for clip in clips:
                 if is_local_file(clip["uri"]):
+                    here = _local(clip, clips, config)
                     ahead.append(Future())
-                    ahead[-1].set_result(_local(clip, config))
+                    ahead[-1].set_result(here)
                 else:
                     ahead.append(pool.submit(_download, clip, clips, config))
                 if len(ahead) > config.prefetch:
@@ -155,18 +165,35 @@ def is_on_this_machine(uri: str) -> bool:
     return "://" not in uri or uri.startswith("file://")
 
 
-def _local(clip: dict[str, Any], config: IngestConfig) -> Fetched:
+def _local(clip: dict[str, Any], clips: list[dict[str, Any]], config: IngestConfig) -> Fetched:
+    """A clip where it lies; `clips` are those it is fetched with.
+
+    Raises: OSError if neither it nor any of them can be read.
+    """
     path = clip["uri"].removeprefix("file://")
-    hashes = config.fingerprint == "sha256"
+    fetched = Fetched(clip, path, hashes_content=config.fingerprint == "sha256", beside=clips)
     try:
-        if hashes:
-            clip |= {"fp": sha256_of(path), "fp_kind": "sha256"}
+        if fetched.hashes_content:
+            clip |= {"fp": _hashed(path), "fp_kind": "sha256"}
     except FileNotFoundError:
-        return Fetched(clip, path, Rejected(Reason.MISSING, "the file vanished before it was read"))
+        fetched.rejected = Rejected(Reason.MISSING, "the file vanished before it was read")
     except OSError as error:
-        rejected = Rejected(Reason.OPEN_FAILED, error.strerror or str(error))
-        return Fetched(clip, path, rejected)
-    return Fetched(clip, path, hashes_content=hashes)
+        told, reason = error.strerror or str(error), Reason.OPEN_FAILED
+        if error.errno in OF_STORAGE | OF_PROCESS:
+            fetched.refuse_lost_storage(told)
+            reason = Reason.IO_ERROR
+        fetched.rejected = Rejected(reason, told)
+    return fetched
+
+
+def _hashed(path: str) -> str:
+    """As sha256_of, twice if storage fails: a mount may do so once."""
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        if error.errno not in OF_STORAGE:
+            raise
+        return sha256_of(path)
 
 
 def _download(clip: dict[str, Any], clips: list[dict[str, Any]], config: IngestConfig) -> Fetched:
@@ -200,9 +227,10 @@ def _download(clip: dict[str, Any], clips: list[dict[str, Any]], config: IngestC
 
 
 def _others_open(clip: dict[str, Any], clips: list[dict[str, Any]]) -> bool:
-    """Whether any of a few other clips may be read: keys that expired deny them all, and are no
-    reason to quarantine anything. True if there is no other."""
-    others = [one["uri"] for one in clips if one is not clip][:_MOST_PROBES]
+    """Whether any of a few other files may be read: keys that expired deny them all, a mount that
+    is away gives none, and neither is a reason to quarantine anything. True if there is no other.
+    """
+    others = [one["uri"] for one in clips if one["uri"] != clip["uri"]][:_MOST_PROBES]
     return not others or any(map(_opens, others))
 
 
