@@ -88,7 +88,8 @@ class ShardDecoder:
         except Exception as failure:
             if not is_storage_failure(failure):
                 raise
-            yield Outcome(error=f"{type(failure).__name__}: {failure}")
+            where = socket.gethostname()
+            yield Outcome(error=f"{type(failure).__name__} on {where}: {failure}")
             time.sleep(_PAUSE_S)
 
     def decode(self, index: int, clips: pa.Table) -> Iterator[pa.Table]:

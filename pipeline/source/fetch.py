@@ -6,7 +6,6 @@ was decoded from, also when its file is replaced meanwhile.
 
 import itertools
 import os
-import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from pipeline.config import IngestConfig
 from pipeline.passing import OF_PROCESS, OF_STORAGE
 from pipeline.patience import open_filesystem
 from pipeline.reasons import Reason, Rejected
+from pipeline.scratch import scratch_file, told_if_full
 from pipeline.source.files import (
     File,
     local_file,
@@ -201,12 +201,13 @@ def _download(clip: dict[str, Any], clips: list[dict[str, Any]], config: IngestC
     if (rejected := _too_large(clip, config)) is not None:
         return Fetched(clip, "", rejected)
     fs, remote = open_filesystem(clip["uri"])
-    handle, path = tempfile.mkstemp(suffix=os.path.splitext(remote)[1])
+    handle, path = scratch_file(os.path.splitext(remote)[1])
     os.close(handle)
     fetched = Fetched(clip, path, is_temporary=True)
     try:
         for _ in range(_MOST_DOWNLOADS):
-            fs.get_file(remote, path)
+            with told_if_full(os.path.dirname(path)):
+                fs.get_file(remote, path)
             now = remote_file(clip["uri"], fs.info(remote))
             if now.fp == clip["fp"]:
                 break

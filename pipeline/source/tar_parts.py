@@ -13,7 +13,6 @@ import lzma
 import os
 import re
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ import pyarrow.parquet as pq
 
 from pipeline.cores import usable_cores
 from pipeline.patience import open_filesystem
+from pipeline.scratch import scratch_file, told_if_full
 from pipeline.storage import Location, is_refusal
 
 PART_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -306,11 +306,13 @@ def _digest(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     source: Any = tar.extractfile(member)
-    handle, path = tempfile.mkstemp(suffix=PurePosixPath(member.name).suffix)
+    handle, path = scratch_file(PurePosixPath(member.name).suffix)
     try:
         with os.fdopen(handle, "wb") as file:
             while block := source.read(1 << 20):
-                file.write(block)
+                with told_if_full(os.path.dirname(path)):
+                    file.write(block)
+                    file.flush()
     except BaseException:
         os.unlink(path)
         raise

@@ -5,7 +5,6 @@ not at all, and is never changed.
 """
 
 import os
-import tempfile
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import FeatureSpec
 from pipeline.errors import DamagedShard, StoreError
+from pipeline.scratch import scratch_file, told_if_full
 from pipeline.storage import Location, is_storage_failure
 from pipeline.store.cached import ShardCache, Units
 from pipeline.store.cached_file import CachedFile, Details
@@ -62,7 +62,7 @@ class ShardWriter:
             # With the name of the shard, so that a run knows which are its own.
             self._scratch = f"{folder}/.{base}.{uuid.uuid4().hex}.tmp"
         else:
-            handle, self._scratch = tempfile.mkstemp(prefix=_UNFINISHED, suffix=".tmp")
+            handle, self._scratch = scratch_file()
             os.close(handle)
         self._writer = pq.ParquetWriter(
             self._scratch,
@@ -87,20 +87,22 @@ class ShardWriter:
         """Finish the file and make it visible under its name."""
         if self._rows:
             self._flush()
-        self._writer.close()
+        with told_if_full(os.path.dirname(self._scratch)):
+            self._writer.close()
         self._location.publish(self._scratch, self.name)
 
     def discard(self) -> None:
         """Give up and delete what was written; nothing happens after `publish`."""
         try:
-            self._writer.close()  # Writes a footer, for which a full disk has no room.
+            with told_if_full(os.path.dirname(self._scratch)):
+                self._writer.close()  # Writes a footer, for which a full disk has no room.
         finally:
             Path(self._scratch).unlink(missing_ok=True)
 
     def _flush(self) -> None:
-        self._writer.write_table(
-            pa.Table.from_pylist(self._rows, SHARD_SCHEMA), row_group_size=ROW_GROUP_ROWS
-        )
+        table = pa.Table.from_pylist(self._rows, SHARD_SCHEMA)
+        with told_if_full(os.path.dirname(self._scratch)):
+            self._writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
         self._rows = []
 
 

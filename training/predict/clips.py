@@ -9,7 +9,6 @@ Shapes: T fbank frames, M mel bins, S samples, F frames.
 
 import os
 import secrets
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +25,7 @@ from pipeline.decode.fbank_service import SharedFbanks
 from pipeline.decode.payload import decode_jpegs, fbank_array, fbank_payload
 from pipeline.decode.sandbox import Sandbox
 from pipeline.reasons import Reason, Rejected
+from pipeline.scratch import scratch_file, told_if_full
 from pipeline.source.fetch import Fetched, fetch_all
 from pipeline.source.named import NamedClip
 from pipeline.storage import is_storage_failure
@@ -153,7 +153,7 @@ class ClipDecoder:
 
 def _written(data: bytes) -> Fetched:
     """A file of these bytes, for decoders that read files."""
-    handle, path = tempfile.mkstemp()
-    with os.fdopen(handle, "wb") as file:
+    handle, path = scratch_file()
+    with told_if_full(os.path.dirname(path)), os.fdopen(handle, "wb") as file:
         file.write(data)
     return Fetched({"start_s": None, "end_s": None}, path, is_temporary=True)

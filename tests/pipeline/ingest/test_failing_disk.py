@@ -1,12 +1,17 @@
 """A mounted disk that fails for a moment, or for good: no clip is quarantined for what passes."""
 
 import errno
+import io
+import socket
+import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
 from support.stores import contents
 
 from pipeline.errors import PipelineError
+from pipeline.ingest.run import ingest
 from pipeline.store.maintenance import status
 
 BLINKING = "tests.pipeline.blinking_disk:extract"
@@ -90,3 +95,39 @@ def test_a_mount_that_gives_nothing_stops_the_run_and_costs_no_features(
         source.ingest(fingerprint=fingerprint)
     assert "Input/output error" in str(caught.value)
     assert contents(source.store) == before
+
+
+@pytest.fixture
+def small_tmp(tmp_path, monkeypatch):
+    """Temporary files have 64 KB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_folder_of_temporary_files_is_told_with_its_node(
+    done, tmp_path, small_tmp, monkeypatch
+):
+    monkeypatch.setattr("pipeline.ingest.shard_decoder._PAUSE_S", 0.0)
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    content = done.files()[0].read_bytes()
+    with tarfile.open(parts / "part_00.tar", "w") as tar:
+        for name in ("a.mp4", "b.mp4"):
+            member = tarfile.TarInfo(name)
+            member.size = 100_000
+            tar.addfile(member, io.BytesIO(content.ljust(member.size, b"\0")))
+    with pytest.raises(PipelineError, match="No space left on device") as caught:
+        ingest(
+            None, str(parts), str(tmp_path / "store"), done.spec, done.config,
+            start_ray=lambda: None, on_progress=lambda progress: None,
+        )  # fmt: skip
+    said = str(caught.value)
+    assert f"on {socket.gethostname()}: " in said
+    assert f" for {small_tmp}/" in said
+    assert "with TMPDIR" in said
