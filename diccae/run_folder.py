@@ -72,6 +72,7 @@ class RunFolder:
     def __init__(self, out: str | Path) -> None:
         self.place = run_place(out)
         self._lease: Lease | None = None
+        self._is_passed_over = False
 
     @property
     def uri(self) -> str:
@@ -117,10 +118,20 @@ class RunFolder:
         if self._lease is not None:
             self._lease.check()
 
+    @contextlib.contextmanager
+    def passed_over(self, fresh: bool) -> Iterator[None]:
+        """Within, the run that is there counts as gone if `fresh`: what begins in its place is
+        looked at as in an empty folder, before anything is deleted."""
+        self._is_passed_over = fresh
+        try:
+            yield
+        finally:
+            self._is_passed_over = False
+
     @property
     def record(self) -> dict[str, Any]:
         """`run.json`, or empty."""
-        return read_json(self.place, "run.json")
+        return {} if self._is_passed_over else read_json(self.place, "run.json")
 
     @property
     def results(self) -> dict[str, Any]:
@@ -168,17 +179,21 @@ class RunFolder:
         self.check()
         if fresh and self.record:
             self._clear()
+        self.refuse_other(config)
         if self.record:
-            keys = self.changed_keys(config, _NOT_PINNED)
-            if keys:
-                raise ConfigMismatch(
-                    f"{self.uri} holds a run of another config: {'; '.join(keys)}. Use the old "
-                    "config, another --out, or --fresh to start again (this deletes the old run)."
-                )
             config = _with_statistics_of(self.config(), config)
             config = self._with_settings_of_classifier(config) if pretraining else config
         self.place.write_bytes("config.yaml", config_text(config).encode())
         return bool(self.record)
+
+    def refuse_other(self, config: RunConfig) -> None:
+        """Raises: ConfigMismatch naming the keys, if the folder holds a run of another config."""
+        keys = self.changed_keys(config, _NOT_PINNED) if self.record else []
+        if keys:
+            raise ConfigMismatch(
+                f"{self.uri} holds a run of another config: {'; '.join(keys)}. Use the old config, "
+                "another --out, or --fresh of pretrain or demo (this deletes the old run)."
+            )
 
     def _clear(self) -> None:
         """Remove all but the lease: a start of before must go on to find that it lost it.

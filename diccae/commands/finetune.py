@@ -7,7 +7,6 @@ from diccae.args import Options
 from diccae.config import RunConfig
 from diccae.run_folder import RunFolder, log_to_screen
 from diccae.screen import say
-from training.tracking.tracker import FINETUNE_METRICS
 
 _FITTED = (
     "name it as encoder.init in the config instead of --encoder, with a new --out: its positions "
@@ -63,27 +62,26 @@ def main(argv: Sequence[str]) -> int:
 
 def _finetune(folder: RunFolder, args: FinetuneArgs) -> None:
     from diccae.stages.finetune import run_finetune
-    from diccae.stages.run_record import begin_another_tracking_run, open_run, pin_for
+    from diccae.stages.run_record import open_run, pin_for
     from diccae.stages.statistics import refuse_other_sizes, with_store_features
-    from training.run.finetune import forget_finetuning, refuse_other_settings
+    from training.run.finetune import refuse_other_settings
 
-    is_again = args.fresh and folder.place.exists(FINETUNE_METRICS)
-    if args.fresh:
-        forget_finetuning(folder.place)
-    # Before the folder takes the config over: config.yaml tells of the classifier that is there.
-    refuse_other_settings(args.run, args.encoder, folder.place)
-    run = args.run
-    if args.store is not None and not folder.record:
+    run, has_run = args.run, bool(folder.record)
+    if not args.fresh:
+        # Before the folder takes the config over, which tells of the classifier that is there.
+        refuse_other_settings(run, args.encoder, folder.place)
+    if args.store is not None and not has_run:
         run = with_store_features(folder, run, args.config, args.store)
     if args.encoder is not None:
         # Before the folder is taken: a run that has begun cannot take encoder.init instead.
         spec = pin_for(folder, run, args.store).snapshot.spec
         refuse_other_sizes(args.encoder, spec, _FITTED)
-    folder.open(run, fresh=False)
+    if args.fresh and has_run:
+        folder.refuse_other(run)
+    else:
+        folder.open(run, fresh=False)
     open_run(folder, run, args.store, say)
-    if is_again:
-        begin_another_tracking_run(folder, run, say)
-    run_finetune(folder, run, args.encoder, say)
+    run_finetune(folder, run, args.encoder, say, fresh=args.fresh)
 
 
 def _dry_run(folder: RunFolder, args: FinetuneArgs) -> int:

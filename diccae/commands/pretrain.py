@@ -60,18 +60,15 @@ def main(argv: Sequence[str]) -> int:
         return _dry_run(config, args.store, args.json)
     from diccae.run_folder import RunFolder, log_to_screen
     from diccae.stages.pretrain import run_pretrain
-    from diccae.stages.run_record import let_go
     from diccae.stages.statistics import with_store_features
 
     log_to_screen()
     folder = RunFolder(args.out)
     with folder.held("pretrain", config.scale.lease_stale_s):
         config = with_store_features(folder, config, args.config, args.store, args.fresh)
-        if args.fresh:
-            let_go(folder)
-        if folder.open(config, args.fresh, pretraining=True):
+        if not args.fresh and folder.open(config, fresh=False, pretraining=True):
             say(f"going on with the run in {args.out}, attempt {folder.attempt.number}")
-        run_pretrain(folder, config, args.store, say)
+        run_pretrain(folder, config, args.store, say, fresh=args.fresh)
     if args.json:
         print(json.dumps(folder.results))
     say(f"encoder in {args.out}/encoder; next: diccae finetune --out {args.out}")

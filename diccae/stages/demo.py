@@ -55,7 +55,7 @@ def run_demo(config: RunConfig, out: str, data: Path | None, fresh: bool, say: S
 def _run_stages(
     folder: RunFolder, config: RunConfig, out: Location, *, data: Path | None, fresh: bool, say: Say
 ) -> Demo:
-    if folder.open(config, fresh):
+    if not fresh and folder.open(config, fresh=False):
         say(f"going on with the run in {folder.uri}")
     with _clips(out, data, say) as (csv, videos):
         # 4 s of imports, which need one core, beside the processes that make the clips.
@@ -66,8 +66,8 @@ def _run_stages(
     store = out.uri_of("store")
     summary = run_ingest(csv, videos, store, config.features, config.ingest)
     say(f"ingest    {summary.ok:,} ok, {summary.failed:,} failed in {clock(summary.seconds)}")
-    spent = folder.results.get("seconds", {}).get("ingest", 0.0)
-    run_pretrain(folder, config, store, say)
+    spent = 0.0 if fresh else folder.results.get("seconds", {}).get("ingest", 0.0)
+    run_pretrain(folder, config, store, say, fresh=fresh)
     folder.write_results(seconds={"ingest": round(spent + summary.seconds, 2)})
     run_finetune(folder, config, None, say)
     results = run_evaluate(folder, config, say)

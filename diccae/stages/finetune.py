@@ -10,14 +10,20 @@ from diccae.config import RunConfig
 from diccae.resources import training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.backend import ON_RAY, Backend
-from diccae.stages.run_record import Say, pin_for, provenance, with_status
+from diccae.stages.run_record import (
+    Say,
+    begin_another_tracking_run,
+    pin_for,
+    provenance,
+    with_status,
+)
 from diccae.stages.statistics import settle
 from training.data.order import BatchPlan
 from training.data.rows import RowIndex, with_labels
 from training.loop.finetuner import idle_additions, refuse_labels
 from training.run.edge import Written
-from training.run.finetune import starting_encoder
-from training.run.pinned import refuse_unfit
+from training.run.finetune import forget_finetuning, starting_encoder
+from training.run.pinned import Pinned, refuse_unfit
 from training.tracking.tracker import FINETUNE_METRICS
 
 
@@ -28,12 +34,37 @@ def run_finetune(
     say: Say,
     *,
     backend: Backend = ON_RAY,
+    fresh: bool = False,
 ) -> None:
     """Fine-tune the folder's encoder (or another one) into `classifier/`.
 
+    Args: fresh: delete the classifier that is there, once nothing is refused any more.
     Raises: ConfigMismatch if the folder holds fine-tuning with other settings; TrainingError for
         clips with more labels than the loss can use.
     """
+    asked = config
+    config, data, train, total = _looked_at(folder, config, encoder, say, backend)
+    if fresh:
+        _forget(folder, asked, say)
+    handle = backend.attach(folder, config, data, say)
+    origin = provenance(folder, config)
+    folder.check()
+    uri = starting_encoder(config, train, encoder, folder.place, origin)
+    _say_what_is_trained(config, train, len(data.train), uri, say)
+    started = time.monotonic()
+    written = Written(folder.place, origin, folder.attempt)
+    stage = partial(backend.finetune, config, train, uri, written)
+    nodes = backend.watched_nodes(folder.attempt, handle, config.tracking.of_nodes(handle.uri))
+    with nodes, watched(folder.place, FINETUNE_METRICS, total, "finetune"):
+        with_status(folder, handle, config, stage, FINETUNE_METRICS, section="finetune")
+    folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})
+
+
+def _looked_at(
+    folder: RunFolder, config: RunConfig, encoder: str | None, say: Say, backend: Backend
+) -> tuple[RunConfig, Pinned, RowIndex, int]:
+    """The config with its statistics, the data, its clips that have a label, and the number of
+    steps, once nothing is refused any more."""
     data = pin_for(folder, config)
     # Pretraining is for all clips, fine-tuning for those of them that have a label.
     train = with_labels(data.train, "finetune")
@@ -45,22 +76,21 @@ def run_finetune(
     config, statistics = settle(folder, config, data, say, encoder or own)
     if "statistics" not in folder.record:
         folder.write_record(statistics=statistics)
-    plan = BatchPlan.of_finetuning(len(train), config)
+    steps = BatchPlan.of_finetuning(len(train), config).steps(len(train))
     reads = {"--store": data.snapshot.uri, "--encoder": encoder}
     backend.ready(training_demands(config, None), reads, folder.uri, config.scale)
-    handle = backend.attach(folder, config, data, say)
-    origin = provenance(folder, config)
+    return config, data, train, steps * config.finetune.epochs
+
+
+def _forget(folder: RunFolder, config: RunConfig, say: Say) -> None:
+    """Delete the classifier; the folder takes over the config, which tells of the one that is
+    there."""
     folder.check()
-    uri = starting_encoder(config, train, encoder, folder.place, origin)
-    _say_what_is_trained(config, train, len(data.train), uri, say)
-    total = plan.steps(len(train)) * config.finetune.epochs
-    started = time.monotonic()
-    written = Written(folder.place, origin, folder.attempt)
-    stage = partial(backend.finetune, config, train, uri, written)
-    nodes = backend.watched_nodes(folder.attempt, handle, config.tracking.of_nodes(handle.uri))
-    with nodes, watched(folder.place, FINETUNE_METRICS, total, "finetune"):
-        with_status(folder, handle, config, stage, FINETUNE_METRICS, section="finetune")
-    folder.write_results(seconds={"finetune": round(time.monotonic() - started, 2)})
+    folder.open(config, fresh=False)
+    if folder.place.exists(FINETUNE_METRICS):
+        # First: by this file another attempt knows that MLflow has its points.
+        begin_another_tracking_run(folder, config, say)
+    forget_finetuning(folder.place)
 
 
 def _say_what_is_trained(

@@ -10,10 +10,18 @@ from typing import Any
 
 from clustering.rounds.files import load_round, rounds_at
 from diccae.config import RunConfig
+from diccae.fresh import refuse_deleting
 from diccae.resources import training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.backend import ON_RAY, Backend
-from diccae.stages.run_record import Say, pin_for, provenance, remember, with_status
+from diccae.stages.run_record import (
+    Say,
+    let_go,
+    pin_for,
+    provenance,
+    remember,
+    with_status,
+)
 from diccae.stages.statistics import settle
 from pipeline.storage import Location
 from training.data.order import BatchPlan, classes_together
@@ -38,16 +46,14 @@ def run_pretrain(
     tags: Mapping[str, str] | None = None,
     *,
     backend: Backend = ON_RAY,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """Pretrain into the folder, from its newest checkpoint if there is one.
 
-    Args: tags: of the MLflow run, besides the usual ones.
+    Args: tags: of the MLflow run, besides the usual ones. fresh: delete the run that is there; the
+        caller has not opened the folder for this one.
     """
-    config, data = _settled(folder, config, store, say, span)
-    makes_labels = config.rounds.labels != "none"
-    pool = config.pool.groups(config.clustering) if makes_labels else None
-    reads = {"--store": data.snapshot.uri, "--init": config.encoder.init}
-    backend.ready(training_demands(config, pool), reads, folder.uri, config.scale)
+    config, data = _begun(folder, config, store, say, span, backend=backend, fresh=fresh)
     handle = backend.track(folder, config, data, tags, say)
     backend.note(config.scale, say)
     total = _say_what_is_trained(config, data, say, span)
@@ -66,19 +72,45 @@ def run_pretrain(
     return result
 
 
+def _begun(
+    folder: RunFolder,
+    config: RunConfig,
+    store: str,
+    say: Say,
+    span: Span,
+    *,
+    backend: Backend,
+    fresh: bool,
+) -> tuple[RunConfig, Pinned]:
+    """The config with its statistics, and its data, both written down once nothing is refused any
+    more; an old run goes only then."""
+    with folder.passed_over(fresh):
+        settled, data, statistics = _settled(folder, config, store, say, span)
+        makes_labels = settled.rounds.labels != "none"
+        pool = settled.pool.groups(settled.clustering) if makes_labels else None
+        reads = {"--store": data.snapshot.uri, "--init": settled.encoder.init}
+        if fresh:
+            refuse_deleting(folder, reads)
+        backend.ready(training_demands(settled, pool), reads, folder.uri, settled.scale)
+    if fresh:
+        let_go(folder)
+        folder.open(config, fresh=True)
+    remember(folder, settled, data, statistics)
+    return settled, data
+
+
 def _settled(
     folder: RunFolder, config: RunConfig, store: str, say: Say, span: Span
-) -> tuple[RunConfig, Pinned]:
-    """The config with its statistics, and its data, both written down: all that can be refused
-    before the cluster is used."""
+) -> tuple[RunConfig, Pinned, dict[str, Any]]:
+    """The config with its statistics, its data, and what run.json keeps of the statistics: all that
+    can be refused before the cluster is used."""
     data = pin_for(folder, config, store)
     check(config, data)
     init, made = None if folder.record else config.encoder.init, None
     if init is not None and span.start is None:
         made = _say_what_weights_give(config, data, say).made_with
     config, statistics = settle(folder, config, data, say, init, made)
-    remember(folder, config, data, statistics)
-    return config, data
+    return config, data, statistics
 
 
 def _say_what_is_trained(config: RunConfig, data: Pinned, say: Say, span: Span) -> int:
