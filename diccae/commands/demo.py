@@ -23,7 +23,7 @@ class DemoArgs:
     config: str | None = None
     """YAML config; None: configs/smoke.yaml, or configs/av-digits.yaml with --data."""
     fresh: bool = False
-    """Start again in a folder that holds another run."""
+    """Start again in a folder that holds another run, once for all attempts of a rendered job."""
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
 
     log_to_screen()
     data = None if args.data is None else Path(args.data)
-    demo = run_demo(args.run, args.out, data, args.fresh, say)
+    fresh = (OPTIONS.command, *argv) if args.fresh else None
+    demo = run_demo(args.run, args.out, data, fresh, say)
     print(f"{results_table(demo.results)}\n\nreport    {demo.page}")
     if demo.mlflow_uri.startswith("http"):
         print(f"curves    {without_passwords(demo.mlflow_uri)}")

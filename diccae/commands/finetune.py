@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from diccae.args import Options
 from diccae.config import RunConfig
+from diccae.fresh import Anew, begins_anew, has_succeeded
 from diccae.run_folder import RunFolder, log_to_screen
 from diccae.screen import say
 
@@ -26,7 +27,8 @@ class FinetuneArgs:
     encoder: str | None = None
     """Folder of another encoder to start from, for clips of the sizes it was trained on."""
     fresh: bool = False
-    """Delete the classifier that is in --out, and fine-tune again."""
+    """Delete the classifier that is in --out, and fine-tune again; once for all attempts of a
+    rendered job."""
     dry_run: bool = False
     """Only print parameters, FLOPs, memory and steps."""
     config: str | None = None
@@ -55,19 +57,21 @@ def main(argv: Sequence[str]) -> int:
     if args.store is None and "store" not in folder.record:
         raise nothing_to_read(folder)
     with folder.held("finetune", args.run.scale.lease_stale_s):
-        _finetune(folder, args)
+        anew = begins_anew(folder, (OPTIONS.command, *argv), args.run, say) if args.fresh else None
+        _finetune(folder, args, anew)
+        has_succeeded(folder)
     say(f"classifier in {args.out}/classifier; next: diccae evaluate --out {args.out}")
     return 0
 
 
-def _finetune(folder: RunFolder, args: FinetuneArgs) -> None:
+def _finetune(folder: RunFolder, args: FinetuneArgs, anew: Anew | None) -> None:
     from diccae.stages.finetune import run_finetune
     from diccae.stages.run_record import open_run, pin_for
     from diccae.stages.statistics import refuse_other_sizes, with_store_features
     from training.run.finetune import refuse_other_settings
 
     run, has_run = args.run, bool(folder.record)
-    if not args.fresh:
+    if anew is None:
         # Before the folder takes the config over, which tells of the classifier that is there.
         refuse_other_settings(run, args.encoder, folder.place)
     if args.store is not None and not has_run:
@@ -76,12 +80,12 @@ def _finetune(folder: RunFolder, args: FinetuneArgs) -> None:
         # Before the folder is taken: a run that has begun cannot take encoder.init instead.
         spec = pin_for(folder, run, args.store).snapshot.spec
         refuse_other_sizes(args.encoder, spec, _FITTED)
-    if args.fresh and has_run:
+    if anew is not None and has_run:
         folder.refuse_other(run)
     else:
         folder.open(run, fresh=False)
     open_run(folder, run, args.store, say)
-    run_finetune(folder, run, args.encoder, say, fresh=args.fresh)
+    run_finetune(folder, run, args.encoder, say, anew=anew)
 
 
 def _dry_run(folder: RunFolder, args: FinetuneArgs) -> int:

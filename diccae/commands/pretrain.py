@@ -38,7 +38,7 @@ class PretrainArgs:
     init: str | None = None
     """Weights to start from: CAV-MAE, MAE ViT or diccae, any fsspec URI."""
     fresh: bool = False
-    """Delete what is in --out and start again."""
+    """Delete what is in --out and start again, once for all attempts of a rendered job."""
     dry_run: bool = False
     """Only print parameters, FLOPs, memory, steps and the time they would take."""
     json: bool = False
@@ -58,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
         config = config.model_copy(update={"encoder": encoder})
     if args.dry_run:
         return _dry_run(config, args.store, args.json)
+    from diccae.fresh import begins_anew, has_succeeded
     from diccae.run_folder import RunFolder, log_to_screen
     from diccae.stages.pretrain import run_pretrain
     from diccae.stages.statistics import with_store_features
@@ -65,10 +66,14 @@ def main(argv: Sequence[str]) -> int:
     log_to_screen()
     folder = RunFolder(args.out)
     with folder.held("pretrain", config.scale.lease_stale_s):
-        config = with_store_features(folder, config, args.config, args.store, args.fresh)
-        if not args.fresh and folder.open(config, fresh=False, pretraining=True):
+        words = (OPTIONS.command, *argv)
+        anew = begins_anew(folder, words, config, say) if args.fresh else None
+        is_fresh = anew is not None
+        config = with_store_features(folder, config, args.config, args.store, is_fresh)
+        if not is_fresh and folder.open(config, fresh=False, pretraining=True):
             say(f"going on with the run in {args.out}, attempt {folder.attempt.number}")
-        run_pretrain(folder, config, args.store, say, fresh=args.fresh)
+        run_pretrain(folder, config, args.store, say, anew=anew)
+        has_succeeded(folder)
     if args.json:
         print(json.dumps(folder.results))
     say(f"encoder in {args.out}/encoder; next: diccae finetune --out {args.out}")

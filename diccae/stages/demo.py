@@ -6,12 +6,13 @@ and every stage that is done is skipped or goes on.
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diccae.config import DEMO_TEST, DEMO_TRAIN, RunConfig
 from diccae.errors import UsageError
+from diccae.fresh import Anew, begins_anew, has_succeeded
 from diccae.reach import check_reach
 from diccae.resources import embedded_cores, start_ray
 from diccae.run_folder import RunFolder, run_place
@@ -34,11 +35,14 @@ class Demo(NamedTuple):
     """Empty where there is none."""
 
 
-def run_demo(config: RunConfig, out: str, data: Path | None, fresh: bool, say: Say) -> Demo:
+def run_demo(
+    config: RunConfig, out: str, data: Path | None, fresh: Sequence[str] | None, say: Say
+) -> Demo:
     """Run every stage into `out`, a path or URI.
 
     Args: data: a folder NAME with `videos/` and NAME.csv in VGGSound's columns; None writes
-        synthetic clips first.
+        synthetic clips first. fresh: the words of the command that begins the run anew; None goes
+        on with the one that is there.
     Raises: UsageError if `data` is no such folder, or if not all nodes of the cluster that this
         process joins reach it and `out`; the errors of the stages.
     """
@@ -49,13 +53,22 @@ def run_demo(config: RunConfig, out: str, data: Path | None, fresh: bool, say: S
             # Before clips are made. The ingest would name a --store, which nobody gave.
             start_ray()
             check_reach({"--data": None if data is None else str(data)}, place.uri)
-        return _run_stages(folder, config, place, data=data, fresh=fresh, say=say)
+        anew = begins_anew(folder, fresh, config, say) if fresh is not None else None
+        demo = _run_stages(folder, config, place, data=data, anew=anew, say=say)
+        has_succeeded(folder)
+        return demo
 
 
 def _run_stages(
-    folder: RunFolder, config: RunConfig, out: Location, *, data: Path | None, fresh: bool, say: Say
+    folder: RunFolder,
+    config: RunConfig,
+    out: Location,
+    *,
+    data: Path | None,
+    anew: Anew | None,
+    say: Say,
 ) -> Demo:
-    if not fresh and folder.open(config, fresh=False):
+    if anew is None and folder.open(config, fresh=False):
         say(f"going on with the run in {folder.uri}")
     with _clips(out, data, say) as (csv, videos):
         # 4 s of imports, which need one core, beside the processes that make the clips.
@@ -66,9 +79,9 @@ def _run_stages(
     store = out.uri_of("store")
     summary = run_ingest(csv, videos, store, config.features, config.ingest)
     say(f"ingest    {summary.ok:,} ok, {summary.failed:,} failed in {clock(summary.seconds)}")
-    spent = 0.0 if fresh else folder.results.get("seconds", {}).get("ingest", 0.0)
-    run_pretrain(folder, config, store, say, fresh=fresh)
-    folder.write_results(seconds={"ingest": round(spent + summary.seconds, 2)})
+    before = folder.results.get("seconds", {}) if anew is None else {}
+    run_pretrain(folder, config, store, say, anew=anew)
+    folder.write_results(seconds={"ingest": round(before.get("ingest", 0.0) + summary.seconds, 2)})
     run_finetune(folder, config, None, say)
     results = run_evaluate(folder, config, say)
     return Demo(results, run_report(folder, None, say), folder.record["mlflow"]["uri"])

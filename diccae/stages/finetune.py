@@ -7,6 +7,7 @@ import time
 from functools import partial
 
 from diccae.config import RunConfig
+from diccae.fresh import Anew, has_begun
 from diccae.resources import training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.backend import ON_RAY, Backend
@@ -34,18 +35,19 @@ def run_finetune(
     say: Say,
     *,
     backend: Backend = ON_RAY,
-    fresh: bool = False,
+    anew: Anew | None = None,
 ) -> None:
     """Fine-tune the folder's encoder (or another one) into `classifier/`.
 
-    Args: fresh: delete the classifier that is there, once nothing is refused any more.
+    Args: anew: delete the classifier that is there, once nothing is refused any more.
     Raises: ConfigMismatch if the folder holds fine-tuning with other settings; TrainingError for
         clips with more labels than the loss can use.
     """
     asked = config
     config, data, train, total = _looked_at(folder, config, encoder, say, backend)
-    if fresh:
+    if anew is not None:
         _forget(folder, asked, say)
+        has_begun(folder, anew)
     handle = backend.attach(folder, config, data, say)
     origin = provenance(folder, config)
     folder.check()

@@ -10,7 +10,7 @@ from typing import Any
 
 from clustering.rounds.files import load_round, rounds_at
 from diccae.config import RunConfig
-from diccae.fresh import refuse_deleting
+from diccae.fresh import Anew, has_begun, refuse_deleting
 from diccae.resources import training_demands
 from diccae.run_folder import RunFolder, watched
 from diccae.stages.backend import ON_RAY, Backend
@@ -46,14 +46,14 @@ def run_pretrain(
     tags: Mapping[str, str] | None = None,
     *,
     backend: Backend = ON_RAY,
-    fresh: bool = False,
+    anew: Anew | None = None,
 ) -> dict[str, Any]:
     """Pretrain into the folder, from its newest checkpoint if there is one.
 
-    Args: tags: of the MLflow run, besides the usual ones. fresh: delete the run that is there; the
+    Args: tags: of the MLflow run, besides the usual ones. anew: delete the run that is there; the
         caller has not opened the folder for this one.
     """
-    config, data = _begun(folder, config, store, say, span, backend=backend, fresh=fresh)
+    config, data = _begun(folder, config, store, say, span, backend=backend, anew=anew)
     handle = backend.track(folder, config, data, tags, say)
     backend.note(config.scale, say)
     total = _say_what_is_trained(config, data, say, span)
@@ -80,22 +80,24 @@ def _begun(
     span: Span,
     *,
     backend: Backend,
-    fresh: bool,
+    anew: Anew | None,
 ) -> tuple[RunConfig, Pinned]:
     """The config with its statistics, and its data, both written down once nothing is refused any
     more; an old run goes only then."""
-    with folder.passed_over(fresh):
+    with folder.passed_over(anew is not None):
         settled, data, statistics = _settled(folder, config, store, say, span)
         makes_labels = settled.rounds.labels != "none"
         pool = settled.pool.groups(settled.clustering) if makes_labels else None
         reads = {"--store": data.snapshot.uri, "--init": settled.encoder.init}
-        if fresh:
+        if anew is not None:
             refuse_deleting(folder, reads)
         backend.ready(training_demands(settled, pool), reads, folder.uri, settled.scale)
-    if fresh:
+    if anew is not None:
         let_go(folder)
         folder.open(config, fresh=True)
     remember(folder, settled, data, statistics)
+    if anew is not None:
+        has_begun(folder, anew)
     return settled, data
 
 

@@ -146,3 +146,101 @@ def test_a_demo_that_cannot_begin_leaves_the_old_one(run: Path) -> None:
     before = _held(run)
     assert main(["demo", "--out", str(run.parent), "--data", "nowhere", "--fresh"]) == 2
     assert _held(run) == before
+
+
+@pytest.fixture
+def in_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of a test are attempts of one job, as KubeRay starts them."""
+    monkeypatch.setenv("DICCAE_JOB", "diccae/vgg")
+
+
+def _die(*command: str) -> None:
+    """Run a command until it computes."""
+    with pytest.raises(Began):
+        main(command)
+
+
+COMMANDS = pytest.mark.parametrize(
+    ("command", "trained"),
+    [(PRETRAIN, "pretrain/checkpoint_2/new"), (FINETUNE, "finetune/checkpoint_2/new")],
+)
+
+
+@COMMANDS
+@pytest.mark.usefixtures("in_job")
+def test_the_next_attempt_of_a_job_goes_on_with_what_the_one_before_has_begun_anew(
+    command: Sequence[str], trained: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each attempt deleted the checkpoints of the one before."""
+    _die(*command)
+    assert not (run / TRAINED[-1]).exists()
+    RunFolder(run).place.write_bytes(trained, b"epoch 20")
+    capsys.readouterr()
+    for _ in range(2):
+        _die(*command)
+        said = [line for line in capsys.readouterr().err.splitlines() if "fresh  " in line]
+        assert len(said) == 1
+        assert f"an earlier attempt of job diccae/vgg has begun {run} anew" in said[0]
+        assert (run / trained).read_bytes() == b"epoch 20"
+
+
+@pytest.mark.usefixtures("in_job")
+def test_an_attempt_that_died_before_it_deleted_leaves_that_to_the_next(
+    run: Path, machine: Machine
+) -> None:
+    for command, trained in ((FINETUNE, TRAINED[-1]), (PRETRAIN, "pretrain/checkpoint_1/old")):
+        machine.is_full = True
+        assert main(command) == 1
+        assert (run / trained).exists()
+        machine.is_full = False
+        _die(*command)
+        assert not (run / trained).exists()
+
+
+@COMMANDS
+def test_a_person_begins_anew_each_time(command: Sequence[str], trained: str, run: Path) -> None:
+    for _ in range(2):
+        _die(*command)
+        assert not (run / trained).exists()
+        RunFolder(run).place.write_bytes(trained, b"new")
+
+
+@COMMANDS
+@pytest.mark.usefixtures("in_job")
+def test_another_job_of_the_same_name_begins_anew(
+    command: Sequence[str], trained: str, run: Path
+) -> None:
+    """One of other words, or of a config that was edited since; or a person's start between."""
+    place = RunFolder(run).place
+    for words in (command, [*command, "--scale.num-workers", "1"], command):
+        _die(*words)
+        assert not (run / trained).exists()
+        place.write_bytes(trained, b"new")
+    edited = TUNED.model_copy(update={"mixup": 0.25})
+    for file in ("run.yaml", "run/config.yaml"):
+        Path(file).write_text(config_text(RECIPE.model_copy(update={"finetune": edited})))
+    _die(*command)
+    assert not (run / trained).exists()
+    place.write_bytes(trained, b"new")
+    with pytest.MonkeyPatch.context() as alone:
+        alone.delenv("DICCAE_JOB")
+        _die(*command)
+    place.write_bytes(trained, b"new")
+    _die(*command)
+    assert not (run / trained).exists()
+
+
+@COMMANDS
+@pytest.mark.usefixtures("in_job")
+def test_a_job_that_succeeded_is_followed_by_one_that_begins_anew(
+    command: Sequence[str], trained: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _die(*command)
+    RunFolder(run).place.write_bytes(trained, b"new")
+    stage, name = (pretrain, "run_pretrain") if command is PRETRAIN else (finetune, "run_finetune")
+    with monkeypatch.context() as whole:
+        whole.setattr(stage, name, lambda *_, **__: None)
+        assert main(command) == 0
+    assert (run / trained).exists()
+    _die(*command)
+    assert not (run / trained).exists()
