@@ -22,10 +22,19 @@ from diccae.stages.statistics import settle
 from training.data.order import BatchPlan
 from training.data.rows import RowIndex, with_labels
 from training.loop.finetuner import idle_additions, refuse_labels
+from training.run.checkpoints import newest_checkpoint
 from training.run.edge import Written
-from training.run.finetune import forget_finetuning, starting_encoder
+from training.run.finetune import (
+    CHECKPOINTS,
+    forget_finetuning,
+    settings_digest,
+    starting_encoder,
+)
 from training.run.pinned import Pinned, refuse_unfit
 from training.tracking.tracker import FINETUNE_METRICS
+
+_SETTINGS = "fine_tuned_with"
+"""Of run.json: digest of what decides the result of the last fine-tuning that began."""
 
 
 def run_finetune(
@@ -48,10 +57,14 @@ def run_finetune(
     if anew is not None:
         _forget(folder, asked, say)
         has_begun(folder, anew)
+    elif _has_points_of_other_settings(folder, config, encoder):
+        begin_another_tracking_run(folder, asked, say)
+        folder.place.remove(FINETUNE_METRICS)
     handle = backend.attach(folder, config, data, say)
     origin = provenance(folder, config)
     folder.check()
     uri = starting_encoder(config, train, encoder, folder.place, origin)
+    folder.write_record(**{_SETTINGS: settings_digest(config, uri)})
     _say_what_is_trained(config, train, len(data.train), uri, say)
     started = time.monotonic()
     written = Written(folder.place, origin, folder.attempt)
@@ -93,6 +106,17 @@ def _forget(folder: RunFolder, config: RunConfig, say: Say) -> None:
         # First: by this file another attempt knows that MLflow has its points.
         begin_another_tracking_run(folder, config, say)
     forget_finetuning(folder.place)
+
+
+def _has_points_of_other_settings(
+    folder: RunFolder, config: RunConfig, encoder: str | None
+) -> bool:
+    """Whether an earlier start with other settings got as far as curves, and to no checkpoint:
+    training begins at step 0, and MLflow keeps the points that it has."""
+    place, known = folder.place, folder.record.get(_SETTINGS)
+    if known is None or not place.exists(FINETUNE_METRICS) or newest_checkpoint(place, CHECKPOINTS):
+        return False
+    return bool(known != settings_digest(config, encoder or place.uri_of("encoder")))
 
 
 def _say_what_is_trained(

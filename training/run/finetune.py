@@ -4,6 +4,7 @@ Knows nothing of Ray or of other processes. Invariants: a run that died anywhere
 newest checkpoint; a checkpoint of other settings, or of another encoder, is refused.
 """
 
+import hashlib
 import json
 from typing import Any
 
@@ -115,6 +116,11 @@ def deciding(config: TrainingConfig, encoder_uri: str) -> str:
     flat: dict[str, Any] = {"encoder": encoder_digest(encoder_uri)}
     _flatten(config.model_dump(mode="json", include=_DECIDES), "", flat)
     return json.dumps(flat, sort_keys=True)
+
+
+def settings_digest(config: TrainingConfig, encoder_uri: str) -> str:
+    """Of `deciding`."""
+    return hashlib.sha256(deciding(config, encoder_uri).encode()).hexdigest()[:16]
 
 
 def _flatten(values: dict[str, Any], prefix: str, into: dict[str, Any]) -> None:
