@@ -6,6 +6,7 @@ another, which has the curves of pretraining, too.
 """
 
 import hashlib
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ _OF_LATER_STAGES = {"finetune", "evaluate"}
 _PARENT = "mlflow.parentRunId"
 _LEFT_OUT = "left_out.parquet"
 """Of a run folder: clip_id and rule of the train clips it leaves out."""
+_ID = "id"
+"""Of a run folder on a disk: what tells it from one of the same path on another machine."""
 
 
 def pin_for(folder: RunFolder, config: RunConfig, store: str | None = None) -> Pinned:
@@ -137,6 +140,7 @@ def remember(
         with folder.place.written(_LEFT_OUT) as file:
             pq.write_table(data.left_out.clips, file)
         pinned["left_out"] = data.left_out.about()
+    _give_id(folder)
     _keep(folder, snapshot)
     folder.write_record(
         store=pinned,
@@ -153,10 +157,18 @@ def let_go(folder: RunFolder) -> None:
         FeatureStore.open(known["uri"]).unpin(_pin_name(folder, int(known["version"])))
 
 
+def _give_id(folder: RunFolder) -> None:
+    """A bucket's URI is one place for all machines, the path of a disk is not."""
+    if folder.place.is_local and not folder.place.exists(_ID):
+        folder.place.write_bytes(_ID, uuid.uuid4().hex.encode())
+
+
 def _pin_name(folder: RunFolder, version: int) -> str:
-    """One for each folder and version: folders of one name elsewhere must not let go of each
-    other's. The same for a start that died before it wrote run.json, and begins again."""
-    place = hashlib.sha256(folder.uri.encode()).hexdigest()[:8]
+    """One for each folder and version: folders of one name elsewhere, and of one path on another
+    machine, must not let go of each other's. The same for a start that died before it wrote
+    run.json, and begins again; and for a run that was pinned before folders had an id."""
+    own = folder.place.read_bytes(_ID).decode() if folder.place.exists(_ID) else ""
+    place = hashlib.sha256(f"{folder.uri}{own}".encode()).hexdigest()[:8]
     return f"run-{folder.place.name}-v{version}-{place}"
 
 

@@ -105,7 +105,7 @@ def test_a_run_that_cannot_be_begun_anew_stays(
 def test_a_run_that_is_begun_anew_goes_with_all_that_it_held(run: Path) -> None:
     with pytest.raises(Began):
         main(PRETRAIN)
-    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "lease", "run.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "id", "lease", "run.json"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A run whose store was moved, or that is told of another one."""
 
 import functools
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -112,3 +113,37 @@ def test_a_run_that_is_begun_anew_lets_go_of_what_the_old_one_read(run: Path) ->
         main(["pretrain", "--config", "run.yaml", "--out", "run", "--store", "store", "--fresh"])
     assert list(store.pins().values()) == [newest]
     assert old not in store.pins()
+
+
+def test_runs_of_one_path_on_two_machines_have_a_pin_each(run: Path) -> None:
+    """Two workstations with one store: what one let go of, a vacuum took from the other."""
+    store = FeatureStore.open("store")
+    (of_the_other,) = store.pins()
+    run.rename("elsewhere")  # The path is free here, as on another machine.
+    with pytest.raises(Began):
+        _pretrain("store")
+    assert len(store.pins()) == 2
+    gone = store.snapshot().clips.to_pylist()[0] | {"status": "removed"}
+    newest = store.append(pa.Table.from_pylist([gone], CLIPS_SCHEMA), {})
+    old = store.pins()[of_the_other]
+    with pytest.raises(Began):
+        main(["pretrain", "--config", "run.yaml", "--out", "run", "--store", "store", "--fresh"])
+    assert sorted(store.pins().values()) == [old, newest]
+    assert of_the_other in store.pins()
+
+
+def test_a_run_that_an_earlier_version_pinned_lets_go_of_its_pin(run: Path) -> None:
+    """By the path alone."""
+    store = FeatureStore.open("store")
+    ((name, version),) = store.pins().items()
+    store.unpin(name)
+    (run / "id").unlink()
+    old = f"run-run-v{version}-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}"
+    store.pin(version, old, str(run))
+    with pytest.raises(Began):
+        _pretrain("store")
+    assert set(store.pins()) == {old}, "gone on with"
+    with pytest.raises(Began):
+        main(["pretrain", "--config", "run.yaml", "--out", "run", "--store", "store", "--fresh"])
+    assert set(store.pins()) & {old} == set()
+    assert len(store.pins()) == 1

@@ -174,8 +174,9 @@ def test_runs_of_one_name_keep_the_versions_of_each_other(place: Path) -> None:
     assert main([*arguments, "--out", "b/run"]) == 0
     about = status("store")
     old, new = (
-        f"run-run-v{version}-{hashlib.sha256(str(place / run).encode()).hexdigest()[:8]}"
+        f"run-run-v{version}-{hashlib.sha256(of_folder.encode()).hexdigest()[:8]}"
         for version, run in ((first, "a/run"), (first + 1, "b/run"))
+        for of_folder in [f"{place / run}{(place / run / 'id').read_text()}"]
     )
     assert about["pins"] == {old: first, new: first + 1}
     assert about["pinned_for"] == {old: str(place / "a/run"), new: str(place / "b/run")}
