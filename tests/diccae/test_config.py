@@ -287,7 +287,7 @@ def test_a_switch_of_the_runs_own_config_is_given_whichever_way_it_stands(
         return {}
 
     monkeypatch.setattr(
-        finetune, "_finetune", lambda _, args: given.append(args.run.finetune.balanced)
+        finetune, "_finetune", lambda _, args, __: given.append(args.run.finetune.balanced)
     )
     monkeypatch.setattr(evaluate, "_evaluate", evaluated)
     out = ["--out", str(tmp_path)]

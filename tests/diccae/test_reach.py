@@ -110,7 +110,7 @@ def test_a_demo_on_a_disk_of_the_drivers_own_is_refused_before_clips_are_made(
     monkeypatch.setattr("diccae.stages.demo.start_ray", lambda: None)
     monkeypatch.setattr("diccae.reach.other_machines", lambda: NODES)
     monkeypatch.setattr("diccae.reach._looks_from", lambda nodes, paths: [["" for _ in paths]])
-    monkeypatch.setattr("diccae.stages.demo.write_clips", pytest.fail)
+    monkeypatch.setattr("diccae.stages.demo.clips_written", pytest.fail)
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 2
     said = capsys.readouterr().err
     assert f"--out {tmp_path}/demo: node train-0 (10.0.0.7) of the cluster does not see" in said

@@ -4,7 +4,9 @@ Knows nothing of what is computed. Invariant: no number depends on where its mem
 number of threads may decide the last bits of a sum.
 """
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 
 import torch
 
@@ -26,3 +28,13 @@ def use_cpu(n_threads: int) -> None:
         return
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, _NEVER)
+
+
+@contextlib.contextmanager
+def threads_kept() -> Iterator[None]:
+    """A block that may `use_cpu`, of a process that computes otherwise with its own number."""
+    n_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)

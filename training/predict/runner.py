@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.side_by_side import side_by_side
@@ -16,7 +15,7 @@ from training.cluster_config import ScaleConfig
 from training.config import DataConfig
 from training.data.reader import Batch, read_window
 from training.evaluate_config import EvaluateConfig
-from training.model.cpu import use_cpu
+from training.model.cpu import threads_kept, use_cpu
 from training.predict.apply import ByStream, Model, Models, Outputs
 from training.predict.jobs import Batches, Gathered, Job, Kind, Part
 
@@ -77,11 +76,9 @@ def run_here(
     evaluate: EvaluateConfig,
 ) -> list[Outputs]:
     """See `Apply`; in this process."""
-    gathered, n_threads = [Gathered(len(job.rows)) for job in jobs], torch.get_num_threads()
-    try:
+    gathered = [Gathered(len(job.rows)) for job in jobs]
+    with threads_kept():
         runner = Runner(jobs, models, data, scale, evaluate)
         for found in runner.outputs(range(len(runner.batches))):
             gathered[found.job].put(found.positions, found.kinds)
-    finally:
-        torch.set_num_threads(n_threads)
     return [each.outputs() for each in gathered]
