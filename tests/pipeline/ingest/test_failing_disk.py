@@ -3,11 +3,11 @@
 import errno
 import io
 import socket
-import subprocess
 import tarfile
 from pathlib import Path
 
 import pytest
+from support.disks import small_disk
 from support.stores import contents
 
 from pipeline.errors import PipelineError
@@ -100,14 +100,9 @@ def test_a_mount_that_gives_nothing_stops_the_run_and_costs_no_features(
 @pytest.fixture
 def small_tmp(tmp_path, monkeypatch):
     """Temporary files have 64 KB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a file system is not allowed here")
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_disk(tmp_path / "small", "64k") as folder:
+        monkeypatch.setattr("tempfile.tempdir", str(folder))
+        yield folder
 
 
 def test_a_full_folder_of_temporary_files_is_told_with_its_node(

@@ -16,6 +16,7 @@ from pathlib import Path
 import botocore.exceptions
 import psutil
 import pytest
+from support.disks import small_disk
 from support.polling import wait_until
 from support.processes import kill, ray_env
 from support.stores import contents
@@ -164,22 +165,16 @@ def test_a_hang_a_crash_and_a_leak_cost_a_clip_each_and_are_healed_by_the_next_r
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def full_soon(tmp_path):
     """A file system of 1.5 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a file system is not allowed here")
-    yield folder
-    # Lazily: an actor that is being killed may still hold a file.
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "1500k") as folder:
+        yield folder
 
 
 @pytest.mark.slow
-def test_disk_full_says_so_keeps_what_is_done_and_goes_on_later(source, undisturbed, small_disk):
+def test_disk_full_says_so_keeps_what_is_done_and_goes_on_later(source, undisturbed, full_soon):
     elsewhere = f"{source.store}-moved"
-    source.store = str(small_disk / "store")
+    source.store = str(full_soon / "store")
     with pytest.raises(PipelineError, match=r"No space left on device(.|\n)*run the same again"):
         source.ingest(source.spec, shard_clips=4, commit_shards=1)
     n_kept = status(source.store)["ok"]
