@@ -4,24 +4,19 @@ Lists the source and reads the store; decodes and commits nothing. Invariant: eq
 `--plan` and for the run, which both ask here.
 """
 
-import contextlib
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import FeatureSpec, IngestConfig
-from pipeline.cores import usable_cores
 from pipeline.decode.choice import spec_for_this_machine
+from pipeline.ingest.content import same_content
 from pipeline.ingest.limits import OutOfReach
-from pipeline.ingest.plan import STATE_COLUMNS, Plan, content_known, make_plan
+from pipeline.ingest.plan import STATE_COLUMNS, Plan, make_plan
 from pipeline.quality.leave_out import without_left_out
-from pipeline.source.fetch import is_on_this_machine
-from pipeline.source.files import sha256_of
 from pipeline.source.listing import Listing, list_sources
-from pipeline.source.tar_parts import SEPARATOR, hash_members, part_of
 from pipeline.storage import Location
 from pipeline.store.schema import CLIPS_SCHEMA
 from pipeline.store.store import Snapshot
@@ -64,9 +59,10 @@ class Asked:
         if self.config.leave_out:
             # Refused for a store that is yet to be made: nothing in it was looked at.
             sources = without_left_out(Location(self.store), sources, self.config.leave_out)
+        by_content = self.config.fingerprint == "sha256"
         plan = make_plan(
             sources, known, spec.spec_hash(), self.config, listed=listing.clips,
-            same_content=_same_content(sources, known, self.config),
+            same_content=same_content(sources, known) if by_content else set(),
         )  # fmt: skip
         _warn_of_lost_labels(plan, known)
         if snapshot is not None and not has_in_force(snapshot, spec):
@@ -111,53 +107,3 @@ def _out_of_reach(
     lost = undecoded.filter(pc.is_in(undecoded["clip_id"], value_set=live))
     uris = lost["uri"].to_pylist()
     return OutOfReach(len(lost), listing.unreadable_above(uris)) if uris else None
-
-
-def _same_content(sources: pa.Table, states: pa.Table, config: IngestConfig) -> set[str]:
-    """Clips whose file, or tar part, is only younger, with the content the store knows."""
-    if config.fingerprint != "sha256":
-        return set()
-    _warn_of_etags(sources)
-    same: set[str] = set()
-    by_part: dict[str, list[dict[str, str]]] = {}
-    for clip in content_known(sources, states).to_pylist():
-        if not is_on_this_machine(clip["uri"]):
-            continue
-        if part := part_of(clip["uri"]):
-            by_part.setdefault(part, []).append(clip)
-        elif clip["known_hash"] == _content_hash(clip["uri"]):
-            same.add(clip["clip_id"])
-    # Decompression runs outside the interpreter's lock.
-    with ThreadPoolExecutor(min(len(by_part), usable_cores()) or 1) as pool:
-        return same.union(*pool.map(_same_in_part, by_part, by_part.values()))
-
-
-def _same_in_part(part: str, clips: list[dict[str, str]]) -> list[str]:
-    """Args: clips: as content_known has them, all of one tar part. Returns: their ids."""
-    members = {clip["uri"].removeprefix(part + SEPARATOR) for clip in clips}
-    hashes: dict[str, str] = {}
-    # As _content_hash.
-    with contextlib.suppress(OSError):
-        hashes = hash_members(part, members)
-    return [
-        clip["clip_id"]
-        for clip in clips
-        if clip["known_hash"] == hashes.get(clip["uri"].removeprefix(part + SEPARATOR))
-    ]
-
-
-def _warn_of_etags(sources: pa.Table) -> None:
-    uris = [uri for uri in sources["uri"].to_pylist() if not is_on_this_machine(uri)]
-    if uris:
-        _LOG.warning(
-            "%d of %d clips (such as %s) are told by size and etag: ingest.fingerprint sha256 "
-            "counts for files and tar parts of this machine; copy them here, or leave it out",
-            len(uris), len(sources), uris[0],
-        )  # fmt: skip
-
-
-def _content_hash(uri: str) -> str | None:
-    # A file that cannot be read is left to the decoder, which says why of this one clip.
-    with contextlib.suppress(OSError):
-        return sha256_of(uri)
-    return None

@@ -62,13 +62,13 @@ class Plan:
 
 def content_known(sources: pa.Table, states: pa.Table) -> pa.Table:
     """Clips whose file looks like another one now and whose content the store knows by its hash:
-    clip_id, uri, known_hash (SHA-256). Args: as make_plan."""
+    clip_id, uri, size, known_hash (SHA-256). Args: as make_plan."""
     at = pc.index_in(sources["clip_id"], value_set=states["clip_id"].combine_chunks())
     known = sources.filter(pc.is_valid(at))
     before = states.take(at.drop_null())
     younger = _true(pc.equal(before["fp_kind"], "sha256")) & ~_same_file(known, before)
     known = known.append_column("known_hash", before["fp"])
-    return known.filter(pa.array(younger)).select(["clip_id", "uri", "known_hash"])
+    return known.filter(pa.array(younger)).select(["clip_id", "uri", "size", "known_hash"])
 
 
 def make_plan(

@@ -162,7 +162,7 @@ class _Walk:
 
     def read_parts(self, cache: Location | None) -> None:
         """The videos inside the tar parts that were come upon."""
-        indexes = index_parts([(part.uri, part.fp) for _, part in self.parts], cache)
+        indexes = index_parts([(p.uri, p.fp, p.size) for _, p in self.parts], cache)
         for (path, part), index in zip(self.parts, indexes, strict=True):
             if index.is_refused:
                 self._set_aside(part.uri, index.damage)

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from pipeline.cores import usable_cores
 from pipeline.patience import open_filesystem
 from pipeline.scratch import scratch_file, told_if_full
+from pipeline.source.pace import Pace
 from pipeline.storage import Location, is_refusal
 
 PART_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -191,23 +192,27 @@ def readable(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
-def index_parts(parts: list[tuple[str, str]], cache: Location | None) -> list[PartIndex]:
-    """The members of parts given as (URI, fingerprint); remembered in `cache`/parts/.
+def index_parts(parts: list[tuple[str, str, int]], cache: Location | None) -> list[PartIndex]:
+    """The members of parts given as (URI, fingerprint, bytes); remembered in `cache`/parts/.
 
     Parts are read by threads: decompression runs outside the interpreter's lock.
     """
+    pace = Pace("listing the clips in tar parts", sum(size for _, _, size in parts))
     with ThreadPoolExecutor(min(len(parts), usable_cores()) or 1) as pool:
-        indexes = [pool.submit(_index_part, uri, fp, cache) for uri, fp in parts]
+        indexes = [pool.submit(_index_part, *part, cache, pace) for part in parts]
         return [index.result() for index in indexes]
 
 
-def _index_part(uri: str, fingerprint: str, cache: Location | None) -> PartIndex:
+def _index_part(
+    uri: str, fingerprint: str, n_bytes: int, cache: Location | None, pace: Pace
+) -> PartIndex:
     key = hashlib.blake2b(f"{uri}\0{fingerprint}".encode(), digest_size=12).hexdigest()
     name = f"parts/{key}.parquet"
     if cache is not None and (kept := _kept_index(cache, name)) is not None:
+        pace.known(n_bytes)
         return kept
     try:
-        index = _read_index(uri)
+        index = _read_index(uri, pace)
     except Exception as error:
         if not is_refusal(error):
             raise
@@ -243,14 +248,17 @@ def _kept_index(cache: Location, name: str) -> PartIndex | None:
     )
 
 
-def _read_index(uri: str) -> PartIndex:
+def _read_index(uri: str, pace: Pace) -> PartIndex:
     found: list[tuple[str, int]] = []
     damage = ""
+    n_read = 0
     fs, path = open_filesystem(uri)
     with fs.open(path, "rb") as file:
         try:
             with _open_tar(file) as tar:
                 for member in tar:
+                    pace.read(file.tell() - n_read)
+                    n_read = file.tell()
                     if member.isfile():
                         found.append((member.name, member.size))
         except _Unbounded as error:
@@ -277,9 +285,9 @@ def stream_members(uri: str, wanted: set[str]) -> Iterator[tuple[str, str]]:
     return _each(uri, wanted, _extract)
 
 
-def hash_members(uri: str, wanted: set[str]) -> dict[str, str]:
-    """Hex SHA-256 of members of a part by name, without those behind damage; by one pass."""
-    return dict(_each(uri, wanted, _digest))
+def hash_members(uri: str, wanted: set[str]) -> Iterator[tuple[str, str]]:
+    """Name and hex SHA-256 of members of a part, without those behind damage; by one pass."""
+    return _each(uri, wanted, _digest)
 
 
 def _each(uri: str, wanted: set[str], take: _Take) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,9 @@
 
 import gzip
 import io
+import logging
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -10,11 +12,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from pipeline.ingest import shard_decoder
+from pipeline.ingest import content, shard_decoder
 from pipeline.ingest.run import ingest, plan_ingest
 from pipeline.ingest.verify import verify
 from pipeline.quality.run import check_quality
-from pipeline.source import tar_parts
+from pipeline.source import pace, tar_parts
 
 N_CLIPS = 6
 
@@ -63,7 +65,7 @@ def test_a_part_that_was_copied_again_costs_a_hash(parts, monkeypatch):
     second.write_bytes(packed(parts.files[1], level=1))
     assert parts.counts() == {"unchanged": N_CLIPS}
     # The new times are written down: nothing is read again.
-    monkeypatch.setattr("pipeline.ingest.asked.hash_members", None)
+    monkeypatch.setattr("pipeline.ingest.content.hash_members", None)
     assert parts.counts() == {"unchanged": N_CLIPS}
     assert parts.counts(fingerprint="stat") == {"unchanged": N_CLIPS}
 
@@ -121,11 +123,14 @@ def test_clips_behind_damage_of_a_part_that_was_copied_again_are_set_aside(parts
     assert counts == {"unchanged": N_CLIPS - counts["set_aside"], "set_aside": counts["set_aside"]}
 
 
-def test_windows_of_one_video_in_a_part_have_one_hash(done, moving_clip, tmp_path):
-    folder = tmp_path / "parts"
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_windows_of_one_video_have_one_hash(is_packed, done, moving_clip, tmp_path, monkeypatch):
+    folder = tmp_path / "videos"
     folder.mkdir()
-    path = folder / "p.tar.gz"
-    path.write_bytes(packed({"untrimmed00.mp4": moving_clip}))
+    path = folder / ("p.tar.gz" if is_packed else "untrimmed00.mp4")
+    path.write_bytes(
+        packed({"untrimmed00.mp4": moving_clip}) if is_packed else moving_clip.read_bytes()
+    )
     csv = tmp_path / "clips.csv"
     csv.write_text("".join(f"untrimmed00,{start},dog,train\n" for start in range(3)))
     config = done.config.model_copy(update={"fingerprint": "sha256"})
@@ -140,7 +145,30 @@ def test_windows_of_one_video_in_a_part_have_one_hash(done, moving_clip, tmp_pat
 
     assert counts() == {"new": 3, "ok": 3}
     os.utime(path, ns=(1, 1))
+    reads = []
+    sha256_of = content.sha256_of
+    monkeypatch.setattr(content, "sha256_of", lambda uri: reads.append(uri) or sha256_of(uri))
     assert counts() == {"unchanged": 3}
+    assert reads == ([] if is_packed else [str(path)])
+
+
+def test_a_long_look_says_how_far_it_is(parts, monkeypatch, caplog):
+    monkeypatch.setattr(pace, "_FIRST_S", 0.0)
+    caplog.set_level(logging.INFO)
+    plan_ingest(None, str(parts.folder), f"{parts.store}_new", None, parts.source.config)
+    assert any(
+        re.fullmatch(
+            r"listing the clips in tar parts: 0\.\d of 0\.\d GB, \d+ MB/s, left 0:00:\d\d", message
+        )
+        for message in caplog.messages
+    )
+    caplog.clear()
+    plan_ingest(None, str(parts.folder), parts.store, None, parts.source.config)
+    assert caplog.messages == [], "the index of a part that is known is not read again"
+    os.utime(parts.paths[0], ns=(1, 1))
+    config = parts.source.config.model_copy(update={"fingerprint": "sha256"})
+    plan_ingest(None, str(parts.folder), parts.store, None, config)
+    assert any("comparing the content of touched files: " in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize("kind", ["part", "clip"])
@@ -170,9 +198,9 @@ def test_a_part_that_goes_while_its_content_is_read_is_left_to_the_decoder(parts
     def gone(uri, wanted):
         shutil.move(uri, f"{uri}.gone")
         try:
-            return digest(uri, wanted)
+            return list(digest(uri, wanted))
         finally:
             shutil.move(f"{uri}.gone", uri)
 
-    monkeypatch.setattr("pipeline.ingest.asked.hash_members", gone)
+    monkeypatch.setattr("pipeline.ingest.content.hash_members", gone)
     assert parts.counts() == {"changed": 3, "unchanged": 3, "ok": 3}

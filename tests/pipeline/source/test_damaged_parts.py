@@ -206,6 +206,9 @@ def test_storage_that_fails_inside_a_part_is_no_damage(kind, done, tmp_path, mon
             def seek(self, *args):
                 return file.seek(*args)
 
+            def tell(self):
+                return file.tell()
+
             def read(self, size=-1):
                 left[0] -= 1
                 if not left[0]:
