@@ -1,4 +1,4 @@
-"""scratch_file: temporary files of this process, in a folder of its own.
+"""scratch_file, scratch_folder: temporary files of this process, in a folder of its own.
 
 Knows nothing of what is in them. Invariant: what a killed process has left goes when the next one
 makes its folder, and what a living one has stays: each holds a lock on its own, which ends with it
@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 
-_UNLOCKED, _LOCKED = "diccae-new-", "diccae-clips-"
+_UNLOCKED, _LOCKED = "diccae-new-", "diccae-scratch-"
 _LOCK = "lock"
 
 _making = threading.Lock()
@@ -27,6 +27,12 @@ def scratch_file(suffix: str = "") -> tuple[int, str]:
     """A new file: its descriptor and path, as of mkstemp; who asked for it deletes it."""
     with told_if_full(tempfile.gettempdir()):
         return tempfile.mkstemp(suffix=suffix, dir=_folder())
+
+
+def scratch_folder() -> "tempfile.TemporaryDirectory[str]":
+    """A new folder, for as long as its block lasts, or it is held."""
+    with told_if_full(tempfile.gettempdir()):
+        return tempfile.TemporaryDirectory(dir=_folder())
 
 
 @contextlib.contextmanager

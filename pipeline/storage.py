@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import StoreError
 from pipeline.patience import DELTA_RETRIES, open_filesystem
+from pipeline.scratch import scratch_folder, told_if_full
 
 _LIBRARIES = ("_internal", "aiohttp", "botocore", "deltalake", "gcsfs", "google")
 """`_internal` is where deltalake says that its errors are from."""
@@ -184,7 +184,7 @@ class Location:
         """A path of this machine to write a file to; it is at `name` once the block ended well."""
         folder, _, base = self.join(name).rpartition("/")
         if not self.is_local:
-            with tempfile.TemporaryDirectory(prefix="diccae-written-") as scratch:
+            with scratch_folder() as scratch:
                 yield Path(scratch) / base
                 self.publish(f"{scratch}/{base}", name)
             return
@@ -294,12 +294,13 @@ def fetched(uri: str | os.PathLike[str]) -> Iterator[Path]:
             raise FileNotFoundError(f"{place.path}: no such file or folder")
         yield Path(place.path)
         return
-    with tempfile.TemporaryDirectory(prefix="diccae-fetched-") as scratch:
+    with scratch_folder() as scratch:
         target = Path(scratch) / place.name
-        if place.fs.isdir(place.path):
-            place.fs.get(f"{place.path}/", f"{target}/", recursive=True)
-        else:
-            place.fs.get_file(place.path, str(target))
+        with told_if_full(scratch):
+            if place.fs.isdir(place.path):
+                place.fs.get(f"{place.path}/", f"{target}/", recursive=True)
+            else:
+                place.fs.get_file(place.path, str(target))
         yield target
 
 

@@ -5,13 +5,13 @@ variants without a finished run are left out.
 """
 
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diccae.ablation.runs import TABLE, Finished, Plan
 from diccae.run_folder import read_json, write_json
+from pipeline.scratch import scratch_folder
 from pipeline.storage import Location
 from training.evaluation.paired import PairedDifference, contrasts, spread
 from training.evaluation.variants import VARIANTS
@@ -96,7 +96,7 @@ def _draw(
     with out.written("ablation.png") as picture:
         draw(found, plan.metric, differences, picture)
     files = [out.uri_of(f"ablation.{kind}") for kind in ("json", "md", "png")]
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         picture = Path(scratch) / "response.png"
         if draw_response(found, plan.metric, plan.variants, picture):
             out.write_bytes(picture.name, picture.read_bytes())

@@ -5,7 +5,6 @@ and every stage that is done is skipped or goes on.
 """
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from diccae.resources import embedded_cores, start_ray
 from diccae.run_folder import RunFolder, run_place
 from diccae.screen import clock
 from diccae.stages.ingest import run_ingest
+from pipeline.scratch import scratch_folder
 from pipeline.storage import Location
 from pipeline.synth import clips_written
 
@@ -114,7 +114,7 @@ def _synthesised(place: Location) -> Iterator[None]:
         with clips_written(Path(place.path), DEMO_TRAIN, DEMO_TEST, seed=0):
             yield
         return
-    with tempfile.TemporaryDirectory(prefix="diccae-clips-") as scratch:
+    with scratch_folder() as scratch:
         folder = Path(scratch)
         with clips_written(folder, DEMO_TRAIN, DEMO_TEST, seed=0):
             yield

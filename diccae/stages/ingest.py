@@ -4,8 +4,6 @@ Imports neither torch nor Ray, so that an ingest with nothing to do ends at once
 """
 
 import contextlib
-import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from diccae.resources import embedded_cores, job_id, nodes_at_most, nodes_up, st
 from diccae.screen import ProgressLine, clock, say
 from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.ingest.run import IngestSummary, Progress, ingest
+from pipeline.scratch import scratch_folder
 from pipeline.source.listing import local_clip
 from pipeline.storage import Location
 from training.cluster_config import TrackingConfig
@@ -105,7 +104,7 @@ class _IngestRun:
         self._point: dict[str, float] = {}
         self._handle: RunHandle | None = None
         self._tracker: Tracker | None = None
-        self._copied = contextlib.ExitStack()
+        self._copied, self._files = contextlib.ExitStack(), contextlib.ExitStack()
 
     def log(self, progress: Progress) -> None:
         """A point of the curves; its step is the number of clips done."""
@@ -128,7 +127,7 @@ class _IngestRun:
         self._done, self._point = progress.done, point
 
     def _begin(self, config: TrackingConfig) -> Tracker:
-        scratch = tempfile.mkdtemp(prefix="diccae-ingest-")
+        scratch = self._files.enter_context(scratch_folder())
         store = str(self._params["store"])
         say(f"tracking  {destination(config, scratch)}")
         tags = {"mlflow.runName": f"ingest {Path(store).name}", "store.uri": store, "job": job_id()}
@@ -148,6 +147,10 @@ class _IngestRun:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """The end of the run, with how the ingest ended."""
+        with self._files:
+            self._end(kind)
+
+    def _end(self, kind: type[BaseException] | None) -> None:
         if self._tracker is None or self._handle is None:
             return
         self._tracker.log(self._done, self._point)
@@ -157,4 +160,3 @@ class _IngestRun:
         tracking.finish(
             self._handle, "KILLED" if stopped else "FAILED" if kind is not None else "FINISHED"
         )
-        shutil.rmtree(self._handle.out, ignore_errors=True)

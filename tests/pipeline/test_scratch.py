@@ -9,13 +9,30 @@ import pytest
 
 from pipeline.scratch import scratch_file
 
-HOLD = """
+CLIP = """
 import os, sys
 from pipeline.scratch import scratch_file
 handle, path = scratch_file(".mp4")
 os.write(handle, b"half a clip")
 print(path, flush=True)
 sys.stdin.read()
+"""
+WEIGHTS = """
+import sys
+from pipeline.storage import Location
+place = Location("memory://run")
+place.write_bytes("encoder.pth", b"weights")
+with place.fetched("encoder.pth") as path:
+    print(path, flush=True)
+    sys.stdin.read()
+"""
+WRITTEN = """
+import sys
+from pipeline.storage import Location
+with Location("memory://run").written("encoder.pth") as path:
+    path.write_bytes(b"half of the weights")
+    print(path, flush=True)
+    sys.stdin.read()
 """
 
 
@@ -26,11 +43,11 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def holder(place: Path) -> tuple[subprocess.Popen, Path]:
+def holder(place: Path, hold: str) -> tuple[subprocess.Popen, Path]:
     """A process with a temporary file, until its input ends."""
     env = {**os.environ, "TMPDIR": str(place), "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD],
+        [sys.executable, "-c", hold],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -43,8 +60,9 @@ def files(place: Path) -> set[Path]:
     return {path for path in place.rglob("*") if path.is_file() and path.name != "lock"}
 
 
-def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(place):
-    (killed, left), (living, held) = holder(place), holder(place)
+@pytest.mark.parametrize("hold", [CLIP, WEIGHTS, WRITTEN], ids=["clip", "fetched", "written"])
+def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(place, hold):
+    (killed, left), (living, held) = holder(place, hold), holder(place, hold)
     killed.kill()
     killed.communicate()
     assert files(place) == {left, held}

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from pipeline.config import FeatureSpec
 from pipeline.passwords import without_passwords
+from pipeline.scratch import scratch_folder
 from training.errors import TrainingError, WeightsError
 from training.tracking.client import mlflow_client
 
@@ -47,7 +48,7 @@ def find_models(uri: str, tracking_uri: str | None = None) -> Saved:
         if MLflow has no such model.
     """
     if uri.startswith(_REGISTRY):
-        scratch = tempfile.TemporaryDirectory(prefix="diccae-model-")
+        scratch = scratch_folder()
         folder = _downloaded(uri, tracking_uri, scratch.name)
         return _found(folder, uri)._replace(scratch=scratch)
     return _found(uri.rstrip("/"), uri)

@@ -7,7 +7,6 @@ of them is at hand.
 
 import base64
 import contextlib
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import clustering
 import pipeline
 import training
+from pipeline.scratch import scratch_folder
 from pipeline.synth import write_clips
 from training.config import STREAMS
 from training.errors import TrainingError
@@ -62,7 +62,7 @@ def _register(handle: RunHandle, folder: str, name: str, alias: str) -> str:
 
     kind = saved_name(folder)
     client = mlflow_client(handle.uri)
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         save_pyfunc(folder, Path(scratch) / kind)
         client.log_artifacts(handle.run_id, f"{scratch}/{kind}", artifact_path=f"pyfunc/{kind}")
     try:
@@ -97,7 +97,7 @@ def save_pyfunc(folder: str, target: Path) -> None:
     import pandas as pd
 
     kind = saved_name(folder)
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         data = Path(scratch) / kind
         _fetch(folder, data)
         content = base64.b64encode(_clip(Path(scratch))).decode()

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+from pipeline.scratch import scratch_folder
 from pipeline.storage import is_storage_failure, place_of
 from training.attempt import UNHELD, Attempt
 from training.errors import RunTaken
@@ -42,7 +43,7 @@ class Spool:
             self.path = Path(self._place.join(self._name))
             self.path.parent.mkdir(parents=True, exist_ok=True)
             return
-        self._scratch = tempfile.TemporaryDirectory(prefix="diccae-metrics-")
+        self._scratch = scratch_folder()
         self.path = Path(self._scratch.name) / self._name
         if self._place.exists(self._name):
             with self._place.fetched(self._name) as before:
