@@ -71,6 +71,11 @@ def load_round(uri: str, round: int) -> PublishedRound:
     )
 
 
+def load_health(uri: str, round: int) -> dict[str, float]:
+    """The health of a completed round, without its labels and matrices, which are large."""
+    return dict(storage.read_json(storage.join(round_uri(uri, round), "health.json")))
+
+
 def is_complete(uri: str, round: int) -> bool:
     """Whether the round was finished (published or withheld)."""
     return storage.exists(storage.join(round_uri(uri, round), "round.json"))

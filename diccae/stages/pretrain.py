@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from clustering.rounds.files import load_round, rounds_at
+from clustering.rounds.files import load_health, rounds_at
 from diccae.config import RunConfig
 from diccae.fresh import Anew, has_begun, refuse_deleting
 from diccae.resources import training_demands
@@ -184,13 +184,13 @@ def _say_what_weights_give(config: RunConfig, data: Pinned, say: Say) -> Weights
 def _pseudo_labels(out: Location, config: RunConfig) -> dict[str, Any]:
     """Quality and stability of the rounds, from what clustering and training wrote down."""
     uri = out.uri_of("rounds")
-    rounds = [load_round(uri, r) for r in rounds_at(uri)] if config.rounds.labels != "none" else []
+    made = rounds_at(uri) if config.rounds.labels != "none" else []
     with out.fetched(METRICS) as file:
         lines = list(read_metrics(file))
     nmi = [line["clustering/nmi"] for line in lines if line.get("clustering/nmi") is not None]
     return {
         "k": config.clustering.k,
-        "rounds": len(rounds),
+        "rounds": len(made),
         "nmi": nmi[-1] if nmi else None,
-        "churn": [r.health.get("churn") for r in rounds],
+        "churn": [load_health(uri, number).get("churn") for number in made],
     }
