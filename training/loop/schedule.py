@@ -51,7 +51,8 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
     """Rate of `step` (from 0): linear warm-up, then cosine to 0, steps, or constant."""
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        # Of a warm-up that ends within this step the rest is left out: the rate is the peak.
+        return config.lr * (step + 1) / max(warmup, step + 1)
     if config.schedule == "cosine":
         total = epochs * steps_per_epoch
         progress = (step - warmup) / max(1.0, total - warmup)

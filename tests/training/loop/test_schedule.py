@@ -1,7 +1,8 @@
-"""Groups of the optimizer: heads at a rate of their own, and state from another kind of device."""
+"""Rates of the steps and of the heads, and an optimizer's state from another kind of device."""
 
 from pathlib import Path
 
+import pytest
 import torch
 from support.trainers import make_trainer, pretrain_config
 
@@ -18,6 +19,21 @@ def test_heads_have_a_rate_of_their_own_in_pretraining(tmp_path: Path) -> None:
         for parameter in group["params"]:
             scales[names[id(parameter)].startswith("class_heads.")].add(group["lr_scale"])
     assert scales == {True: {10.0}, False: {1.0}}
+
+
+@pytest.mark.parametrize(
+    ("warmup_epochs", "rates"), [(0.5, [2 / 3, 1]), (0.2, [1]), (1, [1 / 3, 2 / 3, 1])]
+)
+def test_a_warmup_ends_at_the_peak_whatever_part_of_an_epoch_it_takes(
+    warmup_epochs: float, rates: list[float], tmp_path: Path
+) -> None:
+    """Of 3 steps; the second one of a warm-up of 1.5 had 4/3 of the peak."""
+    optim = {"lr": 1e-3, "warmup_epochs": warmup_epochs, "schedule": "constant"}
+    config = pretrain_config(optim=optim, pretrain={"epochs": 2, "log_every": 1})
+    trainer, recorder = make_trainer(config, tmp_path, rounds=False)
+    trainer.run()
+    expected = [*rates, *[1.0] * (6 - len(rates))]
+    assert [m["lr"] for _, m in recorder.logged] == pytest.approx([1e-3 * r for r in expected])
 
 
 def test_state_of_a_run_on_cpus_goes_where_a_fused_kernel_reads_it() -> None:
