@@ -6,6 +6,7 @@ The edge of reading to Ray: knows nothing of what a window holds. Invariant: it 
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -16,6 +17,15 @@ from training.data.reader import Batch, read_window
 
 _STEPS_AHEAD = 4
 """Decoded steps a task holds that training has not taken yet."""
+
+
+@dataclass
+class _Started:
+    """A window that a task decodes or has decoded."""
+
+    task: Any
+    left: int
+    """Steps that training has not taken yet."""
 
 
 class RayReader:
@@ -56,23 +66,33 @@ class RayReader:
         return self._run(self.windows.sweep(frames))
 
     def _run(self, windows: Iterator[Window]) -> Iterator[Batch]:
-        started: deque[Any] = deque()
+        started: deque[_Started] = deque()
         try:
             while True:
-                # Never more tasks than CPUs were reserved for: one that has to be run again would
-                # wait behind a later one, which waits for it to be read.
-                while _n_running(started) < self.tasks and (window := next(windows, None)):
-                    started.append(self._decode.remote(window, self.cache))
+                while self._may_start(started) and (window := next(windows, None)):
+                    task = self._decode.remote(window, self.cache)
+                    started.append(_Started(task, len(window.places_Sn)))
                 if not started:
                     return
-                step = next(started[0], None)
+                step = next(started[0].task, None)
                 if step is None:
                     started.popleft()
                 else:
+                    started[0].left -= 1
                     yield ray.get(step)
         finally:
-            for task in started:
-                ray.cancel(task)
+            for each in started:
+                ray.cancel(each.task)
+
+    def _may_start(self, started: Iterable[_Started]) -> bool:
+        """Whether there is room for one more window."""
+        # A window of few steps ends without waiting for training: tasks alone are no bound.
+        ahead = sum(min(window.left, _STEPS_AHEAD) for window in started)
+        if ahead >= self.tasks * _STEPS_AHEAD:
+            return False
+        # Never more tasks than CPUs were reserved for: one that has to be run again would wait
+        # behind a later one, which waits for it to be read.
+        return _n_running(window.task for window in started) < self.tasks
 
 
 def _import() -> None:

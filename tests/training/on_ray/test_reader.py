@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
@@ -17,7 +18,7 @@ from pipeline.storage import Location
 from training.attempt import UNHELD
 from training.cluster_config import ScaleConfig
 from training.config import DataConfig
-from training.data.order import BatchPlan, EpochReads, FrameDraw, WindowPlan
+from training.data.order import BatchPlan, EpochReads, FrameDraw, Window, WindowPlan
 from training.data.reader import Batch, LocalReader
 from training.data.rows import RowIndex, index_rows
 from training.loop.hooks import World
@@ -43,8 +44,8 @@ def windows(index: RowIndex) -> WindowPlan:
     return windows_of(index)
 
 
-def windows_of(index: RowIndex) -> WindowPlan:
-    data = DataConfig(lanes=4, shuffle_window=16)
+def windows_of(index: RowIndex, shuffle_window: int = 16) -> WindowPlan:
+    data = DataConfig(lanes=4, shuffle_window=shuffle_window)
     return WindowPlan(index, BatchPlan.of(len(index), 16, data), range(1, 3), seed=3)
 
 
@@ -61,6 +62,31 @@ def test_tasks_give_the_batches_of_one_process(
     assert len(expected) == 2 * windows.plan.steps(N_CLIPS) - 5
     assert same_batches(list(ours.stream(EPOCHS)), expected)
     assert same_batches(list(ours.sweep(FrameDraw(1))), list(local.sweep(FrameDraw(1))))
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_windows_of_few_steps_wait_for_training_too(
+    ray_session: None, index: RowIndex, n_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is decoded at once, so that no task was ever found running: reading never stopped."""
+    windows, started = windows_of(index, shuffle_window=4 * n_steps), 0
+    assert windows.plan.window_steps == n_steps
+
+    def counted(reads: EpochReads) -> Iterator[Window]:
+        nonlocal started
+        for window in WindowPlan.windows(windows, reads):
+            started += len(window.places_Sn)
+            yield window
+
+    monkeypatch.setattr(windows, "windows", counted)
+    ahead: list[int] = []
+    epochs = [EpochReads(epoch, 0, FrameDraw(1)) for epoch in range(2)]
+    for n, _ in enumerate(RayReader(windows, 2, cpus=0.5).stream(epochs), 1):
+        wait_until(lambda: not below(READING), 60, "the end of all readers")
+        ahead.append(started - n)
+    assert len(ahead) == 2 * windows.plan.steps(N_CLIPS)
+    # Of two tasks with four steps each; a window is started whole.
+    assert 2 * n_steps <= max(ahead) < 2 * 4 + n_steps
 
 
 def _far(index: RowIndex, bucket: str) -> WindowPlan:
