@@ -46,6 +46,11 @@ def together(parts: list[SavedBank]) -> SavedBank:
     )
 
 
+def saved_name(step: int) -> str:
+    """Name, in the folder of the rounds, of the state that a checkpoint of `step` goes on with."""
+    return f"{_PREFIX}{step:08d}"
+
+
 def home_of(uri: str) -> str:
     """The folder of the rounds that a saved state belongs to."""
     return uri.rstrip("/").rsplit("/", 1)[0]

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from clustering.config import KMeansConfig
 from clustering.rounds.given import Given
 from clustering.rounds.protocol import Rounds
-from pipeline.storage import Location
+from clustering.rounds.saved import saved_name
+from pipeline.storage import Location, place_of
 from training.config import TrainingConfig
 from training.data.order import BatchPlan, WindowPlan, lanes_of
 from training.data.rows import RowIndex
@@ -111,8 +112,21 @@ def _starting_state(
         return None
     refuse_lost_labels(state, out.uri_of("rounds"))
     if rounds is not None and edge.world.rank == 0 and state["bank"]:
-        rounds.restore(state["bank"])
+        rounds.restore(_bank_uri(state, out if edge.state is not None else _run_of(span)))
     return state
+
+
+def _run_of(span: Span) -> Location:
+    """The run that another one branches off from."""
+    assert span.start is not None
+    folder, _ = place_of(span.start)
+    return place_of(folder.uri)[0]
+
+
+def _bank_uri(state: dict[str, Any], run: Location) -> str:
+    """Where a checkpoint's bank is now: the run may have been moved since."""
+    # Older checkpoints hold the whole URI, of where the run was when it was saved.
+    return run.uri_of("rounds", state["bank"].rsplit("/", 1)[-1])
 
 
 def _starting_encoder(
@@ -144,8 +158,9 @@ def _saver(
         # Rows of a pass count for one round, until it is frozen: by then the encoder has moved on,
         # and another pass would give other rows.
         if rounds is not None and (trains or state["labelling"]["pending"] is not None):
-            state["bank"] = written.out.uri_of("rounds", f"bank-{state['step']:08d}")
-            _save_bank(rounds, state["bank"], edge.world, config.rounds.timeout_s)
+            state["bank"] = saved_name(state["step"])
+            uri = _bank_uri(state, written.out)
+            _save_bank(rounds, uri, edge.world, config.rounds.timeout_s)
         # Before the checkpoint: a start that goes on from it does not log these lines again.
         if tracker is not None:
             tracker.publish()

@@ -1,5 +1,7 @@
 """Runs of the lab that were stopped or died go on, and what they pretrain from."""
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from support.runs import lines
 from support.stores import noise_store
 
+from clustering.errors import ClusteringError
 from clustering.kmeans.label_table import NO_LABEL
 from clustering.rounds.files import load_round
 from clustering.rounds.local import LocalRounds
@@ -20,7 +23,7 @@ from training.config import TrainingConfig
 from training.data.rows import few_of_each_class
 from training.lab.features import decode_store, open_features
 from training.lab.lab import Lab
-from training.run.checkpoints import WHOLE, Span, newest_checkpoint
+from training.run.checkpoints import WHOLE, Span, newest_checkpoint, state_in, write_state
 from training.run.edge import Written
 from training.run.pinned import Pinned, pin
 
@@ -101,6 +104,33 @@ def test_a_run_that_died_before_its_round_was_frozen_goes_on_with_the_labels_of_
     first, again = (load_round(str(tmp_path / run / "rounds"), 1) for run in ("whole", "killed"))
     for a, b in zip(first.heads, again.heads, strict=True):
         np.testing.assert_array_equal(a.labels_N, b.labels_N)
+
+
+@pytest.mark.parametrize("goes_on", ["itself", "of older code", "a branch"])
+def test_a_run_folder_can_be_moved_on_the_way(goes_on: str, data: Pinned, tmp_path: Path) -> None:
+    whole = _pretrain(data, tmp_path / "whole")
+    before, moved = tmp_path / "before" / "run", tmp_path / "moved"
+    # Until labels are in force: a branch has none of its own to go on with.
+    _pretrain(data, before, Span(until_epoch=1))
+    before.rename(moved)
+    newest = newest_checkpoint(Location(moved), "pretrain")
+    assert newest is not None
+    if goes_on == "of older code":
+        state = state_in(newest[1])
+        write_state(state | {"bank": str(before / "rounds" / state["bank"])}, newest[1])
+    if goes_on == "a branch":
+        assert _same(_pretrain(data, tmp_path / "branch", Span(start=newest[1])), whole)
+    else:
+        assert _same(_pretrain(data, moved), whole)
+
+
+def test_a_copied_run_folder_goes_on_from_its_own_rows(data: Pinned, tmp_path: Path) -> None:
+    _pretrain(data, tmp_path / "run", Span(until_epoch=1))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    saved = tmp_path / "copy" / "rounds" / f"bank-{54 // 18:08d}"
+    (saved / "manifest.json").unlink()
+    with pytest.raises(ClusteringError, match=re.escape(str(saved))):
+        _pretrain(data, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("labels", ["true", "seeded"])
