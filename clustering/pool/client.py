@@ -78,6 +78,10 @@ class PoolClient:
         """See `Rounds.forget_saved`."""
         unwrapped(lambda: ray.get(self._coordinator.forget_saved.remote(keep)))
 
+    def forget_later(self, step: int) -> None:
+        """See `Rounds.forget_later`."""
+        unwrapped(lambda: ray.get(self._coordinator.forget_later.remote(step)))
+
     def restore(self, uri: str) -> None:
         """See `Rounds.restore`."""
         unwrapped(lambda: ray.get([bank.restore.remote(uri) for bank in self._banks]))

@@ -24,6 +24,7 @@ from clustering.rounds.maker import RoundMaker
 from clustering.rounds.protocol import RoundRequest
 from clustering.rounds.saved import (
     MARKER,
+    forget_later,
     forget_saved,
     kept_files,
     pools_at,
@@ -92,6 +93,10 @@ class Coordinator:
         """See `Rounds.forget_saved`."""
         await asyncio.to_thread(self._forget, keep)
 
+    async def forget_later(self, step: int) -> None:
+        """See `Rounds.forget_later`."""
+        await asyncio.to_thread(self._forget_later, step)
+
     def _save(self, uri: str) -> None:
         with self._naming:
             parts = results([bank.saved.remote() for bank in self._banks])
@@ -109,6 +114,11 @@ class Coordinator:
             living = together(results([bank.saved.remote() for bank in self._banks]))
             earlier = [pool for pool in pools_at(self._uri) if pool != self._pool_id]
             remove_unnamed(self._uri, kept.union(living.files), earlier)
+
+    def _forget_later(self, step: int) -> None:
+        with self._naming:
+            self._maker.may_write()
+            forget_later(self._uri, step)
 
     def _adopt(self) -> None:
         """After a restart of this actor: go on with what it had begun."""

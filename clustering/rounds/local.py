@@ -23,6 +23,7 @@ from clustering.rounds.maker import RoundMaker
 from clustering.rounds.protocol import BankStats, PublishedRound, RoundRequest
 from clustering.rounds.saved import (
     SavedBank,
+    forget_later,
     forget_saved,
     home_of,
     name_in,
@@ -102,6 +103,10 @@ class LocalRounds:
     def forget_saved(self, keep: int) -> None:
         """See `Rounds.forget_saved`."""
         forget_saved(self._uri, keep)
+
+    def forget_later(self, step: int) -> None:
+        """See `Rounds.forget_later`."""
+        forget_later(self._uri, step)
 
     def restore(self, uri: str) -> None:
         """See `Rounds.restore`."""

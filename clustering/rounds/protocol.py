@@ -140,6 +140,13 @@ class Rounds(Protocol):
         """Remove all but the newest `keep` saved states, and rows that only they named."""
         ...
 
+    def forget_later(self, step: int) -> None:
+        """Remove the saved states of steps after `step`, from which a run goes on.
+
+        Their checkpoints were lost; as the newest ones they would outlive those that count.
+        """
+        ...
+
     def restore(self, uri: str) -> None:
         """Replace the rows of the bank by saved ones."""
         ...

@@ -90,9 +90,20 @@ def kept_files(home: str) -> set[str]:
 def forget_saved(home: str, keep: int) -> None:
     """Remove all but the newest `keep` saved states; their files are nobody's then."""
     for uri in _saved_at(home)[:-keep]:
-        # The manifest first: without it a state that is half removed names nothing.
-        storage.remove(storage.join(uri, _MANIFEST))
-        storage.remove(uri)
+        _remove(uri)
+
+
+def forget_later(home: str, step: int) -> None:
+    """Remove the saved states of steps after `step`."""
+    for uri in _saved_at(home):
+        if uri > storage.join(home, saved_name(step)):
+            _remove(uri)
+
+
+def _remove(uri: str) -> None:
+    # The manifest first: without it a state that is half removed names nothing.
+    storage.remove(storage.join(uri, _MANIFEST))
+    storage.remove(uri)
 
 
 def remove_unnamed(home: str, kept: Collection[str], pools: Collection[str]) -> None:

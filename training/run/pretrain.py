@@ -103,16 +103,18 @@ def _starting_state(
 ) -> dict[str, Any] | None:
     """The newest checkpoint of this run, else the one it branches off from.
 
-    Args: rounds: get the rows of its bank, on rank 0.
+    Args: rounds: get the rows of its bank, on rank 0, and forget those of steps to come.
     """
-    state = edge.state
-    if state is None and span.start is not None:
+    own = edge.state
+    state = own
+    if own is None and span.start is not None:
         state = state_in(span.start)
-    if state is None:
-        return None
-    refuse_lost_labels(state, out.uri_of("rounds"))
-    if rounds is not None and edge.world.rank == 0 and state["bank"]:
-        rounds.restore(_bank_uri(state, out if edge.state is not None else _run_of(span)))
+    if state is not None:
+        refuse_lost_labels(state, out.uri_of("rounds"))
+    if rounds is not None and edge.world.rank == 0:
+        rounds.forget_later(0 if own is None else own["step"])
+        if state is not None and state["bank"]:
+            rounds.restore(_bank_uri(state, _run_of(span) if own is None else out))
     return state
 
 

@@ -24,6 +24,7 @@ from clustering.rounds.frozen import FrozenRows
 from clustering.rounds.local import LocalRounds
 from clustering.rounds.maker import RoundMaker
 from clustering.rounds.protocol import RoundRequest
+from clustering.rounds.saved import saved_name
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -326,6 +327,21 @@ def test_a_checkpoint_costs_what_was_pushed_since_the_one_before(
     restored = LocalRounds(CONFIG, streams, str(tmp_path / "local"), seed=1)
     restored.restore(str(tmp_path / "pool" / "bank-0110"))
     assert restored.stats().rows == 1500
+
+
+def test_states_of_steps_that_were_lost_are_forgotten(
+    make_pool, features, push_all, tmp_path: Path
+) -> None:
+    client, home = make_pool().client(), tmp_path / "pool"
+    push_all(client, features(), 100)
+    client.flush(60)
+    for step in (99, 400, 600, 1000):
+        client.save(str(home / saved_name(step)))
+    client.forget_later(400)
+    left = sorted(path.parent.name for path in home.glob("bank-*/manifest.json"))
+    assert left == ["bank-00000099", "bank-00000400"]
+    client.restore(str(home / left[1]))
+    assert client.stats().rows == 1500
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from pipeline.storage import Location
 from training.attempt import UNHELD
 from training.config import TrainingConfig
 from training.data.rows import few_of_each_class
+from training.lab import lab
 from training.lab.features import decode_store, open_features
 from training.lab.lab import Lab
 from training.run.checkpoints import WHOLE, Span, newest_checkpoint, state_in, write_state
@@ -122,6 +123,37 @@ def test_a_run_folder_can_be_moved_on_the_way(goes_on: str, data: Pinned, tmp_pa
         assert _same(_pretrain(data, tmp_path / "branch", Span(start=newest[1])), whole)
     else:
         assert _same(_pretrain(data, moved), whole)
+
+
+@pytest.mark.parametrize(("counted", "then"), [(3, 3), (0, 1)])
+def test_banks_of_lost_checkpoints_leave_their_places_to_those_that_count(
+    counted: int, then: int, data: Pinned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of steps to come are made again. Also where no checkpoint is left, and the run begins
+    anew among its own banks."""
+    rarely = {**CONFIG.pretrain.model_dump(), "epochs": 4, "checkpoint_every": 100}
+    often = {**rarely, "checkpoint_every": 1}
+    whole = _pretrain(data, tmp_path / "whole", pretrain=rarely)
+    keep = lab._keep
+
+    def lost(state: dict[str, Any], folder: Path) -> None:
+        if state["step"] <= counted:
+            keep(state, folder)
+
+    def dies(state: dict[str, Any], folder: Path) -> None:
+        if state["step"] > then:
+            raise RuntimeError("here")
+        keep(state, folder)
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(lab, "_keep", lost)
+    # Banks of as many epochs as are kept, of which the first has a checkpoint, or none.
+    _pretrain(data, run, Span(until_epoch=3), pretrain=rarely)
+    monkeypatch.setattr(lab, "_keep", dies)
+    with pytest.raises(RuntimeError, match="here"):
+        _pretrain(data, run, pretrain=often)
+    monkeypatch.setattr(lab, "_keep", keep)
+    assert _same(_pretrain(data, run, pretrain=often), whole)
 
 
 def test_a_copied_run_folder_goes_on_from_its_own_rows(data: Pinned, tmp_path: Path) -> None:
