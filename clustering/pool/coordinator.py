@@ -149,10 +149,11 @@ class Coordinator:
 
     def _make(self, request: RoundRequest) -> Any:
         if is_complete(self._uri, request.round):
+            self._release(request.step)
             return ray.put(load_round(self._uri, request.round))
         frozen = self._maker.frozen(request.round) or self._freeze(request)
         # Not by the freeze itself: a coordinator that dies before its manifest asks for it again.
-        results([bank.release.remote(request.step) for bank in self._banks])
+        self._release(request.step)
         count = len(self._actors)
         sources: list[Source] = [frozen.source(index, count) for index in range(count)]
         passes = RayPasses(self._actors, sources, self._config.reducer, self._config.fan_in)
@@ -175,6 +176,10 @@ class Coordinator:
         )
         self._maker.may_write()
         return FrozenRows.commit(folder, tuple(parts), sum(self._maker.streams.values()))
+
+    def _release(self, step: int) -> None:
+        """See `Bank.release`; banks that were restored may wait for a freeze that has been."""
+        results([bank.release.remote(step) for bank in self._banks])
 
 
 def _settle(promised: "asyncio.Future[Any]", made: "asyncio.Future[Any]") -> None:

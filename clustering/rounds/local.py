@@ -141,8 +141,10 @@ class LocalRounds:
 
     def _make(self, request: RoundRequest) -> PublishedRound:
         if is_complete(self._uri, request.round):
+            self._release(request.step)
             return load_round(self._uri, request.round)
         frozen = self._maker.frozen(request.round) or self._freeze(request)
+        self._release(request.step)
         share = Share(frozen.source(), self._config.block_rows, self._config.device)
         published = self._maker.make(LocalPasses(share), frozen, request)
         forget_vectors(self._uri, request.round, self._keep_vectors)
@@ -154,7 +156,9 @@ class LocalRounds:
         folder = vectors_uri(self._uri, request.round)
         part_uri = storage.join(folder, "part-0000.parquet")
         part = write_rows(part_uri, rows, self._streams, self._config.vshards)
-        frozen = FrozenRows.commit(folder, (part,), sum(self._streams.values()))
+        return FrozenRows.commit(folder, (part,), sum(self._streams.values()))
+
+    def _release(self, step: int) -> None:
+        """See `Bank.release`; a bank that was restored may wait for a freeze that has been."""
         with self._lock:
-            self._bank.release(request.step)
-        return frozen
+            self._bank.release(step)

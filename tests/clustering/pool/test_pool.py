@@ -24,7 +24,7 @@ from clustering.rounds.frozen import FrozenRows
 from clustering.rounds.local import LocalRounds
 from clustering.rounds.maker import RoundMaker
 from clustering.rounds.protocol import RoundRequest
-from clustering.rounds.saved import saved_name
+from clustering.rounds.saved import read_saved, saved_name
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -327,6 +327,28 @@ def test_a_checkpoint_costs_what_was_pushed_since_the_one_before(
     restored = LocalRounds(CONFIG, streams, str(tmp_path / "local"), seed=1)
     restored.restore(str(tmp_path / "pool" / "bank-0110"))
     assert restored.stats().rows == 1500
+
+
+def test_banks_of_before_a_round_hold_nothing_back_once_it_is_published(
+    make_pool, features, push_all, tmp_path: Path
+) -> None:
+    """What was saved says that a freeze is to come, for which each version of a row would stay."""
+    pool, gate, home = make_pool(), tmp_path / "gate", tmp_path / "pool"
+    ray.get(pool.coordinator.__ray_call__.remote(_freeze_late(str(gate))))
+    client = pool.client()
+    push_all(client, features(), 100)
+    client.flush(60)
+    request = RoundRequest(1, 100, 120, posterior_temperature=0.1)
+    client.start(request)
+    client.save(str(home / "bank-0110"))
+    assert read_saved(str(home / "bank-0110")).held == 100
+    gate.touch()
+    client.wait(1, 60)
+    client.restore(str(home / "bank-0110"))
+    client.start(request)
+    client.wait(1, 60)
+    client.save(str(home / "bank-0120"))
+    assert read_saved(str(home / "bank-0120")).held is None
 
 
 def test_states_of_steps_that_were_lost_are_forgotten(

@@ -1,8 +1,10 @@
 """Rounds in one process: right, whole or not at all, and resumable."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from clustering import storage
@@ -14,6 +16,7 @@ from clustering.rounds.files import load_round
 from clustering.rounds.given import Given
 from clustering.rounds.health import agreement
 from clustering.rounds.local import LocalRounds
+from clustering.rounds.maker import RoundMaker
 from clustering.rounds.protocol import RoundRequest
 from clustering.rounds.targets import stream_slices
 
@@ -278,6 +281,36 @@ def test_rows_lost_before_their_freeze_can_be_pushed_again(
         _run(resumed)
     push_all(resumed, features(), 100)
     assert round_digest(_run(resumed)) == expected
+
+
+@pytest.mark.parametrize("done", ["frozen", "published"])
+def test_a_bank_of_before_its_round_keeps_no_old_rows_once_the_round_goes_on(
+    done: str, features, push_all, streams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was saved says that a freeze is to come, for which each version of a row would stay."""
+    data = features()
+    killed = LocalRounds(CONFIG, streams, str(tmp_path))
+    push_all(killed, data, 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalRounds, "_make", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            _run(killed)
+    push_all(killed, data, 110)
+    killed.save(str(tmp_path / "bank-110"))
+    assert _saved_rows(tmp_path / "bank-110") == 2 * len(data.keys), "no freeze is to come"
+    with monkeypatch.context() as patch, contextlib.suppress(ZeroDivisionError):
+        if done == "frozen":
+            patch.setattr(RoundMaker, "make", lambda *_: 1 / 0)
+        _run(killed)
+    resumed = LocalRounds(CONFIG, streams, str(tmp_path))
+    resumed.restore(str(tmp_path / "bank-110"))
+    _run(resumed)
+    resumed.save(str(tmp_path / "bank-120"))
+    assert _saved_rows(tmp_path / "bank-120") == len(data.keys)
+
+
+def _saved_rows(saved: Path) -> int:
+    return int(pq.read_metadata(saved / "rows.parquet").num_rows)
 
 
 def test_given_labels_are_published_with_prototypes_and_confusion_of_their_own(
