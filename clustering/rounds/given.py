@@ -79,7 +79,9 @@ def label_as_given(
     found = LabelTable(keys_N[known], labels_N[known])
     everything = plan.rule.everything()
     sums_KD, counts_K = passes.label_sums(everything, passes.share_out(found), config.k)
-    sum_of_squares = plan.sum_of_squares * known.sum() / plan.n_rows
+    total_D, sum_of_squares = plan.total_D, plan.sum_of_squares
+    if everything != plan.rule:
+        total_D, sum_of_squares = passes.totals(everything, plan.square_exponent)
     centroids_KD = sums_KD / np.maximum(counts_K, 1)[:, None]
     if space.spherical:
         centroids_KD = unit_rows(centroids_KD)
@@ -87,6 +89,8 @@ def label_as_given(
         keys_N=found.keys_N,
         labels_N=found.labels_N,
         counts_K=counts_K,
-        inertia=inertia_of(sums_KD, counts_K, centroids_KD, sum_of_squares),
-        mean_cosine=mean_cosine(plan.total_D, plan.sum_of_squares, plan.n_fit),
+        inertia=inertia_of(
+            sums_KD, counts_K, centroids_KD, sum_of_squares * known.sum() / plan.n_rows
+        ),
+        mean_cosine=mean_cosine(total_D, sum_of_squares, plan.n_rows),
     )

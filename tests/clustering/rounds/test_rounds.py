@@ -353,6 +353,21 @@ def test_labels_of_a_clustering_given_again_are_the_same_round(
         assert made.health[name] == pytest.approx(found.health[name], rel=1e-6), name
 
 
+def test_given_labels_are_measured_on_all_rows_whatever_a_fit_would_see(
+    features, push_all, streams, tmp_path: Path
+) -> None:
+    data = features(noise=1.0)
+    given = Given(LabelTable(data.keys[:-500], (data.truth[:-500] % 8).astype(np.int32)))
+    found = []
+    for sample in (None, 10):
+        config = CONFIG.model_copy(update={"max_points_per_centroid": sample})
+        rounds = LocalRounds(config, streams, str(tmp_path / f"of-{sample}"), given=given)
+        push_all(rounds, data, 100)
+        health = _run(rounds).health
+        found.append({name: health[name] for name in ("inertia", "mean_cosine")})
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+
+
 def test_labels_outside_k_are_refused(streams, tmp_path: Path) -> None:
     given = Given(LabelTable(np.arange(3, dtype=np.uint64), np.array([0, 8, 1], np.int32)))
     with pytest.raises(ClusteringError, match="found 8, allowed are 0 to 7"):
