@@ -1,5 +1,7 @@
 """The running confusion matrix: its average over epochs, its weights, and its hard cases."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.ranks import run_ranks
@@ -211,6 +213,31 @@ def test_controls_keep_the_weights_of_a_class_and_forget_their_pairs() -> None:
     assert not torch.equal(shuffled, control_weights(weights, "shuffled", 4))
     others = constant[~torch.eye(20, dtype=torch.bool)].view(20, 19)
     assert (others == others[:, :1]).all()
+
+
+def test_a_deal_is_drawn_once_for_all_updates_and_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For 3,000 classes a draw is 9 million numbers, sorted: 6 s of each update."""
+    config = ConfusionConfig.model_validate({"weights": "shuffled", "ramp_epochs": 0})
+    n_classes, seed = 23, 77  # Of no other test: nothing is drawn yet.
+    drawn: list[tuple[int, ...]] = []
+    rand = torch.rand
+
+    def counted(size: tuple[int, ...], **options: Any) -> torch.Tensor:
+        drawn.append(tuple(size))
+        return rand(size, **options)
+
+    monkeypatch.setattr(torch, "rand", counted)
+    clips_K = torch.full((n_classes,), 20)
+    for round_seed in (1, 2):
+        state = ConfusionState(_matrix(round_seed, n_classes), clips_K, config, seed)
+        for _ in range(2):
+            state.update(1.0, since_labels_epochs=1)
+    assert drawn == [(n_classes, n_classes - 1)]
+    weights = confusion_weights(_matrix(2, n_classes) + state.prior_K1, config.gamma, config.w_max)
+    others = ~torch.eye(n_classes, dtype=torch.bool)
+    rows, generator = weights[others].view(drawn[0]), torch.Generator().manual_seed(seed)
+    deal = rand(drawn[0], generator=generator).argsort(dim=1)
+    assert torch.equal(state.weights_KK[others].view(drawn[0]), rows.gather(1, deal).float())
 
 
 def test_a_control_is_what_the_state_weighs_with() -> None:
