@@ -4,6 +4,7 @@ Knows nothing of what the subcommands do; imports nothing heavy, so that `--help
 Invariant: every path out of here is one of the exit codes below.
 """
 
+import errno
 import gc
 import os
 import re
@@ -90,10 +91,22 @@ def _outside(error: Exception) -> str:
         return ""
     # deltalake draws a coloured tree of causes.
     said = " ".join(re.sub(r"\x1b\[[0-9;]*m|↳", " ", str(error)).split())
-    return (
-        f"{type(error).__name__}: {said} (storage or network: check path, endpoint and keys, or "
-        'run "diccae doctor --store URI"; DICCAE_TRACEBACK=1 shows where)'
+    next_step = _NEXT_STEPS.get(getattr(error, "errno", None)) or (
+        'storage or network: check path, endpoint and keys, or run "diccae doctor --store URI"'
     )
+    return f"{type(error).__name__}: {said} ({next_step}; DICCAE_TRACEBACK=1 shows where)"
+
+
+_NEXT_STEPS: dict[int | None, str] = {
+    errno.ENOSPC: "the disk is full: make room on it, or write to another one",
+    errno.EDQUOT: "the quota is used up: make room, or write elsewhere",
+    errno.EROFS: "the file system is read-only: write to another one",
+    errno.EACCES: "this user may not: change the permissions, or name another place",
+    errno.EPERM: "this user may not: change the permissions, or name another place",
+    errno.EISDIR: "a folder is there: name a file",
+    errno.ENOTDIR: "a file is there, and not a folder: name another place",
+}
+"""Of a disk: what keys and endpoints have nothing to do with."""
 
 
 def run() -> NoReturn:

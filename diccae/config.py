@@ -73,7 +73,7 @@ def load_config(path: str | Path | None) -> RunConfig:
         return RunConfig()
     try:
         return parse_config(_text_at(path), path)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         known = ", ".join(sorted(p.name for p in SHIPPED.glob("*.yaml")))
         raise UsageError(f"{path}: no such config file. In {SHIPPED}: {known}") from None
 

@@ -36,15 +36,19 @@ def scratch_folder() -> "tempfile.TemporaryDirectory[str]":
 
 
 @contextlib.contextmanager
-def told_if_full(folder: str) -> Iterator[None]:
-    """A block that writes into a folder. Raises: OSError that names it, if there is no room."""
+def told_if_full(place: str) -> Iterator[None]:
+    """A block that writes to a place. Raises: OSError that names it, if there is no room."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        is_told = isinstance(error.__cause__, OSError)  # By a block within this one.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or is_told:
             raise
-        said = f"{os.strerror(error.errno)} for {folder}: make room there"
-        if folder.startswith(tempfile.gettempdir()):
+        said = f"{os.strerror(error.errno)} for {place}: make room there"
+        temporary = tempfile.gettempdir()
+        # A store or run below it stays where it is, whatever TMPDIR says.
+        own = [f"{temporary}/{prefix}" for prefix in (_LOCKED, _UNLOCKED)]
+        if place == temporary or place.startswith(tuple(own)):
             said += ", or name another folder for temporary files with TMPDIR"
         raise OSError(error.errno, said) from error
 

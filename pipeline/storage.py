@@ -192,8 +192,9 @@ class Location:
         # The ending stays: what writes pictures goes by it.
         unfinished = Path(folder) / f"{_UNFINISHED}{uuid.uuid4().hex}.{base}"
         try:
-            yield unfinished
-            self.publish(str(unfinished), name)
+            with told_if_full(self.join(name)):
+                yield unfinished
+                self.publish(str(unfinished), name)
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -203,7 +204,7 @@ class Location:
             scratch = self.join(f"{name}.{uuid.uuid4().hex}.tmp")
             os.makedirs(os.path.dirname(scratch), exist_ok=True)
             try:
-                with open(scratch, "wb") as file:
+                with told_if_full(self.join(name)), open(scratch, "wb") as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())

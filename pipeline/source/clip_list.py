@@ -10,6 +10,7 @@ import difflib
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -32,6 +33,8 @@ _MANIFEST_COLUMNS = ("uri", "start_s", "end_s", "label", "labels", "split", "gro
 _MOST_PROBLEMS = 20
 TRAIN = "train"
 """The split of clips that are given none."""
+_USUAL_SPLITS = (TRAIN, "test")
+"""Those that training and evaluation ask for."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,10 @@ def read_entries(clips: str, base: str) -> tuple[list[Entry], bool]:
                 entries, is_manifest = _csv_entries(file, clips, base, problems)
     except FileNotFoundError:
         raise SourceError(f"{clips}: no such file") from None
+    except IsADirectoryError:
+        raise SourceError(
+            f"{clips}: a folder, expected a CSV or Parquet list; clips themselves go to --videos"
+        ) from None
     except (UnicodeDecodeError, pa.ArrowInvalid) as error:
         raise SourceError(f"{clips}: cannot be read as UTF-8 CSV or Parquet: {error}") from error
     problems += _twice(entries, clips)
@@ -136,6 +143,18 @@ def warn_of_unknown_labels(clips: str, entries: list[Entry]) -> None:
         near = difflib.get_close_matches(label, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         _log.warning("%s line %d: no training clip has label %r%s", clips, line, label, hint)
+
+
+def warn_of_misspelt_splits(clips: str, entries: list[Entry]) -> None:
+    """Clips of `Train` or `tests` would be in the store and never be used; they are kept."""
+    counts = Counter(entry.split for entry in entries)
+    for split, n in counts.items():
+        near = difflib.get_close_matches(split.lower(), _USUAL_SPLITS, n=1, cutoff=0.7)
+        if near and split not in _USUAL_SPLITS:
+            _log.warning(
+                "%s: %d clips are of split %r, which nothing asks for by default; did you mean %r?",
+                clips, n, split, near[0],
+            )  # fmt: skip
 
 
 def _csv_entries(

@@ -24,6 +24,7 @@ from pipeline.source.clip_list import (
     clip_id_of,
     group_of,
     read_entries,
+    warn_of_misspelt_splits,
     warn_of_unknown_labels,
 )
 from pipeline.source.files import File, Found, find_videos, local_file, remote_file
@@ -117,6 +118,7 @@ def list_sources(
     if not entries:
         raise SourceError(f"{clips}: no clips listed")
     warn_of_unknown_labels(clips, entries)
+    warn_of_misspelt_splits(clips, entries)
     if is_manifest:
         found, unreadable, damaged = _find_manifest_files(entries, base)
     else:

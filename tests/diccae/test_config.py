@@ -72,8 +72,9 @@ def test_a_broken_config_is_one_line(
 
 
 def test_missing_file_lists_what_there_is(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no such config file"):
-        load_config(tmp_path / "nothing.yaml")
+    for path in (tmp_path / "nothing.yaml", tmp_path):
+        with pytest.raises(UsageError, match=f"{path}: no such config file"):
+            load_config(path)
 
 
 def test_a_config_can_be_in_a_bucket() -> None:

@@ -15,6 +15,7 @@ import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from support.disks import small_disk
 from support.models import CLASSES, evaluated, measured, saved_models
 
 from diccae.cli import main
@@ -211,6 +212,21 @@ def test_what_is_written_may_lie_in_a_bucket_and_a_folder_is_refused_at_once(
         printed = capsys.readouterr()
         assert f"{option} clips: a folder; name a file in it" in printed.err
         assert printed.out == ""
+
+
+def test_a_full_disk_is_named_with_the_file_that_did_not_fit(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    with small_disk(tmp_path / "small", "8k") as folder:
+        page = folder / "page.html"
+        assert main(["predict", "--model", "run", "--html", str(page), "clips/a.mp4"]) == 1
+        printed = capsys.readouterr().err
+        assert f"No space left on device for {page}: make room there" in printed
+        assert "the disk is full" in printed
+        assert "TMPDIR" not in printed
+        assert "endpoint" not in printed
+        assert not list(folder.iterdir())
 
 
 def test_vectors_of_no_clip_are_not_written_and_the_clips_answers_are(

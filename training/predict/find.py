@@ -106,6 +106,13 @@ def _downloaded(uri: str, tracking_uri: str | None, target: str) -> str:
     from mlflow.exceptions import MlflowException
 
     tracking_uri = tracking_uri or mlflow.get_tracking_uri()
+    default = tracking_uri.removeprefix("sqlite:///")
+    if default != tracking_uri and not os.path.exists(default):
+        # MLflow would make the file, and find nothing in it.
+        raise TrainingError(
+            f"{uri}: {default}: no such MLflow database. Name the MLflow that has the model with "
+            "--tracking-uri or MLFLOW_TRACKING_URI; a run's own is sqlite:///OUT/mlflow.db"
+        )
     try:
         client = mlflow_client(tracking_uri)
         source = _source(uri, client) if uri.startswith("models:/") else uri
@@ -114,7 +121,8 @@ def _downloaded(uri: str, tracking_uri: str | None, target: str) -> str:
         )
     except MlflowException as error:
         why = f"MLflow at {tracking_uri} does not give it: {' '.join(str(error).split())}"
-        raise TrainingError(without_passwords(f"{uri}: {why}")) from error
+        where = "name the one that has it with --tracking-uri or MLFLOW_TRACKING_URI"
+        raise TrainingError(without_passwords(f"{uri}: {why}; {where}")) from error
     about = folder / "MLmodel"
     if not about.exists():
         return str(folder)

@@ -45,7 +45,10 @@ def cavmae_state(model: Encoder | Classifier) -> dict[str, Tensor]:
     """
     encoder = model.encoder if isinstance(model, Classifier) else model
     if not isinstance(encoder.patch_embed_a, PatchStem):
-        raise WeightsError("encoder.stem = conv has no counterpart in CAV-MAE; only patch has")
+        raise WeightsError(
+            "encoder.stem = conv has no counterpart in CAV-MAE; only patch has. Export a model "
+            "with conv stems by --to hub-folder"
+        )
     state = {key.removeprefix("encoder."): tensor for key, tensor in model.state_dict().items()}
     if isinstance(model, Classifier):
         state = {key: tensor for key, tensor in state.items() if not key.startswith("decoder.")}

@@ -103,6 +103,22 @@ def test_label_that_training_does_not_know_is_one_warning_each(videos, caplog):
     )
 
 
+@pytest.mark.parametrize(
+    ("split", "meant"), [("Train", "train"), ("trian", "train"), ("tests", "test")]
+)
+def test_a_misspelt_split_is_a_warning(split, meant, videos, caplog):
+    lines = [f"-abc_def_12,30,dog,{split}", "untrimmed00,1,dog,train", "untrimmed00,9,dog,holdout"]
+    assert len(listed("\n".join(lines).encode(), videos)) == 3
+    (message,) = caplog.messages
+    assert f"1 clips are of split '{split}', which nothing asks for" in message
+    assert message.endswith(f"did you mean '{meant}'?")
+
+
+def test_a_folder_is_no_list(videos):
+    with pytest.raises(SourceError, match="a folder, expected a CSV or Parquet list; clips thems"):
+        list_sources(str(videos), str(videos))
+
+
 def test_all_bad_lines_are_told_at_once_and_capped(videos):
     messages = refused(b"-abc_def_12,30,dog,train\n" + b"a/b,1,dog,train\n" * 50, videos)
     assert len(messages) == 21

@@ -122,7 +122,19 @@ def _check_found_by_name(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", *asked, "a.mp4"]) == 1
     printed = capsys.readouterr().err
     assert "models:/gone@champion: MLflow at sqlite:///" in printed
+    assert "name the one that has it with --tracking-uri or MLFLOW_TRACKING_URI" in printed
     assert printed.count("\n") == 1
+
+
+def test_where_no_mlflow_is_named_none_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("mlflow.get_tracking_uri", lambda: "sqlite:///mlflow.db")
+    assert main(["predict", "--model", "models:/vgg@champion", "a.mp4"]) == 1
+    assert "mlflow.db: no such MLflow database. Name the MLflow" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_machine_without_decord_saves_a_model_that_asks_for_none(
