@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -21,14 +22,18 @@ from pipeline.source.tar_parts import (
     index_parts,
     is_part,
     is_utf8,
+    part_of,
     readable,
 )
 from pipeline.storage import Location
 
-_VIDEO_SUFFIXES = frozenset(
-    {".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"}
-) | {".ogv", ".ts", ".webm", ".wmv"}
+VIDEO_SUFFIXES = frozenset(
+    {".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv"}
+) | {".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv"}
+_NO_VIDEOS = frozenset({".csv", ".jpg", ".json", ".md", ".parquet", ".png", ".srt", ".txt", ".vtt"})
+"""Endings of what people keep beside clips, which nobody misses in a store."""
 _MOST_WARNINGS = 20
+_MOST_KINDS = 8
 _NOT_UTF8 = "its name is not UTF-8"
 _HOLDS_CONTROL = "its name holds a control character"
 _log = logging.getLogger(__name__)
@@ -76,6 +81,11 @@ def find_videos(videos: str, cache: Location | None) -> Videos:
     walk = _Walk(location.path)
     if is_part(videos) and location.fs.isfile(location.path):
         walk.parts.append((PurePosixPath(location.path).name, part_file(videos)))
+    elif location.fs.isfile(location.path):
+        raise SourceError(
+            f"{videos}: a file, expected a folder of videos or a tar part. Name the folder it is "
+            "in, or list it in a manifest (--clips)"
+        )
     elif not location.fs.isdir(location.path):
         raise SourceError(f"{videos}: no such folder")
     elif location.is_local:
@@ -83,6 +93,7 @@ def find_videos(videos: str, cache: Location | None) -> Videos:
     else:
         walk.remote(location)
     walk.read_parts(cache)
+    walk.tell_of_others(videos)
     if walk.n_warnings > _MOST_WARNINGS:
         _log.warning("%s: ... and %d more", videos, walk.n_warnings - _MOST_WARNINGS)
     return Videos(walk.found, walk.unreadable, walk.damaged)
@@ -110,6 +121,7 @@ class _Walk:
         self.unreadable: list[str] = []
         self.damaged: dict[str, frozenset[str]] = {}
         self.n_warnings = 0
+        self._others: Counter[str] = Counter()
         self._prefix = f"{top}/"
 
     def local(self, folder: str, above: frozenset[tuple[int, int]]) -> None:
@@ -138,6 +150,8 @@ class _Walk:
                     self._warn(entry.path, "a pipe, socket or device")
                 elif _is_wanted(entry.name):
                     self._take(entry.path, local_file(entry.path, entry.stat()))
+                else:
+                    self._note_other(entry.name)
             except FileNotFoundError:
                 self._warn(entry.path, "a link to a file that is not there")
             except OSError as error:
@@ -146,8 +160,12 @@ class _Walk:
     def remote(self, location: Location) -> None:
         """All objects below a folder of an object store."""
         for path, info in location.fs.find(location.path, detail=True).items():
-            if not _is_hidden(path.removeprefix(self._prefix)) and _is_wanted(path):
+            if _is_hidden(path.removeprefix(self._prefix)):
+                continue
+            if _is_wanted(path):
                 self._take(path, remote_file(location.fs.unstrip_protocol(path), info))
+            else:
+                self._note_other(path)
 
     def _take(self, path: str, file: File) -> None:
         below = path.removeprefix(self._prefix)
@@ -157,6 +175,8 @@ class _Walk:
             self._warn(repr(path), _HOLDS_CONTROL)
         elif is_part(path):
             self.parts.append((below, file))
+        elif part_of(path):
+            self._warn(path, "its path reads as that of a member of a tar part; rename it")
         else:
             self.found.append(Found(below, file))
 
@@ -185,6 +205,21 @@ class _Walk:
                     continue
                 file = member_file(uri, size, part)
                 self.found.append(Found(f"{folder}/{member}", file, is_member=True))
+
+    def tell_of_others(self, videos: str) -> None:
+        """One line about files whose endings are none of a video."""
+        if self._others:
+            most = [f"{kind} {n:,}" for kind, n in self._others.most_common(_MOST_KINDS)]
+            more = ["..."] if len(self._others) > _MOST_KINDS else []
+            _log.info(
+                "%s: %d files are left alone, their endings are none of a video: %s",
+                videos, self._others.total(), ", ".join(most + more),
+            )  # fmt: skip
+
+    def _note_other(self, name: str) -> None:
+        kind = os.path.splitext(name)[1].lower()
+        if kind not in _NO_VIDEOS:
+            self._others[readable(kind) or "none"] += 1
 
     def _note_damage(self, part: str, index: PartIndex) -> None:
         _log.warning(
@@ -220,7 +255,7 @@ def _is_hidden(below: str) -> bool:
 
 def is_video(name: str) -> bool:
     """Whether a file name is that of a video."""
-    return os.path.splitext(name)[1].lower() in _VIDEO_SUFFIXES
+    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
 
 
 def sha256_of(path: str) -> str:

@@ -18,16 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import SourceError
-from pipeline.source.clip_list import (
-    TRAIN,
-    Entry,
-    clip_id_of,
-    group_of,
-    read_entries,
-    warn_of_misspelt_splits,
-    warn_of_unknown_labels,
-)
-from pipeline.source.files import File, Found, find_videos, local_file, remote_file
+from pipeline.source.clip_list import read_entries, warn_of_misspellings
+from pipeline.source.entry import TRAIN, Entry, clip_id_of, group_of
+from pipeline.source.files import VIDEO_SUFFIXES, File, Found, find_videos, local_file, remote_file
 from pipeline.source.tar_parts import part_of
 from pipeline.storage import Location
 from pipeline.store.schema import LABEL_SEPARATOR, SOURCE_SCHEMA
@@ -117,8 +110,7 @@ def list_sources(
     entries, is_manifest = read_entries(clips, base)
     if not entries:
         raise SourceError(f"{clips}: no clips listed")
-    warn_of_unknown_labels(clips, entries)
-    warn_of_misspelt_splits(clips, entries)
+    warn_of_misspellings(clips, entries)
     if is_manifest:
         found, unreadable, damaged = _find_manifest_files(entries, base)
     else:
@@ -156,7 +148,10 @@ def _list_folder(videos: str, cache: Location | None, label_from_folder: bool) -
     """Every video of a folder as a clip of the train split."""
     found, unreadable, damaged = find_videos(videos, cache)
     if not found:
-        raise SourceError(f"{videos}: no videos there. Is it mounted, and the right folder?")
+        raise SourceError(
+            f"{videos}: no videos there. Is it mounted, and the right folder? Videos end in "
+            f"{' '.join(sorted(VIDEO_SUFFIXES))}, or lie in tar parts"
+        )
     by_id: dict[str, list[Found]] = {}
     for one in found:
         by_id.setdefault(clip_id_of(one.path), []).append(one)

@@ -12,7 +12,7 @@ import logging
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.source.clip_list import group_of
+from pipeline.source.entry import group_of
 from pipeline.store.store import Snapshot
 from training.data.rows import RowIndex, clip_keys
 from training.errors import TrainingError

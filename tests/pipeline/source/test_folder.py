@@ -1,5 +1,6 @@
 """A folder or bucket without a list: every clip in it, whatever else lies there."""
 
+import logging
 import os
 import tarfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import SourceError
 from pipeline.ingest.plan import STATE_COLUMNS
 from pipeline.ingest.run import plan_ingest
-from pipeline.source.clip_list import clip_id_of
+from pipeline.source.entry import clip_id_of
 from pipeline.source.listing import list_sources
 from pipeline.storage import Location
 from pipeline.store.schema import CLIPS_SCHEMA
@@ -121,11 +122,39 @@ def test_nothing_to_list_is_said_in_one_line(tmp_path):
     (tmp_path / "a.txt").touch()
     for clips, videos, said in (
         (None, None, "give --videos FOLDER"),
-        (None, str(tmp_path), "no videos there"),
+        (
+            None,
+            str(tmp_path),
+            "no videos there.*Videos end in .3g2 .*, or lie in tar parts",
+        ),
+        (None, str(tmp_path / "a.txt"), "a.txt: a file, expected a folder of videos or a tar part"),
         (None, str(tmp_path / "no"), "no such folder"),
     ):
         with pytest.raises(SourceError, match=said):
             list_sources(clips, videos)
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_files_that_are_no_videos_are_counted(place, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    names = ["a.mp4", "b.rm", "c.RM", "d", "deep/part.tar.zst", "list.csv", ".hidden.rm", "take.qt"]
+    folder = str(tmp_path) if place == "disk" else "memory://others"
+    for name in names:
+        Location(folder).write_bytes(name, b"x")
+    clips = list_sources(None, folder).clips
+    assert sorted(clips["clip_id"].to_pylist()) == ["a", "take"]
+    (message,) = caplog.messages
+    assert message.endswith(
+        "4 files are left alone, their endings are none of a video: .rm 2, none 1, .zst 1"
+    )
+
+
+def test_a_name_like_a_member_of_a_tar_part_costs_that_file_alone(tmp_path, caplog):
+    for name in ("a.mp4", "take.tar#2.mp4", "old.tar#/b.mp4"):
+        Location(str(tmp_path)).write_bytes(name, b"x")
+    assert list_sources(None, str(tmp_path)).clips["clip_id"].to_pylist() == ["a"]
+    assert len(caplog.messages) == 2
+    assert all("reads as that of a member of a tar part; rename it" in m for m in caplog.messages)
 
 
 def test_a_trap_costs_one_warning_and_the_rest_is_found(videos, caplog):

@@ -104,6 +104,17 @@ def test_label_that_training_does_not_know_is_one_warning_each(videos, caplog):
 
 
 @pytest.mark.parametrize(
+    "header",
+    ["filename,label", "URI,label", "uri;label", "uri\tlabel", "youtube_id,start,label,split"],
+)
+def test_another_header_is_told_once_and_whole(header, videos):
+    line = ",".join("x" for _ in header.split(","))
+    (message,) = refused(f"{header}\n{line}\n{line}\n".encode(), videos)
+    assert f"the first line is {header!r}. Expected VGGSound's columns" in message
+    assert "a manifest, whose header has uri" in message
+
+
+@pytest.mark.parametrize(
     ("split", "meant"), [("Train", "train"), ("trian", "train"), ("tests", "test")]
 )
 def test_a_misspelt_split_is_a_warning(split, meant, videos, caplog):
@@ -191,7 +202,12 @@ def test_manifest_of_another_data_set(kind, videos, tmp_path):
         ("x.mp4,nan,,dog,train,", "start_s 'nan' is not a time"),
         ("x.mp4,,,dog,train,../../a", "it holds a path"),
         (",,,dog,train,", "the uri is empty"),
-        ("x.mp4,,,dog,,", "the split is empty"),
+        ("x.mp4,,,dog,,", "the split is empty: expected train, test or another name"),
+        ("a.tar#2/x.mp4,,,dog,train,", "reads as a member of a tar part: rename the file"),
+        (
+            "x.mp4,3,9,dog,train,\nx.mp4,3,8,dog,train,",
+            "another end: tell them apart in a column",
+        ),
         ("x.mp4,,,dog,../../x,", "'../../x' is not a split: it holds a path"),
         ("x.mp4,,,dog,tr\x07ain,", "not a split: it holds a path or a control character"),
         ("x.mp4,,,dog,..,", "'..' is not a split: it holds a path"),
@@ -308,6 +324,39 @@ def test_folders_of_a_manifest_in_a_bucket_are_listed_side_by_side(videos, monke
     assert [row["size"] for row in rows] == [None, *[1] * (n_folders - 1)]
 
 
+def table_of(videos: Path, **columns: pa.Array) -> list[dict]:
+    path = videos.parent / "m.parquet"
+    pq.write_table(pa.table({"uri": pa.array(["untrimmed00.mkv"]), **columns}), path)
+    return list_sources(str(path), str(videos)).clips.to_pylist()
+
+
+def test_bytes_of_a_parquet_manifest_are_text(videos):
+    (row,) = table_of(
+        videos, uri=pa.array([b"untrimmed00.mkv"]), label=pa.array([b"chien \xc3\xa9"])
+    )
+    assert (row["label"], row["size"] is not None) == ("chien é", True)
+    (row,) = table_of(videos, label=pa.array(["dog"]).dictionary_encode())
+    assert row["label"] == "dog"
+    with pytest.raises(SourceError, match="cannot be read as UTF-8"):
+        table_of(videos, label=pa.array([b"\xff\xfe"]))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "told"),
+    [
+        ("label", pa.array([["cat", "dog"]]), "may be text; several classes go to a column labels"),
+        ("label", pa.array([True]), "column label is of type bool; it may be text"),
+        ("labels", pa.array([{"a": 1}]), "it may be text, or lists of text"),
+        ("start_s", pa.array([True]), "column start_s is of type bool; it may be numbers"),
+        ("start_s", pa.array([1], pa.duration("s")), "of type duration.s.; it may be numbers"),
+        ("end_s", pa.array([1], pa.time32("s")), "of type time32.ms.; it may be numbers"),
+    ],
+)
+def test_a_column_of_another_type_is_refused_by_name(column, value, told, videos):
+    with pytest.raises(SourceError, match=told):
+        table_of(videos, **{column: value})
+
+
 def test_group_is_the_column_or_the_video_of_a_vggsound_name_or_the_uri(videos):
     text = (
         "uri,start_s,group\nuntrimmed00.mkv,1,recording 7\nuntrimmed00.mkv,2,\n"
@@ -315,8 +364,11 @@ def test_group_is_the_column_or_the_video_of_a_vggsound_name_or_the_uri(videos):
     )
     groups = [row["group"] for row in manifest(text, videos)]
     assert groups == ["recording 7", "untrimmed00", "-abc_def_12", "_zzzzzzzzzz"]
-    (row,) = manifest("uri\nuntrimmed00.mkv\n", videos)
-    assert row["group"] == "untrimmed00.mkv"
+    rows = manifest(
+        "uri,start_s,end_s\n" + "".join(f"untrimmed00.mkv,{w}\n" for w in (",3", "3,6", "6.5,9")),
+        videos,
+    )
+    assert {row["group"] for row in rows} == {"untrimmed00"}, "whatever its second is"
     assert listed(b"untrimmed00,5,dog,train", videos)[0]["group"] == "untrimmed00"
 
 
