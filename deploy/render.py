@@ -42,8 +42,8 @@ logs would lie where the head's dashboard does not see them."""
 
 _PLAIN = {
     "name", "namespace", "operator_namespace", "token_secret", "storage_secret", "mlflow_secret",
-    "mlflow_artifacts", "maxima", "token_file", "cpu_image", "train_image", "mlflow_image",
-    "region",
+    "mlflow_artifacts", "maxima", "env_words", "token_file", "cpu_image", "train_image",
+    "mlflow_image", "region",
 }  # fmt: skip
 """Fields whose pattern leaves nothing to quote, so that they may stand inside other words."""
 
@@ -111,6 +111,7 @@ def _values(config: ClusterConfig) -> list[tuple[str, Any]]:
         "mounts": _mounts(config),
         "reader_mounts": [*_mounts(config), *_cache_mounts(config)],
         "maxima": shlex.quote(json.dumps(maxima(config))),
+        "env_words": shlex.join(f"{key}={value}" for key, value in config.env.items()),
         "profile": {"Name": config.worker_profile or _RAYS_PROFILE},
         "max_workers": config.decode.max_nodes + config.train.max_nodes,
     }

@@ -43,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
     known = {job.id: _of_its_run(job) if args.runs else {} for job in found}
     if args.json:
         for job in found:
-            print(json.dumps({**job._asdict(), **known[job.id]}))
+            command = without_passwords(job.command)
+            print(json.dumps({**job._replace(command=command)._asdict(), **known[job.id]}))
     elif found:
         print(_table(found, known))
     else:
@@ -63,7 +64,7 @@ def _table(found: Sequence["Job"], known: dict[str, dict[str, Any]]) -> str:
         if any(known.values()):
             columns[name] = [str(known[job.id].get(name, "")) for job in found]
     columns["run"] = [job.out for job in found]
-    columns["command"] = [job.command for job in found]
+    columns["command"] = [without_passwords(job.command) for job in found]
     return table(list(columns), list(zip(*columns.values(), strict=True)))
 
 

@@ -12,6 +12,7 @@ from diccae.config import SHIPPED, RunConfig, explain
 from diccae.errors import ResourceError, UsageError
 from diccae.screen import say
 from diccae.subcommands import module_of
+from pipeline.passwords import without_passwords
 
 if TYPE_CHECKING:
     from deploy.config import ClusterConfig
@@ -51,10 +52,24 @@ def main(argv: Sequence[str]) -> int:
             "nothing to run; end the line with: -- pretrain --store s3://... --out s3://... "
             f"--config {_IN_THE_IMAGE}vggsound.yaml"
         )
+    _refuse_passwords(config)
     refuse_what_never_fits(config)
     for path in write_manifests(config, args.out):
         print(path)
     return 0
+
+
+def _refuse_passwords(config: "ClusterConfig") -> None:
+    """Raises: UsageError for a URL with a password: manifests are kept where others read them."""
+    words = {f"env {key}": value for key, value in config.env.items()}
+    words |= {"the command": " ".join(config.command)}
+    for where, text in words.items():
+        if without_passwords(text) != text:
+            raise UsageError(
+                f"{where}: {without_passwords(text)} holds a password, and manifests are no place "
+                "for one: leave it out of the URL, and put MLFLOW_TRACKING_USERNAME and "
+                f"MLFLOW_TRACKING_PASSWORD into the secret {config.storage_secret}"
+            )
 
 
 def _cluster(path: str | None, command: Sequence[str], name: str | None) -> "ClusterConfig":

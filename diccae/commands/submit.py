@@ -11,6 +11,7 @@ from diccae.commands.logs import write
 from diccae.errors import UsageError
 from diccae.screen import say
 from diccae.subcommands import module_of
+from pipeline.passwords import without_passwords
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
         env=dict(_pair(item) for item in args.env),
         excludes=args.exclude,
         wait=not args.no_wait,
-        say=say,
+        # The command is told, and may hold the URL of a server.
+        say=lambda line: say(without_passwords(line)),
         write=write,
     )
 

@@ -20,6 +20,7 @@ from support.box.kuberay import OPERATORS
 
 from deploy.config import ClusterConfig, GroupConfig, read_config
 from deploy.errors import ManifestError
+from deploy.jobs import Job
 from deploy.render import JOB, KEEPERS, MAXIMA, ONCE, render, write_manifests
 from diccae.cli import main
 from diccae.commands import evaluate, finetune, pretrain
@@ -234,11 +235,51 @@ def test_words_of_the_command_and_env_arrive_as_given() -> None:
     assert f"{MAXIMA}={json.dumps(maxima)}" in shlex.split(start)
 
 
+@pytest.mark.parametrize("node", ["head", "worker"])
+def test_ray_up_gives_every_node_the_variables_that_pods_get(node: str) -> None:
+    cluster = yaml.safe_load(render(UNUSUAL)["ray-cluster.yaml"])
+    words = shlex.split(cluster[f"{node}_start_ray_commands"][-1])
+    assert words[0] == "env"
+    given = dict(word.split("=", 1) for word in words[1 : words.index("ray")])
+    assert given.items() >= UNUSUAL.env.items()
+    assert given["RAY_AUTH_MODE"] == "token"
+
+
 def test_every_pod_pulls_with_the_secret_of_the_registry() -> None:
     pods = [pod for document in _documents(UNUSUAL) for pod in _pods_of(document)]
     assert len(pods) == 5
     for pod in pods:
         assert pod["imagePullSecrets"] == [{"name": "registry-login"}]
+
+
+@pytest.mark.parametrize("place", ["env", "command"])
+def test_a_password_in_a_url_is_no_part_of_a_manifest(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, config = "http://ann:geheim@mlflow:5000", tmp_path / "cluster.yaml"
+    config.write_text(f"env: {{MLFLOW_TRACKING_URI: '{url}'}}\n" if place == "env" else "{}")
+    words = ["pretrain", "--store", "s3://b/store", "--out", "s3://b/run"]
+    words += ["--tracking.uri", url] if place == "command" else []
+    out = str(tmp_path / "out")
+    assert main(["render", "--config", str(config), "--out", out, "--", *words]) == 2
+    printed = capsys.readouterr().err
+    assert "http://ann:***@mlflow:5000 holds a password" in printed
+    assert "MLFLOW_TRACKING_PASSWORD into the secret" in printed
+    assert "geheim" not in printed
+    assert not Path(out).exists()
+
+
+def test_jobs_show_no_password(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "diccae pretrain --tracking.uri http://ann:geheim@mlflow:5000"
+    job = Job("raysubmit_1", "RUNNING", command, "", 1.0, 0.0, None)
+    monkeypatch.setattr("deploy.jobs.jobs", lambda address: [job])
+    for form in ([], ["--json"]):
+        assert main(["jobs", "--address", "http://127.0.0.1:9", *form]) == 0
+        printed = capsys.readouterr().out
+        assert "http://ann:***@mlflow:5000" in printed
+        assert "geheim" not in printed
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
