@@ -134,9 +134,8 @@ class _Shown:
         tick_s = video.tick_s
         order = np.argsort(video.pts, kind="stable")
         pts_s = np.asarray(video.pts)[order] * tick_s - timeline.window_origin_s
-        ends_s = np.asarray(video.ends)[order] * tick_s - timeline.window_origin_s
         step_s = video.step() * tick_s
-        last_s = max(float(ends_s.max()), float(pts_s[-1]) + step_s)
+        last_s = max(video.end_s() - timeline.window_origin_s, float(pts_s[-1]) + step_s)
         length_s = timeline.end_s - timeline.start_s
         begin_s = min(max(float(pts_s[0]), 0.0), length_s)
         self.seconds = min(last_s, length_s) - begin_s

@@ -85,8 +85,12 @@ class Track:
         return (min(self.pts) if ticks is None else ticks) * self.tick_s
 
     def end_s(self) -> float:
-        """Container time at which the last presentable packet ends."""
-        return max(self.ends) * self.tick_s
+        """Container time at which the packet that is presented last ends.
+
+        Not where any packet ends: in MP4 a duration is the time to the next packet in decoding
+        order, which with B-frames, after a pause, reaches far behind the end.
+        """
+        return max(zip(self.pts, self.ends, strict=True))[1] * self.tick_s
 
     def seconds_between(self, begin_s: float, end_s: float) -> float:
         """How much of this stretch of container time the presentable packets cover."""

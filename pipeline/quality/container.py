@@ -19,6 +19,7 @@ _LISTEN_AT = (0.2, 0.5, 0.8)
 _LISTEN_S = 0.1
 _FULL_SCALE = 0.98
 _QUIETEST_DB = -100.0
+_SEEKS_BACK_S = (0.0, 1.0, 5.0, 20.0)
 # Headers round durations to a picture, or to a packet of sound.
 _HEADER_SLACK_S = 0.25
 
@@ -76,16 +77,18 @@ def _lost_time_frac(container: Any) -> float:
         return 0.0
     promised_s = float(container.duration / av.time_base)
     start_s = float((container.start_time or 0) / av.time_base)
-    # A seek to the end lands on the last key frame before it; in a cut file, before the cut.
-    container.seek(int((start_s + promised_s) * av.time_base), backward=True)
-    last_s: float = max(
-        (
+    last_s = start_s
+    for back_s in _SEEKS_BACK_S:
+        # It lands on the last key frame before; in a cut file, before the cut. FLV, whose index is
+        # made while it is read, gives nothing right at the end.
+        container.seek(int((start_s + max(promised_s - back_s, 0.0)) * av.time_base), backward=True)
+        if ends_s := [
             float((packet.pts + (packet.duration or 0)) * packet.time_base)
             for packet in container.demux()
             if packet.pts is not None and packet.size
-        ),
-        default=0.0,
-    )
+        ]:
+            last_s = max(ends_s)
+            break
     return max(0.0, promised_s - (last_s - start_s) - _HEADER_SLACK_S) / promised_s
 
 

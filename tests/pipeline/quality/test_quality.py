@@ -39,6 +39,27 @@ def _table(store: str) -> dict[str, dict]:
     return {row["clip_id"].removesuffix("_000000"): row for row in rows}
 
 
+def test_of_flv_what_was_cut_is_truncated_and_what_is_whole_is_not(
+    moving_clip, ffmpeg, tmp_path, quality
+) -> None:
+    """libavformat's own index of H.264 in FLV gives no packet for a seek to the end."""
+    folder, store = tmp_path / "videos", str(tmp_path / "store")
+    folder.mkdir()
+    whole, cut = folder / "whole.flv", folder / "cut.flv"
+    ffmpeg("-i", moving_clip, "-c:v", "copy", "-c:a", "aac", whole)
+    content = whole.read_bytes()
+    cut.write_bytes(content[: int(0.6 * len(content))])
+    ingest(
+        None, str(folder), store, None, IngestConfig(max_failed_frac=1.0),
+        start_ray=lambda: None, on_progress=lambda progress: None,
+    )  # fmt: skip
+    quality(store)
+    assert {name: row["truncated"] for name, row in _table(store).items()} == {
+        "whole": False,
+        "cut": True,
+    }
+
+
 def test_every_planted_fault_is_found_and_no_other(planted, copy, quality) -> None:
     told = quality(copy.store)
     rows = _table(copy.store)
