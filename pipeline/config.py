@@ -58,9 +58,9 @@ class FeatureSpec(Frozen):
     """Clips with less picture than this fail with `video_short`."""
     max_clip_s: float = Field(600.0, gt=0)
     """A file that lasts longer and has no time window fails with `too_long`."""
-    version: int = Field(2, ge=1)
+    version: int = Field(3, ge=1)
     """Raised when the code that computes features changes what it computes. 2: frames that are
-    those of their times in every container."""
+    those of their times in every container. 3: a picture that freezes makes no clip longer."""
 
     def spec_hash(self) -> str:
         """16 hex digits that are equal exactly for equal specs."""

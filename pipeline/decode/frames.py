@@ -135,7 +135,7 @@ class _Shown:
         order = np.argsort(video.pts, kind="stable")
         pts_s = np.asarray(video.pts)[order] * tick_s - timeline.window_origin_s
         step_s = video.step() * tick_s
-        last_s = max(video.end_s() - timeline.window_origin_s, float(pts_s[-1]) + step_s)
+        last_s = video.end_s() - timeline.window_origin_s
         length_s = timeline.end_s - timeline.start_s
         begin_s = min(max(float(pts_s[0]), 0.0), length_s)
         self.seconds = min(last_s, length_s) - begin_s

@@ -85,12 +85,18 @@ class Track:
         return (min(self.pts) if ticks is None else ticks) * self.tick_s
 
     def end_s(self) -> float:
-        """Container time at which the packet that is presented last ends.
+        """Container time at which the last picture shown ends: by its duration, or after a step.
 
-        Not where any packet ends: in MP4 a duration is the time to the next packet in decoding
-        order, which with B-frames, after a pause, reaches far behind the end.
+        In MP4 a packet's duration is the time to the next one that is decoded: where pictures are
+        reordered, that of a long picture stands at another one. What ends before the last picture
+        does not count, nor does what would end after the header's end.
         """
-        return max(zip(self.pts, self.ends, strict=True))[1] * self.tick_s
+        last = max(self.pts)
+        own_s = max(e for p, e in zip(self.pts, self.ends, strict=True) if p == last) * self.tick_s
+        declared_s = self.declared_end_s()
+        if declared_s is not None:
+            own_s = min(own_s, declared_s)
+        return max(own_s, (last + self.step()) * self.tick_s)
 
     def seconds_between(self, begin_s: float, end_s: float) -> float:
         """How much of this stretch of container time the presentable packets cover."""

@@ -140,3 +140,56 @@ def test_a_window_before_a_late_picture_has_the_sound_that_precedes_it(
     clip = extract(str(path), 0.1, 2.0, SPEC)
     assert clip.audio_s == pytest.approx(1.9, abs=0.03)
     assert clip.video_s == pytest.approx(1.3, abs=0.05)
+
+
+_FREEZES = {
+    "after_three_seconds": ("if(lt(N,75),N,N+50)", 5.4),
+    "after_one_second": ("if(lt(N,25),N,N+125)", 8.4),
+    "before_the_last_picture": ("if(lt(N,84),N,N+50)", 5.4),
+}
+"""Times of 85 pictures in 25ths of a second, and when the last one ends."""
+
+
+def _frozen(times: str) -> list[object]:
+    return [
+        "-vf", f"trim=end_frame=85,setpts='({times})/25/TB'", "-fps_mode", "passthrough",
+        "-pix_fmt", "yuv420p", "-c:a", "aac", "-t", 9,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("freeze", _FREEZES)
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("x264.mp4", ["-c:v", "libx264"]),
+        ("x265.mp4", ["-c:v", "libx265", "-preset", "ultrafast", "-x265-params", "log-level=0"]),
+        ("no_b_frames.mp4", ["-c:v", "libx264", "-bf", "0"]),
+        ("x264.mkv", ["-c:v", "libx264"]),
+    ],
+)
+def test_a_picture_that_freezes_makes_the_clip_no_longer(
+    name, codec, freeze, numbered_clip, ffmpeg, ffmpeg_frames, tmp_path
+):
+    """In MP4 the duration of a packet is the time to the next one that is decoded."""
+    path = tmp_path / name
+    times, end_s = _FREEZES[freeze]
+    ffmpeg("-i", numbered_clip, *_frozen(times), *codec, path)
+    clip = extract(str(path), None, None, SPEC)
+    assert clip.video_s == pytest.approx(end_s, abs=0.002)
+    times_s, frames = ffmpeg_frames(path)
+    middles_s = (np.arange(8) + 0.5) * end_s / 8
+    shown = frames[np.searchsorted(times_s, middles_s + 0.002, side="right") - 1]
+    assert numbers(decode_jpegs(clip.frames)).tolist() == numbers(shown).tolist()
+
+
+@pytest.mark.parametrize("b_frames", [0, 3])
+def test_a_window_that_ends_in_a_freeze_is_shown_to_its_end(
+    b_frames, numbered_clip, ffmpeg, tmp_path
+):
+    """What ends the freeze may lie past what is read for the window."""
+    path = tmp_path / "frozen.mp4"
+    times, _ = _FREEZES["after_three_seconds"]
+    ffmpeg("-i", numbered_clip, *_frozen(times), "-c:v", "libx264", "-bf", b_frames, path)
+    clip = extract(str(path), 0.0, 3.4, SPEC)
+    assert clip.video_s == pytest.approx(3.4, abs=0.002)
+    assert numbers(decode_jpegs(clip.frames)).tolist() == [5, 15, 26, 37, 47, 58, 69, 74]

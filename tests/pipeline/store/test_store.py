@@ -160,7 +160,7 @@ def test_spec_hash_changes_with_every_field():
         "n_frames": 9, "frame_size": 112, "resize": "squash", "jpeg_quality": 90,
         "sample_rate_hz": 8000, "n_mels": 64, "fbank_frames": 512, "duration_s": 5.0,
         "audio_channel": "first", "decoder": "pyav", "min_audio_s": 1.0, "min_video_s": 1.0,
-        "max_clip_s": 60.0, "version": 3,
+        "max_clip_s": 60.0, "version": 4,
     }  # fmt: skip
     assert set(changes) == set(FeatureSpec.model_fields)
     for name, value in changes.items():
