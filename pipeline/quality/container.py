@@ -19,9 +19,11 @@ _LISTEN_AT = (0.2, 0.5, 0.8)
 _LISTEN_S = 0.1
 _FULL_SCALE = 0.98
 _QUIETEST_DB = -100.0
-_SEEKS_BACK_S = (0.0, 1.0, 5.0, 20.0)
 # Headers round durations to a picture, or to a packet of sound.
 _HEADER_SLACK_S = 0.25
+# A seek to the end lands on the last key frame before it; in a cut file, before the cut. In FLV it
+# may find nothing at all: there, and in what its index names of a part cut off.
+_SEEKS_BACK_S = (0.0, 1.0, 5.0, 20.0)
 
 
 class SourceSignals(NamedTuple):
@@ -77,19 +79,25 @@ def _lost_time_frac(container: Any) -> float:
         return 0.0
     promised_s = float(container.duration / av.time_base)
     start_s = float((container.start_time or 0) / av.time_base)
-    last_s = start_s
-    for back_s in _SEEKS_BACK_S:
-        # It lands on the last key frame before; in a cut file, before the cut. FLV, whose index is
-        # made while it is read, gives nothing right at the end.
-        container.seek(int((start_s + max(promised_s - back_s, 0.0)) * av.time_base), backward=True)
-        if ends_s := [
+    for back_s in (*_SEEKS_BACK_S, promised_s):
+        at_s = start_s + max(0.0, promised_s - back_s)
+        container.seek(int(at_s * av.time_base), backward=True)
+        last_s = _end_of_packets_s(container)
+        if last_s is not None:
+            return max(0.0, promised_s - (last_s - start_s) - _HEADER_SLACK_S) / promised_s
+    return 1.0
+
+
+def _end_of_packets_s(container: Any) -> float | None:
+    """When the last of the packets ends that are still to be read; None if there are none."""
+    return max(
+        (
             float((packet.pts + (packet.duration or 0)) * packet.time_base)
             for packet in container.demux()
             if packet.pts is not None and packet.size
-        ]:
-            last_s = max(ends_s)
-            break
-    return max(0.0, promised_s - (last_s - start_s) - _HEADER_SLACK_S) / promised_s
+        ),
+        default=None,
+    )
 
 
 def _listen(container: Any, start_s: float, duration_s: float) -> tuple[float | None, float | None]:

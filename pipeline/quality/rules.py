@@ -51,7 +51,7 @@ RULES = (
     Rule("clipped", 1, "clipped_frac", "least", 0.01, "source", "samples at full scale"),
     Rule("one_sided", 1, "channel_gap_db", "least", 40.0, "source", "one channel of two is mute"),
     Rule("edit_list", 1, "edit_list_ms", "least", 1.0, "source", "pictures that must not be shown"),
-    Rule("truncated", 1, "lost_frac", "least", 0.001, "source", "the file ends before its content"),
+    Rule("truncated", 2, "lost_frac", "least", 0.001, "source", "the file ends before its content"),
     Rule("missing", 1, "is_missing", "least", 1.0, "catalogue", "listed, but no file was there"),
     Rule(DUPLICATE, 1, "sameness", "least", 0.4, "features", "shows and sounds like another"),
 )

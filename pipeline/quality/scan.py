@@ -29,7 +29,7 @@ from pipeline.source.tar_parts import part_of
 from pipeline.storage import is_storage_failure
 from pipeline.store.shards import by_row_group, read_pieces
 
-MEASURED_BY = 1
+MEASURED_BY = 2
 """Version of the measurement: raised when a signal or a print becomes another number."""
 _CHUNK = 256
 _FEWEST_FOR_PROCESSES = 512

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diccae.cli import main
-from pipeline.config import IngestConfig
+from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import MassRemoval
 from pipeline.ingest.run import IngestSummary, ingest, plan_ingest
 from pipeline.quality import run as quality_run
@@ -39,27 +39,6 @@ def _table(store: str) -> dict[str, dict]:
     return {row["clip_id"].removesuffix("_000000"): row for row in rows}
 
 
-def test_of_flv_what_was_cut_is_truncated_and_what_is_whole_is_not(
-    moving_clip, ffmpeg, tmp_path, quality
-) -> None:
-    """libavformat's own index of H.264 in FLV gives no packet for a seek to the end."""
-    folder, store = tmp_path / "videos", str(tmp_path / "store")
-    folder.mkdir()
-    whole, cut = folder / "whole.flv", folder / "cut.flv"
-    ffmpeg("-i", moving_clip, "-c:v", "copy", "-c:a", "aac", whole)
-    content = whole.read_bytes()
-    cut.write_bytes(content[: int(0.6 * len(content))])
-    ingest(
-        None, str(folder), store, None, IngestConfig(max_failed_frac=1.0),
-        start_ray=lambda: None, on_progress=lambda progress: None,
-    )  # fmt: skip
-    quality(store)
-    assert {name: row["truncated"] for name, row in _table(store).items()} == {
-        "whole": False,
-        "cut": True,
-    }
-
-
 def test_every_planted_fault_is_found_and_no_other(planted, copy, quality) -> None:
     told = quality(copy.store)
     rows = _table(copy.store)
@@ -83,6 +62,31 @@ def test_every_planted_fault_is_found_and_no_other(planted, copy, quality) -> No
     about = read_about(Location(copy.store))
     assert about["version"] == told["version"] == FeatureStore.open(copy.store).version()
     assert about["rules"] == {rule.name: rule.version for rule in RULES}
+
+
+@pytest.mark.parametrize("options", [(), ("-flvflags", "add_keyframe_index")])
+def test_an_flv_is_truncated_only_if_its_end_is_not_there(
+    options, ffmpeg, moving_clip, tmp_path, quality
+) -> None:
+    """A seek to its end finds no packets."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    whole, cut = videos / "whole.flv", videos / "cut.flv"
+    ffmpeg("-i", moving_clip, "-t", "6", "-c:v", "libx264", "-g", "50", "-c:a", "aac",
+           *options, whole)  # fmt: skip
+    content = whole.read_bytes()
+    cut.write_bytes(content[: int(0.6 * len(content))])
+    store = str(tmp_path / "store")
+    config = IngestConfig(max_failed_frac=1.0)
+    ingest(
+        None, str(videos), store, FeatureSpec(n_frames=2, frame_size=48), config,
+        start_ray=_no_ray, on_progress=lambda progress: None,
+    )  # fmt: skip
+    quality(store)
+    rows = _table(store)
+    assert {name: row["truncated"] for name, row in rows.items()} == {"whole": False, "cut": True}
+    assert rows["whole"]["lost_frac"] == 0
+    assert rows["cut"]["lost_frac"] == pytest.approx(0.4, abs=0.1)
 
 
 def test_second_call_looks_only_at_what_changed(copy, quality) -> None:
