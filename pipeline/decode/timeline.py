@@ -7,6 +7,7 @@ A clip cut with `ffmpeg -ss ... -c copy` starts with packets that an edit list d
 pts, DISCARD flag). decord and OpenCV count them as frames and are seconds off; hence `is_clean`.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,10 @@ _INTERLEAVE_S = 1.5
 # What libavformat calls the containers that index every frame. In the others decord's jumps land on
 # other frames than it counts, by seconds: MPEG-PS and -TS have no index, ASF one by time, AVI no
 # presentation times. FLV's is made while it is read.
-_INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+_MATROSKA = "matroska,webm"
+_INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", _MATROSKA)
+_WITHOUT_HEADER = ("mpegts", "mpeg")
+_CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 
 
 @dataclass
@@ -105,14 +109,20 @@ class Track:
         return float(np.maximum(overlaps_s, 0).sum())
 
     def declared_end_s(self) -> float | None:
-        """Container time at which the header says that the stream ends, if it says so."""
-        stream = self.stream
-        if stream.duration is not None:
+        """Container time at which the header says that the stream ends, if it says so.
+
+        What libavformat has of a stream may be of the whole file: in Matroska a tag knows better,
+        and MPEG-TS and -PS have no header that could promise anything.
+        """
+        stream, name = self.stream, self.stream.container.format.name
+        told = _CLOCK.fullmatch(stream.metadata.get("DURATION", ""))
+        if stream.duration is not None and not (told and name == _MATROSKA):
+            if name in _WITHOUT_HEADER:
+                return None
             return float((stream.start_time or 0) + stream.duration) * self.tick_s
-        clock = stream.metadata.get("DURATION")
-        if clock is None:
+        if told is None:
             return None
-        hours, minutes, seconds = clock.split(":")
+        hours, minutes, seconds = told.groups()
         return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
 

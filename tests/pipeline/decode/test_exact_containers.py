@@ -193,3 +193,32 @@ def test_a_window_that_ends_in_a_freeze_is_shown_to_its_end(
     clip = extract(str(path), 0.0, 3.4, SPEC)
     assert clip.video_s == pytest.approx(3.4, abs=0.002)
     assert numbers(decode_jpegs(clip.frames)).tolist() == [5, 15, 26, 37, 47, 58, 69, 74]
+
+
+@pytest.mark.parametrize(
+    "name", ["one.mp4", "one.mkv", "one.webm", "one.ts", "one.m2ts", "one.mpg", "one.flv"]
+)
+def test_one_picture_with_sound_is_a_clip_in_every_container(name, numbered_clip, ffmpeg, tmp_path):
+    """The cover of a piece of music. Of a stream of which it finds no end libavformat says that it
+    lasts as long as the file."""
+    codecs = {".webm": ["-c:v", "libvpx", "-c:a", "libopus"], ".mpg": UNCOUNTABLE["mpeg2.mpg"]}
+    path = tmp_path / name
+    ffmpeg(
+        "-i", numbered_clip, "-pix_fmt", "yuv420p", *codecs.get(path.suffix, _H264),
+        "-vf", "trim=end_frame=1", path,
+    )  # fmt: skip
+    clip = extract(str(path), None, None, SPEC)
+    assert numbers(decode_jpegs(clip.frames)).tolist() == [0] * 8
+    assert clip.audio_s == pytest.approx(10, abs=0.1)
+
+
+def test_a_matroska_file_that_ends_before_its_tags_promise_is_refused(
+    numbered_clip, ffmpeg, tmp_path
+):
+    path = tmp_path / "cut.mkv"
+    ffmpeg("-i", numbered_clip, "-pix_fmt", "yuv420p", *_H264, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(Rejected) as caught:
+        extract(str(path), None, None, SPEC)
+    assert caught.value.reason in (Reason.AUDIO_SHORT, Reason.VIDEO_SHORT)
