@@ -29,7 +29,8 @@ def same_content(sources: pa.Table, states: pa.Table) -> set[str]:
     for clip in content_known(sources, states).to_pylist():
         if is_on_this_machine(clip["uri"]):
             by_file.setdefault(clip["uri"], []).append(clip)
-    found = _hashes({uri: clips[0]["size"] for uri, clips in by_file.items()})
+    # Of a file that is gone no size is known.
+    found = _hashes({uri: clips[0]["size"] or 0 for uri, clips in by_file.items()})
     return {
         clip["clip_id"]
         for uri, clips in by_file.items()
