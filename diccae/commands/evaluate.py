@@ -91,11 +91,12 @@ def _refuse(args: EvaluateArgs) -> None:
 def _evaluate(args: EvaluateArgs, folder: "RunFolder") -> dict[str, Any]:
     from diccae.judging.predicted import predictions_of
     from diccae.judging.vggsounder import run_vggsounder
+    from diccae.stages.run_record import follow_store, keep_pinned
 
     if args.store is not None:
-        from diccae.stages.run_record import follow_store
-
         follow_store(folder, args.run, args.store)
+    elif folder.record.get("store"):
+        keep_pinned(folder)
     if args.reuse:
         predictions_of(folder, args.run.digest())
         results = folder.results

@@ -97,14 +97,25 @@ def _write_down_place(folder: RunFolder, snapshot: Snapshot) -> None:
     known = folder.record["store"]
     if snapshot.uri != known["uri"]:
         folder.check()
-        _keep(folder, snapshot)
         folder.write_record(store=known | {"uri": snapshot.uri})
+    keep_pinned(folder)
 
 
-def _keep(folder: RunFolder, snapshot: Snapshot) -> None:
-    """Have no vacuum take what the run reads."""
-    name = _pin_name(folder, snapshot.version)
-    FeatureStore.open(snapshot.uri).pin(snapshot.version, name, folder.uri)
+def keep_pinned(folder: RunFolder) -> None:
+    """Have no vacuum take what the run reads. A folder that was moved, or copied, has a pin of
+    another place: that one goes with what is there, or is there no more.
+
+    Does nothing to a store that is not there: who reads it says so.
+    """
+    known = folder.record["store"]
+    version = int(known["version"])
+    name = _pin_name(folder, version)
+    if not FeatureStore.exists(known["uri"]):
+        return
+    store = FeatureStore.open(known["uri"])
+    if name not in store.pins():
+        folder.check()
+        store.pin(version, name, folder.uri)
 
 
 def _left_out_before(folder: RunFolder) -> LeftOut | None:
@@ -141,7 +152,8 @@ def remember(
             pq.write_table(data.left_out.clips, file)
         pinned["left_out"] = data.left_out.about()
     _give_id(folder)
-    _keep(folder, snapshot)
+    snapshot_pin = _pin_name(folder, snapshot.version)
+    FeatureStore.open(snapshot.uri).pin(snapshot.version, snapshot_pin, folder.uri)
     folder.write_record(
         store=pinned,
         config_hash=config.digest(),
@@ -181,6 +193,8 @@ def open_run(folder: RunFolder, config: RunConfig, store: str | None, say: Say) 
     if folder.record.get("store"):
         if store is not None:
             follow_store(folder, config, store)
+        else:
+            keep_pinned(folder)
         return
     data = pin_for(folder, config, store)
     remember(folder, config, data)
