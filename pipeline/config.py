@@ -60,7 +60,8 @@ class FeatureSpec(Frozen):
     """A file that lasts longer and has no time window fails with `too_long`."""
     version: int = Field(3, ge=1)
     """Raised when the code that computes features changes what it computes. 2: frames that are
-    those of their times in every container. 3: a picture that freezes makes no clip longer."""
+    those of their times in every container. 3: a picture that freezes makes no clip longer;
+    windows of MPEG-PS have their sound in time."""
 
     def spec_hash(self) -> str:
         """16 hex digits that are equal exactly for equal specs."""

@@ -93,6 +93,7 @@ def _runs(timeline: Timeline) -> Iterator[tuple[float, list[Any]]]:
     """Decoded frames without gaps between them, with the window time of the first one."""
     run: list[Any] = []
     begin_s = next_s = 0.0
+    settles = timeline.audio.stream.container.format.name == "mpeg"
     for frame in _frames(timeline):
         time_s = next_s
         if frame.pts is not None:
@@ -102,13 +103,18 @@ def _runs(timeline: Timeline) -> Iterator[tuple[float, list[Any]]]:
             run[0].layout.name,
             run[0].format.name,
         )
-        if run and (not same or abs(time_s - next_s) > _GAP_S):
+        length_s = frame.samples / frame.sample_rate
+        # A seek in MPEG-PS ends before a packet that begins with the rest of a frame. This rest gets
+        # the packet's time, which is the next frame's: up to the packet after it all are off by a
+        # frame or two, less than a gap. It lies before the window, where a new run costs nothing.
+        least_s = length_s / 2 if settles and time_s < 0 else _GAP_S
+        if run and (not same or abs(time_s - next_s) > least_s):
             yield begin_s, run
             run = []
         if not run:
             begin_s = next_s = time_s
         run.append(frame)
-        next_s += frame.samples / frame.sample_rate
+        next_s += length_s
     if run:
         yield begin_s, run
 
