@@ -36,6 +36,8 @@ class Clip:
     codec: str
     decoder: str
     flags: int
+    file_s: float = 0.0
+    """How long its container says that the whole file lasts; 0 if it does not say."""
 
 
 def extract(path: str, start_s: float | None, end_s: float | None, spec: FeatureSpec) -> Clip:
@@ -98,4 +100,5 @@ def _decode(path: str, start_s: float | None, end_s: float | None, spec: Feature
         frames.codec,
         frames.decoder,
         frames.flags | (FLAG_SILENT if sound.is_silent else 0),
+        container_s,
     )

@@ -65,6 +65,7 @@ class Asked:
             same_content=same_content(sources, known) if by_content else set(),
         )  # fmt: skip
         _warn_of_lost_labels(plan, known)
+        _warn_of_long_windows(plan, spec)
         if snapshot is not None and not has_in_force(snapshot, spec):
             lost = _out_of_reach(listing, states, known, snapshot, spec)
             plan = replace(plan, puts_in_force=lost is None, out_of_reach=lost)
@@ -84,6 +85,20 @@ def _warn_of_lost_labels(plan: Plan, states: pa.Table) -> None:
             "from --clips, or from folders with --label-from-folder",
             n_lost,
         )
+
+
+def _warn_of_long_windows(plan: Plan, spec: FeatureSpec) -> None:
+    """Of a window that somebody drew by hand, the end would be missing silently. A clip's file may
+    be longer than its features: that is how VGGSound's are cut."""
+    starts = pc.fill_null(plan.todo["start_s"], 0.0)
+    lengths_s = pc.subtract(plan.todo["end_s"], starts)
+    # Ends are written with few digits: 0.1 + 2 is not 2.1.
+    if n_long := pc.sum(pc.greater(lengths_s, spec.duration_s + 1e-3)).as_py():
+        _LOG.warning(
+            "%d windows of the list are longer than features.duration_s = %g s (up to %g s): the "
+            "rest is not used. List such a one as several, or give --features.duration_s",
+            n_long, spec.duration_s, pc.max(lengths_s).as_py(),
+        )  # fmt: skip
 
 
 def has_in_force(snapshot: Snapshot, spec: FeatureSpec) -> bool:

@@ -92,6 +92,24 @@ def _check_page(page: str, n_clips: int) -> None:
     assert "open_failed: Invalid data" in page
 
 
+def test_what_of_a_longer_clip_is_not_used_is_said_wherever_the_answer_is(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model's features are of 1 s, the clip of 2 s."""
+    monkeypatch.chdir(place)
+    asked = ["predict", "--model", "run", "clips/a.mp4"]
+    assert main([*asked, "--html", "long.html"]) == 0
+    said = "1.0 of 2.0 s used, from the beginning"
+    assert f"\n  {said}\n" in capsys.readouterr().out
+    assert f"<p>{said}</p>" in Path("long.html").read_text()
+    assert main([*asked, "--json"]) == 0
+    (clip,) = json.loads(capsys.readouterr().out)["clips"]
+    assert (clip["used_s"], clip["clip_s"]) == (1.0, pytest.approx(2.0, abs=0.05))
+    assert main([*asked, "--csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert {(row["used_s"], row["clip_s"]) for row in rows} == {("1.0", str(clip["clip_s"]))}
+
+
 def _check_vectors(table: Any, names: list[str]) -> None:
     assert table["id"].to_pylist() == names
     for stream in ("audio", "video", "fusion", "embedding"):
@@ -146,6 +164,8 @@ def test_a_person_reads_classes_margin_and_what_decides(place: Path) -> None:
         "  dog, barking is most often confused with wolf (25.0 % of 20 clips); told apart by "
         "audio 9 of 10, video 6 of 10, fusion 9 of 10: audio decides",
     ]
+    whole = answer._replace(used_s=10.0, clip_s=10.04)
+    assert list(as_lines("a.mp4", whole)) == list(as_lines("a.mp4", answer))
     broken = Answer(Rejected(Reason.NO_AUDIO, "the file has no audio stream"))
     assert list(as_lines("b.mp4", broken)) == ["b.mp4  no_audio: the file has no audio stream"]
 

@@ -39,6 +39,10 @@ class Features(NamedTuple):
     """Rows of the fbank that are the clip's."""
     jpegs: list[bytes]
     waveform_S: NDArray[np.float32]
+    used_s: float
+    """What of the clip the features are of, from its beginning."""
+    clip_s: float
+    """What its file says that it lasts."""
 
     def frames(self, which_F: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Stored frames as uint8 RGB [F, H, W, 3]."""
@@ -128,7 +132,10 @@ class ClipDecoder:
         [fbank_tM] = worker.fbanks([decoded.waveform])
         payload, n_valid = fbank_payload(fbank_tM, self._spec)
         fbank_TM = fbank_array(payload, self._spec)
-        return Features(fbank_TM, n_valid, decoded.frames, decoded.waveform)
+        # Not every container says how long it is: what was seen of such a one is all that is known.
+        clip_s = decoded.file_s or max(decoded.video_s, decoded.audio_s)
+        used_s = min(clip_s, self._spec.duration_s)
+        return Features(fbank_TM, n_valid, decoded.frames, decoded.waveform, used_s, clip_s)
 
     def _worker(self) -> _Worker:
         if not hasattr(self._own, "worker"):

@@ -14,7 +14,7 @@ import simplejpeg
 
 from training.predict.clips import Features
 from training.predict.predictor import Answer, StreamAnswer
-from training.predict.told import confusion_sentence
+from training.predict.told import confusion_sentence, unused_sentence
 from training.report.clips.sound import Sound, encode_sound
 from training.report.clips.spectrogram import colours
 from training.report.markup import page, percent, section, table, text
@@ -77,7 +77,8 @@ def _clip(number: int, clip: Shown) -> str:
         return section(anchor, clip.name, "Not decoded.", f'<p class="absent">{text(why)}</p>')
     main = answer.main
     lead = f"{main.guesses[0].name}, {percent(main.guesses[0].p)}" if main else "Embedded."
-    sentence = f"<p>{text(confusion_sentence(answer.confused))}</p>" if answer.confused else ""
+    said = [confusion_sentence(answer.confused)] if answer.confused else []
+    sentence = "".join(f"<p>{text(each)}</p>" for each in (*said, unused_sentence(answer)) if each)
     rows = [_row(stream, each) for stream, each in answer.streams.items()]
     answers = table(["stream", "takes it for", "margin"], rows) if rows else ""
     return section(anchor, clip.name, lead, clip.looks, answers, sentence)

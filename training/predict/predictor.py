@@ -55,6 +55,10 @@ class Answer(NamedTuple):
     """Of the class it was taken for, as evaluation found it."""
     embeddings: Mapping[str, NDArray[np.float32]] = {}
     """[P] by stream, if they were asked for."""
+    used_s: float = 0.0
+    """How much of the clip it rests on, from the beginning: the model's features have a length."""
+    clip_s: float = 0.0
+    """How long the clip is."""
 
     @property
     def main(self) -> StreamAnswer | None:
@@ -114,8 +118,8 @@ class Predictor:
             self._answer(
                 {s: outputs.p[s][i] for s in STREAMS if s in outputs.p},
                 {s: vectors[s][i] for s in STREAMS if s in vectors},
-            )
-            for i in range(len(clips))
+            )._replace(used_s=clip.used_s, clip_s=clip.clip_s)
+            for i, clip in enumerate(clips)
         ]
 
     def _answer(

@@ -11,9 +11,12 @@ from training.weights.measured import ClassConfusion
 
 COLUMNS = (
     *("clip", "reason", "detail", "stream", "rank", "class", "p", "margin"),
-    *("confused_with", "confused_degree", "decided_by"),
+    *("confused_with", "confused_degree", "decided_by", "used_s", "clip_s"),
 )
 """Of `as_rows`."""
+
+_LEAST_UNUSED_S = 0.1
+"""Sound ends a codec's frame or so after the picture: nobody misses that."""
 
 NOT_COUNTED = (
     "which modality tells them apart is not known of an evaluation by an older diccae: "
@@ -29,7 +32,8 @@ def as_json(name: str, answer: Answer) -> dict[str, Any]:
             "reason": str(answer.rejected.reason),
             "detail": answer.rejected.detail,
         }
-    found: dict[str, Any] = {"clip": name}
+    lengths = {"used_s": round(answer.used_s, 3), "clip_s": round(answer.clip_s, 3)}
+    found: dict[str, Any] = {"clip": name, **lengths}
     main = answer.main
     if main is not None:
         found |= {"class": main.guesses[0].name, "p": main.guesses[0].p, "margin": main.margin}
@@ -57,13 +61,14 @@ def as_rows(name: str, answer: Answer) -> Iterator[list[Any]]:
     if answer.rejected is not None:
         yield [name, str(answer.rejected.reason), answer.rejected.detail, *empty]
         return
+    lengths = [round(answer.used_s, 3), round(answer.clip_s, 3)]
     if not answer.streams:
-        yield [name, "", "", *empty]
+        yield [name, "", "", *empty[: -len(lengths)], *lengths]
     confused = answer.confused
     beside = [confused.other, confused.degree, confused.decided_by or ""] if confused else [""] * 3
     for stream, each in answer.streams.items():
         for rank, guess in enumerate(each.guesses, 1):
-            yield [name, "", "", stream, rank, guess.name, guess.p, each.margin, *beside]
+            yield [name, "", "", stream, rank, guess.name, guess.p, each.margin, *beside, *lengths]
 
 
 def as_lines(name: str, answer: Answer) -> Iterator[str]:
@@ -78,6 +83,15 @@ def as_lines(name: str, answer: Answer) -> Iterator[str]:
         yield f"  {stream:<7} {guesses}; margin {_percent(each.margin)}"
     if answer.confused is not None:
         yield f"  {confusion_sentence(answer.confused)}"
+    if rest := unused_sentence(answer):
+        yield f"  {rest}"
+
+
+def unused_sentence(answer: Answer) -> str:
+    """How much of a clip its answer rests on; "" if on all of it."""
+    if answer.clip_s - answer.used_s < _LEAST_UNUSED_S:
+        return ""
+    return f"{answer.used_s:.1f} of {answer.clip_s:.1f} s used, from the beginning"
 
 
 def confusion_sentence(confused: ClassConfusion) -> str:

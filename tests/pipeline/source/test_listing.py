@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline.config import IngestConfig
+from pipeline.config import FeatureSpec, IngestConfig
 from pipeline.errors import SourceError
 from pipeline.ingest.run import plan_ingest
 from pipeline.source.fetch import fetch_all
@@ -475,3 +475,18 @@ def test_gzip_that_is_no_tar_is_damage_from_the_start(parts):
     (folder / "vgg_00.tar.gz").write_bytes(gzip.compress(b"no tar"))
     rows = list_sources(str(csv), str(folder)).clips.to_pylist()
     assert sum(row["fp"] is not None for row in rows) == 10
+
+
+def test_windows_longer_than_the_features_are_one_warning(videos, tmp_path, caplog):
+    listed = tmp_path / "m.csv"
+    rows = ("a,untrimmed00.mkv,0,6", "b,untrimmed00.mkv,10.1,14.5", "c,untrimmed00.mkv,0.1,2.1")
+    listed.write_text("\n".join(["clip_id,uri,start_s,end_s", *rows, "d,untrimmed00.mkv,3,"]))
+    spec = FeatureSpec(duration_s=2.0)
+    where = (str(listed), str(videos), str(tmp_path / "store"))
+    assert plan_ingest(*where, spec, IngestConfig()).counts["new"] == 4
+    (message,) = caplog.messages
+    assert message.startswith("2 windows of the list are longer than features.duration_s = 2 s")
+    assert "(up to 6 s)" in message
+    caplog.clear()
+    plan_ingest(*where, FeatureSpec(duration_s=6.0), IngestConfig())
+    assert caplog.messages == []
