@@ -104,7 +104,7 @@ def _runs(timeline: Timeline) -> Iterator[tuple[float, list[Any]]]:
             run[0].format.name,
         )
         length_s = frame.samples / frame.sample_rate
-        # A seek in MPEG-PS ends before a packet that begins with the rest of a frame. This rest gets
+        # A seek in MPEG-PS ends before a packet that begins with the rest of a frame. The rest gets
         # the packet's time, which is the next frame's: up to the packet after it all are off by a
         # frame or two, less than a gap. It lies before the window, where a new run costs nothing.
         least_s = length_s / 2 if settles and time_s < 0 else _GAP_S
