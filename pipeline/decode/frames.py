@@ -159,6 +159,11 @@ class _Shown:
 
     @staticmethod
     def _refuse_cut_file(timeline: Timeline, last_s: float) -> None:
+        if last_s <= 0:
+            begins, ends = f"{timeline.start_s:g} s", f"{timeline.start_s + last_s:.2f} s"
+            raise Rejected(
+                Reason.VIDEO_SHORT, f"the window begins at {begins}, the picture ends at {ends}"
+            )
         declared_s = timeline.video.declared_end_s()
         if declared_s is None:
             return

@@ -69,7 +69,13 @@ def decode_sound(timeline: Timeline, spec: FeatureSpec) -> Sound:
 def _refuse_short(timeline: Timeline, seconds: float, end_s: float, spec: FeatureSpec) -> None:
     """Compare what was decoded with what the header and the packets promise."""
     if seconds < spec.min_audio_s:
-        raise Rejected(Reason.AUDIO_SHORT, f"{seconds:.3f} s of sound in the window")
+        told = f"{seconds:.3f} s of sound in the window"
+        ends_at_s = timeline.audio.end_s() - timeline.origin_s
+        if ends_at_s <= timeline.start_s:
+            told = (
+                f"the window begins at {timeline.start_s:g} s, the sound ends at {ends_at_s:.2f} s"
+            )
+        raise Rejected(Reason.AUDIO_SHORT, told)
     length_s = timeline.end_s - timeline.start_s
     declared_s = timeline.audio.declared_end_s()
     if declared_s is not None:

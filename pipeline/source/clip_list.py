@@ -206,7 +206,8 @@ def _vggsound_entries(
         elif not re.fullmatch(r"\d{1,6}(\.0*)?", start):
             problems.append(f"{where}: start {start!r} is not a whole number of seconds")
         elif not label or not split:
-            problems.append(f"{where}: the {'split' if label else 'label'} is empty")
+            lacks = "split is empty: expected train, test or another name"
+            problems.append(f"{where}: the {lacks if label else 'label is empty'}")
         elif not is_safe(split):
             problems.append(
                 f"{where}: {split!r} is not a split: it holds a path or a control character"

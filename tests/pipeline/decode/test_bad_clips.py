@@ -1,5 +1,6 @@
 """Mutated files: no crash of the run, no hang, no silently short sound, no misplaced frame."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -132,6 +133,22 @@ def test_a_missing_stream_is_told(options, reason, moving_clip, ffmpeg, tmp_path
     with pytest.raises(Rejected) as caught:
         extract(str(path), None, None, SPEC)
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.avi"])
+def test_a_window_after_the_end_says_where_both_are(name, moving_clip, ffmpeg, tmp_path):
+    """The clip has 3 s of picture and 7 s of sound."""
+    path = tmp_path / name
+    ffmpeg("-t", "3", "-i", moving_clip, "-i", moving_clip, "-map", "0:v", "-map", "1:a",
+           "-c", "copy" if name != "clip.avi" else "mpeg4", "-c:a", "mp3", path)  # fmt: skip
+    for start_s, reason, told in (
+        (1900.0, Reason.AUDIO_SHORT, r"the window begins at 1900 s, the sound ends at 7\.\d\d s"),
+        (5.1, Reason.VIDEO_SHORT, r"the window begins at 5\.1 s, the picture ends at 3\.\d\d s"),
+    ):
+        with pytest.raises(Rejected) as caught:
+            extract(str(path), start_s, start_s + 2, SPEC)
+        assert caught.value.reason == reason
+        assert re.fullmatch(told, caught.value.detail)
 
 
 def test_limits_of_length_are_told(moving_clip):

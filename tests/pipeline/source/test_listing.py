@@ -82,7 +82,7 @@ def test_clip_without_a_file_is_listed_without_fingerprint(videos):
         (b"abc,x,dog,train", "line 2: start 'x' is not a whole number"),
         (b"abc,-3,dog,train", "line 2: start '-3'"),
         (b"abc,1,,train", "line 2: the label is empty"),
-        (b"abc,1,dog,", "line 2: the split is empty"),
+        (b"abc,1,dog,", "line 2: the split is empty: expected train, test or another name"),
         (b"abc,1,dog, big,train", "line 2: 5 columns, expected 4"),
         (b"abc,1,dog,../../x", "line 2: '../../x' is not a split: it holds a path"),
         (b"-abc_def_12,30,cat,test", "line 2: clip -abc_def_12_000030 is already on line 1"),
