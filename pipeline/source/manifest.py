@@ -25,6 +25,11 @@ from pipeline.source.tar_parts import part_of
 from pipeline.store.schema import LABEL_SEPARATOR
 
 MANIFEST_COLUMNS = ("uri", "start_s", "end_s", "label", "labels", "split", "group", "clip_id")
+_types = pa.types
+_BYTES = (_types.is_binary, _types.is_large_binary, _types.is_binary_view)
+_TEXT = (_types.is_string, _types.is_large_string, _types.is_string_view)
+_PLAIN = (*_TEXT, _types.is_integer, _types.is_floating, _types.is_null)
+_LISTS = (_types.is_list, _types.is_large_list, _types.is_fixed_size_list)
 _UNSAFE = "it holds a path or a control character"
 
 
@@ -35,7 +40,7 @@ def readable_table(table: pa.Table, clips: str) -> pa.Table:
     """
     for at, field in enumerate(table.schema):
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        if any(is_kind(kind) for is_kind in _BYTES):
             table = table.set_column(at, field.name, table.column(at).cast(pa.string()))
         elif field.name in MANIFEST_COLUMNS and not _is_readable(field.name, kind):
             allowed = "numbers" if field.name in ("start_s", "end_s") else "text"
@@ -49,11 +54,10 @@ def readable_table(table: pa.Table, clips: str) -> pa.Table:
 
 
 def _is_readable(name: str, kind: pa.DataType) -> bool:
-    if name == "labels" and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+    if name == "labels" and any(is_kind(kind) for is_kind in _LISTS):
         kind = kind.value_type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
-    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    return is_text or is_number or (name in ("start_s", "end_s") and pa.types.is_decimal(kind))
+    is_plain = any(is_kind(kind) for is_kind in _PLAIN)
+    return is_plain or (name in ("start_s", "end_s") and pa.types.is_decimal(kind))
 
 
 def manifest_entries(

@@ -337,8 +337,20 @@ def test_bytes_of_a_parquet_manifest_are_text(videos):
     assert (row["label"], row["size"] is not None) == ("chien é", True)
     (row,) = table_of(videos, label=pa.array(["dog"]).dictionary_encode())
     assert row["label"] == "dog"
+    (row,) = table_of(videos, label=pa.array([b"dog"], pa.binary_view()))
+    assert row["label"] == "dog"
     with pytest.raises(SourceError, match="cannot be read as UTF-8"):
         table_of(videos, label=pa.array([b"\xff\xfe"]))
+
+
+def test_text_and_lists_of_any_layout_are_read(videos):
+    """Polars writes views."""
+    uri, label = (pa.array([text], pa.string_view()) for text in ("untrimmed00.mkv", "dog"))
+    (row,) = table_of(videos, uri=uri, label=label)
+    assert (row["label"], row["size"] is not None) == ("dog", True)
+    for lists in (pa.list_(pa.string(), 2), pa.large_list(pa.string_view())):
+        (row,) = table_of(videos, labels=pa.array([["cat", "dog"]], lists))
+        assert (row["label"], row["more_labels"]) == ("cat", "dog")
 
 
 @pytest.mark.parametrize(
