@@ -7,6 +7,7 @@ Invariant: every name of a template is filled, and what is filled is used.
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -42,8 +43,7 @@ logs would lie where the head's dashboard does not see them."""
 
 _PLAIN = {
     "name", "namespace", "operator_namespace", "token_secret", "storage_secret", "mlflow_secret",
-    "mlflow_artifacts", "maxima", "env_words", "token_file", "cpu_image", "train_image",
-    "mlflow_image", "region",
+    "mlflow_artifacts", "token_file", "cpu_image", "train_image", "mlflow_image", "region",
 }  # fmt: skip
 """Fields whose pattern leaves nothing to quote, so that they may stand inside other words."""
 
@@ -110,8 +110,14 @@ def _values(config: ClusterConfig) -> list[tuple[str, Any]]:
         "idle_minutes": max(1, config.idle_s // 60),
         "mounts": _mounts(config),
         "reader_mounts": [*_mounts(config), *_cache_mounts(config)],
-        "maxima": shlex.quote(json.dumps(maxima(config))),
-        "env_words": shlex.join(f"{key}={value}" for key, value in config.env.items()),
+        "head_start": _started_with(
+            config.env | {MAXIMA: json.dumps(maxima(config))},
+            "--head --port=6379 --object-manager-port=8076 --dashboard-host=127.0.0.1 "
+            "--autoscaling-config=~/ray_bootstrap_config.yaml",
+        ),
+        "worker_start": _started_with(
+            config.env, "--address=$RAY_HEAD_IP:6379 --object-manager-port=8076"
+        ),
         "profile": {"Name": config.worker_profile or _RAYS_PROFILE},
         "max_workers": config.decode.max_nodes + config.train.max_nodes,
     }
@@ -122,6 +128,12 @@ def _values(config: ClusterConfig) -> list[tuple[str, Any]]:
         values[f"{name}_volumes"] = _volumes(config, group, reads)
         values[f"{name}_requests"] = _requests(config, group, reads)
     return list(values.items())
+
+
+def _started_with(env: Mapping[str, str], options: str) -> str:
+    """The command that starts Ray on a node of `ray up`, whose processes inherit the variables."""
+    words = shlex.join(f"{key}={value}" for key, value in env.items())
+    return f"env {words} RAY_AUTH_MODE=token ray start {options}"
 
 
 def maxima(config: ClusterConfig) -> list[dict[str, Any]]:

@@ -237,11 +237,12 @@ def test_words_of_the_command_and_env_arrive_as_given() -> None:
 
 @pytest.mark.parametrize("node", ["head", "worker"])
 def test_ray_up_gives_every_node_the_variables_that_pods_get(node: str) -> None:
-    cluster = yaml.safe_load(render(UNUSUAL)["ray-cluster.yaml"])
+    config = UNUSUAL.model_copy(update={"env": UNUSUAL.env | {"LINES": "one\ntwo: x # y"}})
+    cluster = yaml.safe_load(render(config)["ray-cluster.yaml"])
     words = shlex.split(cluster[f"{node}_start_ray_commands"][-1])
     assert words[0] == "env"
     given = dict(word.split("=", 1) for word in words[1 : words.index("ray")])
-    assert given.items() >= UNUSUAL.env.items()
+    assert given.items() >= config.env.items()
     assert given["RAY_AUTH_MODE"] == "token"
 
 
