@@ -6,6 +6,7 @@ another, which has the curves of pretraining, too.
 """
 
 import hashlib
+import logging
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from diccae.run_folder import RunFolder
 from pipeline.errors import StoreError
 from pipeline.passwords import without_passwords
 from pipeline.quality.leave_out import LeftOut
+from pipeline.storage import is_storage_failure
 from pipeline.store.store import FeatureStore, Snapshot
 from pipeline.store.vacuumed import whole_snapshot
 from training.run.pinned import Pinned, pin
@@ -27,6 +29,7 @@ from training.tracking.client import RunHandle
 from training.tracking.copier import copied
 from training.tracking.destination import destination, named
 
+_log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 _OF_LATER_STAGES = {"finetune", "evaluate"}
 """Sections that may change until their stage, and that MLflow is told then."""
@@ -105,7 +108,8 @@ def keep_pinned(folder: RunFolder) -> None:
     """Have no vacuum take what the run reads. A folder that was moved, or copied, has a pin of
     another place: that one goes with what is there, or is there no more.
 
-    Does nothing to a store that is not there: who reads it says so.
+    A store that is not there is left to who reads it; of one that may only be read a warning says
+    that a vacuum may take the run's version.
     """
     known = folder.record["store"]
     version = int(known["version"])
@@ -113,9 +117,18 @@ def keep_pinned(folder: RunFolder) -> None:
     if not FeatureStore.exists(known["uri"]):
         return
     store = FeatureStore.open(known["uri"])
-    if name not in store.pins():
-        folder.check()
+    if name in store.pins():
+        return
+    folder.check()
+    try:
         store.pin(version, name, folder.uri)
+    except Exception as error:
+        if not is_storage_failure(error):
+            raise
+        _log.warning(
+            "%s: version %d is not pinned for the run in %s, and a vacuum may take it: %s",
+            store.uri, version, folder.uri, error,
+        )  # fmt: skip
 
 
 def _left_out_before(folder: RunFolder) -> LeftOut | None:

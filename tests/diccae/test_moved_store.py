@@ -1,9 +1,11 @@
 """A run whose store was moved, or that is told of another one."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +142,21 @@ def test_a_run_that_was_moved_has_its_pin_where_it_is_now(
     (new,) = store.pins()
     assert new != old
     assert store.pins_in_full()[new]["run"] == str(run.parent / "moved")
+
+
+def test_a_moved_run_of_a_store_that_may_only_be_read_is_begun_with_a_warning(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    run.rename("moved")
+    monkeypatch.setattr(FeatureStore, "pin", read_only)
+    with pytest.raises(Began):
+        main(_starts("moved")[0])
+    printed = capsys.readouterr().err
+    assert "version 1 is not pinned for the run in" in printed
+    assert "a vacuum may take it: [Errno 30] Read-only file system" in printed
 
 
 def test_runs_of_one_path_on_two_machines_have_a_pin_each(run: Path) -> None:

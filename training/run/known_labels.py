@@ -76,7 +76,8 @@ def _of_the_store(config: RoundsConfig, index: RowIndex) -> LabelTable:
 def _refuse_idle_keys(config: RoundsConfig) -> None:
     """A key that would do nothing was meant to do something. Raises: TrainingError.
 
-    But `labels_per_class` beside `none`: the variant of an ablation that learns from no label.
+    But `labels_per_class` beside `none`: the variant of an ablation that learns from no label; and
+    `label_noise_from` beside no noise: the first point of a sweep.
     """
     if config.label_noise > 0 and config.labels != "true":
         raise TrainingError(
